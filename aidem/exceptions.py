@@ -1,0 +1,160 @@
+"""Every error of aidem, in one tree.
+
+    IdempotencyError
+    ├── IdempotencyUsageError                       aidem is used in a way that cannot work
+    ├── IdempotencyKeyError                         the payload holds no key, or cannot be one
+    ├── IdempotencyValidationError                  the same key with another payload
+    ├── IdempotencyAlreadyInProgressError           another execution of the key is running
+    ├── IdempotencyInDoubtError                     the owner vanished; whether the effect happened is not known
+    ├── IdempotencyLeaseLostError                   our claim went to somebody else while the function ran
+    ├── IdempotencyResultUnavailableError           the effect happened, its result cannot be replayed
+    ├── IdempotencySerializationError               a result cannot be turned into text or back
+    │   ├── IdempotencyModelTypeError               the model does not suit the serializer
+    │   └── IdempotencyNoSerializationModelError    the serializer needs a model and found none
+    └── IdempotencyPersistenceLayerError            the persistence layer failed
+        ├── IdempotencyPersistenceConfigError       … because of its settings: table, schema, rights, file
+        ├── IdempotencyPersistenceConnectionError   … unreachable, timed out, throttled: a retry may help
+        └── IdempotencyInvalidStatusError           … a record has a status that aidem does not know
+
+An error carries its facts as attributes, says what to do, and never prints a payload or a result.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from aidem._record import DataRecord
+
+
+class IdempotencyError(Exception):
+    """The root of every error that aidem raises.
+
+    Attributes:
+        key: The idempotency key, where one was known.
+        record: The record that the error is about, where there is one.
+        retry_after_seconds: After how many seconds a retry makes sense, where that is known.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        key: str | None = None,
+        record: DataRecord | None = None,
+        retry_after_seconds: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.key = key
+        self.record = record
+        self.retry_after_seconds = retry_after_seconds
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Subclasses build their message from keyword arguments, so the default (class and args) would not rebuild them.
+        return (_restore, (type(self), self.args), self.__dict__)
+
+
+def _restore(cls: type[IdempotencyError], args: tuple[Any, ...]) -> IdempotencyError:
+    return cls.__new__(cls, *args)
+
+
+class IdempotencyUsageError(IdempotencyError):
+    """aidem is used in a way that cannot work; the message says what to write instead."""
+
+
+class IdempotencyKeyError(IdempotencyError):
+    """The payload holds no idempotency key, or a value that cannot be one. Nothing was stored or run."""
+
+
+class IdempotencyValidationError(IdempotencyError):
+    """The key was used before with a payload whose validated part differs. Nothing was run."""
+
+    def __init__(self, *, record: DataRecord) -> None:
+        super().__init__(
+            f"the payload differs from the one first sent under idempotency key {record.idempotency_key!r}; "
+            "repeat the original payload, or use a new key",
+            key=record.idempotency_key,
+            record=record,
+        )
+
+
+class IdempotencyAlreadyInProgressError(IdempotencyError):
+    """Another execution of this key is running and did not end within `wait_timeout_seconds`."""
+
+    def __init__(self, *, record: DataRecord, retry_after_seconds: float) -> None:
+        super().__init__(
+            f"an execution with idempotency key {record.idempotency_key!r} is already in progress; "
+            "retry later, or set wait_timeout_seconds to wait for its result",
+            key=record.idempotency_key,
+            record=record,
+            retry_after_seconds=retry_after_seconds,
+        )
+
+
+class IdempotencyInDoubtError(IdempotencyError):
+    """The owner of the claim vanished, and `on_abandoned="raise"` forbids to run the function again."""
+
+    def __init__(self, *, record: DataRecord) -> None:
+        super().__init__(
+            f"the execution with idempotency key {record.idempotency_key!r} was abandoned and its effect may have "
+            "happened; find out, then call release(error.record) on the persistence layer to let it run again, "
+            "or complete(...) to record its result",
+            key=record.idempotency_key,
+            record=record,
+        )
+
+
+class IdempotencyLeaseLostError(IdempotencyError):
+    """The claim went to somebody else while the function ran, and what the winner makes of it is not known."""
+
+    def __init__(self, *, key: str, record: DataRecord | None, reason: str) -> None:
+        super().__init__(
+            f"the claim of idempotency key {key!r} was lost: {reason}; the function's effect may have happened, "
+            "its result does not count",
+            key=key,
+            record=record,
+        )
+
+
+class IdempotencyResultUnavailableError(IdempotencyError):
+    """The effect happened once and will not be repeated; its result cannot be handed out again."""
+
+    def __init__(self, *, record: DataRecord, reason: str) -> None:
+        super().__init__(
+            f"the execution with idempotency key {record.idempotency_key!r} is done, "
+            f"but its outcome cannot be replayed: {reason}",
+            key=record.idempotency_key,
+            record=record,
+        )
+
+
+class IdempotencySerializationError(IdempotencyError):
+    """A result cannot be turned into text that the layer can store, or stored text not into a result."""
+
+
+class IdempotencyModelTypeError(IdempotencySerializationError):
+    """The model type does not suit the serializer."""
+
+
+class IdempotencyNoSerializationModelError(IdempotencySerializationError):
+    """The serializer derives its model from the return annotation, and there is none."""
+
+
+class IdempotencyPersistenceLayerError(IdempotencyError):
+    """The persistence layer failed; the message says whether the function has run."""
+
+
+class IdempotencyPersistenceConfigError(IdempotencyPersistenceLayerError):
+    """The settings of the persistence layer cannot work: table, schema, access rights, file."""
+
+
+class IdempotencyPersistenceConnectionError(IdempotencyPersistenceLayerError):
+    """The store could not be reached, did not answer in time, or asked to slow down."""
+
+
+class IdempotencyInvalidStatusError(IdempotencyPersistenceLayerError):
+    """A stored record has a status that aidem does not know."""
+
+
+class IdempotencyWarning(UserWarning):
+    """Something works, but not as one would expect of an idempotent call."""

@@ -1,0 +1,117 @@
+"""Persistence layers: where records are kept, and the contract that every layer fulfils.
+
+A layer stores and compares. It never decides, sleeps, retries or hashes: that is the engine's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable
+from typing import TYPE_CHECKING, Protocol, Self, runtime_checkable
+
+from aidem._state import Blocked, Claimed
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from aidem._record import DataRecord
+
+__all__ = ["Blocked", "Claimed", "PersistenceLayer", "SupportsWaitForChange"]
+
+
+@runtime_checkable
+class PersistenceLayer(Protocol):
+    """Five operations, each one atomic step at the store; prove yours with `aidem.testing.PersistenceLayerConformance`.
+
+    **Instants and clocks.** `now` is the caller's clock in epoch seconds, and the instants of a proposed record count
+    from it. A layer whose store has a clock judges by that one, and moves the instants accordingly; it then answers
+    with the instants as stored. A record is *expired* when `expiry_timestamp < floor(now)`; it then counts as absent,
+    purged or not. An INPROGRESS record is *lapsed* when `in_progress_expiry_timestamp` is set and lies before now, in
+    milliseconds. Expiry is never left to the store's own removal alone.
+
+    **Ownership.** A stored record is *ours* while its owner equals the owner of the record handed in and its status is
+    INPROGRESS. A record without an owner is never ours.
+
+    **Cancellation.** Operations are usually `async def`; the engine then runs each as a task of its own, so that a
+    cancelled caller does not leave a write half-done. A layer may instead answer a
+    `aidem._cancellation.SettlingFuture`, which saves that task.
+
+    **Errors.** `IdempotencyPersistenceConnectionError` when the store cannot be reached, timed out or throttles (the
+    operation may have been applied); `IdempotencyPersistenceConfigError` for a missing table, a wrong schema or denied
+    access; `IdempotencySerializationError` from `complete` when the record is too large for the store. Other
+    exceptions are wrapped in `IdempotencyPersistenceLayerError` by the engine.
+
+    A layer holds nothing of a call: one instance serves any number of functions, tasks, threads and event loops. It
+    connects on first use or in `open`. A client belongs to the event loop it was made on; on another loop, or in a
+    forked child, the layer opens a fresh one. It can be hashed and weakly referenced, by identity.
+
+    A layer may also have `clock`, a callable that answers epoch seconds: the engine then asks it instead of the
+    machine, so that a test can move time.
+    """
+
+    def acquire(
+        self, record: DataRecord, *, now: float, max_clock_skew_seconds: float = 0.0
+    ) -> Awaitable[Claimed | Blocked]:
+        """Store `record`, an INPROGRESS record, unless a live record of somebody else is there.
+
+        Absent, expired or lapsed: `Claimed`, with the fence and the instants as stored. The new fence is the fence
+        found plus one, or the time of the claim in milliseconds where there is no record; it is higher than every
+        earlier fence of the key, over take-over, release and expiry alike, as far as clocks agree. Nothing of the
+        record found is left: no result, no outcome, no validation hash. A record that is already ours is `Claimed`
+        too, as found: the reply to an earlier try was lost. Everything else is `Blocked`, with the record found.
+        Layers that judge by their callers' clocks add `max_clock_skew_seconds` to a foreign lease.
+        """
+        ...
+
+    def complete(self, record: DataRecord, *, now: float) -> Awaitable[bool]:
+        """Store the outcome in `record`, a COMPLETED record, over the claim of the same owner, or where no record is.
+
+        True: stored, or stored before by an earlier try (our owner, COMPLETED, same data and outcome). False: another
+        record is there, and stays as it is.
+        """
+        ...
+
+    def renew(self, record: DataRecord, *, now: float) -> Awaitable[DataRecord | None]:
+        """Set the instants of our claim to those of `record`; answer it as stored, None if it is not ours any more."""
+        ...
+
+    def release(self, record: DataRecord) -> Awaitable[bool]:
+        """Delete our claim; False if it is not ours any more."""
+        ...
+
+    def get(self, key: str) -> Awaitable[DataRecord | None]:
+        """Return the record of a key as it is stored now, expired or not; None: there is none."""
+        ...
+
+    def forget(self, key: str) -> Awaitable[None]:
+        """Drop any record of the key: for operators who resolve a key by hand."""
+        ...
+
+    async def open(self) -> None:
+        """Connect, and find out early what cannot work. Optional: the first use opens the layer. May be repeated."""
+        ...
+
+    async def aclose(self) -> None:
+        """Close what the layer opened itself, never a client that was passed in. May be repeated; a later use opens anew."""
+        ...
+
+    async def __aenter__(self) -> Self:
+        """Open the layer."""
+        ...
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Close the layer."""
+        ...
+
+
+@runtime_checkable
+class SupportsWaitForChange(Protocol):
+    """A layer that can tell waiters when a record changes, so that they need not poll."""
+
+    async def wait_for_change(self, key: str, timeout_seconds: float) -> None:
+        """Return when the record may have been completed or released, at the latest after the timeout.
+
+        A change between the caller's last look and this call may be missed; the engine looks again after the timeout.
+        """
+        ...
