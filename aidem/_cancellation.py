@@ -20,18 +20,31 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 
 from anyio import CancelScope
 
 from aidem.exceptions import IdempotencyPersistenceConnectionError
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Generator
 
 T = TypeVar("T")
 
 CLEANUP_SECONDS: Final = 5.0
+
+
+class Settled(Generic[T]):
+    """The answer to an operation that never had to wait: what a done future says, at a third of its price."""
+
+    __slots__ = ("answer",)
+
+    def __init__(self, answer: T) -> None:
+        self.answer = answer
+
+    def __await__(self) -> Generator[Any, None, T]:
+        yield from ()
+        return self.answer
 
 
 class SettlingFuture(asyncio.Future[T]):
@@ -54,13 +67,13 @@ class SettlingFuture(asyncio.Future[T]):
 
     def cancel(self, msg: Any | None = None) -> bool:  # noqa: ANN401, ARG002 - the signature of asyncio.Future
         """Hold the cancellation off, for a bounded time: always answers False."""
-        self.bound()
+        self.give_up_at(self.get_loop().time() + CLEANUP_SECONDS)
         return False
 
-    def bound(self) -> None:
-        """Give up when no answer has come within `CLEANUP_SECONDS`."""
+    def give_up_at(self, deadline: float) -> None:
+        """Fail when no answer has come by then, in seconds of the loop's clock; the first deadline counts."""
         if not self.done() and self._give_up_timer is None:
-            self._give_up_timer = self.get_loop().call_later(CLEANUP_SECONDS, self._give_up)
+            self._give_up_timer = self.get_loop().call_at(deadline, self._give_up)
             self.add_done_callback(_cancel_timer)
 
     def _give_up(self) -> None:
@@ -80,38 +93,51 @@ class HeldOff:
     """Settles the operations of one call, and keeps the cancellation that came meanwhile.
 
     Attributes:
-        cancellation: The first cancellation that was held off and not delivered yet.
+        deadline: Until when operations may settle, in seconds of the loop's clock; None: as long as they take.
     """
 
-    __slots__ = ("cancellation",)
+    __slots__ = ("_cancellation", "deadline")
 
     def __init__(self) -> None:
-        self.cancellation: asyncio.CancelledError | None = None
+        self._cancellation: asyncio.CancelledError | None = None
+        self.deadline: float | None = None
 
-    async def settle(self, operation: Awaitable[T], *, bounded: bool = False) -> T:
+    async def settle(self, operation: Awaitable[T]) -> T:
         """Wait for the operation to settle, whatever happens to the caller; return its answer or raise its error.
 
-        Args:
-            operation: A `SettlingFuture`, or a coroutine, which then runs as a task of its own.
-            bounded: Count `CLEANUP_SECONDS` from now, as the caller has been cancelled already.
+        The operation is a `Settled`, a `SettlingFuture`, or a coroutine, which then runs as a task of its own.
         """
+        if isinstance(operation, Settled):
+            answer: T = operation.answer
+            return answer
         if isinstance(operation, SettlingFuture):
-            return await self._settle(operation, bounded=bounded or self.cancellation is not None)
+            return await self._settle(operation)
         with CancelScope(shield=True):
-            return await self._settle(_as_task(operation), bounded=bounded or self.cancellation is not None)
+            return await self._settle(_as_task(operation))
 
-    async def _settle(self, future: SettlingFuture[T], *, bounded: bool) -> T:
-        if bounded:
-            future.bound()
+    async def _settle(self, future: SettlingFuture[T]) -> T:
+        if self.deadline is not None:
+            future.give_up_at(self.deadline)
         try:
             return await future
         except asyncio.CancelledError as cancellation:
-            self.cancellation = self.cancellation or cancellation
+            self._cancellation = self._cancellation or cancellation
+            self.bound()
             return future.result()
+
+    def bound(self) -> None:
+        """Give operations `CLEANUP_SECONDS` from now, as the caller has been cancelled; the first call counts."""
+        if self.deadline is None:
+            self.deadline = asyncio.get_running_loop().time() + CLEANUP_SECONDS
+
+    @property
+    def is_pending(self) -> bool:
+        """Whether a cancellation waits to be delivered."""
+        return self._cancellation is not None
 
     def deliver(self) -> None:
         """Raise the cancellation that was held off, once."""
-        cancellation, self.cancellation = self.cancellation, None
+        cancellation, self._cancellation = self._cancellation, None
         if cancellation is not None:
             raise cancellation
 
@@ -154,12 +180,12 @@ def in_background(start: Callable[[], Awaitable[Any]]) -> None:
     For a coroutine that is being closed (`GeneratorExit`) and may not await any more.
     """
     try:
-        asyncio.get_running_loop()
+        loop = asyncio.get_running_loop()
     except RuntimeError:
         return  # nobody could finish it; what it would have undone ends with its lease
     operation = start()
     future = operation if isinstance(operation, SettlingFuture) else _as_task(operation)
-    future.bound()
+    future.give_up_at(loop.time() + CLEANUP_SECONDS)
     future.add_done_callback(_retrieve)
 
 

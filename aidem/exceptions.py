@@ -2,6 +2,7 @@
 
     IdempotencyError
     ├── IdempotencyUsageError                       aidem is used in a way that cannot work
+    │   └── IdempotencyConfigError                  an option has a value that cannot work; also a ValueError
     ├── IdempotencyKeyError                         the payload holds no key, or cannot be one
     ├── IdempotencyValidationError                  the same key with another payload
     ├── IdempotencyAlreadyInProgressError           another execution of the key is running
@@ -62,6 +63,10 @@ class IdempotencyUsageError(IdempotencyError):
     """aidem is used in a way that cannot work; the message says what to write instead."""
 
 
+class IdempotencyConfigError(IdempotencyUsageError, ValueError):
+    """An option has a value that cannot work; the message names the option and what is allowed."""
+
+
 class IdempotencyKeyError(IdempotencyError):
     """The payload holds no idempotency key, or a value that cannot be one. Nothing was stored or run."""
 
@@ -81,11 +86,11 @@ class IdempotencyValidationError(IdempotencyError):
 class IdempotencyAlreadyInProgressError(IdempotencyError):
     """Another execution of this key is running and did not end within `wait_timeout_seconds`."""
 
-    def __init__(self, *, record: DataRecord, retry_after_seconds: float) -> None:
+    def __init__(self, *, key: str, record: DataRecord | None, retry_after_seconds: float) -> None:
         super().__init__(
-            f"an execution with idempotency key {record.idempotency_key!r} is already in progress; "
+            f"an execution with idempotency key {key!r} is already in progress; "
             "retry later, or set wait_timeout_seconds to wait for its result",
-            key=record.idempotency_key,
+            key=key,
             record=record,
             retry_after_seconds=retry_after_seconds,
         )

@@ -1,0 +1,21 @@
+"""aidem makes asyncio code safe to retry: a call named by an idempotency key runs once within a window."""
+
+from aidem._context import BlockExecution, idempotency
+from aidem._decorators import idempotent, idempotent_function
+from aidem._execution import Execution, current_execution
+from aidem._record import DataRecord, RecordStatus
+from aidem.config import IdempotencyConfig, configure, register_lambda_context
+
+__all__ = [
+    "BlockExecution",
+    "DataRecord",
+    "Execution",
+    "IdempotencyConfig",
+    "RecordStatus",
+    "configure",
+    "current_execution",
+    "idempotency",
+    "idempotent",
+    "idempotent_function",
+    "register_lambda_context",
+]

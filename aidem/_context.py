@@ -1,0 +1,215 @@
+"""`async with idempotency(key)`: a block that runs once per key."""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+
+from aidem._engine import Call, Phase
+from aidem._execution import Execution, Recording, hooked, running, value_of
+from aidem._plan import Plan, is_disabled, unprotected_call
+from aidem.config import default_config, default_persistence_store
+from aidem.exceptions import IdempotencyLeaseLostError, IdempotencyUsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+    from contextlib import AbstractAsyncContextManager
+    from types import TracebackType
+
+    from aidem._plan import Key
+    from aidem._record import DataRecord
+    from aidem.config import IdempotencyConfig
+    from aidem.persistence import PersistenceLayer
+    from aidem.serialization import OutputSerializer
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+LOOK_FIRST = (
+    "the block never asked whether it is a replay, so a retry would have repeated its effect; write "
+    "`return await execution.run(function, ...)`, or guard the effect with `if not execution.replayed:`"
+)
+
+
+def idempotency(
+    key: Any,  # noqa: ANN401 - any value that a payload may be
+    *,
+    payload: Any = ...,  # noqa: ANN401 - any value
+    persistence_store: PersistenceLayer | None = None,
+    config: IdempotencyConfig | None = None,
+    output_serializer: OutputSerializer | None = None,
+    key_prefix: str = "aidem",
+) -> AbstractAsyncContextManager[BlockExecution]:
+    """Run a block once per key; a later block with the same key gets the result of the first.
+
+    Args:
+        key: Names the block: any value that a payload may be. `event_key_jmespath` is not applied to it.
+        payload: What must not change under the key: all of it, or what `payload_validation_jmespath` selects.
+        persistence_store: Where records are kept; by default what `configure` says.
+        config: Settings; by default what `configure` says.
+        output_serializer: Turns the result into JSON values and back.
+        key_prefix: Keeps keys of different blocks apart.
+
+    Raises:
+        IdempotencyError: Entering: one of its subclasses, see `aidem.exceptions`; then the block does not run.
+            Leaving: the outcome could not be recorded, the claim was lost, or the block had no protection.
+    """
+    return _Block(key, payload, persistence_store, config, output_serializer, key_prefix)
+
+
+class BlockExecution(Execution):
+    """The execution of a block: what it sees of its call, and where it leaves its result."""
+
+    __slots__ = ("_has_looked", "_has_run", "_recording", "_result", "_serializer")
+
+    def __init__(self, call: Call) -> None:
+        super().__init__(call)
+        self._serializer = call.plan.serializer
+        self._has_looked = False
+        self._has_run = False
+        self._recording: Recording | None = None
+        self._result: Any = None
+
+    @property
+    def replayed(self) -> bool:
+        """Whether the outcome of an earlier execution is handed out, so that nothing is to be done."""
+        self._has_looked = True
+        return super().replayed
+
+    @property
+    def result(self) -> Any:  # noqa: ANN401 - any result
+        """The result: what was recorded before, what the block has set, or after the block what a replay will get.
+
+        Raises:
+            IdempotencyResultUnavailableError: The outcome cannot be handed out again.
+            Exception: The stored exception, if the outcome is one.
+            IdempotencyUsageError: Setting it on a replay, or after the block.
+        """
+        self._has_looked = True
+        return self._replayed_result() if self._call.phase is Phase.REPLAYED else self._result
+
+    @result.setter
+    def result(self, value: Any) -> None:
+        if self._call.phase is Phase.REPLAYED:
+            message = "this is a replay, its result is recorded already; guard the effect with `if not execution.replayed:`"
+            raise IdempotencyUsageError(message, key=self.key)
+        if self._call.phase is Phase.ENDED:
+            raise IdempotencyUsageError("the block is over, and its result is recorded", key=self.key)
+        self._recording = None
+        self._result = value
+
+    async def run(self, func: Callable[P, Awaitable[R]], /, *args: P.args, **kwargs: P.kwargs) -> R:
+        """Call the function, or hand out what it returned before; leaving the block records its result.
+
+        The return annotation of the function says how its result is rebuilt, unless the block has an
+        `output_serializer`.
+
+        Raises:
+            IdempotencyUsageError: It was called before: a block has one result.
+        """
+        if self._has_run:
+            raise IdempotencyUsageError("run() was called before: a block has one result", key=self.key)
+        self._has_looked = self._has_run = True
+        self._serializer = self._call.plan.serializer_for(func)
+        if self._call.phase is Phase.REPLAYED:
+            value = self._replayed_result_or_awaitable()
+            return await value if inspect.isawaitable(value) else value
+        result = await func(*args, **kwargs)
+        if self._call.phase is Phase.BYPASSED:
+            self.result = result
+            return result
+        recording = Recording.of(result, self._serializer)
+        self.result = recording.value
+        self._recording = recording
+        return recording.value  # type: ignore[no-any-return]
+
+    def _replayed_result(self) -> Any:  # noqa: ANN401 - any result
+        value = self._replayed_result_or_awaitable()
+        if inspect.isawaitable(value):
+            if inspect.iscoroutine(value):
+                value.close()
+            message = "the response_hook is async, so the result must be awaited: use `await execution.run(function, ...)`"
+            raise IdempotencyUsageError(message, key=self.key)
+        return value
+
+    def _replayed_result_or_awaitable(self) -> Any:  # noqa: ANN401 - any result
+        call = self._call
+        return hooked(call, value_of(call.held_record(), call.plan.config, self._serializer))
+
+    async def record_result(self) -> None:
+        """Record what the block leaves."""
+        call = self._call
+        if call.phase is Phase.CLAIMED:
+            recording = self._recording or Recording.of(self._result, self._serializer)
+            record = await call.complete(recording.text, recording.kind)
+            if call.is_ours(record):
+                recording.warn_if_unavailable(record, call)
+                self._result = recording.value
+            else:
+                self._adopt(record, recording)
+        if not self._has_looked:
+            raise IdempotencyUsageError(LOOK_FIRST, key=self.key)
+
+    def _adopt(self, record: DataRecord, recording: Recording) -> None:
+        """Take the winner's outcome; if `run` has handed out another, only an error can take that back."""
+        if self._has_run and record.response_data != recording.text:
+            reason = "another call took it over and has another outcome, which a retry will get"
+            raise IdempotencyLeaseLostError(key=self.key, record=record, reason=reason)
+        self._result = value_of(record, self._call.plan.config, self._serializer)
+
+
+class _Block:
+    """The async context manager behind `idempotency`."""
+
+    __slots__ = ("_call", "_config", "_execution", "_key", "_key_prefix", "_layer", "_payload", "_running", "_serializer")
+
+    def __init__(
+        self,
+        key: Any,  # noqa: ANN401 - any value
+        payload: Any,  # noqa: ANN401 - any value
+        layer: PersistenceLayer | None,
+        config: IdempotencyConfig | None,
+        serializer: OutputSerializer | None,
+        key_prefix: str,
+    ) -> None:
+        self._key = key
+        self._payload = payload
+        self._layer = layer
+        self._config = config
+        self._serializer = serializer
+        self._key_prefix = key_prefix
+
+    async def __aenter__(self) -> BlockExecution:
+        self._call = self._make_call()
+        await self._call.begin()
+        self._execution = BlockExecution(self._call)
+        self._running = running(self._execution)
+        self._running.__enter__()
+        return self._execution
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._running.__exit__()
+        if exc is None:
+            await self._execution.record_result()
+        else:
+            await self._call.fail(exc)
+
+    def _make_call(self) -> Call:
+        config = self._config or default_config()
+        function = f"the block {self._key_prefix!r}"
+        if is_disabled(function):
+            plan, key = unprotected_call(self._find_key, config=config, function=function, prefix=self._key_prefix)
+            return Call(plan, key, bypassed=True)
+        plan = Plan(
+            layer=self._layer or default_persistence_store(),
+            config=config,
+            function=function,
+            prefix=self._key_prefix,
+            output_serializer=self._serializer,
+        )
+        return Call(plan, self._find_key(plan))
+
+    def _find_key(self, plan: Plan) -> Key:
+        return plan.key_of_block(self._key, self._payload)

@@ -1,0 +1,217 @@
+"""What a body sees of its call, and the one way to run a body under a call."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import inspect
+import logging
+import warnings
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any
+
+from aidem._engine import Call, Phase
+from aidem._record import OutcomeKind
+from aidem.exceptions import (
+    IdempotencyKeyError,
+    IdempotencyResultUnavailableError,
+    IdempotencySerializationError,
+    IdempotencyUsageError,
+    IdempotencyWarning,
+)
+from aidem.hooks import EventKind
+from aidem.serialization import UNAVAILABLE_TEXT, exception_from_text, result_from_text, result_text
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Mapping
+
+    from aidem._record import DataRecord
+    from aidem.config import IdempotencyConfig
+    from aidem.serialization import OutputSerializer
+
+logger = logging.getLogger("aidem")
+
+
+class Execution:
+    """One execution of an idempotent call, as its body sees it."""
+
+    __slots__ = ("_call",)
+
+    def __init__(self, call: Call) -> None:
+        self._call = call
+
+    @property
+    def key(self) -> str:
+        """The idempotency key; `""` where the call has none."""
+        return self._call.key.text
+
+    @property
+    def replayed(self) -> bool:
+        """Whether the outcome of an earlier execution is handed out, so that nothing is to be done."""
+        return self._call.phase is Phase.REPLAYED
+
+    @property
+    def record(self) -> DataRecord | None:
+        """The claim, or the record that is replayed; None where the call runs without idempotency."""
+        return self._call.record
+
+    @property
+    def fence(self) -> int:
+        """A number that grows with every new claim of the key, for downstream systems that check it.
+
+        0, below every other, where the call runs without idempotency.
+        """
+        return self._call.fence
+
+    def key_for(self, name: str) -> str:
+        """Return a key for a downstream service: the same on every attempt, another for every name.
+
+        Raises:
+            IdempotencyKeyError: This call has no key to derive one from.
+        """
+        if not self.key:
+            message = "key_for() derives keys from the idempotency key of the call, and this call has none"
+            raise IdempotencyKeyError(message)
+        return hashlib.sha256(f"{self.key}#{name}".encode()).hexdigest()
+
+    async def ensure_owned(self) -> None:
+        """Renew the claim at the store: ask this right before an irreversible step.
+
+        A call that runs without idempotency has no claim, and passes.
+
+        Raises:
+            IdempotencyLeaseLostError: The claim is not ours any more; another execution may run.
+            IdempotencyPersistenceLayerError: The layer failed to answer.
+            IdempotencyUsageError: The call replays, or is over.
+        """
+        await self._call.ensure_owned()
+
+
+_current: ContextVar[Execution | None] = ContextVar("aidem_execution", default=None)
+
+
+def current_execution() -> Execution:
+    """Return the execution whose body is running.
+
+    Raises:
+        IdempotencyUsageError: No idempotent body is running in this task or thread.
+    """
+    execution = _current.get()
+    if execution is None:
+        message = "current_execution() is for the body of an idempotent call, and none is running here"
+        raise IdempotencyUsageError(message)
+    return execution
+
+
+class running:  # noqa: N801 - used like a function; a generator would cost four times as much
+    """Make an execution the current one within a `with` block."""
+
+    __slots__ = ("_execution", "_token")
+
+    def __init__(self, execution: Execution) -> None:
+        self._execution = execution
+
+    def __enter__(self) -> None:
+        self._token = _current.set(self._execution)
+
+    def __exit__(self, *_: object) -> None:
+        # A coroutine that is closed from another context never changed the variable there.
+        with contextlib.suppress(ValueError):
+            _current.reset(self._token)
+
+
+async def execute(
+    call: Call, function: Callable[..., Awaitable[Any]], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Any:  # noqa: ANN401 - whatever the function returns
+    """Run a function under a call, or hand out what it returned before."""
+    await call.begin()
+    if call.phase is Phase.REPLAYED:
+        return await replayed_value(call)
+    try:
+        with running(Execution(call)):
+            result = await function(*args, **kwargs)
+        if call.phase is Phase.BYPASSED:
+            return result
+        recording = Recording.of(result, call.plan.serializer)
+    except BaseException as error:
+        await call.fail(error)
+        raise
+    return await recording.store(call)
+
+
+async def replayed_value(call: Call) -> Any:  # noqa: ANN401 - whatever the function returned
+    """Return the outcome that a call found, by way of the response hook."""
+    value = hooked(call, value_of(call.held_record(), call.plan.config, call.plan.serializer))
+    return await value if inspect.isawaitable(value) else value
+
+
+def hooked(call: Call, value: Any) -> Any:  # noqa: ANN401 - any result, or an awaitable of one
+    """Pass a replayed value through the response hook, which may answer an awaitable."""
+    hook = call.plan.config.response_hook
+    return value if hook is None else hook(value, call.held_record())
+
+
+def value_of(record: DataRecord, config: IdempotencyConfig, serializer: OutputSerializer) -> Any:  # noqa: ANN401
+    """Return the outcome in a completed record as an object of its own.
+
+    Raises:
+        IdempotencyResultUnavailableError: The outcome cannot be handed out again.
+        Exception: The stored exception, if the outcome is one.
+    """
+    text = record.response_data
+    try:
+        if record.outcome is OutcomeKind.EXCEPTION and text is not None:
+            error = exception_from_text(text, config.stored_exceptions)
+        elif record.outcome is None:
+            return None if text is None else result_from_text(text, serializer)
+        else:
+            raise IdempotencyResultUnavailableError(record=record, reason="its result could not be stored")
+    except IdempotencySerializationError as exc:
+        raise IdempotencyResultUnavailableError(record=record, reason=str(exc)) from exc
+    raise error
+
+
+class Recording:
+    """A result on its way to the store: the first caller gets what its text says, as every later one does.
+
+    Attributes:
+        text: What is stored.
+        kind: None for a result, `UNAVAILABLE` where it cannot be stored.
+        value: What the first caller gets.
+    """
+
+    __slots__ = ("kind", "text", "value")
+
+    def __init__(self, text: str, kind: OutcomeKind | None, value: Any) -> None:  # noqa: ANN401 - any result
+        self.text = text
+        self.kind = kind
+        self.value = value
+
+    @classmethod
+    def of(cls, result: Any, serializer: OutputSerializer) -> Recording:  # noqa: ANN401 - any result
+        """Turn a result into text and back; if that fails, its text says that the result is unavailable."""
+        try:
+            text = result_text(result, serializer)
+            return cls(text, None, result_from_text(text, serializer))
+        except IdempotencySerializationError as exc:
+            logger.error("a result cannot be stored, so it cannot be replayed: %s", exc)  # noqa: TRY400 - no trace: it may show the result
+            return cls(UNAVAILABLE_TEXT, OutcomeKind.UNAVAILABLE, result)
+
+    async def store(self, call: Call) -> Any:  # noqa: ANN401 - any result
+        """Record it; return what every replay will return, which is the winner's outcome if the claim was lost."""
+        record = await call.complete(self.text, self.kind)
+        if not call.is_ours(record):
+            return value_of(record, call.plan.config, call.plan.serializer)
+        self.warn_if_unavailable(record, call)
+        return self.value
+
+    @staticmethod
+    def warn_if_unavailable(record: DataRecord, call: Call) -> None:
+        """Say that later callers will not get the result."""
+        if record.outcome is OutcomeKind.UNAVAILABLE:
+            call.reporter.report(EventKind.RESULT_UNAVAILABLE, fence=record.fence)
+            message = (
+                f"the result of {call.plan.function} could not be stored; its effect will not be repeated, "
+                "and later callers get IdempotencyResultUnavailableError"
+            )
+            warnings.warn(message, IdempotencyWarning, stacklevel=2)

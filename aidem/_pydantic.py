@@ -1,0 +1,97 @@
+"""Results that are pydantic models. pydantic itself is imported only when a serializer is made."""
+# ruff: noqa: ANN401 - results and annotations are any value
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, Self
+
+from aidem._json import encode
+from aidem.exceptions import (
+    IdempotencyModelTypeError,
+    IdempotencyNoSerializationModelError,
+    IdempotencySerializationError,
+    IdempotencyUsageError,
+)
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter, ValidationError
+
+_SHOWN_FAULTS = 5
+
+
+class PydanticSerializer:
+    """Rebuilds results by a pydantic model, or any annotation that pydantic understands: `list[Order]`, `Order | None`.
+
+    What is stored goes by field name and without computed fields; aliases and computed fields are understood when it is
+    read, so results that AWS Powertools stored are too.
+
+    Raises:
+        IdempotencyModelTypeError: pydantic cannot handle the annotation.
+        IdempotencyUsageError: pydantic is not installed.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._adapter = _adapter(model)
+
+    @classmethod
+    def instantiate(cls, model_type: Any) -> Self:
+        """Make a serializer for a return annotation; None: there is none."""
+        if model_type is None:
+            raise IdempotencyNoSerializationModelError(
+                "PydanticSerializer takes its model from the return annotation, and the function has none; "
+                "annotate it, or pass PydanticSerializer(Model)"
+            )
+        return cls(model_type)
+
+    def to_dict(self, data: Any) -> Any:
+        """Return the JSON data of a result."""
+        return self._adapter.dump_python(data, mode="json", round_trip=True, by_alias=False, warnings=False)
+
+    def from_dict(self, data: Any) -> Any:
+        """Rebuild the result from its JSON data.
+
+        Raises:
+            IdempotencySerializationError: The data does not fit the model.
+        """
+        from pydantic import ValidationError
+
+        try:
+            # As JSON, because strict models and encoded bytes are read back only from there.
+            return self._adapter.validate_json(encode(data), by_alias=True, by_name=True)
+        except ValidationError as error:
+            # Its own message shows the values, so it is neither quoted nor chained.
+            raise IdempotencySerializationError(f"the stored result does not fit the model: {_faults(error)}") from None
+
+
+def is_pydantic(cls: object) -> bool:
+    """Whether something is a pydantic model or a pydantic dataclass."""
+    return isinstance(cls, type) and hasattr(cls, "__pydantic_validator__")
+
+
+@lru_cache(maxsize=256)
+def serializer_of(model: type) -> PydanticSerializer:
+    """Return the serializer of a model that is part of something else."""
+    return PydanticSerializer(model)
+
+
+def _adapter(model: Any) -> TypeAdapter[Any]:
+    try:
+        from pydantic import TypeAdapter
+    except ImportError as error:
+        raise IdempotencyUsageError("PydanticSerializer needs pydantic: pip install aidem[pydantic]") from error
+    try:
+        adapter = TypeAdapter[Any](model)
+        adapter.rebuild()  # pydantic puts off what it cannot resolve; better now than after the effect
+    except Exception as error:
+        raise IdempotencyModelTypeError(
+            f"PydanticSerializer cannot handle {model!r}: {type(error).__name__}; use a pydantic model, "
+            "and import at run time what its annotations name"
+        ) from error
+    return adapter
+
+
+def _faults(error: ValidationError) -> str:
+    faults = error.errors(include_url=False, include_context=False, include_input=False)
+    shown = [f"{'.'.join(map(str, ('$', *fault['loc'])))} ({fault['type']})" for fault in faults[:_SHOWN_FAULTS]]
+    return ", ".join(shown) + (", …" if len(faults) > _SHOWN_FAULTS else "")

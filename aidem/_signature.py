@@ -1,0 +1,155 @@
+"""The decorated callable: its kind, its name, and how the payload is found among its arguments."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import os
+from typing import TYPE_CHECKING, Any
+
+from aidem import _key
+from aidem.exceptions import IdempotencyConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from aidem._plan import Key, Plan
+
+    FindKey = Callable[[Plan, tuple[Any, ...], dict[str, Any]], Key]
+
+BOUND_BY_CALL = ("self", "cls")
+
+
+class Target:
+    """A callable that is to be made idempotent.
+
+    Attributes:
+        function: The callable.
+        name: Module and qualified name, for messages and events.
+
+    Raises:
+        TypeError: It is not an async callable.
+        IdempotencyConfigError: It has no stable name, and no `key_prefix`.
+    """
+
+    __slots__ = ("_module", "_qualname", "function", "name")
+
+    def __init__(self, function: Callable[..., Any], *, decorator: str, key_prefix: str | None, is_async: bool = True) -> None:
+        self.function = function
+        _check_kind(function, decorator=decorator, is_async=is_async)
+        self._module: str | None = getattr(function, "__module__", None)
+        self._qualname: str | None = getattr(function, "__qualname__", None)
+        if self._qualname is None or "<lambda>" in self._qualname:
+            if key_prefix is None:
+                message = f"{function!r} has no stable name to make keys from; give {decorator} a key_prefix"
+                raise IdempotencyConfigError(message)
+            self.name = key_prefix
+        else:
+            self.name = f"{self._module}.{self._qualname}"
+
+    def default_prefix(self) -> str:
+        """Return the key prefix that Lambda's function name and the callable's own make."""
+        return _key.default_prefix(os.environ.get("AWS_LAMBDA_FUNCTION_NAME"), self._module or "", self._qualname or "")
+
+    def signature(self) -> inspect.Signature:
+        """Return the signature of the callable."""
+        return inspect.signature(self.function)
+
+
+def _check_kind(function: object, *, decorator: str, is_async: bool) -> None:
+    if not callable(function) or isinstance(function, type):
+        message = f"{decorator} decorates functions, methods and callable objects, not {function!r}"
+        raise TypeError(message)
+    called = _called(function)
+    if inspect.isasyncgenfunction(called) or inspect.isgeneratorfunction(called):
+        message = f"{decorator} cannot replay a generator; let {_name(function)} return a list"
+        raise TypeError(message)
+    if is_async and not inspect.iscoroutinefunction(called):
+        message = f"{_name(function)} is not an async function; decorate it with aidem.sync.{decorator} instead"
+        raise TypeError(message)
+    if not is_async and inspect.iscoroutinefunction(called):
+        message = f"{_name(function)} is an async function; decorate it with aidem.{decorator} instead"
+        raise TypeError(message)
+
+
+def _called(function: Any) -> Any:
+    """Return the function that runs when a partial or a callable object is called."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    if inspect.isroutine(function):
+        return function
+    return type(function).__call__
+
+
+def _name(function: object) -> str:
+    return getattr(function, "__qualname__", None) or repr(function)
+
+
+def payload_finder(
+    target: Target, *, data_keyword_argument: str | None, key: Callable[..., Any] | None
+) -> FindKey:
+    """Return how the key of a call is found among its arguments.
+
+    Raises:
+        IdempotencyConfigError: The options do not suit the signature, or each other.
+    """
+    signature = target.signature()
+    if data_keyword_argument is not None and key is not None:
+        message = "data_keyword_argument and key both say what the payload is; give only one of them"
+        raise IdempotencyConfigError(message)
+    if data_keyword_argument is not None:
+        return _named(signature, data_keyword_argument, target)
+    if key is not None:
+        return _computed(signature, key, target)
+    return _all_arguments(signature)
+
+
+def _named(signature: inspect.Signature, name: str, target: Target) -> FindKey:
+    parameter = signature.parameters.get(name)
+    if parameter is None:
+        known = ", ".join(map(repr, signature.parameters)) or "none"
+        message = f"data_keyword_argument={name!r} is not a parameter of {target.name}; its parameters are: {known}"
+        raise IdempotencyConfigError(message)
+    position = list(signature.parameters).index(name)
+    is_positional = parameter.kind in {parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD}
+
+    def find_key(plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Key:
+        if is_positional and len(args) > position:
+            return plan.key(args[position])
+        if parameter.kind is not parameter.POSITIONAL_ONLY and name in kwargs:
+            return plan.key(kwargs[name])
+        return plan.key(_bound(signature, args, kwargs)[name])  # its default, *args or **kwargs, or a TypeError
+
+    return find_key
+
+
+def _computed(signature: inspect.Signature, key: Callable[..., Any], target: Target) -> FindKey:
+    names = list(signature.parameters)
+    try:
+        inspect.signature(key).bind(**dict.fromkeys(names))
+    except TypeError as exc:
+        message = f"key= must take the arguments of {target.name} by name ({', '.join(names) or 'none'}): {exc}"
+        raise IdempotencyConfigError(message) from exc
+
+    def find_key(plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Key:
+        return plan.key(key(**_bound(signature, args, kwargs)))
+
+    return find_key
+
+
+def _all_arguments(signature: inspect.Signature) -> FindKey:
+    bound_by_call = next(iter(signature.parameters), None)
+
+    def find_key(plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Key:
+        arguments = _bound(signature, args, kwargs)
+        if bound_by_call in BOUND_BY_CALL:
+            del arguments[bound_by_call]
+        return plan.key_of_arguments(arguments)
+
+    return find_key
+
+
+def _bound(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    bound = signature.bind(*args, **kwargs)
+    bound.apply_defaults()
+    return bound.arguments

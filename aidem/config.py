@@ -1,0 +1,264 @@
+"""Settings: `IdempotencyConfig`, the defaults of the process, and the Lambda context of the current task."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, get_args, runtime_checkable
+
+from aidem import _key
+from aidem.exceptions import IdempotencyConfigError, IdempotencyPersistenceConfigError
+from aidem.hooks import IdempotencyHook
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Mapping
+    from contextvars import Token
+
+    from aidem._record import DataRecord
+    from aidem.persistence import PersistenceLayer
+
+    ResponseHook = Callable[[Any, DataRecord], Any | Awaitable[Any]]
+
+logger = logging.getLogger("aidem")
+
+OnAbandoned = Literal["run_again", "raise"]
+OnPersistenceError = Literal["raise", "run"]
+
+DEFAULT_PATH: Final = "aidem.sqlite3"
+
+
+@runtime_checkable
+class LambdaContext(Protocol):
+    """The part of AWS Lambda's context object that aidem reads."""
+
+    def get_remaining_time_in_millis(self) -> int:
+        """Return the time until Lambda ends the invocation, in milliseconds."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IdempotencyConfig:
+    """How calls are made idempotent: frozen, hashable, safe to share between any number of functions.
+
+    Attributes:
+        event_key_jmespath: JMESPath that selects the key from the payload; empty: all of it.
+        payload_validation_jmespath: JMESPath for the part that must not change under one key; empty: not validated.
+        jmespath_options: Keyword arguments of `jmespath.Options`; they replace the built-in functions.
+        raise_on_no_idempotency_key: Whether a missing key is an error instead of a call without idempotency.
+        expires_after_seconds: How long an outcome is kept, counted from completion.
+        use_local_cache: Whether completed records are also kept in memory.
+        local_cache_max_items: How many of them.
+        hash_function: Any fixed-length name of `hashlib`; `"md5"` to share records with AWS Powertools.
+        response_hook: `hook(response, record)`, sync or async, on every replay; its return value is returned.
+        lambda_context: A Lambda context for every call, unless one is registered for the task.
+        lease_seconds: How long a claim holds without being renewed; None: until the record expires.
+        renew_lease: Whether the lease is renewed, at a third of it, while the function runs.
+        wait_timeout_seconds: How long to wait for a running execution.
+        on_abandoned: What a new call does when the owner of a claim vanished: `"run_again"` (at least once) or
+            `"raise"` `IdempotencyInDoubtError` (at most once within the window).
+        on_persistence_error: What a call does when the store cannot be reached: `"raise"`, or `"run"` unprotected.
+        stored_exceptions: Exception types whose occurrence is a result: stored, and raised again on a replay.
+        max_clock_skew_seconds: Added to a foreign lease before it may be taken over, where clients' clocks judge.
+        hooks: Observers of what happens to calls.
+
+    Raises:
+        IdempotencyConfigError: An option has a value that cannot work; the message names it and what is allowed.
+    """
+
+    event_key_jmespath: str = ""
+    payload_validation_jmespath: str = ""
+    jmespath_options: Mapping[str, Any] | None = field(default=None, hash=False)
+    raise_on_no_idempotency_key: bool = False
+    expires_after_seconds: float = 3600
+    use_local_cache: bool = False
+    local_cache_max_items: int = 256
+    hash_function: str = "sha256"
+    response_hook: ResponseHook | None = None
+    lambda_context: LambdaContext | None = field(default=None, hash=False)
+    lease_seconds: float | None = 30.0
+    renew_lease: bool = True
+    wait_timeout_seconds: float = 0.0
+    on_abandoned: OnAbandoned = "run_again"
+    on_persistence_error: OnPersistenceError = "raise"
+    stored_exceptions: tuple[type[Exception], ...] = ()
+    max_clock_skew_seconds: float = 0.0
+    hooks: tuple[IdempotencyHook, ...] = ()
+
+    def __post_init__(self) -> None:
+        _check_expressions(self)
+        _check_durations(self)
+        _check_choices(self)
+        _check_types(self)
+
+    def register_lambda_context(self, lambda_context: LambdaContext) -> None:
+        """Register the Lambda context for the current task or thread, as `aidem.register_lambda_context` does."""
+        register_lambda_context(lambda_context)
+
+
+def _check_expressions(config: IdempotencyConfig) -> None:
+    for option in ("event_key_jmespath", "payload_validation_jmespath"):
+        expression = getattr(config, option)
+        if not isinstance(expression, str):
+            raise _refused(option, expression, "a JMESPath expression as a string")
+        if expression:
+            from aidem._jmespath import compile_expression  # jmespath is imported only by those who use it
+
+            try:
+                compile_expression(expression)
+            except ValueError as exc:
+                raise _refused(option, expression, f"a valid JMESPath expression ({exc})") from exc
+    try:
+        _key.check_hash_function(config.hash_function)
+    except ValueError as exc:
+        raise _refused("hash_function", config.hash_function, str(exc)) from exc
+
+
+def _check_durations(config: IdempotencyConfig) -> None:
+    positive = ["expires_after_seconds", "local_cache_max_items"]
+    if config.lease_seconds is not None:
+        positive.append("lease_seconds")
+    for option in positive:
+        if not _is_number(getattr(config, option)) or getattr(config, option) <= 0:
+            raise _refused(option, getattr(config, option), "a positive number")
+    for option in ("wait_timeout_seconds", "max_clock_skew_seconds"):
+        if not _is_number(getattr(config, option)) or getattr(config, option) < 0:
+            raise _refused(option, getattr(config, option), "a number that is not negative")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _check_choices(config: IdempotencyConfig) -> None:
+    for option, choices in (("on_abandoned", OnAbandoned), ("on_persistence_error", OnPersistenceError)):
+        if getattr(config, option) not in get_args(choices):
+            raise _refused(option, getattr(config, option), f"one of {', '.join(map(repr, get_args(choices)))}")
+    if config.on_abandoned == "raise" and config.on_persistence_error == "run":
+        allowed = '"raise" together with on_abandoned="raise", which promises that nothing runs twice'
+        raise _refused("on_persistence_error", "run", allowed)
+
+
+def _check_types(config: IdempotencyConfig) -> None:
+    for kind in _tuple("stored_exceptions", config.stored_exceptions):
+        if not (isinstance(kind, type) and issubclass(kind, Exception)):
+            raise _refused("stored_exceptions", kind, "a tuple of subclasses of Exception")
+    for hook in _tuple("hooks", config.hooks):
+        if not isinstance(hook, IdempotencyHook):
+            raise _refused("hooks", hook, "a tuple of objects with a method on_event(event)")
+    if config.response_hook is not None and not callable(config.response_hook):
+        raise _refused("response_hook", config.response_hook, "a callable hook(response, record)")
+    if config.lambda_context is not None and not isinstance(config.lambda_context, LambdaContext):
+        raise _refused("lambda_context", config.lambda_context, "an object with get_remaining_time_in_millis()")
+
+
+def _tuple(option: str, value: object) -> tuple[object, ...]:
+    if not isinstance(value, tuple):
+        raise _refused(option, value, "a tuple")
+    return value
+
+
+def _refused(option: str, value: object, allowed: str) -> IdempotencyConfigError:
+    return IdempotencyConfigError(f"{option}={value!r} is not allowed: it must be {allowed}")
+
+
+# --- The Lambda context of the current task or thread ---------------------------------------------------------------
+
+_lambda_context: ContextVar[LambdaContext | None] = ContextVar("aidem_lambda_context", default=None)
+
+
+def register_lambda_context(lambda_context: LambdaContext | None) -> Token[LambdaContext | None]:
+    """Let claims made by the current task or thread last as long as its Lambda invocation.
+
+    Args:
+        lambda_context: Lambda's context object; None: forget the one registered before.
+
+    Returns:
+        A token for `aidem.config.reset_lambda_context`.
+    """
+    return _lambda_context.set(lambda_context)
+
+
+def reset_lambda_context(token: Token[LambdaContext | None]) -> None:
+    """Restore what was registered before."""
+    _lambda_context.reset(token)
+
+
+def current_lambda_context(config: IdempotencyConfig) -> LambdaContext | None:
+    """Return the context registered for the current task or thread, else that of the config."""
+    return _lambda_context.get() or config.lambda_context
+
+
+def lambda_context_of(context: object) -> tuple[LambdaContext | None, bool]:
+    """Return the Lambda context in a handler's second argument, and whether a durable function replays.
+
+    A durable context carries the real one in `lambda_context`; once it has recorded more than its first operation, the
+    handler runs again over what it did before.
+    """
+    state, inner = getattr(context, "state", None), getattr(context, "lambda_context", None)
+    if state is not None and inner is not None:
+        operations = getattr(state, "operations", ())
+        return (inner if isinstance(inner, LambdaContext) else None), len(operations) > 1
+    return (context if isinstance(context, LambdaContext) else None), False
+
+
+# --- The defaults of the process ------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class _Defaults:
+    persistence_store: PersistenceLayer | None = None
+    config: IdempotencyConfig = field(default_factory=IdempotencyConfig)
+    from_environment: tuple[str, PersistenceLayer] | None = None
+
+
+_defaults = _Defaults()
+
+
+def configure(
+    *, persistence_store: PersistenceLayer | None = None, config: IdempotencyConfig | None = None
+) -> None:
+    """Set the process-wide defaults, both of them; what is left out goes back to aidem's own default."""
+    _defaults.persistence_store = persistence_store
+    _defaults.config = config or IdempotencyConfig()
+
+
+def default_config() -> IdempotencyConfig:
+    """Return the config for calls that have none of their own."""
+    return _defaults.config
+
+
+def default_persistence_store() -> PersistenceLayer:
+    """Return the layer for calls that have none of their own.
+
+    It is the one given to `configure`, else the one that the environment variable `AIDEM_PERSISTENCE` names, else
+    SQLite in `aidem.sqlite3` in the working directory.
+
+    Raises:
+        IdempotencyPersistenceConfigError: Nothing is configured on Lambda, where a file is shared with nobody; or
+            the environment variable cannot be understood.
+    """
+    if _defaults.persistence_store is not None:
+        return _defaults.persistence_store
+    url = os.environ.get("AIDEM_PERSISTENCE", "")
+    if _defaults.from_environment is None or _defaults.from_environment[0] != url:
+        _defaults.from_environment = (url, _open(url))
+    return _defaults.from_environment[1]
+
+
+def _open(url: str) -> PersistenceLayer:
+    from aidem.persistence import open_persistence_layer  # loads the layer's client only now
+
+    if url:
+        return open_persistence_layer(url)
+    if os.environ.get("AWS_LAMBDA_FUNCTION_NAME"):
+        message = (
+            "no persistence layer is configured, and on Lambda a file would be shared with nobody; pass "
+            "persistence_store=DynamoDBPersistenceLayer(...) or call aidem.configure(persistence_store=...)"
+        )
+        raise IdempotencyPersistenceConfigError(message)
+    path = os.path.abspath(DEFAULT_PATH)  # noqa: PTH100 - pathlib costs more to import than all the rest of this module
+    logger.warning("no persistence layer is configured; idempotency records are kept in %s", path)
+    return open_persistence_layer(f"sqlite:///{path}")

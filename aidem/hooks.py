@@ -1,0 +1,97 @@
+"""Observing: what happened to a call, told to the objects in `IdempotencyConfig.hooks`."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+logger = logging.getLogger("aidem")
+
+
+class EventKind(StrEnum):
+    """What happened."""
+
+    EXECUTED = "executed"
+    REPLAYED = "replayed"
+    CONFLICT = "conflict"
+    WAITED = "waited"
+    TAKEN_OVER = "taken_over"
+    LEASE_LOST = "lease_lost"
+    RELEASED = "released"
+    BYPASSED = "bypassed"
+    RESULT_UNAVAILABLE = "result_unavailable"
+    PERSISTENCE_ERROR = "persistence_error"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IdempotencyEvent:
+    """One thing that happened to one call.
+
+    Attributes:
+        kind: What happened.
+        key: The idempotency key; `""` where the call has none.
+        function: Module and qualified name of the function, or the key prefix of a block.
+        fence: The fence of the claim; 0 where nothing was claimed.
+        duration_seconds: From the start of the call until now.
+        error: What failed, for `PERSISTENCE_ERROR`, `CONFLICT` and `RESULT_UNAVAILABLE`.
+    """
+
+    kind: EventKind
+    key: str
+    function: str
+    fence: int
+    duration_seconds: float
+    error: BaseException | None = None
+
+
+@runtime_checkable
+class IdempotencyHook(Protocol):
+    """An observer. It is called in line, so it must be quick; an exception of its own is logged and changes nothing."""
+
+    def on_event(self, event: IdempotencyEvent, /) -> None:
+        """Take note of an event."""
+        ...
+
+
+class Reporter:
+    """Tells the hooks of one call what happens to it.
+
+    Attributes:
+        tell: Takes each event; fronts whose hooks must run in another thread replace it.
+    """
+
+    __slots__ = ("_function", "_hooks", "_key", "_started_at", "tell")
+
+    def __init__(self, hooks: tuple[IdempotencyHook, ...], *, key: str, function: str) -> None:
+        self._hooks = hooks
+        self._key = key
+        self._function = function
+        self._started_at = time.monotonic() if hooks else 0.0
+        self.tell: Callable[[IdempotencyEvent], None] = self.tell_hooks
+
+    def report(self, kind: EventKind, *, fence: int = 0, error: BaseException | None = None) -> None:
+        """Report an event; costs next to nothing where nobody listens."""
+        if self._hooks:
+            event = IdempotencyEvent(
+                kind=kind,
+                key=self._key,
+                function=self._function,
+                fence=fence,
+                duration_seconds=time.monotonic() - self._started_at,
+                error=error,
+            )
+            self.tell(event)
+
+    def tell_hooks(self, event: IdempotencyEvent) -> None:
+        """Hand an event to every hook."""
+        for hook in self._hooks:
+            try:
+                hook.on_event(event)
+            except Exception:
+                logger.exception("a hook failed on the event %s", event.kind)

@@ -1,0 +1,130 @@
+"""Records in a dict: for tests, and for services whose duplicates only meet in one process."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import TYPE_CHECKING, Final, Self
+
+from aidem import _state
+from aidem._cancellation import Settled
+from aidem._state import Blocked, Claimed, Completion
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import TracebackType
+
+    from aidem._record import DataRecord
+
+SWEEP_EVERY: Final = 64
+"""After how many claims that were asked for some records are checked for expiry."""
+
+SWEPT_AT_ONCE: Final = 2 * SWEEP_EVERY
+"""How many are checked: two for each claim asked for, so that no more than about half of all records have expired."""
+
+
+class MemoryPersistenceLayer:
+    """Keeps records as long as the process lives; threads and event loops may share an instance.
+
+    Its operations never wait, so they answer without a task, a future or a turn of the loop.
+    """
+
+    def __init__(self, *, clock: Callable[[], float] = time.time) -> None:
+        """Start empty.
+
+        Args:
+            clock: Answers epoch seconds; every decision is made by it.
+        """
+        self.clock = clock
+        self._records: dict[str, DataRecord] = {}
+        self._last_fence = 0  # of any key: remembers what release and expiry would forget, in bounded space
+        self._acquires = 0
+        self._unchecked: list[str] = []
+        self._lock = threading.Lock()
+
+    def acquire(
+        self,
+        record: DataRecord,
+        *,
+        now: float,
+        max_clock_skew_seconds: float = 0.0,  # noqa: ARG002 - there is only one clock
+    ) -> Settled[Claimed | Blocked]:
+        """Claim the key."""
+        key = record.idempotency_key
+        with self._lock:
+            own_now = self.clock()
+            proposed = _state.shifted(record, seconds=own_now - now)
+            found = self._records.get(key)
+            answer = _state.acquire(found, proposed, now=own_now, last_fence=self._last_fence)
+            if isinstance(answer, Claimed):
+                self._records[key] = answer.record
+                self._last_fence = max(self._last_fence, answer.record.fence)
+            self._acquires += 1
+            if self._acquires % SWEEP_EVERY == 0:
+                self._sweep(own_now)
+        return Settled(answer)
+
+    def complete(self, record: DataRecord, *, now: float) -> Settled[bool]:
+        """Store the outcome."""
+        key = record.idempotency_key
+        with self._lock:
+            own_now = self.clock()
+            decision = _state.complete(self._records.get(key), record, now=own_now)
+            if decision is Completion.STORE:
+                self._records[key] = _state.shifted(record, seconds=own_now - now)
+        return Settled(decision is not Completion.REFUSED)
+
+    def renew(self, record: DataRecord, *, now: float) -> Settled[DataRecord | None]:
+        """Move the instants of the claim."""
+        key = record.idempotency_key
+        with self._lock:
+            proposed = _state.shifted(record, seconds=self.clock() - now)
+            renewed = _state.renewed(self._records.get(key), proposed)
+            if renewed is not None:
+                self._records[key] = renewed
+        return Settled(renewed)
+
+    def release(self, record: DataRecord) -> Settled[bool]:
+        """Delete the claim."""
+        key = record.idempotency_key
+        with self._lock:
+            held = _state.is_held_by(self._records.get(key), record.owner)
+            if held:
+                del self._records[key]
+        return Settled(held)
+
+    def get(self, key: str) -> Settled[DataRecord | None]:
+        """Look the record up."""
+        with self._lock:
+            return Settled(self._records.get(key))
+
+    def forget(self, key: str) -> Settled[None]:
+        """Drop the record."""
+        with self._lock:
+            self._records.pop(key, None)
+        return Settled(None)
+
+    async def open(self) -> None:
+        """Do nothing: there is nothing to connect to."""
+
+    async def aclose(self) -> None:
+        """Do nothing: the records stay."""
+
+    async def __aenter__(self) -> Self:
+        """Open the layer."""
+        return self
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Close the layer."""
+
+    def _sweep(self, now: float) -> None:
+        """Drop what has expired among the next few records, the oldest first, in turn."""
+        if not self._unchecked:
+            self._unchecked = list(reversed(self._records))
+        for key in self._unchecked[-SWEPT_AT_ONCE:]:
+            record = self._records.get(key)
+            if record is not None and _state.is_expired(record, now=now):
+                del self._records[key]
+        del self._unchecked[-SWEPT_AT_ONCE:]

@@ -1,0 +1,95 @@
+"""Development tasks: `nox` runs every check, `nox -l` lists the sessions."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+
+import nox
+
+nox.needs_version = ">=2025.5.1"
+nox.options.default_venv_backend = "uv|virtualenv"
+nox.options.download_python = "never"
+nox.options.reuse_existing_virtualenvs = True
+nox.options.sessions = ["lint", "demo", "typing", "tests"]
+
+SUPPORTED = ("3.11", "3.12", "3.13")
+MAIN = f"{sys.version_info.major}.{sys.version_info.minor}"
+
+
+def _reveal_pyenv_versions() -> None:
+    """Let pyenv's shims start every version it has, not only the one selected here."""
+    pyenv = shutil.which("pyenv")
+    if pyenv is None or "PYENV_VERSION" in os.environ:
+        return
+    versions = subprocess.run([pyenv, "versions", "--bare", "--skip-aliases"], capture_output=True, text=True).stdout
+    main_first = sorted(versions.split(), key=lambda version: not version.startswith(f"{MAIN}."))
+    os.environ["PYENV_VERSION"] = ":".join(main_first)
+
+
+def _is_present(version: str) -> bool:
+    command = [f"python{version}", "-c", ""]
+    return version == MAIN or (
+        shutil.which(command[0]) is not None and subprocess.run(command, capture_output=True).returncode == 0
+    )
+
+
+os.environ.setdefault("UV_SYSTEM_CERTS", "1")  # uv then trusts what pip trusts
+_reveal_pyenv_versions()
+PROJECT = nox.project.load_toml("pyproject.toml")
+PRESENT = [version for version in sorted({*SUPPORTED, MAIN}) if _is_present(version)]
+
+
+def _install(session: nox.Session, *groups: str) -> None:
+    session.install("-e", ".[all]", *nox.project.dependency_groups(PROJECT, *groups))
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Check style, format and the direction of imports."""
+    session.install(*nox.project.dependency_groups(PROJECT, "lint"))
+    session.run("ruff", "check")
+    session.run("ruff", "format", "--check")
+    session.run("lint-imports", "--no-logo", "--no-cache")
+
+
+@nox.session
+def typing(session: nox.Session) -> None:
+    """Check types with mypy and pyright, both strict."""
+    _install(session, "test", "typing")
+    session.run("mypy")
+    session.run("pyright")
+
+
+@nox.session
+def demo(session: nox.Session) -> None:
+    """Show a payment handler that is called twice and charges once."""
+    session.install(".")
+    session.run("python", "docs/examples/payment.py")
+
+
+@nox.session(python=PRESENT)
+def tests(session: nox.Session) -> None:
+    """Run the suite: on the main interpreter all of it, with coverage; on the others without servers."""
+    _install(session, "test")
+    if session.python != MAIN:
+        session.run("pytest", "-m", "not server", *session.posargs)
+        return
+    for version in sorted({*SUPPORTED} - {*PRESENT}):
+        session.warn(f"Python {version} is not on this machine: the suite does not run on it.")
+    session.run("coverage", "erase")
+    session.run("coverage", "run", "-m", "pytest", *session.posargs)
+    session.run("coverage", "combine", "--quiet")
+    if not session.posargs:
+        session.run("coverage", "report")
+
+
+@nox.session
+def mutate(session: nox.Session) -> None:
+    """Change the pure core in every small way and see the suite fail."""
+    _install(session, "test", "mutate")
+    session.run("mutmut", "run", *session.posargs)
+    if survivors := session.run("mutmut", "results", silent=True):
+        session.error(f"No test fails with these changes; see one with `mutmut show NAME`.\n{survivors}")
