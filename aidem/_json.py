@@ -13,17 +13,15 @@ walked again, slowly, to say where in it the fault lies.
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import json
 import math
 import sys
-from enum import Enum
 from functools import lru_cache
 from operator import attrgetter, methodcaller
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeGuard, cast
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
     from decimal import Decimal
 
 ENCODABLE: Final = (
@@ -57,47 +55,65 @@ def encode(value: Any) -> str:
         raise explain(value, error) from error
 
 
-def plain(value: Any) -> Any:
+def plain(value: object) -> Any:
     """Return what the encoder writes in the place of a value that JSON does not know.
 
     Raises:
         TypeError: There is nothing to write for this type.
     """
-    replace = _replacement(type(value))
+    cls = type(value)
+    replace = _replacement(cls)
     if replace is None:
-        message = f"values of type {type(value).__qualname__} are not encoded"
-        raise TypeError(message)
+        raise TypeError(f"values of type {cls.__qualname__} are not encoded")
     return replace(value)
 
 
-_encode = json.JSONEncoder(sort_keys=True, default=plain).encode
-decode: Final[Callable[[str], Any]] = json.JSONDecoder().decode
+def is_dict(value: object) -> TypeGuard[dict[Any, Any]]:
+    """Whether JSON has an object for this value."""
+    return isinstance(value, dict)
 
 
-@lru_cache(maxsize=1024)
-def _replacement(cls: type) -> Callable[[Any], Any] | None:
-    if issubclass(cls, _loaded("decimal", "Decimal")):
-        return _decimal
-    if hasattr(cls, "json") and hasattr(cls, "model_dump"):
-        return methodcaller("model_dump", mode="json")
-    if hasattr(cls, "__dataclass_fields__"):
-        return dataclasses.asdict
-    if issubclass(cls, Enum):
-        return attrgetter("value")
-    if issubclass(cls, datetime.date | datetime.time):
-        return methodcaller("isoformat")
-    if issubclass(cls, (_loaded("uuid", "UUID"), _loaded("pathlib", "PurePath"))):
-        return str
-    return methodcaller("model_dump", mode="json") if hasattr(cls, "model_dump") else None
+def is_array(value: object) -> TypeGuard[list[Any] | tuple[Any, ...]]:
+    """Whether JSON has an array for this value."""
+    return isinstance(value, list | tuple)
 
 
-def _loaded(module: str, name: str) -> Any:
+def loaded(module: str, name: str) -> Any:
     """Return a class if its module is loaded, else `()`: without it there is no instance, so it is not imported."""
     return getattr(sys.modules.get(module), name, ())
 
 
 def _decimal(value: Decimal) -> float | str:
     return math.nan if value.is_nan() else str(value)
+
+
+_model_dump: Final = methodcaller("model_dump", mode="json")
+_isoformat: Final = methodcaller("isoformat")
+_REPLACED: Final[tuple[tuple[str, str, Callable[[Any], Any]], ...]] = (
+    ("enum", "Enum", attrgetter("value")),
+    ("datetime", "date", _isoformat),
+    ("datetime", "time", _isoformat),
+    ("uuid", "UUID", str),
+    ("pathlib", "PurePath", str),
+)
+
+
+def _find_replacement(cls: type) -> Callable[[Any], Any] | None:
+    if issubclass(cls, loaded("decimal", "Decimal")):
+        return _decimal
+    if hasattr(cls, "json") and hasattr(cls, "model_dump"):
+        return _model_dump
+    if hasattr(cls, "__dataclass_fields__"):
+        return dataclasses.asdict
+    for module, name, replace in _REPLACED:
+        if issubclass(cls, loaded(module, name)):
+            return replace
+    return _model_dump if hasattr(cls, "model_dump") else None
+
+
+_replacement: Final[Callable[[type], Callable[[Any], Any] | None]] = lru_cache(maxsize=1024)(_find_replacement)
+_encode: Final = json.JSONEncoder(sort_keys=True, default=plain).encode
+decode: Final[Callable[[str], Any]] = json.JSONDecoder().decode
 
 
 def explain(value: Any, error: Exception) -> NotEncodableError:
@@ -123,9 +139,13 @@ def _check(value: Any, path: str, ancestors: frozenset[int]) -> None:
     if id(value) in ancestors:
         raise NotEncodableError(path, "contains itself")
     ancestors |= {id(value)}
-    if isinstance(value, dict | list | tuple):
-        for step, item in _items(value, path):
-            _check(item, path + step, ancestors)
+    if is_dict(value):
+        _check_keys(value, path)
+        for key, item in value.items():
+            _check(item, path + _step(key), ancestors)
+    elif is_array(value):
+        for index, item in enumerate(value):
+            _check(item, f"{path}[{index}]", ancestors)
     else:
         _check(_replaced(value, path), path, ancestors)
 
@@ -137,9 +157,7 @@ def _check_int(value: int, path: str) -> None:
         raise NotEncodableError(path, "is an integer too long to print") from None
 
 
-def _items(value: dict[Any, Any] | list[Any] | tuple[Any, ...], path: str) -> Iterator[tuple[str, Any]]:
-    if not isinstance(value, dict):
-        return ((f"[{index}]", item) for index, item in enumerate(value))
+def _check_keys(value: dict[Any, Any], path: str) -> None:
     for key in value:
         if isinstance(key, int):
             _check_int(key, path)
@@ -149,22 +167,21 @@ def _items(value: dict[Any, Any] | list[Any] | tuple[Any, ...], path: str) -> It
         sorted(value)
     except TypeError:
         raise NotEncodableError(path, "has keys that cannot be sorted: they are of more than one type") from None
-    return ((_step(key), item) for key, item in value.items())
 
 
 def _step(key: Any) -> str:
     return f".{key}" if isinstance(key, str) and key.isidentifier() else f"[{json.dumps(str(key))}]"
 
 
-def _replaced(value: Any, path: str) -> Any:
-    replace = _replacement(type(value))
+def _replaced(value: object, path: str) -> Any:
+    cls = type(value)
+    replace = _replacement(cls)
     if replace is None:
-        raise NotEncodableError(path, f"is of type {type(value).__qualname__}")
+        raise NotEncodableError(path, f"is of type {cls.__qualname__}")
     if replace is dataclasses.asdict:  # which ends at the first fault in the depth, and does not say where
-        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        return {field.name: getattr(value, field.name) for field in dataclasses.fields(cast("Any", value))}
     try:
         return replace(value)
     except Exception as error:
-        raise NotEncodableError(
-            path, f"is a {type(value).__qualname__} that cannot be dumped: {type(error).__name__}"
-        ) from error
+        reason = f"is a {cls.__qualname__} that cannot be dumped: {type(error).__name__}"
+        raise NotEncodableError(path, reason) from error

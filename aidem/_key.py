@@ -10,10 +10,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Sized
-from functools import cache
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any, Final
 
-from aidem._json import ENCODABLE, NotEncodableError, encode, explain
+from aidem._json import ENCODABLE, NotEncodableError, encode, explain, is_array, is_dict
 from aidem.exceptions import IdempotencyKeyError
 
 if TYPE_CHECKING:
@@ -47,10 +47,10 @@ def _prepared(payload: Any) -> Any:
 
 
 def is_missing(selected: Any) -> bool:
-    """Whether the selected value is no key: None, empty, or a container of nothing but None. `0` and `False` are keys."""
-    if isinstance(selected, dict):
+    """Whether a value is no key: None, empty, or a container of nothing but None. `0` and `False` are keys."""
+    if is_dict(selected):
         return all(value is None for value in selected.values())
-    if isinstance(selected, list | tuple):
+    if is_array(selected):
         return all(value is None for value in selected)
     return selected is None or (isinstance(selected, Sized) and len(selected) == 0)
 
@@ -83,7 +83,7 @@ def _constructor(hash_function: str) -> Callable[..., Any]:
     if hash_function in hashlib.algorithms_guaranteed:  # their own constructors are the faster ones
         constructor: Callable[..., Any] = getattr(hashlib, hash_function)
         return constructor
-    return lambda data, **options: hashlib.new(hash_function, data, **options)
+    return partial(hashlib.new, hash_function)
 
 
 def check_hash_function(name: str) -> None:
@@ -98,10 +98,7 @@ def check_hash_function(name: str) -> None:
         digest_size = 0
     if digest_size == 0:
         allowed = ", ".join(sorted(known for known in hashlib.algorithms_guaranteed if not known.startswith("shake_")))
-        message = (
-            f"hash_function must name a hash of fixed length that hashlib has, not {name!r}; always there: {allowed}"
-        )
-        raise ValueError(message)
+        raise ValueError(f"hash_function must name a hash of fixed length in hashlib, not {name!r}; such as {allowed}")
 
 
 def default_prefix(lambda_function_name: str | None, module: str, qualname: str) -> str:

@@ -1,10 +1,9 @@
 """Results that are pydantic models. pydantic itself is imported only when a serializer is made."""
-# ruff: noqa: ANN401 - results and annotations are any value
 
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 
 from aidem._json import encode
 from aidem.exceptions import (
@@ -15,6 +14,8 @@ from aidem.exceptions import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from pydantic import TypeAdapter, ValidationError
 
 _SHOWN_FAULTS = 5
@@ -69,10 +70,8 @@ def is_pydantic(cls: object) -> bool:
     return isinstance(cls, type) and hasattr(cls, "__pydantic_validator__")
 
 
-@lru_cache(maxsize=256)
-def serializer_of(model: type) -> PydanticSerializer:
-    """Return the serializer of a model that is part of something else."""
-    return PydanticSerializer(model)
+# The serializer of a model that is part of something else.
+serializer_of: Final[Callable[[type], PydanticSerializer]] = lru_cache(maxsize=256)(PydanticSerializer)
 
 
 def _adapter(model: Any) -> TypeAdapter[Any]:

@@ -6,16 +6,19 @@ A layer stores and compares. It never decides, sleeps, retries or hashes: that i
 from __future__ import annotations
 
 from collections.abc import Awaitable
-from typing import TYPE_CHECKING, Protocol, Self, runtime_checkable
+from typing import TYPE_CHECKING, Final, Protocol, Self, runtime_checkable
 
 from aidem._state import Blocked, Claimed
+from aidem.exceptions import IdempotencyPersistenceConfigError
 
 if TYPE_CHECKING:
     from types import TracebackType
 
     from aidem._record import DataRecord
 
-__all__ = ["Blocked", "Claimed", "PersistenceLayer", "SupportsWaitForChange"]
+__all__ = ["Blocked", "Claimed", "PersistenceLayer", "SupportsWaitForChange", "open_persistence_layer"]
+
+URL_FORMS: Final = ("memory://", "sqlite:///relative/path", "sqlite:////absolute/path")
 
 
 @runtime_checkable
@@ -115,3 +118,28 @@ class SupportsWaitForChange(Protocol):
         A change between the caller's last look and this call may be missed; the engine looks again after the timeout.
         """
         ...
+
+
+def open_persistence_layer(url: str) -> PersistenceLayer:
+    """Return the layer that a URL names; it connects on first use. Each call makes a layer of its own.
+
+    Args:
+        url: `memory://`, `sqlite:///relative/path` or `sqlite:////absolute/path`, as SQLAlchemy writes them.
+
+    Raises:
+        IdempotencyPersistenceConfigError: The URL is none of these.
+    """
+    scheme, separator, rest = url.partition("://")
+    if scheme == "memory" and separator and not rest:
+        from aidem.persistence.memory import MemoryPersistenceLayer
+
+        return MemoryPersistenceLayer()
+    if scheme == "sqlite" and len(rest) > 1 and rest.startswith("/"):
+        from aidem.persistence.sqlite import SQLitePersistenceLayer
+
+        return SQLitePersistenceLayer(rest[1:])
+    # A URL may hold a password: only what stands before the colon is shown.
+    raise IdempotencyPersistenceConfigError(
+        f"this URL of scheme {scheme if separator else ''!r} names no persistence layer; "
+        f"write {', '.join(URL_FORMS[:-1])} or {URL_FORMS[-1]}"
+    )

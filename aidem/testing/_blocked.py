@@ -65,9 +65,8 @@ class BlockedTests(LayerTests):
 
     async def test_one_of_many_claims_from_many_event_loops_is_granted(self, trial: Trial) -> None:
         """One instance serves any number of threads and event loops."""
-        rounds = await asyncio.gather(
-            *(to_thread.run_sync(asyncio.run, _claim_at_once(trial, f"thread {thread}")) for thread in range(4))
-        )
+        threads = (to_thread.run_sync(_claim_on_a_loop_of_its_own, trial, f"thread {number}") for number in range(4))
+        rounds = await asyncio.gather(*threads)
         answers = [answer for answers in rounds for answer in answers]
         assert [answer.record for answer in answers if isinstance(answer, Claimed)] == [await trial.stored()]
 
@@ -102,3 +101,7 @@ async def _claim_at_once(trial: Trial, name: str) -> list[Claimed | Blocked]:
     """Ask for a claim from many tasks of this loop at once."""
     claims = (trial.claim(f"{name} {number}") for number in range(CONCURRENT_CLAIMS))
     return await asyncio.gather(*(trial.acquire(claim) for claim in claims))
+
+
+def _claim_on_a_loop_of_its_own(trial: Trial, name: str) -> list[Claimed | Blocked]:
+    return asyncio.run(_claim_at_once(trial, name))

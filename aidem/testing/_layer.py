@@ -64,7 +64,7 @@ class ObjectTests(LayerTests):
         """Before and after this one."""
         claimed = await trial.claimed(trial.claim())
         for _loop in range(2):
-            assert await to_thread.run_sync(asyncio.run, trial.stored()) == claimed
+            assert await to_thread.run_sync(lambda: asyncio.run(trial.stored())) == claimed
             assert await trial.stored() == claimed
 
     async def test_a_layer_is_hashable_and_weakly_referencable_by_identity(self, trial: Trial) -> None:

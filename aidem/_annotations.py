@@ -1,0 +1,95 @@
+"""Reading type annotations: what a function returns, what a class holds."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import types
+import typing
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+from aidem.exceptions import IdempotencyModelTypeError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+def return_annotation(function: Any) -> Any:
+    """Return the resolved return annotation; None: there is none. Annotations of parameters are not looked at."""
+    function = _underlying(function)
+    annotations = getattr(function, "__annotations__", {})
+    if "return" not in annotations:
+        return None
+    source = inspect.unwrap(function)
+    holder = types.SimpleNamespace(__annotations__={"return": annotations["return"]})
+    hints = typing.get_type_hints(holder, source.__globals__, _local_names(source), include_extras=True)
+    return hints["return"]
+
+
+def _underlying(function: Any) -> Any:
+    """Return the plain function in a partial, a method, a classmethod or a callable object."""
+    while not inspect.isfunction(function):
+        if isinstance(function, functools.partial):
+            function = function.func
+        elif hasattr(function, "__func__"):
+            function = function.__func__
+        elif hasattr(function, "__wrapped__"):
+            function = function.__wrapped__
+        elif inspect.isfunction(call := type(function).__call__):
+            return call
+        else:
+            return None
+    return function
+
+
+def _local_names(function: types.FunctionType) -> dict[str, Any]:
+    """Return what a function sees beside its module: type parameters, and names of the function around it."""
+    names = {parameter.__name__: parameter for parameter in getattr(function, "__type_params__", ())}
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        with suppress(ValueError):  # a name that is not bound yet
+            names[name] = cell.cell_contents
+    return names
+
+
+def parts(annotation: Any) -> Iterator[Any]:
+    """Yield every class that an annotation consists of, without looking into the fields of classes."""
+    annotation = bare(annotation)
+    yield typing.get_origin(annotation) or annotation
+    if typing.get_origin(annotation) is not Literal:
+        for argument in typing.get_args(annotation):
+            yield from parts(argument)
+
+
+def bare(annotation: Any) -> Any:
+    """Return what is behind Annotated, NewType and type aliases."""
+    if typing.get_origin(annotation) is typing.Annotated:
+        return bare(annotation.__origin__)
+    if annotation is None:
+        return types.NoneType
+    behind = getattr(annotation, "__supertype__", None) or getattr(annotation, "__value__", None)
+    return annotation if behind is None or isinstance(annotation, type) else bare(behind)
+
+
+def hints(cls: Any) -> dict[str, Any]:
+    """Return the resolved annotations of the fields of a class."""
+    try:
+        resolved = typing.get_type_hints(cls)
+    except Exception as error:
+        raise IdempotencyModelTypeError(
+            f"the annotations of {cls.__qualname__} cannot be resolved: {error}; import at run time what they name"
+        ) from error
+    if dataclasses.is_dataclass(cls):
+        return {field.name: resolved[field.name] for field in dataclasses.fields(cls)}
+    return resolved
+
+
+def filled_in(hint: Any, chosen: dict[Any, Any]) -> Any:
+    """Put the arguments of a generic class in the place of its type variables."""
+    if isinstance(hint, TypeVar):
+        return chosen.get(hint, hint)
+    parameters: tuple[Any, ...] = getattr(hint, "__parameters__", ())
+    if not parameters or isinstance(hint, type):
+        return hint
+    return hint[tuple(chosen.get(parameter, parameter) for parameter in parameters)]

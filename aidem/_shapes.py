@@ -1,0 +1,175 @@
+"""From a type annotation to the function that rebuilds such values from JSON data.
+
+An annotation is compiled once into a tree of the small functions in `_rebuild`. What cannot be rebuilt without
+guessing, such as a union of two dataclasses, is refused then, before any function has run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import types
+import typing
+from collections import abc
+from enum import Enum, Flag
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
+
+from aidem._annotations import bare, filled_in, hints
+from aidem._json import NotEncodableError, decode, encode, loaded
+from aidem._pydantic import PydanticSerializer, is_pydantic
+from aidem._rebuild import (
+    as_is,
+    build_array,
+    build_dataclass,
+    build_mapping,
+    build_member,
+    build_model,
+    build_one_of,
+    build_parsed,
+    build_tuple,
+    build_typed_dict,
+)
+from aidem.exceptions import IdempotencyModelTypeError
+
+if TYPE_CHECKING:
+    from aidem._rebuild import Build
+
+_JSON_TYPES: Final[tuple[type[object], ...]] = (str, int, float, bool, types.NoneType, list, dict)
+_TEXT: Final = frozenset({str})
+_NUMBER: Final = frozenset({int})
+_NUMBER_OR_TEXT: Final = frozenset({str, float})  # a Decimal is text, its NaN is a number
+_ARRAY: Final = frozenset({list})
+_OBJECT: Final = frozenset({dict})
+
+_ARRAYS: Final[dict[Any, Build]] = {
+    **dict.fromkeys((list, abc.Sequence, abc.MutableSequence, abc.Collection, abc.Iterable), list),
+    **dict.fromkeys((set, abc.Set, abc.MutableSet), set),
+    frozenset: frozenset,
+}
+_OBJECTS: Final = frozenset({dict, abc.Mapping, abc.MutableMapping})
+
+
+def rebuilder(annotation: Any) -> Build:
+    """Return the function that rebuilds a value of this annotation from JSON data; it raises `_rebuild.MisfitError`.
+
+    Raises:
+        IdempotencyModelTypeError: The annotation names something that cannot be rebuilt.
+    """
+    return _Compiler().compile(annotation).build
+
+
+class _Shape(NamedTuple):
+    """How an annotation is rebuilt.
+
+    Attributes:
+        kinds: The types of the JSON data that it may have, by which the members of a union are told apart.
+        build: Rebuilds it from JSON data.
+        as_is: The JSON data already is what it stands for.
+    """
+
+    kinds: frozenset[type]
+    build: Build
+    as_is: bool = False
+
+
+class _Compiler:
+    """Compiles one annotation, and each dataclass in it once: a dataclass may contain itself."""
+
+    def __init__(self) -> None:
+        self._known: dict[Any, _Shape] = {}
+
+    def compile(self, annotation: Any) -> _Shape:
+        annotation = bare(annotation)
+        origin: Any = typing.get_origin(annotation) or annotation
+        arguments = typing.get_args(annotation)
+        if origin in (typing.Union, types.UnionType):
+            return self._union(annotation, arguments)
+        if origin is Literal:
+            return _one_of(annotation, arguments)
+        if annotation is Any:
+            return _leaf(object)
+        if not isinstance(origin, type):
+            raise IdempotencyModelTypeError(f"{annotation!r} cannot be rebuilt from JSON; name a class there")
+        if is_pydantic(origin):
+            return _Shape(_OBJECT, partial(build_model, origin, PydanticSerializer(annotation)))
+        if _has_fields(origin):
+            return self._fields(annotation, origin, arguments)
+        return self._container(origin, arguments) or _leaf(origin)
+
+    def _union(self, annotation: Any, members: tuple[Any, ...]) -> _Shape:
+        if any(map(is_pydantic, members)):  # pydantic tells its models apart
+            return _Shape(frozenset(_JSON_TYPES), partial(build_model, annotation, PydanticSerializer(annotation)))
+        by_kind: dict[type, Build] = {}
+        same: dict[type, bool] = {}
+        for shape in map(self.compile, members):
+            for kind in shape.kinds:
+                if not (same.setdefault(kind, shape.as_is) and shape.as_is) and kind in by_kind:
+                    raise IdempotencyModelTypeError(
+                        f"{annotation!r} cannot be rebuilt from JSON: two of its members look alike there; "
+                        "name one of them, or pass a CustomDictSerializer"
+                    )
+                by_kind[kind] = as_is if kind in by_kind else shape.build
+        return _Shape(frozenset(by_kind), partial(build_member, annotation, by_kind), all(same.values()))
+
+    def _fields(self, annotation: Any, cls: Any, arguments: tuple[Any, ...]) -> _Shape:
+        if annotation not in self._known:
+            fields: dict[str, Build] = {}
+            build = build_typed_dict if typing.is_typeddict(cls) else build_dataclass
+            self._known[annotation] = _Shape(_OBJECT, partial(build, cls, fields))
+            chosen = dict(zip(getattr(cls, "__parameters__", ()), arguments, strict=False))
+            fields |= {name: self.compile(filled_in(hint, chosen)).build for name, hint in hints(cls).items()}
+        return self._known[annotation]
+
+    def _container(self, origin: Any, arguments: tuple[Any, ...]) -> _Shape | None:
+        if origin in _ARRAYS:
+            (item,) = map(self.compile, arguments or (Any,))
+            return _Shape(_ARRAY, partial(build_array, _ARRAYS[origin], item.build))
+        if origin in _OBJECTS:
+            key, item = map(self.compile, arguments or (Any, Any))
+            return _Shape(_OBJECT, partial(build_mapping, key.build, item.build))
+        if origin is tuple and (not arguments or arguments[-1] is ...):
+            return _Shape(_ARRAY, partial(build_array, tuple, self.compile((arguments or (Any,))[0]).build))
+        if origin is tuple:
+            return _Shape(_ARRAY, partial(build_tuple, tuple, [self.compile(item).build for item in arguments]))
+        if (make := getattr(origin, "_make", None)) is not None:  # a NamedTuple
+            return _Shape(
+                _ARRAY, partial(build_tuple, make, [self.compile(hint).build for hint in hints(origin).values()])
+            )
+        return None
+
+
+def _has_fields(cls: Any) -> bool:
+    return typing.is_typeddict(cls) or dataclasses.is_dataclass(cls)
+
+
+def _leaf(cls: Any) -> _Shape:
+    if issubclass(cls, Flag):  # has values that are not members
+        return _Shape(_NUMBER, partial(build_parsed, cls, cls, _NUMBER))
+    if issubclass(cls, Enum):
+        return _one_of(cls, tuple(cls))
+    if issubclass(cls, datetime.date | datetime.time):
+        return _Shape(_TEXT, partial(build_parsed, cls, cls.fromisoformat, _TEXT))
+    if issubclass(cls, loaded("decimal", "Decimal")):
+        return _Shape(_NUMBER_OR_TEXT, partial(build_parsed, cls, cls, _NUMBER_OR_TEXT))
+    if issubclass(cls, (loaded("uuid", "UUID"), loaded("pathlib", "PurePath"))):
+        return _Shape(_TEXT, partial(build_parsed, cls, cls, _TEXT))
+    kinds = frozenset(kind for kind in _JSON_TYPES if _is_a(kind, cls))
+    return _Shape(kinds, partial(build_parsed, cls, as_is, kinds), as_is=True)
+
+
+def _is_a(kind: type, cls: Any) -> bool:
+    try:
+        return issubclass(kind, cls) or (cls is float and issubclass(kind, int))
+    except TypeError:  # a protocol that cannot be asked
+        return False
+
+
+def _one_of(expected: Any, members: tuple[Any, ...]) -> _Shape:
+    try:
+        by_text = {encode(member): member for member in members}
+    except NotEncodableError as error:
+        raise IdempotencyModelTypeError(f"{expected!r} cannot be stored as JSON: {error.reason}") from error
+    kinds = frozenset(type(decode(text)) for text in by_text)
+    same = all(type(member) in _JSON_TYPES for member in members)
+    return _Shape(kinds, partial(build_one_of, expected, by_text), same)

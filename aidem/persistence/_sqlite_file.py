@@ -1,0 +1,217 @@
+"""The file: made, recognised and opened; and what SQLite's errors mean."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import sqlite3
+import stat
+import threading
+import time
+from pathlib import Path
+from typing import Final
+
+from aidem.exceptions import (
+    IdempotencyError,
+    IdempotencyPersistenceConfigError,
+    IdempotencyPersistenceConnectionError,
+    IdempotencyPersistenceLayerError,
+    IdempotencySerializationError,
+)
+from aidem.persistence._sqlite_records import SCHEMA
+
+APPLICATION_ID: Final = int.from_bytes(b"aide")
+SCHEMA_VERSION: Final = 1
+RETRY_SECONDS: Final = 0.005
+
+# Whoever closes a descriptor of a file drops all locks that its process has on it, SQLite's too: so a file is created,
+# and that descriptor closed, before any thread of this process opens it.
+_creating: Final = threading.Lock()
+
+# One statement, so that it sees one state.
+_IDENTIFY: Final = """
+    SELECT application_id, user_version, (SELECT count(*) FROM sqlite_master)
+    FROM pragma_application_id, pragma_user_version
+"""
+
+_TRANSIENT: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EMFILE, errno.ENFILE})
+_MEANINGS: Final[dict[int, tuple[type[IdempotencyError], str]]] = {
+    sqlite3.SQLITE_BUSY: (
+        IdempotencyPersistenceConnectionError,
+        "it is locked by another process; retry, look for a transaction left open, or raise busy_timeout_seconds",
+    ),
+    sqlite3.SQLITE_FULL: (IdempotencyPersistenceConnectionError, "the disk is full; free some space and retry"),
+    sqlite3.SQLITE_IOERR: (
+        IdempotencyPersistenceConnectionError,
+        "it cannot be read or written; see that the disk works and has space left, then retry",
+    ),
+    sqlite3.SQLITE_TOOBIG: (IdempotencySerializationError, "the record is too large for SQLite; return less"),
+    sqlite3.SQLITE_READONLY: (
+        IdempotencyPersistenceConfigError,
+        "it must not be written; give this user the right to write to it and to its directory",
+    ),
+    sqlite3.SQLITE_CANTOPEN: (
+        IdempotencyPersistenceConfigError,
+        "it cannot be opened; give this user the right to read and write it, and to write to its directory",
+    ),
+    sqlite3.SQLITE_CORRUPT: (
+        IdempotencyPersistenceConfigError,
+        "it is damaged; restore it, or move it away, with its -wal and -shm files, to begin with an empty one",
+    ),
+    sqlite3.SQLITE_NOTADB: (
+        IdempotencyPersistenceConfigError,
+        "it is not an SQLite database; give the path of a file that is, or that does not exist yet",
+    ),
+    sqlite3.SQLITE_ERROR: (
+        IdempotencyPersistenceConfigError,
+        "its tables were changed; move it away, with its -wal and -shm files, to begin with an empty one",
+    ),
+}
+
+
+class DatabaseFile:
+    """A file that holds records, or will.
+
+    Attributes:
+        path: Where it is, absolute.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, busy_timeout_seconds: float) -> None:
+        if os.fspath(path) == ":memory:":
+            raise IdempotencyPersistenceConfigError(
+                "SQLitePersistenceLayer(':memory:') would forget its records with its connection; "
+                "use aidem.persistence.memory.MemoryPersistenceLayer()"
+            )
+        self.path = Path(os.path.abspath(path))  # noqa: PTH100 - Path.absolute keeps `..`
+        self._busy_timeout_seconds = busy_timeout_seconds
+        self._identity: tuple[int, int] | None = None
+
+    def connect(self) -> sqlite3.Connection:
+        """Open the file, made if it is not there, without touching one that is not ours.
+
+        Raises:
+            IdempotencyPersistenceConfigError: It is not a file of ours, or must not be written.
+            sqlite3.Error: See `translated`.
+        """
+        try:
+            self._create()
+            self._refuse_other_than_a_file()
+        except OSError as error:
+            raise self._unusable(error) from error
+        connection = sqlite3.connect(
+            f"{self.path.as_uri()}?mode=rw",
+            uri=True,
+            timeout=self._busy_timeout_seconds,
+            isolation_level=None,
+            check_same_thread=False,
+        )
+        try:
+            self._prepare(connection)
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    def was_replaced(self) -> bool:
+        """Whether another file, or none, is at the path by now; other processes then do not see what we write."""
+        try:
+            return _identity(os.lstat(self.path)) != self._identity
+        except OSError:
+            return True
+
+    def translated(self, error: Exception) -> Exception:
+        """Return what the caller is to see: an error for this caller alone, with the original as its cause.
+
+        What SQLite says is left out: it may quote what is stored.
+        """
+        if isinstance(error, sqlite3.Error):
+            code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # without the details in the higher bits
+            kind, advice = _MEANINGS.get(code, (IdempotencyPersistenceLayerError, f"SQLite failed with {_name(error)}"))
+            own: Exception = kind(f"{self.path}: {advice}")
+        elif isinstance(error, (IdempotencyPersistenceConfigError, IdempotencyPersistenceConnectionError)):
+            own = type(error)(str(error))
+        else:
+            return error
+        own.__cause__ = error
+        return own
+
+    def _create(self) -> None:
+        """Make an empty file that only its owner may read; SQLite gives its `-wal` and `-shm` files the same rights."""
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)
+        with _creating, contextlib.suppress(FileExistsError):
+            os.close(os.open(self.path, flags, 0o600))
+
+    def _refuse_other_than_a_file(self) -> None:
+        status = os.lstat(self.path)
+        if stat.S_ISLNK(status.st_mode):
+            raise self._refusal("it is a symbolic link; give the path of the file itself")
+        if not stat.S_ISREG(status.st_mode):
+            raise self._refusal("it is not a regular file; give the path of a file")
+        self._identity = _identity(status)
+
+    def _prepare(self, connection: sqlite3.Connection) -> None:
+        self._refuse_swapped(connection)
+        self._is_empty(connection)  # before anything is written
+        self._switch_to_wal(connection)
+        connection.execute("PRAGMA synchronous = FULL")
+        connection.execute("PRAGMA fullfsync = ON")  # macOS: fsync alone does not reach the disk
+        connection.execute("BEGIN IMMEDIATE")
+        if self._is_empty(connection):
+            for statement in SCHEMA:
+                connection.execute(statement)
+            connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+            connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+        connection.execute("COMMIT")
+
+    def _refuse_swapped(self, connection: sqlite3.Connection) -> None:
+        """Find out what SQLite has opened: it resolves a symbolic link that was put there after we looked."""
+        ((_, _, opened),) = connection.execute("PRAGMA database_list")
+        if Path(opened).resolve() != self.path.parent.resolve() / self.path.name or self.was_replaced():
+            raise self._refusal("it was replaced while it was being opened; see who writes to its directory")
+
+    def _is_empty(self, connection: sqlite3.Connection) -> bool:
+        """Whether the schema is still to be made; refuses a database that is not ours."""
+        application_id, version, tables = connection.execute(_IDENTIFY).fetchone()
+        if (application_id, version, tables) == (0, 0, 0):
+            return True
+        if application_id != APPLICATION_ID:
+            raise self._refusal("it is a database of another application; give aidem a file of its own")
+        if version != SCHEMA_VERSION:
+            raise self._refusal(f"it was made by a newer aidem (schema {version}); upgrade aidem, or give another path")
+        return False
+
+    def _switch_to_wal(self, connection: sqlite3.Connection) -> None:
+        """Turn on the write-ahead log; that fails at once, whatever the time-out, while another process does so too."""
+        deadline = time.monotonic() + self._busy_timeout_seconds
+        while True:
+            try:
+                (mode,) = connection.execute("PRAGMA journal_mode = WAL").fetchone()
+            except sqlite3.OperationalError as error:
+                if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                    raise
+                time.sleep(RETRY_SECONDS)
+            else:
+                break
+        if mode != "wal":
+            raise self._refusal("its file system does not support a write-ahead log; use a local disk")
+
+    def _unusable(self, error: OSError) -> IdempotencyPersistenceLayerError:
+        if error.errno in _TRANSIENT:
+            return IdempotencyPersistenceConnectionError(
+                f"{self.path} cannot be made: {error.strerror}; retry after that"
+            )
+        return self._refusal(
+            f"{error.strerror}; its directory must exist, and this user must have the right to write there"
+        )
+
+    def _refusal(self, reason: str) -> IdempotencyPersistenceConfigError:
+        return IdempotencyPersistenceConfigError(f"{self.path} cannot hold records: {reason}")
+
+
+def _identity(status: os.stat_result) -> tuple[int, int]:
+    return status.st_dev, status.st_ino
+
+
+def _name(error: sqlite3.Error) -> str:
+    return getattr(error, "sqlite_errorname", type(error).__name__)

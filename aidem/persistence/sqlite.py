@@ -1,0 +1,129 @@
+"""Records in one SQLite file: for one machine, and any number of processes, threads and event loops on it."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import TYPE_CHECKING, Self, TypeVar
+
+from aidem._cancellation import SettlingFuture
+from aidem.persistence import _sqlite_thread
+from aidem.persistence._sqlite_file import DatabaseFile
+from aidem.persistence._sqlite_thread import Job, RecordThread
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Callable
+    from types import TracebackType
+
+    from aidem._record import DataRecord
+    from aidem.persistence import Blocked, Claimed
+    from aidem.persistence._sqlite_records import Records
+
+__all__ = ["SQLitePersistenceLayer"]
+
+T = TypeVar("T")
+
+
+class SQLitePersistenceLayer:
+    """Keeps records in an SQLite file, which is made when it is first needed.
+
+    Whatever is asked while a transaction runs goes into the next one, and every answer comes after its COMMIT has
+    reached the disk. Expired records are removed a few at a time, by the claims that come after.
+
+    The file must be on a local disk: SQLite's locks do not work on network file systems. `fork` is safe: it waits for
+    the transaction that is running, and no connection is inherited.
+
+    Args:
+        path: The file, in a directory that exists. A relative path is resolved now, so that a later change of the
+            working directory does not move it.
+        clock: Answers epoch seconds; asked inside the transaction.
+        busy_timeout_seconds: How long to wait while another process writes.
+
+    Raises:
+        IdempotencyPersistenceConfigError: The path is `:memory:`.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        clock: Callable[[], float] = time.time,
+        busy_timeout_seconds: float = 4.0,
+    ) -> None:
+        self._thread: RecordThread | None = None
+        self.clock = clock
+        self._file = DatabaseFile(path, busy_timeout_seconds=busy_timeout_seconds)
+
+    def acquire(
+        self,
+        record: DataRecord,
+        *,
+        now: float,
+        max_clock_skew_seconds: float = 0.0,  # noqa: ARG002 - one machine, one clock
+    ) -> SettlingFuture[Claimed | Blocked]:
+        """Store a claim unless a live record of somebody else is there."""
+        return self._ask(lambda records: records.acquire(record, now=now))
+
+    def complete(self, record: DataRecord, *, now: float) -> SettlingFuture[bool]:
+        """Store an outcome over the claim of the same owner, or where no record is."""
+        return self._ask(lambda records: records.complete(record, now=now))
+
+    def renew(self, record: DataRecord, *, now: float) -> SettlingFuture[DataRecord | None]:
+        """Set the instants of our claim."""
+        return self._ask(lambda records: records.renew(record, now=now))
+
+    def release(self, record: DataRecord) -> SettlingFuture[bool]:
+        """Delete our claim."""
+        return self._ask(lambda records: records.release(record))
+
+    def get(self, key: str) -> SettlingFuture[DataRecord | None]:
+        """Return the record of a key as it is stored now."""
+        return self._ask(lambda records: records.get(key), writes=False)
+
+    def forget(self, key: str) -> SettlingFuture[None]:
+        """Drop any record of the key."""
+        return self._ask(lambda records: records.forget(key))
+
+    async def open(self) -> None:
+        """Open the file, or make it.
+
+        Raises:
+            IdempotencyPersistenceConfigError: The file cannot be used.
+        """
+        await self._ask(lambda _records: None, writes=False)
+
+    async def aclose(self) -> None:
+        """Finish what was asked so far, then close the file and end the thread."""
+        done: SettlingFuture[None] = SettlingFuture(loop=asyncio.get_running_loop())
+        with _sqlite_thread.gate:
+            thread, self._thread = self._thread, None
+            if thread is None or thread.ended:
+                return
+            thread.end(done)
+        await done
+        thread.join()  # does not wait: to answer was the last thing it did
+
+    async def __aenter__(self) -> Self:
+        """Open the layer."""
+        await self.open()
+        return self
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Close the layer."""
+        await self.aclose()
+
+    def __del__(self) -> None:
+        if self._thread is not None:
+            self._thread.end_unwatched()
+
+    def _ask(self, operation: Callable[[Records], T], *, writes: bool = True) -> SettlingFuture[T]:
+        future: SettlingFuture[T] = SettlingFuture(loop=asyncio.get_running_loop())
+        job = Job(future, operation, writes)
+        with _sqlite_thread.gate:
+            if self._thread is None or self._thread.ended:
+                self._thread = RecordThread(self._file, self.clock)
+            self._thread.jobs.put(job)
+        return future

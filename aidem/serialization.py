@@ -1,0 +1,225 @@
+"""Results and errors as JSON text, and back: what a replay returns.
+
+A serializer turns a result into JSON data and rebuilds it; the text itself is written by the encoder that also writes
+keys. Without a serializer a replay returns plain JSON data.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+from aidem._annotations import parts, return_annotation
+from aidem._dataclasses import DataclassSerializer
+from aidem._json import ENCODABLE, NotEncodableError, decode, encode
+from aidem._pydantic import PydanticSerializer, is_pydantic
+from aidem.exceptions import (
+    IdempotencyNoSerializationModelError,
+    IdempotencySerializationError,
+    IdempotencyUsageError,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = [
+    "CustomDictSerializer",
+    "DataclassSerializer",
+    "ModelSerializer",
+    "NoOpSerializer",
+    "OutputSerializer",
+    "PydanticSerializer",
+]
+
+UNAVAILABLE_TEXT: Final = "aidem:unavailable"
+_EXCEPTION_PREFIX: Final = "aidem:exception:"
+_NONE_TEXT: Final = "null"
+
+
+class OutputSerializer(Protocol):
+    """Turns results into JSON data and back. Neither method is called for None."""
+
+    def to_dict(self, data: Any) -> Any:
+        """Return JSON data for a result; it need not be a dict."""
+        ...
+
+    def from_dict(self, data: Any) -> Any:
+        """Return the result for JSON data."""
+        ...
+
+
+class ModelSerializer(OutputSerializer, Protocol):
+    """A serializer whose class is handed over, to be made for the return annotation of the function."""
+
+    @classmethod
+    def instantiate(cls, model_type: Any) -> OutputSerializer:
+        """Make a serializer for a return annotation; None: the function has none."""
+        ...
+
+
+class NoOpSerializer:
+    """Leaves results as they are: a replay returns plain JSON data."""
+
+    def to_dict(self, data: Any) -> Any:
+        """Return the result."""
+        return data
+
+    def from_dict(self, data: Any) -> Any:
+        """Return the data."""
+        return data
+
+
+class CustomDictSerializer:
+    """Takes one function for each direction."""
+
+    def __init__(self, to_dict: Callable[[Any], Any], from_dict: Callable[[Any], Any]) -> None:
+        self._to_dict = to_dict
+        self._from_dict = from_dict
+
+    def to_dict(self, data: Any) -> Any:
+        """Return what the first function makes of the result."""
+        return self._to_dict(data)
+
+    def from_dict(self, data: Any) -> Any:
+        """Return what the second function makes of the data."""
+        return self._from_dict(data)
+
+
+def resolve(
+    output_serializer: OutputSerializer | type[ModelSerializer] | None, function: Callable[..., Any] | None
+) -> OutputSerializer:
+    """Return the serializer for the results of a function; to be asked at its first call, when every name is defined.
+
+    Args:
+        output_serializer: A serializer; a class that makes one for the return annotation; None: deduced from it.
+        function: The function, method, partial or callable object; None: there is none to ask.
+
+    Raises:
+        IdempotencyModelTypeError: The return annotation does not suit the serializer.
+        IdempotencyNoSerializationModelError: The class needs a return annotation, and none can be had.
+        IdempotencyUsageError: The class cannot make a serializer.
+    """
+    if output_serializer is None:
+        return _deduced(function)
+    if not isinstance(output_serializer, type):
+        return output_serializer
+    if not hasattr(output_serializer, "instantiate"):
+        name = output_serializer.__qualname__
+        raise IdempotencyUsageError(f"output_serializer: {name} has no instantiate(); pass an instance, {name}(...)")
+    try:
+        annotation = return_annotation(function)
+    except Exception as error:
+        raise IdempotencyNoSerializationModelError(
+            f"the return annotation of the function cannot be resolved: {error}; "
+            f"import at run time what it names, or pass {output_serializer.__qualname__}(Model)"
+        ) from error
+    return output_serializer.instantiate(annotation)
+
+
+def _deduced(function: Callable[..., Any] | None) -> OutputSerializer:
+    try:
+        annotation = return_annotation(function)
+    except Exception:  # noqa: BLE001 - whatever evaluating an annotation raises
+        return NoOpSerializer()
+    classes = [] if annotation is None else list(parts(annotation))
+    if any(map(is_pydantic, classes)):
+        return PydanticSerializer(annotation)
+    if any(map(dataclasses.is_dataclass, classes)):
+        return DataclassSerializer(annotation)
+    return NoOpSerializer()
+
+
+def result_text(result: Any, serializer: OutputSerializer) -> str:
+    """Return the text under which a result is stored.
+
+    Raises:
+        IdempotencySerializationError: It cannot be stored.
+    """
+    if result is None:
+        return _NONE_TEXT
+    try:
+        return encode(serializer.to_dict(result))
+    except IdempotencySerializationError:
+        raise
+    except NotEncodableError as error:
+        raise IdempotencySerializationError(
+            f"the result cannot be stored: {error}; allowed are {ENCODABLE}, or pass an output_serializer"
+        ) from error
+    except Exception as error:
+        raise _failed(serializer, "to_dict", error) from error
+
+
+def result_from_text(text: str, serializer: OutputSerializer) -> Any:
+    """Return the result that was stored under a text; every call returns an object of its own.
+
+    Raises:
+        IdempotencySerializationError: The text is not JSON, or the result cannot be rebuilt.
+    """
+    if text == _NONE_TEXT:
+        return None
+    try:
+        data = decode(text)
+    except (ValueError, RecursionError) as error:
+        raise IdempotencySerializationError(f"the stored result is not JSON: {type(error).__name__}") from error
+    try:
+        return serializer.from_dict(data)
+    except IdempotencySerializationError:
+        raise
+    except Exception as error:
+        raise _failed(serializer, "from_dict", error) from error
+
+
+def _failed(serializer: OutputSerializer, method: str, error: Exception) -> IdempotencySerializationError:
+    return IdempotencySerializationError(f"{type(serializer).__qualname__}.{method}() raised {type(error).__name__}")
+
+
+def exception_text(error: Exception) -> str:
+    """Return the text under which an exception is stored: its type's name and its arguments.
+
+    Raises:
+        IdempotencySerializationError: The arguments, as JSON, do not rebuild it.
+    """
+    name = _type_name(type(error))
+    try:
+        text = _EXCEPTION_PREFIX + encode({"args": list(error.args), "type": name})
+        rebuilt = exception_from_text(text, (type(error),))
+        same = _facts(rebuilt) == _facts(error)
+    except Exception as fault:
+        raise IdempotencySerializationError(
+            f"an exception of type {name} cannot be stored: {type(fault).__name__}; "
+            "give it arguments that are JSON values, and from which it can be made again"
+        ) from fault
+    if not same:
+        raise IdempotencySerializationError(
+            f"an exception of type {name} cannot be stored: made again from its arguments it is another; "
+            "hand everything that it holds to Exception.__init__, as JSON values"
+        )
+    return text
+
+
+def exception_from_text(text: str, allowed: tuple[type[Exception], ...]) -> Exception:
+    """Return the exception that was stored under a text; only types in `allowed` are made.
+
+    Raises:
+        IdempotencySerializationError: It is of another type, or cannot be made.
+    """
+    try:
+        stored = decode(text.removeprefix(_EXCEPTION_PREFIX))
+        name, args = stored["type"], stored["args"]
+        cls = next((cls for cls in allowed if _type_name(cls) == name), None)
+        if cls is not None:
+            return cls(*args)
+    except Exception as error:
+        raise IdempotencySerializationError(
+            f"the stored exception cannot be made again: {type(error).__name__}"
+        ) from error
+    raise IdempotencySerializationError(f"the stored exception is of type {name}; list it in stored_exceptions")
+
+
+def _type_name(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _facts(error: Exception) -> tuple[Any, ...]:
+    attributes = {name: value for name, value in vars(error).items() if name != "__notes__"}
+    return type(error), error.args, attributes

@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from aidem.exceptions import IdempotencyPersistenceConfigError
+from aidem.persistence import open_persistence_layer
+from aidem.persistence.memory import MemoryPersistenceLayer
+from aidem.persistence.sqlite import SQLitePersistenceLayer
+from aidem.testing import claim_of
+
+
+def test_memory_is_a_layer_of_its_own_for_each_call() -> None:
+    layer = open_persistence_layer("memory://")
+    assert isinstance(layer, MemoryPersistenceLayer)
+    assert open_persistence_layer("memory://") is not layer
+
+
+@pytest.mark.parametrize("form", ["absolute", "relative"])
+async def test_sqlite_takes_a_path_as_sqlalchemy_writes_it(
+    form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "with space").mkdir()
+    path = Path("with space") / "records.sqlite3"
+    layer = open_persistence_layer(f"sqlite:///{tmp_path / path if form == 'absolute' else path}")
+    assert isinstance(layer, SQLitePersistenceLayer)
+    assert not (tmp_path / path).exists()
+    async with layer:
+        claim = await layer.acquire(claim_of("key", now=0), now=0)
+        assert await layer.get("key") == claim.record
+    assert (tmp_path / path).exists()
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "",
+        "memory",
+        "memory:",
+        "memory://somewhere",
+        "sqlite",
+        "sqlite://",
+        "sqlite:///",
+        "sqlite://records.sqlite3",
+        "records.sqlite3",
+        "mysql://host/records",
+        "MEMORY://",
+    ],
+)
+def test_a_url_of_no_layer_is_answered_with_those_that_are_allowed(url: str) -> None:
+    with pytest.raises(IdempotencyPersistenceConfigError) as refused:
+        open_persistence_layer(url)
+    assert str(refused.value).endswith(
+        "write memory://, sqlite:///relative/path or sqlite:////absolute/path",
+    )
+
+
+@pytest.mark.parametrize("url", ["amqp://user:secret@host", "secret", "memory://secret", "sqlite://secret"])
+def test_a_refusal_shows_the_scheme_and_nothing_that_may_be_secret(url: str) -> None:
+    with pytest.raises(IdempotencyPersistenceConfigError) as refused:
+        open_persistence_layer(url)
+    scheme = url.partition("://")[0] if "://" in url else ""
+    assert f"scheme {scheme!r} " in str(refused.value)
+    assert "secret" not in str(refused.value)
+
+
+def test_only_the_layer_that_is_named_is_imported() -> None:
+    code = """if True:
+        import sys
+        from aidem.persistence import open_persistence_layer
+        assert "aidem.persistence.memory" not in sys.modules
+        open_persistence_layer("memory://")
+        assert "aidem.persistence.memory" in sys.modules
+        assert "aidem.persistence.sqlite" not in sys.modules
+    """
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

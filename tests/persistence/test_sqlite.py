@@ -1,0 +1,455 @@
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import sqlite3
+import threading
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from aidem._record import DataRecord
+from aidem._state import Blocked, Claimed, milliseconds
+from aidem.exceptions import (
+    IdempotencyInvalidStatusError,
+    IdempotencyPersistenceConfigError,
+    IdempotencyPersistenceLayerError,
+)
+from aidem.persistence import PersistenceLayer
+from aidem.persistence._sqlite_thread import MAX_BATCH
+from aidem.persistence.sqlite import SQLitePersistenceLayer
+from aidem.testing import FakeClock, PersistenceLayerConformance, claim_of, completed_of
+from aidem.testing._trial import KEPT_SECONDS, LEASE_SECONDS
+
+
+class GatedClock(FakeClock):
+    """Counts transactions, as each asks once, and can hold one up in its middle."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.transactions = 0
+        self.reached = threading.Event()
+        self.open = threading.Event()
+        self.open.set()
+
+    def __call__(self) -> float:
+        if threading.current_thread().name.startswith("aidem "):
+            self.transactions += 1
+            self.reached.set()
+            assert self.open.wait(30)
+        return super().__call__()
+
+    def hold(self) -> None:
+        self.open.clear()
+        self.reached.clear()
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "records.sqlite3"
+
+
+@pytest.fixture
+def clock() -> GatedClock:
+    return GatedClock()
+
+
+@pytest.fixture
+def layer(path: Path, clock: GatedClock) -> Iterator[SQLitePersistenceLayer]:
+    layer = SQLitePersistenceLayer(path, clock=clock)
+    yield layer
+    clock.open.set()
+    asyncio.run(layer.aclose())
+
+
+async def claimed(layer: SQLitePersistenceLayer, key: str = "key", *, owner: str = "ours") -> DataRecord:
+    now = layer.clock()
+    answer = await layer.acquire(claim_of(key, now=now, owner=owner), now=now)
+    assert isinstance(answer, Claimed)
+    return answer.record
+
+
+async def in_one_batch(
+    clock: GatedClock, layer: SQLitePersistenceLayer, ask: Callable[[], list[Awaitable[Any]]]
+) -> Any:
+    """Ask for everything while a transaction is held up, and return the answers, or errors."""
+    clock.hold()
+    first = layer.get("other")
+    assert await asyncio.to_thread(clock.reached.wait, 30)
+    asked = ask()
+    before = clock.transactions
+    clock.open.set()
+    answers = await asyncio.gather(first, *asked, return_exceptions=True)
+    assert clock.transactions == before + 1
+    return answers[1:]
+
+
+def names_of_threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("aidem ")]
+
+
+def files_beside(path: Path) -> list[str]:
+    return sorted(os.listdir(path.parent))  # noqa: PTH208 - names
+
+
+def rows(path: Path, query: str = "SELECT id FROM records ORDER BY id") -> list[Any]:
+    with closing(sqlite3.connect(path)) as connection:
+        return connection.execute(query).fetchall()
+
+
+def change(path: Path, *statements: str) -> None:
+    with closing(sqlite3.connect(path)) as connection:
+        for statement in statements:
+            connection.execute(statement)
+        connection.commit()
+
+
+class TestConformance(PersistenceLayerConformance):
+    @pytest.fixture(autouse=True)
+    def in_directory(self, tmp_path: Path) -> None:
+        self.directory = tmp_path
+
+    async def make_layer(self, clock: FakeClock) -> PersistenceLayer:
+        return SQLitePersistenceLayer(self.directory / "records.sqlite3", clock=clock)
+
+
+# --- Transactions ---------------------------------------------------------------------------------------------------
+
+
+def test_an_sqlite_layer_is_a_persistence_layer_judged_by_the_machines_clock(path: Path) -> None:
+    layer = SQLitePersistenceLayer(path)
+    assert isinstance(layer, PersistenceLayer)
+    assert layer.clock is time.time
+
+
+async def test_an_answer_comes_after_its_commit(layer: SQLitePersistenceLayer, path: Path) -> None:
+    await layer.open()
+    with closing(sqlite3.connect(path)) as other:
+        for number in range(50):
+            await claimed(layer, f"key-{number}")
+            assert other.execute("SELECT count(*) FROM records").fetchone() == (number + 1,)
+
+
+async def test_what_is_asked_during_a_transaction_becomes_one(
+    layer: SQLitePersistenceLayer, clock: GatedClock, path: Path
+) -> None:
+    records = await in_one_batch(
+        clock, layer, lambda: [layer.acquire(claim_of(f"key-{n}", now=1), now=1) for n in range(32)]
+    )
+    assert len({answer.record.fence for answer in records}) == len(rows(path)) == 32
+
+
+async def test_an_operation_that_fails_fails_alone(
+    layer: SQLitePersistenceLayer, clock: GatedClock, path: Path
+) -> None:
+    await layer.open()
+    change(
+        path,
+        "CREATE TRIGGER fault AFTER INSERT ON records WHEN NEW.id = 'faulty' BEGIN SELECT RAISE(ABORT, 'fault'); END",
+    )
+    keys = ["a", "faulty", "b", "unencodable \ud800", "c"]
+    answers = await in_one_batch(clock, layer, lambda: [layer.acquire(claim_of(k, now=1), now=1) for k in keys])
+    assert [type(answer) for answer in answers] == [
+        Claimed,
+        IdempotencyPersistenceLayerError,
+        Claimed,
+        UnicodeEncodeError,
+        Claimed,
+    ]
+    assert "SQLITE_CONSTRAINT_TRIGGER" in str(answers[1])
+    assert isinstance(answers[1].__cause__, sqlite3.IntegrityError)
+    assert rows(path) == [("a",), ("b",), ("c",)]
+
+
+async def test_a_transaction_that_sqlite_takes_back_fails_as_a_whole(
+    layer: SQLitePersistenceLayer, clock: GatedClock, path: Path
+) -> None:
+    await layer.open()
+    change(
+        path,
+        "CREATE TRIGGER fault AFTER INSERT ON records WHEN NEW.id = 'faulty' "
+        "BEGIN SELECT RAISE(ROLLBACK, 'fault'); END",
+    )
+    answers = await in_one_batch(
+        clock, layer, lambda: [layer.acquire(claim_of(k, now=1), now=1) for k in ("a", "faulty", "b")]
+    )
+    assert [type(answer) for answer in answers] == [IdempotencyPersistenceLayerError] * 3
+    assert len(set(answers)) == 3  # each caller may add its own notes
+    assert rows(path) == []
+    await claimed(layer, "a")
+    assert rows(path) == [("a",)]
+
+
+async def test_a_transaction_is_bounded(layer: SQLitePersistenceLayer, clock: GatedClock) -> None:
+    clock.hold()
+    first = layer.get("other")
+    assert await asyncio.to_thread(clock.reached.wait, 30)
+    asked = [layer.acquire(claim_of(f"key-{n}", now=1), now=1) for n in range(2 * MAX_BATCH + 1)]
+    clock.open.set()
+    await asyncio.gather(first, *asked)
+    assert clock.transactions == 1 + 3
+
+
+async def test_a_look_does_not_wait_for_a_writer(layer: SQLitePersistenceLayer, path: Path) -> None:
+    record = await claimed(layer)
+    with closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        assert await layer.get("key") == record
+
+
+async def test_a_blocked_claim_writes_nothing(layer: SQLitePersistenceLayer, path: Path, clock: GatedClock) -> None:
+    record = await claimed(layer)
+    log = path.with_name(path.name + "-wal")
+    before = log.stat()
+    answer = await layer.acquire(claim_of("key", now=clock(), owner="theirs"), now=clock())
+    assert answer == Blocked(record, clock())
+    assert (log.stat().st_size, log.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+    await claimed(layer, "another")
+    assert log.stat().st_mtime_ns > before.st_mtime_ns
+
+
+async def test_what_was_asked_for_counts_from_when_it_is_done(layer: SQLitePersistenceLayer, clock: GatedClock) -> None:
+    asked = clock()
+    claim = claim_of("key", now=asked)
+    clock.hold()
+    operation = layer.acquire(claim, now=asked)
+    assert await asyncio.to_thread(clock.reached.wait, 30)
+    clock.advance(2.5)
+    clock.open.set()
+    answer = await operation
+    assert answer.record.in_progress_expiry_timestamp == milliseconds(asked + LEASE_SECONDS + 2.5)
+    renewed = await layer.renew(claim, now=asked)
+    assert renewed is not None
+    assert renewed.in_progress_expiry_timestamp == milliseconds(asked + LEASE_SECONDS + 2.5)
+    assert await layer.complete(completed_of(answer.record, now=asked), now=asked)
+    stored = await layer.get("key")
+    assert stored is not None
+    assert stored.expiry_timestamp == asked + KEPT_SECONDS + 3
+
+
+async def test_a_clock_that_fails_fails_what_was_asked_and_no_more(path: Path) -> None:
+    fails = [True]
+
+    def clock() -> float:
+        return 1 / 0 if fails.pop() else 1.0
+
+    layer = SQLitePersistenceLayer(path, clock=clock)
+    with pytest.raises(ZeroDivisionError):
+        await layer.get("key")
+    fails.append(False)
+    assert await layer.get("key") is None
+    await layer.aclose()
+
+
+# --- Fences and purging ---------------------------------------------------------------------------------------------
+
+
+async def test_fences_grow_over_release_a_clock_that_goes_back_and_a_restart(
+    layer: SQLitePersistenceLayer, clock: GatedClock
+) -> None:
+    first = await claimed(layer)
+    assert first.fence == int(clock() * 1000)
+    assert await layer.release(first)
+    second = await claimed(layer)
+    assert second.fence == first.fence + 1
+    await layer.forget("key")
+    clock.advance(-3600)
+    await layer.aclose()
+    assert (await claimed(layer)).fence == second.fence + 1
+
+
+async def test_a_foreign_fence_is_remembered(layer: SQLitePersistenceLayer, clock: GatedClock) -> None:
+    outcome = completed_of(claim_of("key", now=clock()), now=clock()).replace(fence=10**15)
+    assert await layer.complete(outcome, now=clock())
+    await layer.forget("key")
+    assert (await claimed(layer)).fence == 10**15 + 1
+
+
+async def test_claims_remove_expired_records_a_few_at_a_time(
+    layer: SQLitePersistenceLayer, clock: GatedClock, path: Path
+) -> None:
+    await in_one_batch(
+        clock, layer, lambda: [layer.acquire(claim_of(f"old-{n}", now=clock()), now=clock()) for n in range(5)]
+    )
+    clock.advance(3600)
+    left = []
+    for number in range(4):
+        await claimed(layer, f"new-{number}")
+        left.append(len(rows(path, "SELECT id FROM records WHERE id LIKE 'old-%'")))
+    assert left == [3, 1, 0, 0]
+    assert len(rows(path)) == 4
+
+
+async def test_a_record_that_never_expires_is_not_purged(layer: SQLitePersistenceLayer, clock: GatedClock) -> None:
+    eternal = claim_of("eternal", now=clock()).replace(expiry_timestamp=None)
+    await layer.acquire(eternal, now=clock())
+    clock.advance(10**9)
+    await claimed(layer)
+    assert await layer.get("eternal") is not None
+
+
+async def test_expired_records_are_found_by_an_index(layer: SQLitePersistenceLayer, path: Path) -> None:
+    await layer.open()
+    plan = rows(path, "EXPLAIN QUERY PLAN SELECT rowid FROM records WHERE expiration < 1 ORDER BY expiration LIMIT 2")
+    assert "USING COVERING INDEX records_by_expiration" in plan[0][3]
+    assert len(plan) == 1
+
+
+@pytest.mark.parametrize("column", ["status", "outcome"])
+async def test_a_status_of_a_later_version_is_refused(layer: SQLitePersistenceLayer, path: Path, column: str) -> None:
+    await claimed(layer)
+    change(path, f"UPDATE records SET {column} = 'LATER', data = 'private'")
+    with pytest.raises(IdempotencyInvalidStatusError, match=r"'key'.*'LATER'.*forget\(key\)") as raised:
+        await layer.get("key")
+    assert raised.value.key == "key"
+    assert "private" not in str(raised.value)
+    await layer.forget("key")
+    assert await layer.get("key") is None
+
+
+# --- Loops, threads and the end -------------------------------------------------------------------------------------
+
+
+def test_a_new_loop_per_call_works(layer: SQLitePersistenceLayer) -> None:
+    record = asyncio.run(claimed(layer))
+    for _ in range(3):
+        assert asyncio.run(claimed(layer)) == record
+    assert len(names_of_threads()) == 1
+
+
+def test_several_loops_in_several_threads_share_a_layer(layer: SQLitePersistenceLayer) -> None:
+    fences: list[int] = []
+
+    async def claim_some(worker: int) -> None:
+        records = [await claimed(layer, f"{worker}-{number}") for number in range(20)]
+        fences.extend(record.fence for record in records)
+
+    threads = [threading.Thread(target=asyncio.run, args=[claim_some(worker)]) for worker in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(set(fences)) == 80
+    assert len(names_of_threads()) == 1
+
+
+def test_a_loop_that_was_closed_does_not_disturb_others(
+    layer: SQLitePersistenceLayer, clock: GatedClock, path: Path
+) -> None:
+    async def ask_and_leave() -> None:
+        clock.hold()
+        asked: list[Any] = [layer.get("other")]
+        assert await asyncio.to_thread(clock.reached.wait, 30)
+        asked.append(layer.acquire(claim_of("left", now=1), now=1))
+
+    async def ask() -> None:
+        operation = layer.acquire(claim_of("key", now=1), now=1)
+        clock.open.set()
+        await operation
+
+    asyncio.run(ask_and_leave())
+    asyncio.run(ask())
+    assert clock.transactions == 2
+    assert rows(path) == [("key",), ("left",)]
+
+
+async def test_a_caller_that_is_cancelled_leaves_its_write_whole_and_does_not_disturb_others(
+    layer: SQLitePersistenceLayer, clock: GatedClock, path: Path
+) -> None:
+    clock.hold()
+    first = asyncio.ensure_future(claimed(layer, "cancelled"))
+    assert await asyncio.to_thread(clock.reached.wait, 30)
+    second = asyncio.ensure_future(claimed(layer, "other"))
+    await asyncio.sleep(0)
+    first.cancel()
+    await asyncio.sleep(0)
+    assert not first.done()
+    clock.open.set()
+    await second
+    with pytest.raises(asyncio.CancelledError):
+        await first
+    assert rows(path) == [("cancelled",), ("other",)]
+
+
+async def test_closing_finishes_what_was_asked_and_ends_the_thread(
+    layer: SQLitePersistenceLayer, clock: GatedClock, path: Path
+) -> None:
+    clock.hold()
+    asked = [layer.acquire(claim_of("before", now=1), now=1)]
+    assert await asyncio.to_thread(clock.reached.wait, 30)
+    asked.append(layer.acquire(claim_of("queued", now=1), now=1))
+    closing_layer = asyncio.ensure_future(layer.aclose())
+    await asyncio.sleep(0)
+    asked.append(layer.acquire(claim_of("after", now=1), now=1))
+    assert len(names_of_threads()) == 2
+    clock.open.set()
+    await closing_layer
+    await asyncio.gather(*asked)
+    assert rows(path) == [("after",), ("before",), ("queued",)]
+    await layer.aclose()
+    assert names_of_threads() == []
+    assert files_beside(path) == [path.name]
+
+
+async def test_closing_does_not_block_the_loop(layer: SQLitePersistenceLayer, clock: GatedClock) -> None:
+    clock.hold()
+    look = layer.get("key")
+    closing_layer = asyncio.ensure_future(layer.aclose())
+    for _ in range(10):
+        await asyncio.sleep(0)
+    assert not closing_layer.done()
+    clock.open.set()
+    await closing_layer
+    assert look.done()
+
+
+async def test_no_operation_is_lost_while_others_close_the_layer(path: Path) -> None:
+    layer = SQLitePersistenceLayer(path)
+    stop = False
+
+    async def close_again_and_again() -> None:
+        while not stop:
+            await layer.aclose()
+
+    closer = asyncio.ensure_future(asyncio.to_thread(asyncio.run, close_again_and_again()))
+    for number in range(50):
+        await asyncio.wait_for(claimed(layer, f"key-{number}"), 30)
+    stop = True
+    await closer
+    await layer.aclose()
+    assert len(rows(path)) == 50
+
+
+async def test_nothing_happens_before_the_first_use_nor_when_it_is_closed_unused(
+    layer: SQLitePersistenceLayer, path: Path
+) -> None:
+    await layer.aclose()
+    assert files_beside(path) == []
+    assert names_of_threads() == []
+    async with layer as opened:
+        assert opened is layer
+        assert path.name in files_beside(path)
+    assert names_of_threads() == []
+
+
+@pytest.mark.filterwarnings("error")
+async def test_a_layer_that_is_dropped_ends_its_thread_and_closes_its_file(path: Path) -> None:
+    layer = SQLitePersistenceLayer(path)
+    await claimed(layer)
+    (thread,) = (thread for thread in threading.enumerate() if thread.name.startswith("aidem "))
+    del layer
+    gc.collect()
+    await asyncio.to_thread(thread.join, 30)
+    assert not thread.is_alive()
+    assert files_beside(path) == [path.name]
+
+
+def test_a_layer_that_could_not_be_made_is_dropped_quietly() -> None:
+    with pytest.raises(IdempotencyPersistenceConfigError, match="MemoryPersistenceLayer"):
+        SQLitePersistenceLayer(":memory:")
+    gc.collect()

@@ -1,0 +1,447 @@
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import os
+import resource
+import shutil
+import sqlite3
+import stat
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from aidem.exceptions import (
+    IdempotencyPersistenceConfigError,
+    IdempotencyPersistenceConnectionError,
+    IdempotencyPersistenceLayerError,
+    IdempotencySerializationError,
+)
+from aidem.persistence import _sqlite_file
+from aidem.persistence._sqlite_file import DatabaseFile
+from aidem.persistence.sqlite import SQLitePersistenceLayer
+from aidem.testing import FakeClock, claim_of, completed_of
+
+NOBODY = 65534
+BUSY_TIMEOUT_SECONDS = 0.05
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "records.sqlite3"
+
+
+@pytest.fixture
+def layer(path: Path) -> Iterator[SQLitePersistenceLayer]:
+    layer = layer_at(path)
+    yield layer
+    asyncio.run(layer.aclose())
+
+
+@pytest.fixture
+def nobodys_directory() -> Iterator[Path]:
+    """A directory of an ordinary user, as whom the test goes on: rights do not bind the superuser."""
+    directory = Path(tempfile.mkdtemp()).resolve()
+    is_superuser = os.geteuid() == 0
+    if is_superuser:
+        os.chown(directory, NOBODY, NOBODY)
+        os.seteuid(NOBODY)
+    yield directory
+    if is_superuser:
+        os.seteuid(0)
+    directory.chmod(0o700)
+    shutil.rmtree(directory)
+
+
+def layer_at(path: str | os.PathLike[str]) -> SQLitePersistenceLayer:
+    return SQLitePersistenceLayer(path, clock=FakeClock(), busy_timeout_seconds=BUSY_TIMEOUT_SECONDS)
+
+
+def use(layer: SQLitePersistenceLayer, key: str = "key") -> None:
+    """Claim a key and complete it, on a loop of its own."""
+
+    async def claim_and_complete() -> None:
+        now = layer.clock()
+        answer = await layer.acquire(claim_of(key, now=now), now=now)
+        assert await layer.complete(completed_of(answer.record, now=now), now=now)
+
+    asyncio.run(claim_and_complete())
+
+
+def close(layer: SQLitePersistenceLayer) -> None:
+    asyncio.run(layer.aclose())
+
+
+def keys_in(path: Path) -> list[str]:
+    with closing(sqlite3.connect(path)) as connection:
+        return [key for (key,) in connection.execute("SELECT id FROM records ORDER BY id")]
+
+
+@contextlib.contextmanager
+def limited(kind: int, limit: int) -> Iterator[None]:
+    soft, hard = resource.getrlimit(kind)
+    resource.setrlimit(kind, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(kind, (soft, hard))
+
+
+# --- Making the file ------------------------------------------------------------------------------------------------
+
+
+def test_the_file_and_its_logs_are_for_their_owner_alone(layer: SQLitePersistenceLayer, path: Path) -> None:
+    inherited = os.umask(0)
+    try:
+        use(layer)
+    finally:
+        os.umask(inherited)
+    files = {file.name: stat.S_IMODE(file.stat().st_mode) for file in path.parent.iterdir()}
+    assert files == {path.name: 0o600, f"{path.name}-shm": 0o600, f"{path.name}-wal": 0o600}
+
+
+def test_every_commit_reaches_the_disk(path: Path) -> None:
+    with closing(DatabaseFile(path, busy_timeout_seconds=1).connect()) as connection:
+        assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+        assert connection.execute("PRAGMA synchronous").fetchone() == (2,)
+        assert connection.execute("PRAGMA fullfsync").fetchone() == (1,)
+
+
+def test_an_empty_file_is_filled(layer: SQLitePersistenceLayer, path: Path) -> None:
+    path.touch(0o640)
+    use(layer)
+    assert keys_in(path) == ["key"]
+    assert stat.S_IMODE(path.stat().st_mode) == 0o640
+
+
+@pytest.mark.parametrize("make", [str, Path])
+def test_a_relative_path_is_resolved_when_the_layer_is_made(
+    make: Callable[[str], str | Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    layer = layer_at(make("records of 100%?#.sqlite3"))
+    monkeypatch.chdir("elsewhere")
+    use(layer)
+    close(layer)
+    assert keys_in(tmp_path / "records of 100%?#.sqlite3") == ["key"]
+
+
+def test_a_directory_may_be_reached_by_a_link(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    layer = layer_at(tmp_path / "link" / "records.sqlite3")
+    use(layer)
+    close(layer)
+    assert keys_in(tmp_path / "real" / "records.sqlite3") == ["key"]
+
+
+# --- What is not ours is refused, and stays as it is ----------------------------------------------------------------
+
+
+def foreign_database(path: Path, *statements: str) -> None:
+    with closing(sqlite3.connect(path)) as connection:
+        for statement in statements:
+            connection.execute(statement)
+        connection.commit()
+
+
+THINGS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "text": (lambda path: path.write_text("not a database\n" * 100), "not an SQLite database"),
+    "one byte": (lambda path: path.write_bytes(b"x"), "not an SQLite database"),
+    "tables of others": (lambda path: foreign_database(path, "CREATE TABLE orders (id)"), "another application"),
+    "a log of others": (
+        lambda path: foreign_database(path, "PRAGMA journal_mode = WAL", "CREATE TABLE orders (id)"),
+        "another application",
+    ),
+    "an id of others": (lambda path: foreign_database(path, "PRAGMA application_id = 7"), "another application"),
+    "a version of others": (lambda path: foreign_database(path, "PRAGMA user_version = 1"), "another application"),
+    "a later schema": (
+        lambda path: foreign_database(
+            path, f"PRAGMA application_id = {_sqlite_file.APPLICATION_ID}", "PRAGMA user_version = 2"
+        ),
+        r"newer aidem \(schema 2\); upgrade aidem",
+    ),
+}
+
+
+@pytest.mark.parametrize("thing", THINGS)
+def test_a_file_that_is_not_ours_is_refused_and_left_alone(
+    layer: SQLitePersistenceLayer, path: Path, thing: str
+) -> None:
+    make, message = THINGS[thing]
+    make(path)
+    before = path.read_bytes()
+    with pytest.raises(IdempotencyPersistenceConfigError, match=message) as raised:
+        use(layer)
+    assert str(path) in str(raised.value)
+    assert path.read_bytes() == before
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_symbolic_link_is_refused_and_its_target_left_alone(layer: SQLitePersistenceLayer, path: Path) -> None:
+    target = path.with_name("target")
+    path.symlink_to(target)
+    with pytest.raises(IdempotencyPersistenceConfigError, match="symbolic link"):
+        use(layer)
+    assert not target.exists()
+    target.touch()
+    with pytest.raises(IdempotencyPersistenceConfigError, match="symbolic link"):
+        use(layer)
+    assert target.read_bytes() == b""
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo])
+def test_what_is_not_a_file_is_refused(
+    layer: SQLitePersistenceLayer, path: Path, make: Callable[[Path], object]
+) -> None:
+    make(path)
+    with pytest.raises(IdempotencyPersistenceConfigError, match="not a regular file"):
+        use(layer)
+
+
+def test_a_link_put_there_while_the_file_is_being_opened_is_refused(path: Path) -> None:
+    file = DatabaseFile(path, busy_timeout_seconds=1)
+    file._create()
+    file._refuse_other_than_a_file()
+    target = path.rename(path.with_name("target"))
+    path.symlink_to(target)
+    with (
+        closing(sqlite3.connect(path)) as connection,
+        pytest.raises(IdempotencyPersistenceConfigError, match="replaced"),
+    ):
+        file._prepare(connection)
+    assert target.read_bytes() == b""
+
+
+def test_another_file_put_there_while_the_file_is_being_opened_is_refused(path: Path) -> None:
+    file = DatabaseFile(path, busy_timeout_seconds=1)
+    file._create()
+    file._refuse_other_than_a_file()
+    path.rename(path.with_name("other"))
+    path.touch()
+    with (
+        closing(sqlite3.connect(path)) as connection,
+        pytest.raises(IdempotencyPersistenceConfigError, match="replaced"),
+    ):
+        file._prepare(connection)
+
+
+def test_a_link_that_replaces_the_file_in_use_is_refused(layer: SQLitePersistenceLayer, path: Path) -> None:
+    use(layer)
+    target = path.rename(path.with_name("target"))
+    path.symlink_to(target)
+    with pytest.raises(IdempotencyPersistenceConfigError, match="symbolic link"):
+        use(layer, "later")
+
+
+def test_a_file_that_was_deleted_in_use_is_made_anew_so_that_all_processes_see_one(
+    layer: SQLitePersistenceLayer, path: Path
+) -> None:
+    use(layer, "early")
+    path.unlink()
+    use(layer, "late")
+    close(layer)
+    assert keys_in(path) == ["late"]
+
+
+# --- Rights, as an ordinary user ------------------------------------------------------------------------------------
+
+
+def test_a_directory_that_does_not_exist_is_named(tmp_path: Path) -> None:
+    layer = layer_at(tmp_path / "missing" / "records.sqlite3")
+    with pytest.raises(IdempotencyPersistenceConfigError, match="No such file or directory; its directory must exist"):
+        use(layer)
+    close(layer)
+
+
+@pytest.mark.parametrize("mode", [0o500, 0o000])
+def test_a_directory_that_must_not_be_written_is_refused(nobodys_directory: Path, mode: int) -> None:
+    nobodys_directory.chmod(mode)
+    layer = layer_at(nobodys_directory / "records.sqlite3")
+    with pytest.raises(IdempotencyPersistenceConfigError, match="Permission denied; .* right to write there"):
+        use(layer)
+    nobodys_directory.chmod(0o700)
+    use(layer)
+    close(layer)
+
+
+def test_a_file_in_a_directory_that_must_not_be_written_is_refused(nobodys_directory: Path) -> None:
+    layer = layer_at(nobodys_directory / "records.sqlite3")
+    use(layer)
+    close(layer)
+    nobodys_directory.chmod(0o500)
+    with pytest.raises(IdempotencyPersistenceConfigError, match="write to its directory"):
+        use(layer)
+    close(layer)
+
+
+@pytest.mark.parametrize(("mode", "message"), [(0o400, "must not be written"), (0o000, "cannot be opened")])
+def test_a_file_that_must_not_be_used_is_refused(nobodys_directory: Path, mode: int, message: str) -> None:
+    path = nobodys_directory / "records.sqlite3"
+    layer = layer_at(path)
+    use(layer)
+    close(layer)
+    path.chmod(mode)
+    with pytest.raises(IdempotencyPersistenceConfigError, match=message):
+        asyncio.run(layer.open())
+    close(layer)
+
+
+# --- Faults of the disk ---------------------------------------------------------------------------------------------
+
+
+def test_a_file_that_was_damaged_is_refused(layer: SQLitePersistenceLayer, path: Path) -> None:
+    use(layer)
+    close(layer)
+    with path.open("r+b") as file:
+        file.seek(4096)
+        file.write(b"\xff" * (path.stat().st_size - 4096))
+    with pytest.raises(IdempotencyPersistenceConfigError, match="damaged; restore it, or move it away"):
+        use(layer)
+
+
+def test_tables_that_were_changed_are_refused(layer: SQLitePersistenceLayer, path: Path) -> None:
+    use(layer)
+    close(layer)
+    foreign_database(path, "DROP TABLE records")
+    with pytest.raises(IdempotencyPersistenceConfigError, match="its tables were changed"):
+        use(layer)
+
+
+def test_a_full_disk_answers_no_claim_and_is_got_over(layer: SQLitePersistenceLayer, path: Path) -> None:
+    use(layer, "before")
+    log = path.with_name(f"{path.name}-wal")
+    with limited(resource.RLIMIT_FSIZE, log.stat().st_size):
+        with pytest.raises(
+            IdempotencyPersistenceConnectionError, match="see that the disk works and has space left"
+        ) as e:
+            use(layer, "during")
+        assert isinstance(e.value.__cause__, sqlite3.OperationalError)
+    use(layer, "after")
+    assert keys_in(path) == ["after", "before"]
+
+
+def test_a_file_that_cannot_be_made_for_the_moment_may_be_retried(layer: SQLitePersistenceLayer, path: Path) -> None:
+    async def open_without_descriptors() -> None:
+        with limited(resource.RLIMIT_NOFILE, 3):
+            await layer.open()
+
+    with pytest.raises(IdempotencyPersistenceConnectionError, match=os.strerror(errno.EMFILE)):
+        asyncio.run(open_without_descriptors())
+    use(layer)
+    assert keys_in(path) == ["key"]
+
+
+# --- Other processes ------------------------------------------------------------------------------------------------
+
+
+def test_a_file_that_stays_locked_is_said_to_be_locked(layer: SQLitePersistenceLayer, path: Path) -> None:
+    use(layer, "before")
+    with closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        with pytest.raises(IdempotencyPersistenceConnectionError, match="locked by another process; .*busy_timeout"):
+            use(layer, "during")
+    use(layer, "after")
+    assert keys_in(path) == ["after", "before"]
+
+
+@contextlib.contextmanager
+def reader_of_empty_file(path: Path) -> Iterator[sqlite3.Connection]:
+    """Hold what keeps others from turning the log on, though not from looking."""
+    path.touch()
+    with closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("BEGIN")
+        other.execute("SELECT * FROM sqlite_master").fetchall()
+        yield other
+
+
+def test_a_log_that_cannot_be_turned_on_is_said_to_be_locked(layer: SQLitePersistenceLayer, path: Path) -> None:
+    with reader_of_empty_file(path), pytest.raises(IdempotencyPersistenceConnectionError, match="locked"):
+        use(layer)
+    use(layer)
+
+
+def test_turning_on_the_log_waits_for_others(path: Path) -> None:
+    async def open_meanwhile(other: sqlite3.Connection) -> None:
+        async with SQLitePersistenceLayer(path, busy_timeout_seconds=30) as layer:
+            opening = asyncio.ensure_future(layer.aclose())
+            await opening
+
+    async def opened_only_after(other: sqlite3.Connection) -> None:
+        layer = SQLitePersistenceLayer(path, busy_timeout_seconds=30)
+        opening = asyncio.ensure_future(layer.open())
+        done, _ = await asyncio.wait([opening], timeout=0.1)
+        assert not done
+        other.execute("ROLLBACK")
+        await opening
+        await layer.aclose()
+
+    with reader_of_empty_file(path) as other:
+        asyncio.run(opened_only_after(other))
+
+
+def test_a_database_without_a_log_is_refused(path: Path) -> None:
+    file = DatabaseFile(path, busy_timeout_seconds=1)
+    with (
+        closing(sqlite3.connect(":memory:")) as connection,
+        pytest.raises(IdempotencyPersistenceConfigError, match="use a local disk"),
+    ):
+        file._switch_to_wal(connection)
+
+
+# --- What SQLite's errors mean --------------------------------------------------------------------------------------
+
+
+def error_of(provoke: Callable[[sqlite3.Connection], object]) -> sqlite3.Error:
+    with closing(sqlite3.connect(":memory:")) as connection:
+        connection.execute("CREATE TABLE t (x)")
+        with pytest.raises(sqlite3.Error) as raised:
+            provoke(connection)
+        return raised.value
+
+
+def fill(connection: sqlite3.Connection) -> None:
+    connection.execute("PRAGMA max_page_count = 3")
+    connection.execute("INSERT INTO t VALUES (zeroblob(100000))")
+
+
+def exceed(connection: sqlite3.Connection) -> None:
+    connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, 10_000)
+    connection.execute("INSERT INTO t VALUES (?)", ["private" * 10_000])
+
+
+def misread(connection: sqlite3.Connection) -> None:
+    connection.execute("SELECT CAST(x'80ff' || 'private' AS TEXT)").fetchall()
+
+
+@pytest.mark.parametrize(
+    ("provoke", "kind", "message"),
+    [
+        (fill, IdempotencyPersistenceConnectionError, "the disk is full"),
+        (exceed, IdempotencySerializationError, "too large for SQLite"),
+        (misread, IdempotencyPersistenceLayerError, "SQLite failed with OperationalError"),
+    ],
+)
+def test_an_error_of_sqlite_says_what_to_do_and_shows_no_result(
+    path: Path, provoke: Callable[[sqlite3.Connection], object], kind: type[Exception], message: str
+) -> None:
+    error = error_of(provoke)
+    own = DatabaseFile(path, busy_timeout_seconds=1).translated(error)
+    assert type(own) is kind
+    assert message in str(own)
+    assert str(path) in str(own)
+    assert own.__cause__ is error
+    assert "private" not in str(own)
+
+
+def test_the_cause_of_a_refusal_is_kept(layer: SQLitePersistenceLayer, path: Path) -> None:
+    path.mkdir()
+    with pytest.raises(IdempotencyPersistenceConfigError) as raised:
+        use(layer)
+    assert "_refuse_other_than_a_file" in "".join(traceback.format_exception(raised.value))

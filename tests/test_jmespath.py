@@ -1,0 +1,132 @@
+"""JMESPath expressions over payloads."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import json
+import zlib
+from typing import Any
+
+import jmespath
+import pytest
+from aws_lambda_powertools.utilities.jmespath_utils import PowertoolsFunctions
+from jmespath.functions import Functions, signature
+
+from aidem import _jmespath
+from aidem._jmespath import compile_expression, search
+from aidem.exceptions import IdempotencyKeyError
+
+
+def select(expression: str, data: Any, options: dict[str, Any] | None = None) -> Any:
+    return search(compile_expression(expression), data, options)
+
+
+def base64_text(data: bytes) -> str:
+    return base64.b64encode(data).decode()
+
+
+BODY = {"user": "ü", "items": [1, 2]}
+TEXT = json.dumps(BODY, ensure_ascii=False)
+EVENTS = [
+    ("[a.b, c]", {"a": {"b": 1}, "c": None}),
+    ("missing", {}),
+    ("powertools_json(body).[user, items]", {"body": TEXT}),
+    ("powertools_base64(body)", {"body": base64_text(TEXT.encode())}),
+    ("powertools_json(powertools_base64(body)).user", {"body": base64_text(TEXT.encode())}),
+    ("powertools_base64_gzip(body)", {"body": base64_text(gzip.compress(TEXT.encode()))}),
+    ("powertools_base64_gzip(body)", {"body": base64_text(gzip.compress(b"a") + gzip.compress(b"b") + b"\0\0")}),
+    ("powertools_base64_gzip(body)", {"body": ""}),
+    ("Records[*].powertools_json(body).id", {"Records": [{"body": '{"id": 1}'}, {"body": '{"id": "2"}'}]}),
+]
+
+
+@pytest.mark.parametrize(("expression", "event"), EVENTS)
+def test_expressions_select_what_they_select_in_powertools(expression: str, event: Any) -> None:
+    expected = jmespath.search(expression, event, options=jmespath.Options(custom_functions=PowertoolsFunctions()))
+    assert select(expression, event) == expected
+
+
+def test_an_expression_is_compiled_once() -> None:
+    assert compile_expression("a.b.c") is compile_expression("a.b.c")
+
+
+@pytest.mark.parametrize("expression", ["a[", "a..b", "", "a b", "'open", '"\\ud"', "(" * 100_000], ids=range(7))
+def test_a_broken_expression_is_refused_with_a_sentence(expression: str) -> None:
+    with pytest.raises(ValueError, match="^not a JMESPath expression: "):
+        compile_expression(expression)
+
+
+def refusal(expression: str, data: Any, options: dict[str, Any] | None = None) -> tuple[str, BaseException | None]:
+    with pytest.raises(IdempotencyKeyError) as caught:
+        select(expression, data, options)
+    message = str(caught.value)
+    assert message.startswith(f"the JMESPath expression {expression!r} failed on the payload: ")
+    shown: BaseException | None = caught.value
+    while shown is not None:  # what a traceback in a log shows
+        assert "secret" not in str(shown)
+        shown = shown.__cause__ or (None if shown.__suppress_context__ else shown.__context__)
+    return message.partition("payload: ")[2], caught.value.__cause__
+
+
+@pytest.mark.parametrize(
+    ("expression", "body", "error"),
+    [
+        ("powertools_json(body)", "secret", json.JSONDecodeError),
+        ("powertools_base64(body)", "secretsecr", ValueError),
+        ("powertools_base64(body)", base64_text(b"secret\xff"), UnicodeDecodeError),
+        ("powertools_base64_gzip(body)", base64_text(b"secret"), gzip.BadGzipFile),
+        ("powertools_base64_gzip(body)", base64_text(gzip.compress(b"secret" * 9)[:-9]), EOFError),
+        ("powertools_base64_gzip(body)", base64_text(gzip.compress(b"secret")[:10] + b"\xff" * 20), zlib.error),
+        ("body[::`0`]", ["secret"], Exception),
+    ],
+    ids=range(7),
+)
+def test_a_function_that_fails_is_a_key_error_that_names_the_expression_only(
+    expression: str, body: Any, error: type[Exception]
+) -> None:
+    reason, cause = refusal(expression.replace("::`0`", "::0"), {"body": body})
+    assert isinstance(cause, error)
+    assert type(cause).__name__ in reason or "slice" in reason.lower() or "step" in reason.lower()
+
+
+def test_a_value_of_the_wrong_type_is_named_by_its_type() -> None:
+    reason, cause = refusal("powertools_json(body)", {"body": {"card": "secret"}})
+    assert reason == "powertools_json() does not take a value of type object"
+    assert cause is None
+
+
+@pytest.mark.parametrize(
+    ("expression", "reason"), [("foo(@)", "Unknown function: foo()"), ("length()", "Expected 1 arg")]
+)
+def test_a_call_that_cannot_be_is_described(expression: str, reason: str) -> None:
+    assert reason in refusal(expression, {"a": "secret"})[0]
+
+
+def test_a_small_event_cannot_inflate_without_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_jmespath, "MAX_INFLATED_BYTES", 2 * 1024**2)
+    at_the_bound = base64_text(gzip.compress(b"a" * 2 * 1024**2))
+    assert len(select("powertools_base64_gzip(@)", at_the_bound)) == 2 * 1024**2
+    beyond = base64_text(gzip.compress(b"a" * (2 * 1024**2 + 1)))
+    reason, _ = refusal("powertools_base64_gzip(@)", beyond)
+    assert reason == "the payload inflates to more than 2 MiB"
+
+
+def test_the_bound_of_inflation_is_64_mib() -> None:
+    assert _jmespath.MAX_INFLATED_BYTES == 64 * 1024**2
+
+
+class Own(Functions):
+    @signature({"types": ["string"]})
+    def _func_shout(self, text: str) -> str:
+        return text.upper()
+
+
+def test_own_options_replace_the_built_in_functions() -> None:
+    options = {"custom_functions": Own()}
+    assert select("shout(a)", {"a": "x"}, options) == "X"
+    assert refusal("powertools_json(a)", {"a": "{}"}, options)[0] == "Unknown function: powertools_json()"
+
+
+def test_empty_options_are_no_options() -> None:
+    assert select("powertools_json(a)", {"a": "1"}, {}) == 1
