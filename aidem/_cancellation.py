@@ -53,7 +53,7 @@ class SettlingFuture(asyncio.Future[T]):
     Who produces the answer calls `settle` or `fail`, on the loop of the future; both do nothing once it is done.
     """
 
-    _give_up_timer: asyncio.TimerHandle | None = None
+    _is_bounded = False
 
     def settle(self, answer: T) -> None:
         """Set the answer."""
@@ -65,16 +65,17 @@ class SettlingFuture(asyncio.Future[T]):
         if not self.done():
             self.set_exception(error)
 
-    def cancel(self, msg: Any | None = None) -> bool:  # noqa: ANN401, ARG002 - the signature of asyncio.Future
+    def cancel(self, msg: Any | None = None) -> bool:  # noqa: ARG002 - the signature of asyncio.Future
         """Hold the cancellation off, for a bounded time: always answers False."""
         self.give_up_at(self.get_loop().time() + CLEANUP_SECONDS)
         return False
 
     def give_up_at(self, deadline: float) -> None:
         """Fail when no answer has come by then, in seconds of the loop's clock; the first deadline counts."""
-        if not self.done() and self._give_up_timer is None:
-            self._give_up_timer = self.get_loop().call_at(deadline, self._give_up)
-            self.add_done_callback(_cancel_timer)
+        if not self.done() and not self._is_bounded:
+            self._is_bounded = True
+            timer = self.get_loop().call_at(deadline, self._give_up)
+            self.add_done_callback(lambda _future: timer.cancel())
 
     def _give_up(self) -> None:
         self.fail(
@@ -82,11 +83,6 @@ class SettlingFuture(asyncio.Future[T]):
                 f"the persistence layer did not answer within {CLEANUP_SECONDS:g} s of a cancellation"
             )
         )
-
-
-def _cancel_timer(future: asyncio.Future[Any]) -> None:
-    if isinstance(future, SettlingFuture) and future._give_up_timer is not None:  # noqa: SLF001 - its own class
-        future._give_up_timer.cancel()  # noqa: SLF001
 
 
 class HeldOff:
@@ -111,19 +107,24 @@ class HeldOff:
             answer: T = operation.answer
             return answer
         if isinstance(operation, SettlingFuture):
-            return await self._settle(operation)
-        with CancelScope(shield=True):
-            return await self._settle(_as_task(operation))
+            future: SettlingFuture[T] = operation
+            await self._wait(future)
+        else:
+            future = _as_task(operation)
+            with CancelScope(shield=True):
+                await self._wait(future)
+        return future.result()
 
-    async def _settle(self, future: SettlingFuture[T]) -> T:
+    async def _wait(self, future: SettlingFuture[Any]) -> None:
         if self.deadline is not None:
             future.give_up_at(self.deadline)
         try:
-            return await future
+            await future
         except asyncio.CancelledError as cancellation:
             self._cancellation = self._cancellation or cancellation
             self.bound()
-            return future.result()
+        except Exception:  # noqa: BLE001, S110 - it is in the future, and raised from there
+            pass
 
     def bound(self) -> None:
         """Give operations `CLEANUP_SECONDS` from now, as the caller has been cancelled; the first call counts."""

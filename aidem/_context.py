@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
 
 from aidem._engine import Call, Phase
 from aidem._execution import Execution, Recording, hooked, running, value_of
@@ -32,9 +32,9 @@ LOOK_FIRST = (
 
 
 def idempotency(
-    key: Any,  # noqa: ANN401 - any value that a payload may be
+    key: Any,
     *,
-    payload: Any = ...,  # noqa: ANN401 - any value
+    payload: Any = ...,
     persistence_store: PersistenceLayer | None = None,
     config: IdempotencyConfig | None = None,
     output_serializer: OutputSerializer | None = None,
@@ -54,7 +54,14 @@ def idempotency(
         IdempotencyError: Entering: one of its subclasses, see `aidem.exceptions`; then the block does not run.
             Leaving: the outcome could not be recorded, the claim was lost, or the block had no protection.
     """
-    return _Block(key, payload, persistence_store, config, output_serializer, key_prefix)
+    return _Block(
+        key,
+        payload,
+        layer=persistence_store,
+        config=config,
+        serializer=output_serializer,
+        key_prefix=key_prefix,
+    )
 
 
 class BlockExecution(Execution):
@@ -77,7 +84,7 @@ class BlockExecution(Execution):
         return super().replayed
 
     @property
-    def result(self) -> Any:  # noqa: ANN401 - any result
+    def result(self) -> Any:
         """The result: what was recorded before, what the block has set, or after the block what a replay will get.
 
         Raises:
@@ -91,7 +98,7 @@ class BlockExecution(Execution):
     @result.setter
     def result(self, value: Any) -> None:
         if self._call.phase is Phase.REPLAYED:
-            message = "this is a replay, its result is recorded already; guard the effect with `if not execution.replayed:`"
+            message = "this is a replay, and its result is recorded; guard the effect with `if not execution.replayed:`"
             raise IdempotencyUsageError(message, key=self.key)
         if self._call.phase is Phase.ENDED:
             raise IdempotencyUsageError("the block is over, and its result is recorded", key=self.key)
@@ -112,27 +119,28 @@ class BlockExecution(Execution):
         self._has_looked = self._has_run = True
         self._serializer = self._call.plan.serializer_for(func)
         if self._call.phase is Phase.REPLAYED:
-            value = self._replayed_result_or_awaitable()
-            return await value if inspect.isawaitable(value) else value
+            replayed = self._replayed_result_or_awaitable()
+            return cast("R", await replayed if inspect.isawaitable(replayed) else replayed)
         result = await func(*args, **kwargs)
         if self._call.phase is Phase.BYPASSED:
             self.result = result
             return result
         recording = Recording.of(result, self._serializer)
-        self.result = recording.value
+        value: R = recording.value
+        self.result = value
         self._recording = recording
-        return recording.value  # type: ignore[no-any-return]
+        return value
 
-    def _replayed_result(self) -> Any:  # noqa: ANN401 - any result
+    def _replayed_result(self) -> Any:
         value = self._replayed_result_or_awaitable()
         if inspect.isawaitable(value):
             if inspect.iscoroutine(value):
                 value.close()
-            message = "the response_hook is async, so the result must be awaited: use `await execution.run(function, ...)`"
+            message = "the response_hook is async, so its result must be awaited: use `await execution.run(...)`"
             raise IdempotencyUsageError(message, key=self.key)
         return value
 
-    def _replayed_result_or_awaitable(self) -> Any:  # noqa: ANN401 - any result
+    def _replayed_result_or_awaitable(self) -> Any:
         call = self._call
         return hooked(call, value_of(call.held_record(), call.plan.config, self._serializer))
 
@@ -161,12 +169,23 @@ class BlockExecution(Execution):
 class _Block:
     """The async context manager behind `idempotency`."""
 
-    __slots__ = ("_call", "_config", "_execution", "_key", "_key_prefix", "_layer", "_payload", "_running", "_serializer")
+    __slots__ = (
+        "_call",
+        "_config",
+        "_execution",
+        "_key",
+        "_key_prefix",
+        "_layer",
+        "_payload",
+        "_running",
+        "_serializer",
+    )
 
     def __init__(
         self,
-        key: Any,  # noqa: ANN401 - any value
-        payload: Any,  # noqa: ANN401 - any value
+        key: Any,
+        payload: Any,
+        *,
         layer: PersistenceLayer | None,
         config: IdempotencyConfig | None,
         serializer: OutputSerializer | None,

@@ -124,13 +124,9 @@ def idempotent(
         TypeError: The handler is not an `async def` function.
     """
     if handler is None:
-        return functools.partial(
-            idempotent, persistence_store=persistence_store, config=config, key_prefix=key_prefix
-        )  # type: ignore[call-overload]
+        return functools.partial(idempotent, persistence_store=persistence_store, config=config, key_prefix=key_prefix)
     target = Target(handler, decorator="idempotent", key_prefix=key_prefix)
-    binding = Binding(
-        target, _key_of_event, persistence_store=persistence_store, config=config, key_prefix=key_prefix
-    )
+    binding = Binding(target, _key_of_event, persistence_store=persistence_store, config=config, key_prefix=key_prefix)
 
     @functools.wraps(handler)
     async def wrapper(event: Any, context: Any, *args: Any, **kwargs: Any) -> Any:
@@ -200,8 +196,9 @@ def idempotent_function(
     }
     if function is None:
         return functools.partial(idempotent_function, **options)
-    if isinstance(function, classmethod | staticmethod):
-        return type(function)(idempotent_function(function.__func__, **options))  # type: ignore[call-overload]
+    for kind in (classmethod, staticmethod):
+        if isinstance(function, kind):  # below @classmethod it is a function already
+            return kind(idempotent_function(function.__func__, **options))
     target = Target(function, decorator="idempotent_function", key_prefix=key_prefix)
     binding = Binding(
         target,

@@ -16,7 +16,6 @@ from aidem import _state
 from aidem._cancellation import HeldOff
 from aidem._claim import EFFECT_HAPPENED, LONGEST_DELAY_SECONDS, Claim, backoff_seconds
 from aidem._flights import Flight
-from aidem._record import OutcomeKind
 from aidem._state import Blocked, Step
 from aidem.exceptions import (
     IdempotencyAlreadyInProgressError,
@@ -35,7 +34,7 @@ if TYPE_CHECKING:
 
     from aidem._flights import Ending
     from aidem._plan import Key, Plan
-    from aidem._record import DataRecord
+    from aidem._record import DataRecord, OutcomeKind
 
 logger = logging.getLogger("aidem")
 

@@ -122,7 +122,7 @@ class running:  # noqa: N801 - used like a function; a generator would cost four
 
 async def execute(
     call: Call, function: Callable[..., Awaitable[Any]], args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> Any:  # noqa: ANN401 - whatever the function returns
+) -> Any:
     """Run a function under a call, or hand out what it returned before."""
     await call.begin()
     if call.phase is Phase.REPLAYED:
@@ -139,19 +139,19 @@ async def execute(
     return await recording.store(call)
 
 
-async def replayed_value(call: Call) -> Any:  # noqa: ANN401 - whatever the function returned
+async def replayed_value(call: Call) -> Any:
     """Return the outcome that a call found, by way of the response hook."""
     value = hooked(call, value_of(call.held_record(), call.plan.config, call.plan.serializer))
     return await value if inspect.isawaitable(value) else value
 
 
-def hooked(call: Call, value: Any) -> Any:  # noqa: ANN401 - any result, or an awaitable of one
+def hooked(call: Call, value: Any) -> Any:
     """Pass a replayed value through the response hook, which may answer an awaitable."""
     hook = call.plan.config.response_hook
     return value if hook is None else hook(value, call.held_record())
 
 
-def value_of(record: DataRecord, config: IdempotencyConfig, serializer: OutputSerializer) -> Any:  # noqa: ANN401
+def value_of(record: DataRecord, config: IdempotencyConfig, serializer: OutputSerializer) -> Any:
     """Return the outcome in a completed record as an object of its own.
 
     Raises:
@@ -182,13 +182,13 @@ class Recording:
 
     __slots__ = ("kind", "text", "value")
 
-    def __init__(self, text: str, kind: OutcomeKind | None, value: Any) -> None:  # noqa: ANN401 - any result
+    def __init__(self, text: str, kind: OutcomeKind | None, value: Any) -> None:
         self.text = text
         self.kind = kind
         self.value = value
 
     @classmethod
-    def of(cls, result: Any, serializer: OutputSerializer) -> Recording:  # noqa: ANN401 - any result
+    def of(cls, result: Any, serializer: OutputSerializer) -> Recording:
         """Turn a result into text and back; if that fails, its text says that the result is unavailable."""
         try:
             text = result_text(result, serializer)
@@ -197,7 +197,7 @@ class Recording:
             logger.error("a result cannot be stored, so it cannot be replayed: %s", exc)  # noqa: TRY400 - no trace: it may show the result
             return cls(UNAVAILABLE_TEXT, OutcomeKind.UNAVAILABLE, result)
 
-    async def store(self, call: Call) -> Any:  # noqa: ANN401 - any result
+    async def store(self, call: Call) -> Any:
         """Record it; return what every replay will return, which is the winner's outcome if the claim was lost."""
         record = await call.complete(self.text, self.kind)
         if not call.is_ours(record):

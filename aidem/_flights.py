@@ -22,7 +22,7 @@ class Flight:
 
     Attributes:
         record: The live record as far as it is known: the claim of the caller, or what blocks it.
-        lease_deadline: When the claim of the caller lapses, in seconds of the loop's clock; None: it has none that could.
+        lease_deadline: When the claim of the caller lapses, in seconds of the loop's clock; None: it does not.
         polls: How often in a row the store was asked in vain, over successive callers.
         is_over: Whether it has ended.
         ending: What it ended with.

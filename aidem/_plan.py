@@ -82,7 +82,7 @@ class Plan:
         """Return the serializer for what a function returns, unless one is given."""
         return self.serializer if self._output_serializer is not None else resolve(None, function)
 
-    def key(self, payload: Any) -> Key:  # noqa: ANN401 - a payload is any value
+    def key(self, payload: Any) -> Key:
         """Return the key that an event or a named parameter selects.
 
         Raises:
@@ -102,12 +102,12 @@ class Plan:
             return self.key(prepared)
         return self.key_of(prepared, self._validation_hash(prepared))
 
-    def key_of(self, selected: Any, payload_hash: str = "") -> Key:  # noqa: ANN401 - a payload is any value
+    def key_of(self, selected: Any, payload_hash: str = "") -> Key:
         """Return the key of a selected value, whatever it is."""
         digest = _key.payload_digest(selected, self.config.hash_function)
         return Key(_key.idempotency_key(self.prefix, digest), payload_hash)
 
-    def key_of_block(self, key: Any, payload: Any) -> Key:  # noqa: ANN401 - payloads are any value
+    def key_of_block(self, key: Any, payload: Any) -> Key:
         """Return the key of a block; its payload, unless it is `...`, must not change under the key."""
         selected = _key.prepare(key)
         if _key.is_missing(selected):
@@ -118,7 +118,7 @@ class Plan:
         validated = _select(self.config.payload_validation_jmespath, prepared, self.config)
         return self.key_of(selected, _key.payload_digest(validated, self.config.hash_function))
 
-    def _validation_hash(self, prepared: Any) -> str:  # noqa: ANN401 - a payload is any value
+    def _validation_hash(self, prepared: Any) -> str:
         expression = self.config.payload_validation_jmespath
         if not expression:
             return ""
@@ -160,7 +160,13 @@ def unprotected_call(
     """Return plan and key of a call that asks no layer; its key is only there for `key_for`, if there is one."""
     from aidem.persistence.memory import MemoryPersistenceLayer  # only needed while a switch for tests is on
 
-    plan = Plan(layer=MemoryPersistenceLayer(), config=config, function=function, prefix=prefix, output_serializer=output_serializer)
+    plan = Plan(
+        layer=MemoryPersistenceLayer(),
+        config=config,
+        function=function,
+        prefix=prefix,
+        output_serializer=output_serializer,
+    )
     try:
         return plan, find_key(plan)
     except IdempotencyKeyError:
@@ -191,7 +197,7 @@ def _is_true(switch: str, value: str) -> bool:
     raise ValueError(message)
 
 
-def _select(expression: str, prepared: Any, config: IdempotencyConfig) -> Any:  # noqa: ANN401 - payloads are any value
+def _select(expression: str, prepared: Any, config: IdempotencyConfig) -> Any:
     if not expression:
         return prepared
     from aidem._jmespath import compile_expression, search  # jmespath is imported only by those who use it

@@ -8,7 +8,7 @@ from __future__ import annotations
 import datetime
 import json
 from enum import StrEnum
-from typing import Any, Final, NoReturn
+from typing import Any, NoReturn
 
 
 class RecordStatus(StrEnum):
@@ -43,7 +43,7 @@ class DataRecord:
         fence: Grows with every new claim of the key; 0: written by another library.
     """
 
-    # A plain slotted class: a frozen dataclass of eleven fields costs more than twice as much to build, and every call builds three.
+    # A plain slotted class: a frozen dataclass of eleven fields takes twice as long to build, and a call builds three.
     __slots__ = (
         "expiry_timestamp",
         "fence",
@@ -58,17 +58,17 @@ class DataRecord:
         "status",
     )
 
-    idempotency_key: Final[str]
-    status: Final[RecordStatus]
-    expiry_timestamp: Final[int | None]
-    in_progress_expiry_timestamp: Final[int | None]
-    lease_expiry_timestamp: Final[int | None]
-    response_data: Final[str | None]
-    outcome: Final[OutcomeKind | None]
-    payload_hash: Final[str]
-    sort_key: Final[str | None]
-    owner: Final[str | None]
-    fence: Final[int]
+    idempotency_key: str
+    status: RecordStatus
+    expiry_timestamp: int | None
+    in_progress_expiry_timestamp: int | None
+    lease_expiry_timestamp: int | None
+    response_data: str | None
+    outcome: OutcomeKind | None
+    payload_hash: str
+    sort_key: str | None
+    owner: str | None
+    fence: int
 
     def __init__(
         self,
@@ -109,13 +109,13 @@ class DataRecord:
             return None
         return datetime.datetime.fromtimestamp(self.expiry_timestamp, tz=datetime.UTC)
 
-    def response_json_as_dict(self) -> Any:  # noqa: ANN401 - whatever JSON value was stored
+    def response_json_as_dict(self) -> Any:
         """Return the stored result, decoded from JSON; None where no result is stored."""
         if self.outcome is not None or not self.response_data:
             return None
         return json.loads(self.response_data)
 
-    def replace(self, **changes: Any) -> DataRecord:  # noqa: ANN401 - any field
+    def replace(self, **changes: Any) -> DataRecord:
         """Return a copy with some fields changed."""
         return DataRecord(**{name: getattr(self, name) for name in self.__slots__} | changes)
 
@@ -152,7 +152,7 @@ def _restore(fields: dict[str, Any]) -> DataRecord:
     return DataRecord(**fields)
 
 
-def _setter(name: str) -> Any:  # noqa: ANN401 - a slot descriptor's method, called on the hot path
+def _setter(name: str) -> Any:
     return vars(DataRecord)[name].__set__
 
 

@@ -39,7 +39,7 @@ class Renewable(Protocol):
         """Take note that the lease counts from `asked_at`, in seconds of the loop's clock."""
         ...
 
-    def lease_lost(self) -> None:
+    def lost(self) -> None:
         """Take note that the claim is not ours any more."""
         ...
 
@@ -70,8 +70,10 @@ class LeaseKeeper:
         self._task = self._loop.create_task(self._keep())
 
     async def _keep(self) -> None:
-        while (delay := await self._renew()) is not None:
+        delay: float | None = 0.0
+        while delay is not None:
             await asyncio.sleep(delay)
+            delay = await self._renew()
 
     async def _renew(self) -> float | None:
         """Renew once; return how long to wait before the next time, None if there is none."""
@@ -90,7 +92,7 @@ class LeaseKeeper:
         if not call.is_running():
             return None
         if record is None:
-            call.lease_lost()
+            call.lost()
             return None
         call.renewed(record, asked_at=asked_at)
         return self._interval_seconds - (self._loop.time() - asked_at)

@@ -98,7 +98,7 @@ class _Compiler:
         return self._container(origin, arguments) or _leaf(origin)
 
     def _union(self, annotation: Any, members: tuple[Any, ...]) -> _Shape:
-        if any(map(is_pydantic, members)):  # pydantic tells its models apart
+        if sum(map(is_pydantic, members)) > 1:  # pydantic tells its models apart
             return _Shape(frozenset(_JSON_TYPES), partial(build_model, annotation, PydanticSerializer(annotation)))
         by_kind: dict[type, Build] = {}
         same: dict[type, bool] = {}
@@ -170,6 +170,10 @@ def _one_of(expected: Any, members: tuple[Any, ...]) -> _Shape:
         by_text = {encode(member): member for member in members}
     except NotEncodableError as error:
         raise IdempotencyModelTypeError(f"{expected!r} cannot be stored as JSON: {error.reason}") from error
-    kinds = frozenset(type(decode(text)) for text in by_text)
+    kinds = frozenset(map(_kind, map(decode, by_text)))
     same = all(type(member) in _JSON_TYPES for member in members)
     return _Shape(kinds, partial(build_one_of, expected, by_text), same)
+
+
+def _kind(value: object) -> type:
+    return type(value)

@@ -34,7 +34,9 @@ class Target:
 
     __slots__ = ("_module", "_qualname", "function", "name")
 
-    def __init__(self, function: Callable[..., Any], *, decorator: str, key_prefix: str | None, is_async: bool = True) -> None:
+    def __init__(
+        self, function: Callable[..., Any], *, decorator: str, key_prefix: str | None, is_async: bool = True
+    ) -> None:
         self.function = function
         _check_kind(function, decorator=decorator, is_async=is_async)
         self._module: str | None = getattr(function, "__module__", None)
@@ -85,9 +87,7 @@ def _name(function: object) -> str:
     return getattr(function, "__qualname__", None) or repr(function)
 
 
-def payload_finder(
-    target: Target, *, data_keyword_argument: str | None, key: Callable[..., Any] | None
-) -> FindKey:
+def payload_finder(target: Target, *, data_keyword_argument: str | None, key: Callable[..., Any] | None) -> FindKey:
     """Return how the key of a call is found among its arguments.
 
     Raises:

@@ -87,10 +87,7 @@ def is_lapsed(record: DataRecord, *, now: float, max_clock_skew_seconds: float =
 def is_held_by(record: DataRecord | None, owner: str | None) -> bool:
     """Whether the record is a claim of that owner, so that the owner may renew, release or complete it."""
     return (
-        record is not None
-        and owner is not None
-        and record.owner == owner
-        and record.status is RecordStatus.INPROGRESS
+        record is not None and owner is not None and record.owner == owner and record.status is RecordStatus.INPROGRESS
     )
 
 

@@ -150,11 +150,12 @@ def _check_types(config: IdempotencyConfig) -> None:
             raise _refused("hooks", hook, "a tuple of objects with a method on_event(event)")
     if config.response_hook is not None and not callable(config.response_hook):
         raise _refused("response_hook", config.response_hook, "a callable hook(response, record)")
-    if config.lambda_context is not None and not isinstance(config.lambda_context, LambdaContext):
-        raise _refused("lambda_context", config.lambda_context, "an object with get_remaining_time_in_millis()")
+    context: Any = config.lambda_context
+    if context is not None and not isinstance(context, LambdaContext):
+        raise _refused("lambda_context", context, "an object with get_remaining_time_in_millis()")
 
 
-def _tuple(option: str, value: object) -> tuple[object, ...]:
+def _tuple(option: str, value: Any) -> tuple[Any, ...]:
     if not isinstance(value, tuple):
         raise _refused(option, value, "a tuple")
     return value
@@ -217,9 +218,7 @@ class _Defaults:
 _defaults = _Defaults()
 
 
-def configure(
-    *, persistence_store: PersistenceLayer | None = None, config: IdempotencyConfig | None = None
-) -> None:
+def configure(*, persistence_store: PersistenceLayer | None = None, config: IdempotencyConfig | None = None) -> None:
     """Set the process-wide defaults, both of them; what is left out goes back to aidem's own default."""
     _defaults.persistence_store = persistence_store
     _defaults.config = config or IdempotencyConfig()

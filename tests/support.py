@@ -72,7 +72,7 @@ class Fault:
 
 @dataclass
 class PlannedLayer:
-    """A layer of coroutines around another, as a user would write one; counts what it is asked, and fails as planned."""
+    """A layer of coroutines around another, as a user would write one; remembers calls, fails as planned."""
 
     inner: Any = field(default_factory=lambda: MemoryPersistenceLayer(clock=wall_clock))
     calls: list[str] = field(default_factory=list)

@@ -24,7 +24,7 @@ def anyio_backend() -> Any:
     return VIRTUAL_TIME
 
 
-# --- How a call is cancelled: each way runs it, and is told when -------------------------------------------------------
+# --- How a call is cancelled: each way runs it, and is told when ---
 
 
 class Cancelling:
@@ -265,7 +265,7 @@ async def test_a_waiter_that_is_cancelled_leaves_the_owner_and_other_waiters_alo
         await asyncio.sleep(0.01)
         other = asyncio.ensure_future(decorated(layer, till, waiting)())
         cancelling = way(cycle)
-        [ending] = await cancelling.run(decorated(layer, till, waiting))
+        await cancelling.run(decorated(layer, till, waiting))
         assert await owner == await other == {"receipt": 1}
         if not cancelling.was_cancelled:
             break

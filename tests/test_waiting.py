@@ -68,7 +68,8 @@ async def test_a_waiter_gives_up_at_its_timeout() -> None:
     till.seconds = 20
     owner = await started(charger(layer, till)(ORDER))
     loop = asyncio.get_running_loop()
-    for waiting in (charger(layer, till, wait_timeout_seconds=3), charger(other_process(layer), till, wait_timeout_seconds=3)):
+    for beside in (layer, other_process(layer)):
+        waiting = charger(beside, till, wait_timeout_seconds=3)
         began = loop.time()
         with pytest.raises(IdempotencyAlreadyInProgressError):
             await waiting(ORDER)
@@ -141,9 +142,7 @@ async def test_a_poller_that_gives_up_hands_its_pace_on() -> None:
     till.seconds = 30
     owner = await started(charger(layer, till, lease_seconds=90)(ORDER))
     elsewhere = other_process(layer)
-    waiters = [
-        await started(charger(elsewhere, till, wait_timeout_seconds=1 + n)(ORDER)) for n in range(5)
-    ]
+    waiters = [await started(charger(elsewhere, till, wait_timeout_seconds=1 + n)(ORDER)) for n in range(5)]
     await asyncio.sleep(5)
     assert len(elsewhere.calls) <= 25
     results = await asyncio.gather(*waiters, return_exceptions=True)

@@ -23,6 +23,7 @@ from aidem.persistence._sqlite_records import SCHEMA
 
 APPLICATION_ID: Final = int.from_bytes(b"aide")
 SCHEMA_VERSION: Final = 1
+SMALLEST_DATABASE: Final = 512
 RETRY_SECONDS: Final = 0.005
 
 # Whoever closes a descriptor of a file drops all locks that its process has on it, SQLite's too: so a file is created,
@@ -148,6 +149,8 @@ class DatabaseFile:
             raise self._refusal("it is a symbolic link; give the path of the file itself")
         if not stat.S_ISREG(status.st_mode):
             raise self._refusal("it is not a regular file; give the path of a file")
+        if 0 < status.st_size < SMALLEST_DATABASE:  # SQLite would take a single byte for nothing
+            raise self._refusal("it is not an SQLite database; give the path of one, or a new one")
         self._identity = _identity(status)
 
     def _prepare(self, connection: sqlite3.Connection) -> None:
@@ -156,13 +159,17 @@ class DatabaseFile:
         self._switch_to_wal(connection)
         connection.execute("PRAGMA synchronous = FULL")
         connection.execute("PRAGMA fullfsync = ON")  # macOS: fsync alone does not reach the disk
+        self._make_schema(connection)
+
+    def _make_schema(self, connection: sqlite3.Connection) -> None:
         connection.execute("BEGIN IMMEDIATE")
-        if self._is_empty(connection):
+        is_empty = self._is_empty(connection)
+        connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")  # fails if the file must not be written
+        if is_empty:
+            connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
             for statement in SCHEMA:
                 connection.execute(statement)
-            connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-            connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
-        connection.execute("COMMIT")
+        connection.execute("COMMIT" if is_empty else "ROLLBACK")
 
     def _refuse_swapped(self, connection: sqlite3.Connection) -> None:
         """Find out what SQLite has opened: it resolves a symbolic link that was put there after we looked."""

@@ -255,7 +255,7 @@ def test_a_file_that_was_deleted_in_use_is_made_anew_so_that_all_processes_see_o
 
 def test_a_directory_that_does_not_exist_is_named(tmp_path: Path) -> None:
     layer = layer_at(tmp_path / "missing" / "records.sqlite3")
-    with pytest.raises(IdempotencyPersistenceConfigError, match="No such file or directory; its directory must exist"):
+    with pytest.raises(IdempotencyPersistenceConfigError, match=r"No such file or directory; its directory must exist"):
         use(layer)
     close(layer)
 
@@ -264,7 +264,7 @@ def test_a_directory_that_does_not_exist_is_named(tmp_path: Path) -> None:
 def test_a_directory_that_must_not_be_written_is_refused(nobodys_directory: Path, mode: int) -> None:
     nobodys_directory.chmod(mode)
     layer = layer_at(nobodys_directory / "records.sqlite3")
-    with pytest.raises(IdempotencyPersistenceConfigError, match="Permission denied; .* right to write there"):
+    with pytest.raises(IdempotencyPersistenceConfigError, match=r"Permission denied; .* right to write there"):
         use(layer)
     nobodys_directory.chmod(0o700)
     use(layer)
@@ -276,7 +276,7 @@ def test_a_file_in_a_directory_that_must_not_be_written_is_refused(nobodys_direc
     use(layer)
     close(layer)
     nobodys_directory.chmod(0o500)
-    with pytest.raises(IdempotencyPersistenceConfigError, match="write to its directory"):
+    with pytest.raises(IdempotencyPersistenceConfigError, match="right to write to it and to its directory"):
         use(layer)
     close(layer)
 
@@ -345,7 +345,7 @@ def test_a_file_that_stays_locked_is_said_to_be_locked(layer: SQLitePersistenceL
     use(layer, "before")
     with closing(sqlite3.connect(path, isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")
-        with pytest.raises(IdempotencyPersistenceConnectionError, match="locked by another process; .*busy_timeout"):
+        with pytest.raises(IdempotencyPersistenceConnectionError, match=r"locked by another process; .*busy_timeout"):
             use(layer, "during")
     use(layer, "after")
     assert keys_in(path) == ["after", "before"]
@@ -368,11 +368,6 @@ def test_a_log_that_cannot_be_turned_on_is_said_to_be_locked(layer: SQLitePersis
 
 
 def test_turning_on_the_log_waits_for_others(path: Path) -> None:
-    async def open_meanwhile(other: sqlite3.Connection) -> None:
-        async with SQLitePersistenceLayer(path, busy_timeout_seconds=30) as layer:
-            opening = asyncio.ensure_future(layer.aclose())
-            await opening
-
     async def opened_only_after(other: sqlite3.Connection) -> None:
         layer = SQLitePersistenceLayer(path, busy_timeout_seconds=30)
         opening = asyncio.ensure_future(layer.open())
