@@ -7,6 +7,7 @@ import hashlib
 import inspect
 import logging
 import warnings
+import weakref
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +36,7 @@ logger = logging.getLogger("aidem")
 class Execution:
     """One execution of an idempotent call, as its body sees it."""
 
-    __slots__ = ("_call",)
+    __slots__ = ("__weakref__", "_call")
 
     def __init__(self, call: Call) -> None:
         self._call = call
@@ -87,7 +88,8 @@ class Execution:
         await self._call.ensure_owned()
 
 
-_current: ContextVar[Execution | None] = ContextVar("aidem_execution", default=None)
+# Weakly: tasks that a body starts copy its context, and must not keep the call alive.
+_current: ContextVar[weakref.ref[Execution] | None] = ContextVar("aidem_execution", default=None)
 
 
 def current_execution() -> Execution:
@@ -96,7 +98,8 @@ def current_execution() -> Execution:
     Raises:
         IdempotencyUsageError: No idempotent body is running in this task or thread.
     """
-    execution = _current.get()
+    reference = _current.get()
+    execution = None if reference is None else reference()
     if execution is None:
         message = "current_execution() is for the body of an idempotent call, and none is running here"
         raise IdempotencyUsageError(message)
@@ -112,7 +115,7 @@ class running:  # noqa: N801 - used like a function; a generator would cost four
         self._execution = execution
 
     def __enter__(self) -> None:
-        self._token = _current.set(self._execution)
+        self._token = _current.set(weakref.ref(self._execution))
 
     def __exit__(self, *_: object) -> None:
         # A coroutine that is closed from another context never changed the variable there.

@@ -59,7 +59,7 @@ def search(compiled: ParsedResult, data: Any, options: Mapping[str, Any] | None)
     except InflatedTooLargeError as error:
         raise _failed(compiled, str(error)) from error
     except Exception as error:
-        raise _failed(compiled, f"a function of it raised {type(error).__name__}") from error
+        raise _failed(compiled, f"evaluating it raised {type(error).__name__}") from error
 
 
 def _failed(compiled: ParsedResult, reason: str) -> IdempotencyKeyError:

@@ -63,17 +63,17 @@ class Reporter:
     """Tells the hooks of one call what happens to it.
 
     Attributes:
-        tell: Takes each event; fronts whose hooks must run in another thread replace it.
+        redirect: Takes each event instead of the hooks, for fronts whose hooks must run in another thread.
     """
 
-    __slots__ = ("_function", "_hooks", "_key", "_started_at", "tell")
+    __slots__ = ("_function", "_hooks", "_key", "_started_at", "redirect")
 
     def __init__(self, hooks: tuple[IdempotencyHook, ...], *, key: str, function: str) -> None:
         self._hooks = hooks
         self._key = key
         self._function = function
         self._started_at = time.monotonic() if hooks else 0.0
-        self.tell: Callable[[IdempotencyEvent], None] = self.tell_hooks
+        self.redirect: Callable[[IdempotencyEvent], None] | None = None
 
     def report(self, kind: EventKind, *, fence: int = 0, error: BaseException | None = None) -> None:
         """Report an event; costs next to nothing where nobody listens."""
@@ -86,9 +86,9 @@ class Reporter:
                 duration_seconds=time.monotonic() - self._started_at,
                 error=error,
             )
-            self.tell(event)
+            (self.redirect or self.tell)(event)
 
-    def tell_hooks(self, event: IdempotencyEvent) -> None:
+    def tell(self, event: IdempotencyEvent) -> None:
         """Hand an event to every hook."""
         for hook in self._hooks:
             try:

@@ -53,7 +53,7 @@ def test_an_expression_is_compiled_once() -> None:
 
 @pytest.mark.parametrize("expression", ["a[", "a..b", "", "a b", "'open", '"\\ud"', "(" * 100_000], ids=range(7))
 def test_a_broken_expression_is_refused_with_a_sentence(expression: str) -> None:
-    with pytest.raises(ValueError, match="^not a JMESPath expression: "):
+    with pytest.raises(ValueError, match=r"^not a JMESPath expression: "):
         compile_expression(expression)
 
 
@@ -78,16 +78,16 @@ def refusal(expression: str, data: Any, options: dict[str, Any] | None = None) -
         ("powertools_base64_gzip(body)", base64_text(b"secret"), gzip.BadGzipFile),
         ("powertools_base64_gzip(body)", base64_text(gzip.compress(b"secret" * 9)[:-9]), EOFError),
         ("powertools_base64_gzip(body)", base64_text(gzip.compress(b"secret")[:10] + b"\xff" * 20), zlib.error),
-        ("body[::`0`]", ["secret"], Exception),
+        ("body[::0]", ["secret"], ValueError),
     ],
     ids=range(7),
 )
 def test_a_function_that_fails_is_a_key_error_that_names_the_expression_only(
     expression: str, body: Any, error: type[Exception]
 ) -> None:
-    reason, cause = refusal(expression.replace("::`0`", "::0"), {"body": body})
+    reason, cause = refusal(expression, {"body": body})
     assert isinstance(cause, error)
-    assert type(cause).__name__ in reason or "slice" in reason.lower() or "step" in reason.lower()
+    assert reason == f"evaluating it raised {type(cause).__name__}"
 
 
 def test_a_value_of_the_wrong_type_is_named_by_its_type() -> None:

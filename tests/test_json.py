@@ -175,8 +175,18 @@ def test_everything_else_is_refused_with_its_path(value: Any, path: str, reason:
 
 
 def test_values_beside_the_fault_are_passed_over() -> None:
-    fine = [None, True, 1.5, "x", 12, {"a": Decimal(1), "b": Color.RED}, Model(at=datetime.date.min), {1.5: 1, None: 2}]
-    with pytest.raises(NotEncodableError, match=r"^\$\[7\] has keys"):
+    fine = [
+        None,
+        True,
+        1.5,
+        "x",
+        12,
+        {"a": Decimal(1), "b": Color.RED},
+        Model(at=datetime.date.min),
+        [1, ()],
+        {1.5: 1, None: 2},
+    ]
+    with pytest.raises(NotEncodableError, match=r"^\$\[8\] has keys"):
         encode([*fine, b"not reached"])
 
 

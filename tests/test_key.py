@@ -153,10 +153,12 @@ def test_keys_do_not_depend_on_the_hash_seed_of_the_process(seed: str) -> None:
 class Powertools(BasePersistenceLayer):
     """Hashes as Powertools does, and stores nothing."""
 
-    def _get_record(self, idempotency_key: str) -> Any:
+    def _get_record(self, idempotency_key: Any) -> Any:
         raise NotImplementedError
 
-    _put_record = _update_record = _delete_record = _get_record
+    _put_record: Any = _get_record
+    _update_record: Any = _get_record
+    _delete_record: Any = _get_record
 
     def digest(self, payload: Any) -> str:
         return self._generate_hash(deepcopy(_prepare_data(payload)))
@@ -198,7 +200,7 @@ class Dumped:
 
 
 @dataclasses.dataclass(frozen=True)
-class Words(str):
+class Words(str):  # noqa: SLOT000 - it has a field
     """A str to the encoder, a dataclass to `asdict`."""
 
     n: int = 1

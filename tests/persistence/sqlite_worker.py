@@ -102,7 +102,7 @@ def fork(path: str) -> None:
     for number in range(20):
         child = os.fork()
         if child == 0:
-            os._exit(in_child(path, layer, f"child-{number}"))
+            sys.exit(in_child(path, layer, f"child-{number}"))
         _, status = os.waitpid(child, 0)
         if status != 0:
             stop.set()

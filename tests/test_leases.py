@@ -1,0 +1,468 @@
+"""Leases: renewed while the body runs and not a moment longer, lost without harm, measured from before the request."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import os
+from typing import Any
+
+import pytest
+
+from aidem import IdempotencyConfig, RecordStatus, current_execution, idempotency, idempotent_function
+from aidem import register_lambda_context
+from aidem.exceptions import (
+    IdempotencyInDoubtError,
+    IdempotencyLeaseLostError,
+    IdempotencyPersistenceConnectionError,
+    IdempotencyUsageError,
+)
+from aidem.hooks import EventKind
+from tests.support import EPOCH, VIRTUAL_TIME, Fault, Listener, PlannedLayer, Till
+
+ORDER = {"id": 7}
+
+
+@pytest.fixture
+def anyio_backend() -> Any:
+    return VIRTUAL_TIME
+
+
+def idempotent_charge(layer: Any, charge: Any, **options: Any) -> Any:
+    config = IdempotencyConfig(**options)
+    return idempotent_function(
+        data_keyword_argument="order", persistence_store=layer, config=config, key_prefix="charge"
+    )(charge)
+
+
+def other_process(layer: PlannedLayer) -> PlannedLayer:
+    return PlannedLayer(inner=layer.inner)
+
+
+def only_record(layer: PlannedLayer) -> Any:
+    [record] = layer.inner._records.values()
+    return record
+
+
+class LambdaContext:
+    def __init__(self, milliseconds: int) -> None:
+        self.milliseconds = milliseconds
+
+    def get_remaining_time_in_millis(self) -> int:
+        return self.milliseconds
+
+
+async def test_a_lease_is_renewed_at_a_third_while_the_body_runs() -> None:
+    layer, till = PlannedLayer(), Till()
+    till.seconds = 100
+    task = asyncio.ensure_future(idempotent_charge(layer, till.charge, lease_seconds=30)(ORDER))
+    await asyncio.sleep(95)
+    assert layer.calls == ["acquire"] + ["renew"] * 9
+    with pytest.raises(Exception, match="already in progress"):
+        await idempotent_charge(other_process(layer), till.charge)(ORDER)
+    assert await task == {"receipt": 1}
+
+
+async def test_nothing_is_renewed_after_the_body_has_ended() -> None:
+    layer, till = PlannedLayer(), Till()
+    till.seconds = 25
+    await idempotent_charge(layer, till.charge, lease_seconds=30)(ORDER)
+    asked = list(layer.calls)
+    assert asked.count("renew") == 2
+    await asyncio.sleep(1000)
+    assert layer.calls == asked
+
+
+async def test_a_short_call_pays_for_no_task() -> None:
+    layer, till = PlannedLayer().inner, Till()
+    tasks: list[Any] = []
+
+    async def charge(order: Any) -> Any:
+        tasks.extend(asyncio.all_tasks())
+        return await till.charge(order)
+
+    before = asyncio.all_tasks()
+    await idempotent_charge(layer, charge)(ORDER)
+    assert set(tasks) == before
+
+
+async def test_a_lease_that_is_not_renewed_lapses_at_its_end() -> None:
+    layer, till = PlannedLayer(), Till()
+    till.seconds = 100
+    owner = asyncio.ensure_future(idempotent_charge(layer, till.charge, lease_seconds=30, renew_lease=False)(ORDER))
+    await asyncio.sleep(31)
+    succeeding = Till()
+    assert await idempotent_charge(other_process(layer), succeeding.charge)(ORDER) == {"receipt": 1}
+    assert "renew" not in layer.calls
+    await owner
+
+
+async def test_without_a_lease_a_claim_holds_until_its_record_expires() -> None:
+    layer, till = PlannedLayer(), Till()
+    till.seconds = 2000
+    options: dict[str, Any] = {"lease_seconds": None, "expires_after_seconds": 1000}
+    owner = asyncio.ensure_future(idempotent_charge(layer, till.charge, **options)(ORDER))
+    await asyncio.sleep(999)
+    record = only_record(layer)
+    assert record.in_progress_expiry_timestamp is None
+    assert record.lease_expiry_timestamp is None
+    with pytest.raises(Exception, match="already in progress"):
+        await idempotent_charge(other_process(layer), till.charge)(ORDER)
+    await asyncio.sleep(3)
+    assert await idempotent_charge(other_process(layer), Till().charge)(ORDER) == {"receipt": 1}
+    assert "renew" not in layer.calls
+    owner.cancel()
+
+
+async def test_a_held_lease_is_never_past_its_records_expiry() -> None:
+    layer, till = PlannedLayer(), Till()
+    till.seconds = 10
+    task = asyncio.ensure_future(idempotent_charge(layer, till.charge, lease_seconds=9, expires_after_seconds=1)(ORDER))
+    await asyncio.sleep(1)
+    for _ in range(2):
+        record = only_record(layer)
+        assert record.expiry_timestamp * 1000 >= record.in_progress_expiry_timestamp
+        await asyncio.sleep(5)
+    assert await task == {"receipt": 1}
+
+
+async def test_the_window_counts_from_completion() -> None:
+    layer, till = PlannedLayer(), Till()
+    till.seconds = 50
+    await idempotent_charge(layer, till.charge, expires_after_seconds=100)(ORDER)
+    assert only_record(layer).expiry_timestamp == int(EPOCH + asyncio.get_running_loop().time()) + 100
+
+
+async def test_the_lambda_context_sets_the_lease_and_nothing_renews_it() -> None:
+    layer, till = PlannedLayer(), Till()
+    till.seconds = 80
+
+    async def invocation() -> Any:
+        register_lambda_context(LambdaContext(90_000))
+        return await idempotent_charge(layer, till.charge, lease_seconds=3)(ORDER)
+
+    began = EPOCH + asyncio.get_running_loop().time()
+    task = asyncio.ensure_future(invocation())
+    await asyncio.sleep(70)
+    assert only_record(layer).in_progress_expiry_timestamp == int((began + 90) * 1000)
+    assert layer.calls == ["acquire"]
+    assert await task == {"receipt": 1}
+
+
+async def test_a_lambda_lease_is_at_least_a_second_long() -> None:
+    layer, till = PlannedLayer(), Till()
+    till.seconds = 0.5
+    began = EPOCH + asyncio.get_running_loop().time()
+    config = IdempotencyConfig(lambda_context=LambdaContext(0))
+    charge = idempotent_function(persistence_store=layer, config=config)(till.charge)
+    task = asyncio.ensure_future(charge(ORDER))
+    await asyncio.sleep(0.1)
+    assert only_record(layer).in_progress_expiry_timestamp == int((began + 1) * 1000)
+    await task
+
+
+async def test_a_loser_hands_out_the_winners_outcome_and_changes_nothing(caplog: Any) -> None:
+    layer, listener = PlannedLayer(), Listener()
+    loser, winner = Till(), Till()
+    loser.seconds, winner.charges = 60, ["earlier"]
+    options: dict[str, Any] = {"lease_seconds": 30, "renew_lease": False, "hooks": (listener,)}
+    task = asyncio.ensure_future(idempotent_charge(layer, loser.charge, **options)(ORDER))
+    await asyncio.sleep(31)
+    assert await idempotent_charge(other_process(layer), winner.charge)(ORDER) == {"receipt": 2}
+    stored = only_record(layer)
+    assert await task == {"receipt": 2}
+    assert only_record(layer) == stored
+    assert listener.kinds == [EventKind.LEASE_LOST, EventKind.REPLAYED]
+    assert [record.levelno for record in caplog.records] == [logging.WARNING]
+
+
+async def test_a_loser_waits_for_the_winner_as_a_waiter_does() -> None:
+    layer, loser, winner = PlannedLayer(), Till(), Till()
+    loser.seconds, winner.seconds, winner.charges = 60, 60, ["earlier"]
+    options: dict[str, Any] = {"lease_seconds": 30, "renew_lease": False, "wait_timeout_seconds": 100}
+    task = asyncio.ensure_future(idempotent_charge(layer, loser.charge, **options)(ORDER))
+    await asyncio.sleep(31)
+    winning = asyncio.ensure_future(idempotent_charge(other_process(layer), winner.charge)(ORDER))
+    assert await task == await winning == {"receipt": 2}
+
+
+@pytest.mark.parametrize("winner_ends", ["runs on", "fails"])
+async def test_a_loser_whose_winner_has_no_outcome_raises(winner_ends: str) -> None:
+    layer, loser, winner = PlannedLayer(), Till(), Till()
+    loser.seconds = 60
+    if winner_ends == "runs on":
+        winner.seconds = 60
+    else:
+        winner.error = RuntimeError("declined")
+    options: dict[str, Any] = {"lease_seconds": 30, "renew_lease": False, "wait_timeout_seconds": 10}
+    task = asyncio.ensure_future(idempotent_charge(layer, loser.charge, **options)(ORDER))
+    await asyncio.sleep(31)
+    winning = asyncio.ensure_future(idempotent_charge(other_process(layer), winner.charge)(ORDER))
+    await asyncio.sleep(0)
+    if winner_ends == "runs on":
+        with pytest.raises(IdempotencyLeaseLostError, match="effect may have happened") as caught:
+            await task
+        assert caught.value.record is not None
+        assert await winning == {"receipt": 1}
+    else:
+        with pytest.raises(RuntimeError):
+            await winning
+        assert await task == {"receipt": 1}  # nobody's record is there, so the outcome is ours to store
+        assert only_record(layer).status is RecordStatus.COMPLETED
+
+
+async def test_a_loser_in_a_block_that_has_handed_its_result_out_raises() -> None:
+    layer, loser, winner = PlannedLayer(), Till(), Till()
+    loser.seconds, winner.charges = 60, ["earlier"]
+    config = IdempotencyConfig(lease_seconds=30, renew_lease=False)
+
+    async def block() -> Any:
+        async with idempotency(ORDER, persistence_store=layer, config=config, key_prefix="charge") as execution:
+            return await execution.run(loser.charge, ORDER)
+
+    task = asyncio.ensure_future(block())
+    await asyncio.sleep(31)
+    await idempotent_charge(other_process(layer), winner.charge)(ORDER)
+    with pytest.raises(IdempotencyLeaseLostError, match="another outcome") as caught:
+        await task
+    assert caught.value.record == only_record(layer)
+
+
+async def test_a_lost_lease_is_told_at_once_and_the_body_is_left_to_finish(caplog: Any) -> None:
+    layer, listener, till = PlannedLayer(), Listener(), Till()
+    till.seconds = 60
+    task = asyncio.ensure_future(idempotent_charge(layer, till.charge, hooks=(listener,), lease_seconds=30)(ORDER))
+    await asyncio.sleep(5)
+    await layer.inner.forget(only_record(layer).idempotency_key)
+    await asyncio.sleep(6)
+    assert listener.kinds == [EventKind.LEASE_LOST]
+    assert "lost its lease" in caplog.text
+    assert layer.calls.count("renew") == 1
+    assert not task.done()
+    assert await task == {"receipt": 1}
+    assert listener.kinds == [EventKind.LEASE_LOST, EventKind.EXECUTED]
+
+
+async def test_a_renewal_that_fails_is_tried_again_before_the_lease_passes() -> None:
+    layer, listener, till = PlannedLayer(), Listener(), Till()
+    down = IdempotencyPersistenceConnectionError("no route")
+    layer.plan("renew", Fault(error=down), Fault(error=down))
+    till.seconds = 40
+    await idempotent_charge(layer, till.charge, hooks=(listener,), lease_seconds=30)(ORDER)
+    assert EventKind.LEASE_LOST not in listener.kinds
+    assert listener.kinds.count(EventKind.PERSISTENCE_ERROR) == 2
+    assert layer.calls.count("renew") >= 4
+
+
+async def test_a_lease_that_passes_while_the_store_is_down_is_told_once() -> None:
+    layer, listener, till = PlannedLayer(), Listener(), Till()
+    down = IdempotencyPersistenceConnectionError("no route")
+    layer.plan("renew", *(Fault(error=down) for _ in range(20)))
+    till.seconds = 60
+    task = asyncio.ensure_future(idempotent_charge(layer, till.charge, hooks=(listener,), lease_seconds=30)(ORDER))
+    await asyncio.sleep(29)
+    assert EventKind.LEASE_LOST not in listener.kinds
+    await asyncio.sleep(5)
+    assert listener.kinds.count(EventKind.LEASE_LOST) == 1
+    assert await task == {"receipt": 1}
+
+
+async def test_renewal_ends_when_the_task_of_its_body_is_dead() -> None:
+    layer = PlannedLayer()
+    config = IdempotencyConfig(lease_seconds=30)
+    manager = idempotency("k", persistence_store=layer, config=config)
+
+    async def enter_and_die() -> None:
+        await manager.__aenter__()
+
+    await asyncio.ensure_future(enter_and_die())
+    await asyncio.sleep(1000)
+    assert "renew" not in layer.calls
+
+
+async def test_renewal_ends_when_its_call_is_gone() -> None:
+    layer = PlannedLayer()
+    config = IdempotencyConfig(lease_seconds=30)
+    await idempotency("k", persistence_store=layer, config=config).__aenter__()
+    gc.collect()
+    await asyncio.sleep(1000)
+    assert "renew" not in layer.calls
+
+
+async def test_finished_calls_leave_no_cycles_for_the_collector() -> None:
+    layer, till = PlannedLayer().inner, Till()
+    charge = idempotent_charge(layer, till.charge, wait_timeout_seconds=1)
+    await charge(0)
+    gc.collect()
+    gc.disable()
+    try:
+        for order in range(1, 100):
+            await charge(order)
+            await charge(order)
+        assert gc.collect() < 50
+    finally:
+        gc.enable()
+
+
+async def test_ensure_owned_renews_at_the_store() -> None:
+    layer = PlannedLayer()
+
+    async def charge(order: Any) -> Any:
+        await asyncio.sleep(5)
+        before = only_record(layer)
+        await current_execution().ensure_owned()
+        assert only_record(layer).in_progress_expiry_timestamp == before.in_progress_expiry_timestamp + 5000
+        assert current_execution().record == only_record(layer)
+        return 1
+
+    assert await idempotent_charge(layer, charge)(ORDER) == 1
+    assert layer.calls == ["acquire", "renew", "complete"]
+
+
+async def test_ensure_owned_raises_when_the_claim_is_not_ours_any_more() -> None:
+    layer, listener, winner = PlannedLayer(), Listener(), Till()
+
+    async def charge(order: Any) -> Any:
+        await asyncio.sleep(31)
+        await idempotent_charge(other_process(layer), winner.charge)(ORDER)
+        await current_execution().ensure_owned()
+
+    options: dict[str, Any] = {"renew_lease": False, "hooks": (listener,)}
+    with pytest.raises(IdempotencyLeaseLostError):
+        await idempotent_charge(layer, charge, **options)(ORDER)
+    assert EventKind.LEASE_LOST in listener.kinds
+    assert only_record(layer).status is RecordStatus.COMPLETED  # the winner's: the loser released nothing
+
+
+async def test_ensure_owned_never_guesses_when_the_store_does_not_answer() -> None:
+    layer = PlannedLayer().plan("renew", Fault(error=OSError("no route")))
+
+    async def charge(order: Any) -> Any:
+        with pytest.raises(Exception, match="no route; the function is running"):
+            await current_execution().ensure_owned()
+        return 1
+
+    assert await idempotent_charge(layer, charge)(ORDER) == 1
+
+
+async def test_ensure_owned_is_for_a_running_body() -> None:
+    layer = PlannedLayer()
+    async with idempotency("k", persistence_store=layer) as execution:
+        assert not execution.replayed
+    with pytest.raises(IdempotencyUsageError):
+        await execution.ensure_owned()
+    async with idempotency("k", persistence_store=layer) as execution:
+        assert execution.replayed
+        with pytest.raises(IdempotencyUsageError):
+            await execution.ensure_owned()
+
+
+@pytest.mark.parametrize("ending", ["returns", "raises"])
+async def test_a_fork_neither_renews_nor_completes_nor_releases_its_parents_claim(ending: str) -> None:
+    layer = PlannedLayer()
+    outcome: list[str] = []
+
+    async def charge(order: Any) -> Any:
+        real_getpid = os.getpid
+        os.getpid = lambda: real_getpid() + 1  # what the child of a fork in here sees
+        try:
+            await asyncio.sleep(25)
+            with pytest.raises(IdempotencyLeaseLostError, match="fork"):
+                await current_execution().ensure_owned()
+            if ending == "raises":
+                raise RuntimeError("in the child")
+            return 1
+        finally:
+            outcome.append(ending)
+            asyncio.get_running_loop().call_later(1, setattr, os, "getpid", real_getpid)
+
+    if ending == "returns":
+        with pytest.raises(IdempotencyLeaseLostError, match="fork"):
+            await idempotent_charge(layer, charge)(ORDER)
+    else:
+        with pytest.raises(RuntimeError):
+            await idempotent_charge(layer, charge)(ORDER)
+    await asyncio.sleep(2)
+    assert outcome == [ending]
+    assert layer.calls == ["acquire"]
+    assert only_record(layer).status is RecordStatus.INPROGRESS
+
+
+# --- At most once ---
+
+
+async def test_under_raise_a_running_claim_is_in_progress_and_a_lapsed_one_in_doubt() -> None:
+    layer, till = PlannedLayer(), Till()
+    till.seconds = 50
+    options: dict[str, Any] = {"on_abandoned": "raise", "lease_seconds": 30, "renew_lease": False}
+    owner = asyncio.ensure_future(idempotent_charge(layer, till.charge, **options)(ORDER))
+    await asyncio.sleep(29)
+    assert only_record(layer).in_progress_expiry_timestamp is None
+    with pytest.raises(Exception, match="already in progress"):
+        await idempotent_charge(other_process(layer), till.charge)(ORDER)
+    await asyncio.sleep(2)
+    with pytest.raises(IdempotencyInDoubtError) as caught:
+        await idempotent_charge(other_process(layer), till.charge)(ORDER)
+    assert caught.value.record == only_record(layer)
+    assert len(till.charges) == 1
+    assert await owner == {"receipt": 1}  # it was only slow, and still the owner
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, BaseException, asyncio.CancelledError])
+async def test_under_raise_an_exit_that_is_no_exception_leaves_the_key_in_doubt_at_once(error: Any) -> None:
+    layer, till = PlannedLayer(), Till()
+    seen: list[BaseException] = []
+
+    async def charge(order: Any) -> Any:
+        till.charges.append(order)
+        raise error
+
+    async def call() -> None:
+        try:
+            await idempotent_charge(layer, charge, on_abandoned="raise")(ORDER)
+        except BaseException as caught:
+            seen.append(caught)
+
+    await call()
+    assert [type(caught) for caught in seen] == [error]
+    with pytest.raises(IdempotencyInDoubtError):
+        await idempotent_charge(layer, till.charge)(ORDER)
+
+
+async def test_under_raise_an_ordinary_exception_gives_the_key_back() -> None:
+    layer, till = PlannedLayer(), Till()
+    till.error = RuntimeError("declined")
+    with pytest.raises(RuntimeError):
+        await idempotent_charge(layer, till.charge, on_abandoned="raise")(ORDER)
+    assert not layer.inner._records
+
+
+async def test_a_key_in_doubt_is_resolved_by_releasing_completing_or_forgetting_it() -> None:
+    async def doubt() -> tuple[PlannedLayer, IdempotencyInDoubtError]:
+        layer = PlannedLayer()
+
+        async def charge(order: Any) -> Any:
+            raise SystemExit
+
+        with pytest.raises(SystemExit):
+            await idempotent_charge(layer, charge, on_abandoned="raise")(ORDER)
+        with pytest.raises(IdempotencyInDoubtError) as caught:
+            await idempotent_charge(layer, charge, on_abandoned="raise")(ORDER)
+        return layer, caught.value
+
+    layer, error = await doubt()
+    assert await layer.release(error.record)
+    assert await idempotent_charge(layer, Till().charge)(ORDER) == {"receipt": 1}
+
+    layer, error = await doubt()
+    now = layer.clock()
+    done = error.record.replace(
+        status=RecordStatus.COMPLETED, response_data='{"receipt": 9}', expiry_timestamp=int(now) + 100
+    )
+    assert await layer.complete(done, now=now)
+    assert await idempotent_charge(layer, Till().charge)(ORDER) == {"receipt": 9}
+
+    layer, error = await doubt()
+    await layer.forget(error.key)
+    assert await idempotent_charge(layer, Till().charge)(ORDER) == {"receipt": 1}
