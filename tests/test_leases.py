@@ -10,8 +10,14 @@ from typing import Any
 
 import pytest
 
-from aidem import IdempotencyConfig, RecordStatus, current_execution, idempotency, idempotent_function
-from aidem import register_lambda_context
+from aidem import (
+    IdempotencyConfig,
+    RecordStatus,
+    current_execution,
+    idempotency,
+    idempotent_function,
+    register_lambda_context,
+)
 from aidem.exceptions import (
     IdempotencyInDoubtError,
     IdempotencyLeaseLostError,
@@ -421,7 +427,7 @@ async def test_under_raise_an_exit_that_is_no_exception_leaves_the_key_in_doubt_
     async def call() -> None:
         try:
             await idempotent_charge(layer, charge, on_abandoned="raise")(ORDER)
-        except BaseException as caught:
+        except BaseException as caught:  # noqa: BLE001 - SystemExit too
             seen.append(caught)
 
     await call()

@@ -122,6 +122,10 @@ def test_the_fence_of_a_key_without_record_is_higher_than_the_last_one() -> None
         assert answer.record.fence == expected
 
 
+def test_a_store_that_has_given_out_no_fence_begins_with_one_at_the_latest() -> None:
+    assert _state.acquire(None, PROPOSED, now=0.0).record.fence == 1
+
+
 def test_an_expired_record_is_replaced_and_nothing_of_it_is_left() -> None:
     assert _state.acquire(OLD, PROPOSED, now=NOW) == Claimed(PROPOSED.replace(fence=8), taken_over=False)
 
