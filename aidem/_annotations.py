@@ -8,7 +8,7 @@ import inspect
 import types
 import typing
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from aidem.exceptions import IdempotencyModelTypeError
 
@@ -57,9 +57,8 @@ def parts(annotation: Any) -> Iterator[Any]:
     """Yield every class that an annotation consists of, without looking into the fields of classes."""
     annotation = bare(annotation)
     yield typing.get_origin(annotation) or annotation
-    if typing.get_origin(annotation) is not Literal:
-        for argument in typing.get_args(annotation):
-            yield from parts(argument)
+    for argument in typing.get_args(annotation):
+        yield from parts(argument)
 
 
 def bare(annotation: Any) -> Any:

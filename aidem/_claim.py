@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 from aidem import _state
 from aidem._cancellation import in_background
 from aidem._record import OutcomeKind
-from aidem._renewal import LeaseKeeper
+from aidem._renewal import RENEWALS_PER_LEASE
 from aidem._state import Claimed
 from aidem.exceptions import (
     IdempotencyLeaseLostError,
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from aidem._flights import Flight
     from aidem._plan import Key, Plan
     from aidem._record import DataRecord
+    from aidem._renewal import Renewals
     from aidem._state import Blocked
     from aidem.hooks import Reporter
 
@@ -42,6 +43,21 @@ RETRIES_WITHOUT_LEASE_SECONDS: Final = 30.0
 NOTHING_RUN: Final = "the function was not run"
 RUNNING: Final = "the function is running"
 EFFECT_HAPPENED: Final = "the function has run and its effect has happened, its outcome is not recorded"
+
+
+class _Process:
+    """Stands for this process: a fork gets another one."""
+
+
+_process = _Process()
+
+
+def _forked() -> None:
+    global _process  # noqa: PLW0603 - asking for the pid would be a system call or two for every call
+    _process = _Process()
+
+
+os.register_at_fork(after_in_child=_forked)
 
 
 class Claim:
@@ -59,12 +75,15 @@ class Claim:
         "_held_off",
         "_is_body_alive",
         "_is_lost",
-        "_keeper",
         "_lease",
-        "_pid",
         "_plan",
+        "_process",
+        "_renewal",
+        "_renewal_task",
+        "_renewals",
         "_renews",
         "_reporter",
+        "_task",
         "lease_deadline",
         "record",
     )
@@ -74,10 +93,10 @@ class Claim:
         self._flight = flight
         self._held_off = held_off
         self._reporter = reporter
-        self._keeper: LeaseKeeper | None = None
+        self._renewals: Renewals | None = None
+        self._renewal_task: asyncio.Task[None] | None = None
         self._is_lost = False
-        self._is_body_alive: Callable[[], bool] | None = None
-        self._pid = os.getpid()
+        self._process = _process
         self._asked_at = asyncio.get_running_loop().time()  # before the request goes out: the lease counts from here
         self._lease, self._renews = plan.lease()
         seconds = self._lease.lease_seconds
@@ -118,26 +137,38 @@ class Claim:
 
     # --- Held -------------------------------------------------------------------------------------------------------
 
-    def hold(self, answer: Claimed, *, is_body_alive: Callable[[], bool] | None) -> None:
+    def hold(self, answer: Claimed, *, renewals: Renewals, is_body_alive: Callable[[], bool] | None) -> None:
         """Hold the claim as the layer stored it, and see to its renewal."""
         self.record = answer.record
         self._flight.publish(answer.record, lease_deadline=self.lease_deadline)
-        if self._renews and self._lease.lease_seconds is not None:
-            if is_body_alive is None and (task := asyncio.current_task()) is not None:
-                is_body_alive = lambda: not task.done()  # noqa: E731 - half a line
+        if self._renews:
+            self._task = asyncio.current_task() if is_body_alive is None else None
             self._is_body_alive = is_body_alive
-            self._keeper = LeaseKeeper(self, lease_seconds=self._lease.lease_seconds)
+            self._renewals = renewals
+            self._renewal = renewals.watch(self)
         if answer.taken_over:
             self._reporter.report(EventKind.TAKEN_OVER, fence=self.record.fence)
 
+    @property
+    def renewal_interval_seconds(self) -> float:
+        """How long to wait between renewals."""
+        return (self._lease.lease_seconds or 0.0) / RENEWALS_PER_LEASE
+
     def is_running(self) -> bool:
-        """Whether the claim is to be renewed: its body runs, in this process."""
-        is_alive = self._is_body_alive is None or self._is_body_alive()
-        return is_alive and self._keeper is not None and self.is_of_this_process()
+        """Whether the claim is to be renewed: it is held, and its body runs in this process."""
+        if self._renewals is None or not self.is_of_this_process():
+            return False
+        if self._is_body_alive is not None:
+            return self._is_body_alive()
+        return self._task is None or not self._task.done()
+
+    def renew_with(self, task: asyncio.Task[None]) -> None:
+        """Keep the task that renews the claim, to cancel it when the body has ended."""
+        self._renewal_task = task
 
     def is_of_this_process(self) -> bool:
         """Whether it was made here, and not by the process that this one is a fork of."""
-        return self._pid == os.getpid()
+        return self._process is _process
 
     def check_process(self) -> None:
         """Raise `IdempotencyLeaseLostError` in a fork of the process that made the claim."""
@@ -187,10 +218,13 @@ class Claim:
     # --- Ended ------------------------------------------------------------------------------------------------------
 
     def stop_renewal(self) -> None:
-        """Renew no more: the body has ended."""
-        if self._keeper is not None:
-            self._keeper.stop()
-            self._keeper = None
+        """Renew no more, as the body has ended; a request already under way settles by itself."""
+        if self._renewals is not None:
+            self._renewals.forget(self._renewal)
+            self._renewals = None
+        if self._renewal_task is not None:
+            self._renewal_task.cancel()
+            self._renewal_task = None
 
     async def complete(self, text: str, outcome: OutcomeKind | None) -> DataRecord | None:
         """Store the outcome, trying again while the lease is held; return the record, None if it is not ours any more.

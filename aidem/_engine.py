@@ -27,7 +27,7 @@ from aidem.exceptions import (
     IdempotencyUsageError,
     IdempotencyValidationError,
 )
-from aidem.hooks import EventKind, Reporter
+from aidem.hooks import SILENT, EventKind, Reporter
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -65,8 +65,8 @@ class Call:
     __slots__ = (
         "_claim",
         "_flight",
-        "_flights",
         "_held_off",
+        "_loop_state",
         "is_body_alive",
         "key",
         "phase",
@@ -81,13 +81,14 @@ class Call:
         self.key = key
         self.phase = Phase.BYPASSED if bypassed or not key.text else Phase.NEW
         self.record: DataRecord | None = None
-        self.reporter = Reporter(plan.config.hooks, key=key.text, function=plan.function)
+        self.reporter = SILENT
+        if plan.config.hooks:
+            self.reporter = Reporter(plan.config.hooks, key=key.text, function=plan.function)
         self.supersedes = False
         self.is_body_alive: Callable[[], bool] | None = None
         self._held_off = HeldOff()
         self._claim: Claim | None = None
         self._flight: Flight | None = None
-        self._flights: dict[str, Flight] = {}
 
     @property
     def fence(self) -> int:
@@ -138,15 +139,16 @@ class Call:
     async def _find(self) -> None:
         config = self.plan.config
         if config.use_local_cache:
-            cached = self.plan.cache.get(self.key.text, now=self.plan.clock())
+            cached = self.plan.shared.cache.get(self.key.text, now=self.plan.clock())
             if cached is not None:
                 self._replay(cached)
                 return
         loop = asyncio.get_running_loop()
-        self._flights = self.plan.flights.of(loop)
+        self._loop_state = self.plan.shared.of(loop)
+        flights = self._loop_state.flights
         deadline = loop.time() + config.wait_timeout_seconds
         polls = 0
-        while config.wait_timeout_seconds > 0 and (flight := self._flights.get(self.key.text)) is not None:
+        while config.wait_timeout_seconds > 0 and (flight := flights.get(self.key.text)) is not None:
             ending = await self._follow(flight, deadline=deadline)
             if ending is not None:
                 self._replay(ending)
@@ -177,7 +179,10 @@ class Call:
     async def _lead(self, *, polls: int, deadline: float) -> None:
         """Ask the store until the key is ours, has an outcome, or the time is over."""
         self._flight = flight = Flight(polls=polls)
-        self._flights.setdefault(self.key.text, flight)  # one who does not wait may find another's, and leaves it
+        # One who does not wait may find another's flight under the key, and leaves it.
+        self._loop_state.flights.setdefault(
+            self.key.text, flight
+        )
         try:
             while self.phase is Phase.NEW:
                 await self._ask(flight, deadline=deadline)
@@ -193,7 +198,7 @@ class Call:
         if isinstance(answer, Blocked):
             await self._consider(answer, flight, deadline=deadline)
         else:
-            claim.hold(answer, is_body_alive=self.is_body_alive)
+            claim.hold(answer, renewals=self._loop_state.renewals, is_body_alive=self.is_body_alive)
             self._claim = claim
             self.record = answer.record
             self.phase = Phase.CLAIMED
@@ -359,9 +364,10 @@ class Call:
             self._flight.end(ending)
 
     def _forget(self, flight: Flight) -> None:
-        if self._flights.get(self.key.text) is flight:
-            del self._flights[self.key.text]
+        flights = self._loop_state.flights
+        if flights.get(self.key.text) is flight:
+            del flights[self.key.text]
 
     def _cache(self, record: DataRecord) -> None:
         if self.plan.config.use_local_cache:
-            self.plan.cache.put(record, max_items=self.plan.config.local_cache_max_items)
+            self.plan.shared.cache.put(record, max_items=self.plan.config.local_cache_max_items)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 from typing import TYPE_CHECKING
-from weakref import WeakKeyDictionary
 
 if TYPE_CHECKING:
     from aidem._record import DataRecord
@@ -63,19 +62,3 @@ class Flight:
         changed, self._changed = self._changed, None
         if changed is not None and not changed.done():
             changed.set_result(None)
-
-
-class Flights:
-    """The flights of one persistence layer, by event loop and key."""
-
-    __slots__ = ("_by_loop",)
-
-    def __init__(self) -> None:
-        self._by_loop: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[str, Flight]] = WeakKeyDictionary()
-
-    def of(self, loop: asyncio.AbstractEventLoop) -> dict[str, Flight]:
-        """Return the flights of a loop, by key."""
-        flights = self._by_loop.get(loop)
-        if flights is None:
-            flights = self._by_loop[loop] = {}
-        return flights

@@ -7,11 +7,9 @@ import time
 import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
-from weakref import WeakKeyDictionary
 
 from aidem import _key
-from aidem._flights import Flights
-from aidem._local_cache import LocalCache
+from aidem._shared import shared_by
 from aidem._state import Lease
 from aidem.config import current_lambda_context
 from aidem.exceptions import IdempotencyKeyError, IdempotencyWarning
@@ -46,15 +44,15 @@ class Plan:
     """Layer, config, serializer and key prefix of one function or block, and what the process shares per layer."""
 
     __slots__ = (
+        "_lease",
         "_output_serializer",
-        "cache",
         "clock",
         "config",
-        "flights",
         "function",
         "layer",
         "prefix",
         "serializer",
+        "shared",
         "waits_for_change",
     )
 
@@ -73,7 +71,8 @@ class Plan:
         self.function = function
         self.prefix = prefix
         self.clock: Callable[[], float] = getattr(layer, "clock", time.time)
-        self.cache, self.flights = _shared(layer)
+        self.shared = shared_by(layer)
+        self._lease = self._lease_of(config.lease_seconds)
         self.waits_for_change = layer if isinstance(layer, SupportsWaitForChange) else None
         self._output_serializer = output_serializer
         self.serializer = resolve(output_serializer, returns)
@@ -135,18 +134,18 @@ class Plan:
 
     def lease(self) -> tuple[Lease, bool]:
         """Return how long a claim made now holds, and whether it is renewed."""
-        config = self.config
-        context = current_lambda_context(config)
-        lease_seconds, renew = config.lease_seconds, config.renew_lease
-        if context is not None:
-            remaining = context.get_remaining_time_in_millis() / 1000
-            lease_seconds, renew = max(remaining, MINIMUM_LAMBDA_LEASE_SECONDS), False
-        lease = Lease(
-            expires_after_seconds=config.expires_after_seconds,
+        context = current_lambda_context(self.config)
+        if context is None:
+            return self._lease, self.config.renew_lease and self.config.lease_seconds is not None
+        remaining = context.get_remaining_time_in_millis() / 1000
+        return self._lease_of(max(remaining, MINIMUM_LAMBDA_LEASE_SECONDS)), False
+
+    def _lease_of(self, lease_seconds: float | None) -> Lease:
+        return Lease(
+            expires_after_seconds=self.config.expires_after_seconds,
             lease_seconds=lease_seconds,
-            may_be_taken_over=config.on_abandoned == "run_again",
+            may_be_taken_over=self.config.on_abandoned == "run_again",
         )
-        return lease, renew and lease_seconds is not None
 
 
 def unprotected_call(
@@ -203,10 +202,3 @@ def _select(expression: str, prepared: Any, config: IdempotencyConfig) -> Any:
     from aidem._jmespath import compile_expression, search  # jmespath is imported only by those who use it
 
     return search(compile_expression(expression), prepared, config.jmespath_options)
-
-
-_shared_by_layer: WeakKeyDictionary[PersistenceLayer, tuple[LocalCache, Flights]] = WeakKeyDictionary()
-
-
-def _shared(layer: PersistenceLayer) -> tuple[LocalCache, Flights]:
-    return _shared_by_layer.setdefault(layer, (LocalCache(), Flights()))

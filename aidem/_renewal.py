@@ -1,14 +1,13 @@
 """Lease renewal: a claim is renewed at a third of its lease, while its body runs and not a moment longer.
 
-A short call pays for a timer, not for a task. Nothing renews a claim whose body is not running: the keeper holds its
-call weakly, and stops when the call is over or gone, its task or thread is dead, or the process is a fork of the one
-that made the claim.
+A short call pays for an entry in a dict: one timer serves all claims of an event loop, and only a body that lasts long
+enough gets a task that renews. Nothing renews a claim whose body is not running: claims are held weakly, and renewal
+ends when the call is over or gone, its task or thread is dead, or the process is a fork of the one that made it.
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
 import weakref
 from typing import TYPE_CHECKING, Final, Protocol
 
@@ -19,16 +18,23 @@ if TYPE_CHECKING:
 
     from aidem._record import DataRecord
 
-logger = logging.getLogger("aidem")
-
 RENEWALS_PER_LEASE: Final = 3
 
 
 class Renewable(Protocol):
-    """The side of a call that its keeper sees."""
+    """A claim as its renewal sees it."""
+
+    @property
+    def renewal_interval_seconds(self) -> float:
+        """How long to wait between renewals."""
+        ...
 
     def is_running(self) -> bool:
-        """Whether the claim is held and its body still runs in this process."""
+        """Whether the claim is held, and its body still runs in this process."""
+        ...
+
+    def renew_with(self, task: asyncio.Task[None]) -> None:
+        """Keep the task that renews the claim, to cancel it when the body has ended."""
         ...
 
     def request_renewal(self) -> Awaitable[DataRecord | None]:
@@ -48,51 +54,72 @@ class Renewable(Protocol):
         ...
 
 
-class LeaseKeeper:
-    """Renews the claim of one call."""
+class Renewals:
+    """The claims of one event loop that are held, but not for so long that they need a renewal."""
 
-    __slots__ = ("_call", "_interval_seconds", "_loop", "_task", "_timer")
+    __slots__ = ("_due", "_timer")
 
-    def __init__(self, call: Renewable, *, lease_seconds: float) -> None:
-        self._call = weakref.ref(call)
-        self._interval_seconds = lease_seconds / RENEWALS_PER_LEASE
-        self._loop = asyncio.get_running_loop()
-        self._task: asyncio.Task[None] | None = None
-        self._timer = self._loop.call_later(self._interval_seconds, self._wake)
+    def __init__(self) -> None:
+        self._due: dict[weakref.ref[Renewable], float] = {}
+        self._timer: asyncio.TimerHandle | None = None
 
-    def stop(self) -> None:
-        """Renew no more; a request already under way settles by itself."""
-        self._timer.cancel()
-        if self._task is not None:
-            self._task.cancel()
+    def watch(self, claim: Renewable) -> weakref.ref[Renewable]:
+        """Renew the claim when it is time; the answer is what `forget` takes."""
+        reference = weakref.ref(claim)
+        self._watch(reference, asyncio.get_running_loop().time() + claim.renewal_interval_seconds)
+        return reference
+
+    def forget(self, reference: weakref.ref[Renewable]) -> None:
+        """Watch the claim no more."""
+        self._due.pop(reference, None)
+
+    def _watch(self, reference: weakref.ref[Renewable], due: float) -> None:
+        self._due[reference] = due
+        if self._timer is not None and due < self._timer.when():
+            self._timer.cancel()
+            self._timer = None
+        if self._timer is None:
+            self._timer = asyncio.get_running_loop().call_at(due, self._wake)
 
     def _wake(self) -> None:
-        self._task = self._loop.create_task(self._keep())
+        self._timer = None
+        loop = asyncio.get_running_loop()
+        now = loop.time()
+        waiting, self._due = self._due, {}
+        for reference, due in waiting.items():
+            claim = reference()
+            if claim is None:
+                continue
+            if due > now:
+                self._watch(reference, due)
+            elif claim.is_running():
+                claim.renew_with(loop.create_task(_renew_repeatedly(reference)))
 
-    async def _keep(self) -> None:
-        delay: float | None = 0.0
-        while delay is not None:
-            await asyncio.sleep(delay)
-            delay = await self._renew()
 
-    async def _renew(self) -> float | None:
-        """Renew once; return how long to wait before the next time, None if there is none."""
-        call = self._call()
-        if call is None or not call.is_running():
-            return None
-        held_off = HeldOff()
-        asked_at = self._loop.time()
-        try:
-            record = await held_off.settle(call.request_renewal())
-        except Exception as error:  # noqa: BLE001 - whatever it is: the next try may work, and the lease may yet hold
-            call.renewal_failed(error)
-            held_off.deliver()
-            return self._interval_seconds / RENEWALS_PER_LEASE
+async def _renew_repeatedly(reference: weakref.ref[Renewable]) -> None:
+    delay: float | None = 0.0
+    while delay is not None:
+        await asyncio.sleep(delay)
+        delay = await _renew(reference())
+
+
+async def _renew(claim: Renewable | None) -> float | None:
+    """Renew once; return how long to wait before the next time, None if there is none."""
+    if claim is None or not claim.is_running():
+        return None
+    loop, held_off = asyncio.get_running_loop(), HeldOff()
+    asked_at = loop.time()
+    try:
+        record = await held_off.settle(claim.request_renewal())
+    except Exception as error:  # noqa: BLE001 - whatever it is: the next try may work, and the lease may yet hold
+        claim.renewal_failed(error)
         held_off.deliver()
-        if not call.is_running():
-            return None
-        if record is None:
-            call.lost()
-            return None
-        call.renewed(record, asked_at=asked_at)
-        return self._interval_seconds - (self._loop.time() - asked_at)
+        return claim.renewal_interval_seconds / RENEWALS_PER_LEASE
+    held_off.deliver()
+    if not claim.is_running():
+        return None
+    if record is None:
+        claim.lost()
+        return None
+    claim.renewed(record, asked_at=asked_at)
+    return max(0.0, asked_at + claim.renewal_interval_seconds - loop.time())

@@ -6,7 +6,7 @@ import logging
 import time
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Final, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -95,3 +95,7 @@ class Reporter:
                 hook.on_event(event)
             except Exception:
                 logger.exception("a hook failed on the event %s", event.kind)
+
+
+SILENT: Final = Reporter((), key="", function="")
+"""For calls that nobody observes."""

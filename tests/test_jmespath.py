@@ -5,10 +5,12 @@ from __future__ import annotations
 import base64
 import gzip
 import json
+import tracemalloc
 import zlib
 from typing import Any
 
 import jmespath
+import jmespath.parser
 import pytest
 from aws_lambda_powertools.utilities.jmespath_utils import PowertoolsFunctions
 from jmespath.functions import Functions, signature
@@ -48,7 +50,9 @@ def test_expressions_select_what_they_select_in_powertools(expression: str, even
 
 
 def test_an_expression_is_compiled_once() -> None:
-    assert compile_expression("a.b.c") is compile_expression("a.b.c")
+    compiled = compile_expression("a.b.c")
+    jmespath.parser.Parser.purge()  # jmespath keeps some too, and drops them at random
+    assert compile_expression("a.b.c") is compiled
 
 
 @pytest.mark.parametrize("expression", ["a[", "a..b", "", "a b", "'open", '"\\ud"', "(" * 100_000], ids=range(7))
@@ -110,6 +114,18 @@ def test_a_small_event_cannot_inflate_without_bound(monkeypatch: pytest.MonkeyPa
     beyond = base64_text(gzip.compress(b"a" * (2 * 1024**2 + 1)))
     reason, _ = refusal("powertools_base64_gzip(@)", beyond)
     assert reason == "the payload inflates to more than 2 MiB"
+
+
+def test_what_lies_beyond_the_bound_is_never_inflated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_jmespath, "MAX_INFLATED_BYTES", 1024**2)
+    beyond = base64_text(gzip.compress(bytes(32 * 1024**2)))
+    tracemalloc.start()
+    try:
+        refusal("powertools_base64_gzip(@)", beyond)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 8 * 1024**2
 
 
 def test_the_bound_of_inflation_is_64_mib() -> None:

@@ -19,7 +19,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aidem._json import NotEncodableError, decode, encode, plain
+from aidem._json import NotEncodableError, decode, encode, loaded, plain
 
 Json = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
@@ -206,6 +206,11 @@ def test_what_plain_cannot_replace_is_a_type_error() -> None:
     assert plain(UUID(int=1)) == str(UUID(int=1))
     with pytest.raises(TypeError, match="Opaque"):
         plain(Opaque())
+
+
+def test_a_class_whose_module_nobody_imported_is_not_imported_to_ask_for_it() -> None:
+    assert loaded("decimal", "Decimal") is Decimal
+    assert loaded("a_module_that_is_not_there", "Decimal") == ()
 
 
 def test_importing_keys_and_results_does_not_import_pydantic() -> None:

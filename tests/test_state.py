@@ -136,7 +136,7 @@ def test_an_expired_claim_of_ours_is_claimed_anew() -> None:
 
 
 def test_a_lapsed_claim_is_taken_over_and_nothing_of_it_is_left() -> None:
-    found = OLD.replace(status=RecordStatus.INPROGRESS, expiry_timestamp=None)
+    found = OLD.replace(status=RecordStatus.INPROGRESS, expiry_timestamp=None, in_progress_expiry_timestamp=NOW_MS - 1)
     assert _state.acquire(found, PROPOSED, now=NOW) == Claimed(PROPOSED.replace(fence=8), taken_over=True)
 
 

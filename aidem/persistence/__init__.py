@@ -5,7 +5,7 @@ A layer stores and compares. It never decides, sleeps, retries or hashes: that i
 
 from __future__ import annotations
 
-from collections.abc import Awaitable
+from collections.abc import Awaitable  # noqa: TC003 - a user's tools resolve the protocol's annotations
 from typing import TYPE_CHECKING, Final, Protocol, Self, runtime_checkable
 
 from aidem._state import Blocked, Claimed
@@ -94,7 +94,7 @@ class PersistenceLayer(Protocol):
         ...
 
     async def aclose(self) -> None:
-        """Close what the layer opened itself, never a client that was passed in. May be repeated; a later use opens anew."""
+        """Close what the layer opened, never a client that was passed in. May be repeated; a later use opens anew."""
         ...
 
     async def __aenter__(self) -> Self:
