@@ -6,9 +6,9 @@ import inspect
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
 
 from aidem._engine import Call, Phase
-from aidem._execution import Execution, Recording, hooked, running, value_of
+from aidem._execution import Execution, Recording, hooked, require_asyncio, running, value_of
 from aidem._plan import Plan, is_disabled, unprotected_call
-from aidem.config import default_config, default_persistence_store
+from aidem.config import check_call_options, default_config, default_persistence_store
 from aidem.exceptions import IdempotencyLeaseLostError, IdempotencyUsageError
 
 if TYPE_CHECKING:
@@ -53,7 +53,14 @@ def idempotency(
     Raises:
         IdempotencyError: Entering: one of its subclasses, see `aidem.exceptions`; then the block does not run.
             Leaving: the outcome could not be recorded, the claim was lost, or the block had no protection.
+        IdempotencyConfigError: At once: an option has a value that cannot work.
     """
+    check_call_options(
+        config=config,
+        persistence_store=persistence_store,
+        output_serializer=output_serializer,
+        key_prefix=key_prefix,
+    )
     return _Block(
         key,
         payload,
@@ -199,6 +206,7 @@ class _Block:
         self._key_prefix = key_prefix
 
     async def __aenter__(self) -> BlockExecution:
+        require_asyncio()
         self._call = self._make_call()
         await self._call.begin()
         self._execution = BlockExecution(self._call)
@@ -222,7 +230,7 @@ class _Block:
             plan, key = unprotected_call(self._find_key, config=config, function=function, prefix=self._key_prefix)
             return Call(plan, key, bypassed=True)
         plan = Plan(
-            layer=self._layer or default_persistence_store(),
+            layer=default_persistence_store() if self._layer is None else self._layer,
             config=config,
             function=function,
             prefix=self._key_prefix,

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar, overload
 from aidem._engine import Call
 from aidem._execution import execute
 from aidem._plan import Plan, is_disabled, unprotected_call
-from aidem._signature import Target, payload_finder
+from aidem._signature import Target, check_takes_event, payload_finder
 from aidem.config import (
+    check_call_options,
     default_config,
     default_persistence_store,
     lambda_context_of,
@@ -70,7 +71,7 @@ class Binding:
         return Call(plan, self._find_key(plan, args, kwargs))
 
     def _plan_for(self, config: IdempotencyConfig) -> Plan:
-        layer = self._layer or default_persistence_store()
+        layer = default_persistence_store() if self._layer is None else self._layer
         plan = self._plan
         if plan is None or plan.layer is not layer or plan.config is not config:
             plan = self._plan = Plan(
@@ -121,11 +122,14 @@ def idempotent(
         key_prefix: Replaces the name of the function in its keys.
 
     Raises:
-        TypeError: The handler is not an `async def` function.
+        TypeError: The handler is not an `async def` function of event and context.
+        IdempotencyConfigError: An option has a value that cannot work.
     """
+    check_call_options(config=config, persistence_store=persistence_store, key_prefix=key_prefix)
     if handler is None:
         return functools.partial(idempotent, persistence_store=persistence_store, config=config, key_prefix=key_prefix)
     target = Target(handler, decorator="idempotent", key_prefix=key_prefix)
+    check_takes_event(target)
     binding = Binding(target, _key_of_event, persistence_store=persistence_store, config=config, key_prefix=key_prefix)
 
     @functools.wraps(handler)
@@ -184,9 +188,9 @@ def idempotent_function(
 
     Raises:
         TypeError: It is not an async callable.
-        IdempotencyConfigError: An option does not suit the signature.
+        IdempotencyConfigError: An option has a value that cannot work, or does not suit the signature.
     """
-    options = {
+    options: dict[str, Any] = {
         "data_keyword_argument": data_keyword_argument,
         "key": key,
         "persistence_store": persistence_store,
@@ -194,11 +198,11 @@ def idempotent_function(
         "output_serializer": output_serializer,
         "key_prefix": key_prefix,
     }
+    check_call_options(**options)
     if function is None:
         return functools.partial(idempotent_function, **options)
-    for kind in (classmethod, staticmethod):
-        if isinstance(function, kind):  # below @classmethod it is a function already
-            return kind(idempotent_function(function.__func__, **options))
+    if isinstance(function, classmethod | staticmethod):  # below @classmethod it is a function already
+        return _rewrapped(function, options)
     target = Target(function, decorator="idempotent_function", key_prefix=key_prefix)
     binding = Binding(
         target,
@@ -214,3 +218,8 @@ def idempotent_function(
         return await execute(binding.call(args, kwargs), function, args, kwargs)
 
     return wrapper
+
+
+def _rewrapped(method: Any, options: dict[str, Any]) -> Any:
+    """Decorate the function inside a classmethod or staticmethod."""
+    return type(method)(idempotent_function(method.__func__, **options))

@@ -1,4 +1,4 @@
-"""From JSON data back to values: one small function for each kind of type, put together by `_annotations`."""
+"""From JSON data back to values: one small function for each kind of type, put together by `_shapes`."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ class Target:
         self._module: str | None = getattr(function, "__module__", None)
         self._qualname: str | None = getattr(function, "__qualname__", None)
         if self._qualname is None or "<lambda>" in self._qualname:
-            if key_prefix is None:
+            if not key_prefix:
                 message = f"{function!r} has no stable name to make keys from; give {decorator} a key_prefix"
                 raise IdempotencyConfigError(message)
             self.name = key_prefix
@@ -72,6 +72,19 @@ def _check_kind(function: object, *, decorator: str, is_async: bool) -> None:
     if not is_async and inspect.iscoroutinefunction(called):
         message = f"{_name(function)} is an async function; decorate it with aidem.{decorator} instead"
         raise TypeError(message)
+
+
+def check_takes_event(target: Target) -> None:
+    """Check that a handler can be called with event and context.
+
+    Raises:
+        TypeError: It cannot.
+    """
+    try:
+        target.signature().bind_partial(None, None)
+    except TypeError as exc:
+        message = f"{target.name} cannot be called as handler(event, context); decorate it with idempotent_function"
+        raise TypeError(message) from exc
 
 
 def _called(function: Any) -> Any:
@@ -127,6 +140,8 @@ def _computed(signature: inspect.Signature, key: Callable[..., Any], target: Tar
     names = list(signature.parameters)
     try:
         inspect.signature(key).bind(**dict.fromkeys(names))
+    except ValueError:
+        pass  # a built-in such as `dict`, which does not tell what it takes
     except TypeError as exc:
         message = f"key= must take the arguments of {target.name} by name ({', '.join(names) or 'none'}): {exc}"
         raise IdempotencyConfigError(message) from exc

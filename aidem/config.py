@@ -2,30 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-import math
 import os
+import threading
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, get_args, runtime_checkable
+from typing import TYPE_CHECKING, Any, Final, Protocol, runtime_checkable
 
-from aidem import _key
-from aidem.exceptions import IdempotencyConfigError, IdempotencyPersistenceConfigError
-from aidem.hooks import IdempotencyHook
+from aidem._options import check_options, check_settings, kind_of, refused
+from aidem.exceptions import IdempotencyPersistenceConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
     from contextvars import Token
 
+    from aidem._options import OnAbandoned, OnPersistenceError
     from aidem._record import DataRecord
+    from aidem.hooks import IdempotencyHook
     from aidem.persistence import PersistenceLayer
 
     ResponseHook = Callable[[Any, DataRecord], Any | Awaitable[Any]]
 
 logger = logging.getLogger("aidem")
-
-OnAbandoned = Literal["run_again", "raise"]
-OnPersistenceError = Literal["raise", "run"]
 
 DEFAULT_PATH: Final = "aidem.sqlite3"
 
@@ -76,7 +75,7 @@ class IdempotencyConfig:
     use_local_cache: bool = False
     local_cache_max_items: int = 256
     hash_function: str = "sha256"
-    response_hook: ResponseHook | None = None
+    response_hook: ResponseHook | None = field(default=None, hash=False)
     lambda_context: LambdaContext | None = field(default=None, hash=False)
     lease_seconds: float | None = 30.0
     renew_lease: bool = True
@@ -85,84 +84,14 @@ class IdempotencyConfig:
     on_persistence_error: OnPersistenceError = "raise"
     stored_exceptions: tuple[type[Exception], ...] = ()
     max_clock_skew_seconds: float = 0.0
-    hooks: tuple[IdempotencyHook, ...] = ()
+    hooks: tuple[IdempotencyHook, ...] = field(default=(), hash=False)
 
     def __post_init__(self) -> None:
-        _check_expressions(self)
-        _check_durations(self)
-        _check_choices(self)
-        _check_types(self)
+        check_settings(self)
 
     def register_lambda_context(self, lambda_context: LambdaContext) -> None:
         """Register the Lambda context for the current task or thread, as `aidem.register_lambda_context` does."""
         register_lambda_context(lambda_context)
-
-
-def _check_expressions(config: IdempotencyConfig) -> None:
-    for option in ("event_key_jmespath", "payload_validation_jmespath"):
-        expression = getattr(config, option)
-        if not isinstance(expression, str):
-            raise _refused(option, expression, "a JMESPath expression as a string")
-        if expression:
-            from aidem._jmespath import compile_expression  # jmespath is imported only by those who use it
-
-            try:
-                compile_expression(expression)
-            except ValueError as exc:
-                raise _refused(option, expression, f"a valid JMESPath expression ({exc})") from exc
-    try:
-        _key.check_hash_function(config.hash_function)
-    except ValueError as exc:
-        raise _refused("hash_function", config.hash_function, str(exc)) from exc
-
-
-def _check_durations(config: IdempotencyConfig) -> None:
-    positive = ["expires_after_seconds", "local_cache_max_items"]
-    if config.lease_seconds is not None:
-        positive.append("lease_seconds")
-    for option in positive:
-        if not _is_number(getattr(config, option)) or getattr(config, option) <= 0:
-            raise _refused(option, getattr(config, option), "a positive number")
-    for option in ("wait_timeout_seconds", "max_clock_skew_seconds"):
-        if not _is_number(getattr(config, option)) or getattr(config, option) < 0:
-            raise _refused(option, getattr(config, option), "a number that is not negative")
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _check_choices(config: IdempotencyConfig) -> None:
-    for option, choices in (("on_abandoned", OnAbandoned), ("on_persistence_error", OnPersistenceError)):
-        if getattr(config, option) not in get_args(choices):
-            raise _refused(option, getattr(config, option), f"one of {', '.join(map(repr, get_args(choices)))}")
-    if config.on_abandoned == "raise" and config.on_persistence_error == "run":
-        allowed = '"raise" together with on_abandoned="raise", which promises that nothing runs twice'
-        raise _refused("on_persistence_error", "run", allowed)
-
-
-def _check_types(config: IdempotencyConfig) -> None:
-    for kind in _tuple("stored_exceptions", config.stored_exceptions):
-        if not (isinstance(kind, type) and issubclass(kind, Exception)):
-            raise _refused("stored_exceptions", kind, "a tuple of subclasses of Exception")
-    for hook in _tuple("hooks", config.hooks):
-        if not isinstance(hook, IdempotencyHook):
-            raise _refused("hooks", hook, "a tuple of objects with a method on_event(event)")
-    if config.response_hook is not None and not callable(config.response_hook):
-        raise _refused("response_hook", config.response_hook, "a callable hook(response, record)")
-    context: Any = config.lambda_context
-    if context is not None and not isinstance(context, LambdaContext):
-        raise _refused("lambda_context", context, "an object with get_remaining_time_in_millis()")
-
-
-def _tuple(option: str, value: Any) -> tuple[Any, ...]:
-    if not isinstance(value, tuple):
-        raise _refused(option, value, "a tuple")
-    return value
-
-
-def _refused(option: str, value: object, allowed: str) -> IdempotencyConfigError:
-    return IdempotencyConfigError(f"{option}={value!r} is not allowed: it must be {allowed}")
 
 
 # --- The Lambda context of the current task or thread ---------------------------------------------------------------
@@ -184,12 +113,15 @@ def register_lambda_context(lambda_context: LambdaContext | None) -> Token[Lambd
 
 def reset_lambda_context(token: Token[LambdaContext | None]) -> None:
     """Restore what was registered before."""
-    _lambda_context.reset(token)
+    # A coroutine that is closed from another context never changed the variable there.
+    with contextlib.suppress(ValueError):
+        _lambda_context.reset(token)
 
 
 def current_lambda_context(config: IdempotencyConfig) -> LambdaContext | None:
     """Return the context registered for the current task or thread, else that of the config."""
-    return _lambda_context.get() or config.lambda_context
+    context = _lambda_context.get()
+    return config.lambda_context if context is None else context
 
 
 def lambda_context_of(context: object) -> tuple[LambdaContext | None, bool]:
@@ -216,12 +148,29 @@ class _Defaults:
 
 
 _defaults = _Defaults()
+_opening = threading.Lock()
 
 
 def configure(*, persistence_store: PersistenceLayer | None = None, config: IdempotencyConfig | None = None) -> None:
-    """Set the process-wide defaults, both of them; what is left out goes back to aidem's own default."""
+    """Set the process-wide defaults, both of them; what is left out goes back to aidem's own default.
+
+    Raises:
+        IdempotencyConfigError: A value is no layer, or no config.
+    """
+    check_call_options(config=config, persistence_store=persistence_store)
     _defaults.persistence_store = persistence_store
     _defaults.config = config or IdempotencyConfig()
+
+
+def check_call_options(*, config: object, **options: object) -> None:
+    """Check options of decorators, blocks and `configure`, by name.
+
+    Raises:
+        IdempotencyConfigError: One has a value that cannot work.
+    """
+    if not (config is None or isinstance(config, IdempotencyConfig)):
+        raise refused("config", kind_of(config), "an IdempotencyConfig(...)")
+    check_options(**options)
 
 
 def default_config() -> IdempotencyConfig:
@@ -242,9 +191,18 @@ def default_persistence_store() -> PersistenceLayer:
     if _defaults.persistence_store is not None:
         return _defaults.persistence_store
     url = os.environ.get("AIDEM_PERSISTENCE", "")
-    if _defaults.from_environment is None or _defaults.from_environment[0] != url:
-        _defaults.from_environment = (url, _open(url))
-    return _defaults.from_environment[1]
+    opened = _defaults.from_environment
+    if opened is None or opened[0] != url:
+        opened = _open_once(url)
+    return opened[1]
+
+
+def _open_once(url: str) -> tuple[str, PersistenceLayer]:
+    with _opening:  # two threads with a layer each would not see each other's records, where those are in memory
+        opened = _defaults.from_environment
+        if opened is None or opened[0] != url:
+            opened = _defaults.from_environment = (url, _open(url))
+        return opened
 
 
 def _open(url: str) -> PersistenceLayer:

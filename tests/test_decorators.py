@@ -29,6 +29,7 @@ from aidem.exceptions import (
     IdempotencyAlreadyInProgressError,
     IdempotencyConfigError,
     IdempotencyError,
+    IdempotencyLeaseLostError,
     IdempotencyUsageError,
     IdempotencyValidationError,
 )
@@ -260,20 +261,19 @@ async def started(call: Any) -> asyncio.Task[Any]:
     return task
 
 
-async def test_of_two_durable_replays_one_takes_the_claim_over_and_the_other_is_refused() -> None:
+async def test_a_durable_replay_takes_the_claim_over_and_the_superseded_attempt_does_not_count() -> None:
     gate, runs = asyncio.Event(), list[Any]()
     handler = durable_handler(gate, runs)
     first = await started(handler({"id": 1, "attempt": "first"}, DurableContext(operations=1)))
-    replays = [
-        await started(handler({"id": 1, "attempt": number}, DurableContext(operations=2))) for number in range(1)
-    ]
-    other = await started(handler({"id": 1, "attempt": "other"}, DurableContext(operations=1)))
-    with pytest.raises(IdempotencyAlreadyInProgressError):
-        await other
+    with pytest.raises(IdempotencyAlreadyInProgressError):  # no replay: its only operation is the first
+        await handler({"id": 1, "attempt": "other"}, DurableContext(operations=1))
+    replay = await started(handler({"id": 1, "attempt": "replay"}, DurableContext(operations=2)))
     gate.set()
-    assert runs == ["first", 0]
-    assert await replays[0] == 0
-    assert await first == 0  # the superseded attempt hands out the outcome that counts
+    with pytest.raises(IdempotencyLeaseLostError):
+        await first
+    assert await replay == "replay"
+    assert await handler({"id": 1, "attempt": "late"}, None) == "replay"
+    assert runs == ["first", "replay"]
 
 
 async def test_two_durable_replays_at_the_same_instant_are_one_execution(clock: FakeClock) -> None:
@@ -291,7 +291,8 @@ async def test_two_durable_replays_at_the_same_instant_are_one_execution(clock: 
     results = await asyncio.gather(*replays, return_exceptions=True)
     assert sorted(map(type, results), key=repr) == sorted([int, IdempotencyAlreadyInProgressError], key=repr)
     assert len(runs) == 2
-    await first
+    with pytest.raises(IdempotencyLeaseLostError):
+        await first
 
 
 class Rendezvous(MemoryPersistenceLayer):
@@ -799,6 +800,7 @@ async def test_a_nested_body_sees_its_own_execution_and_the_outer_one_is_restore
     async def outer() -> list[str]:
         before = current_execution().key
         async with idempotency("block") as execution:
+            assert not execution.replayed
             execution.result = current_execution().key
         with pytest.raises(ZeroDivisionError):
             await broken()

@@ -238,9 +238,9 @@ class ByNameOnly(pydantic.BaseModel):
 
 
 def test_names_and_aliases_are_read_whatever_the_model_says() -> None:
-    stored = PowertoolsPydanticSerializer(ByNameOnly).to_dict(ByNameOnly(a=1))
+    stored = PowertoolsPydanticSerializer(ByNameOnly).to_dict(ByNameOnly.model_validate({"a": 1}))
     assert stored == {"A": 1}
-    assert PydanticSerializer(ByNameOnly).from_dict(stored) == ByNameOnly(a=1)
+    assert PydanticSerializer(ByNameOnly).from_dict(stored) == ByNameOnly.model_validate({"a": 1})
     assert PydanticSerializer(Line).from_dict({"sku": "a-1", "price": "1.10"}) == LINE
 
 
@@ -356,7 +356,7 @@ class Everything:
     checked: Checked
     page: Page[Address]
     literal: Literal["a", 1]
-    union: bool | int | float | Literal["x"] | str | list[Address] | None
+    union: bool | float | str | Literal[1] | list[Address] | None
     annotated: Annotated[Decimal, "EUR"]
     cents: Cents
     number: float
@@ -422,6 +422,7 @@ def test_a_dataclass_is_rebuilt_with_everything_in_it() -> None:
     [
         {"maybe": Address(street="x")},
         {"union": 1},
+        {"union": 2},
         {"union": "y"},
         {"union": None},
         {"unit": Decimal("1.5")},

@@ -1,0 +1,182 @@
+"""What options may be: a wrong one is refused where it is given, by name, and with what is allowed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Final, Literal, get_args
+
+from aidem import _key
+from aidem.exceptions import IdempotencyConfigError
+from aidem.hooks import IdempotencyHook
+from aidem.persistence import PersistenceLayer
+
+if TYPE_CHECKING:
+    from aidem.config import IdempotencyConfig
+
+    Check = Callable[[Any], bool]
+
+OnAbandoned = Literal["run_again", "raise"]
+OnPersistenceError = Literal["raise", "run"]
+
+
+def refused(option: str, shown: str, allowed: str) -> IdempotencyConfigError:
+    """Return the error about an option."""
+    return IdempotencyConfigError(f"{option}={shown} is not allowed: it must be {allowed}")
+
+
+# --- Options of decorators, blocks and `configure` ------------------------------------------------------------------
+
+
+def check_options(**options: object) -> None:
+    """Check options by name; None stands for a default and is allowed everywhere.
+
+    Raises:
+        IdempotencyConfigError: One has a value that cannot work.
+    """
+    for option, value in options.items():
+        is_allowed, allowed = _OPTIONS[option]
+        if value is not None and not is_allowed(value):
+            raise refused(option, kind_of(value), allowed)
+
+
+def kind_of(value: object) -> str:
+    """Return how a value is shown that may hold a secret, such as a URL where a layer belongs."""
+    return f"<class {value.__qualname__}>" if isinstance(value, type) else f"<{type(value).__qualname__}>"
+
+
+def _is_layer(value: object) -> bool:
+    return isinstance(value, PersistenceLayer) and not isinstance(value, type)
+
+
+def _is_serializer(value: object) -> bool:
+    if isinstance(value, type):
+        return hasattr(value, "instantiate")
+    return hasattr(value, "to_dict") and hasattr(value, "from_dict")
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+_OPTIONS: Final[dict[str, tuple[Check, str]]] = {
+    "persistence_store": (_is_layer, "a persistence layer, such as SQLitePersistenceLayer(path)"),
+    "output_serializer": (
+        _is_serializer,
+        "an object with to_dict() and from_dict(), or a class that makes one, such as PydanticSerializer",
+    ),
+    "key_prefix": (_is_text, "a string"),
+    "data_keyword_argument": (_is_text, "the name of a parameter, as a string"),
+    "key": (callable, "a callable that takes the arguments of the function and returns the payload"),
+}
+
+
+# --- Settings in an `IdempotencyConfig` -----------------------------------------------------------------------------
+
+
+def check_settings(config: IdempotencyConfig) -> None:
+    """Check every setting of a config, and those that exclude each other.
+
+    Raises:
+        IdempotencyConfigError: One has a value that cannot work.
+    """
+    for setting, (is_allowed, allowed) in _SETTINGS.items():
+        value = getattr(config, setting)
+        if not is_allowed(value):
+            raise refused(setting, repr(value), allowed)
+    for setting in ("event_key_jmespath", "payload_validation_jmespath"):
+        _check_expression(setting, getattr(config, setting))
+    _check_jmespath_options(config.jmespath_options)
+    try:
+        _key.check_hash_function(config.hash_function)
+    except ValueError as exc:
+        raise refused("hash_function", repr(config.hash_function), str(exc)) from exc
+    if config.on_abandoned == "raise" and config.on_persistence_error == "run":
+        allowed = '"raise" together with on_abandoned="raise", which promises that nothing runs twice'
+        raise refused("on_persistence_error", repr("run"), allowed)
+
+
+def _check_expression(setting: str, expression: str) -> None:
+    if expression:
+        from aidem._jmespath import compile_expression  # jmespath is imported only by those who use it
+
+        try:
+            compile_expression(expression)
+        except ValueError as exc:
+            raise refused(setting, repr(expression), f"a valid JMESPath expression ({exc})") from exc
+
+
+def _check_jmespath_options(options: Mapping[str, Any] | None) -> None:
+    if options is not None:
+        from jmespath import Options
+        from jmespath.functions import Functions
+
+        try:
+            functions = Options(**options).custom_functions
+        except TypeError as exc:
+            raise refused("jmespath_options", repr(options), "keyword arguments of jmespath.Options") from exc
+        if not (functions is None or isinstance(functions, Functions)):
+            raise refused("jmespath_options", repr(options), "with an instance of jmespath.functions.Functions")
+
+
+def _one_of(literal: Any) -> tuple[Check, str]:
+    values = get_args(literal)
+    return (lambda value: value in values), f"one of {', '.join(map(repr, values))}"
+
+
+def _is_bool(value: object) -> bool:
+    return isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_positive(value: Any) -> bool:
+    return _is_number(value) and value > 0
+
+
+def _is_not_negative(value: Any) -> bool:
+    return _is_number(value) and value >= 0
+
+
+def _is_tuple_of(is_allowed: Check) -> Check:
+    return lambda value: isinstance(value, tuple) and all(map(is_allowed, value))
+
+
+def _is_exception_type(value: object) -> bool:
+    return isinstance(value, type) and issubclass(value, Exception)
+
+
+def _is_hook(value: object) -> bool:
+    return isinstance(value, IdempotencyHook) and not isinstance(value, type)
+
+
+def _is_lambda_context(value: object) -> bool:
+    return callable(getattr(value, "get_remaining_time_in_millis", None))
+
+
+_SETTINGS: Final[dict[str, tuple[Check, str]]] = {
+    "event_key_jmespath": (_is_text, "a JMESPath expression as a string"),
+    "payload_validation_jmespath": (_is_text, "a JMESPath expression as a string"),
+    "raise_on_no_idempotency_key": (_is_bool, "True or False"),
+    "use_local_cache": (_is_bool, "True or False"),
+    "renew_lease": (_is_bool, "True or False"),
+    "expires_after_seconds": (_is_positive, "a positive number"),
+    "lease_seconds": (lambda value: value is None or _is_positive(value), "a positive number, or None"),
+    "local_cache_max_items": (
+        lambda value: isinstance(value, int) and _is_positive(value),
+        "a positive whole number",
+    ),
+    "wait_timeout_seconds": (_is_not_negative, "a number that is not negative"),
+    "max_clock_skew_seconds": (_is_not_negative, "a number that is not negative"),
+    "on_abandoned": _one_of(OnAbandoned),
+    "on_persistence_error": _one_of(OnPersistenceError),
+    "stored_exceptions": (_is_tuple_of(_is_exception_type), "a tuple of subclasses of Exception"),
+    "hooks": (_is_tuple_of(_is_hook), "a tuple of objects with a method on_event(event)"),
+    "response_hook": (lambda value: value is None or callable(value), "a callable hook(response, record)"),
+    "lambda_context": (
+        lambda value: value is None or _is_lambda_context(value),
+        "an object with get_remaining_time_in_millis()",
+    ),
+}
