@@ -74,13 +74,14 @@ def idempotency(
 class BlockExecution(Execution):
     """The execution of a block: what it sees of its call, and where it leaves its result."""
 
-    __slots__ = ("_has_looked", "_has_run", "_recording", "_result", "_serializer")
+    __slots__ = ("_has_looked", "_has_run", "_is_decoded", "_recording", "_result", "_serializer")
 
     def __init__(self, call: Call) -> None:
         super().__init__(call)
         self._serializer = call.plan.serializer
         self._has_looked = False
         self._has_run = False
+        self._is_decoded = call.phase is not Phase.REPLAYED
         self._recording: Recording | None = None
         self._result: Any = None
 
@@ -100,7 +101,9 @@ class BlockExecution(Execution):
             IdempotencyUsageError: Setting it on a replay, or after the block.
         """
         self._has_looked = True
-        return self._replayed_result() if self._call.phase is Phase.REPLAYED else self._result
+        if not self._is_decoded:
+            self._decoded(self._recorded() if self._call.phase is Phase.ENDED else self._replayed())
+        return self._result
 
     @result.setter
     def result(self, value: Any) -> None:
@@ -124,22 +127,23 @@ class BlockExecution(Execution):
         if self._has_run:
             raise IdempotencyUsageError("run() was called before: a block has one result", key=self.key)
         self._has_looked = self._has_run = True
+        if self._call.phase is Phase.BYPASSED:
+            self._result = await func(*args, **kwargs)
+            return cast("R", self._result)
         self._serializer = self._call.plan.serializer_for(func)
         if self._call.phase is Phase.REPLAYED:
-            replayed = self._replayed_result_or_awaitable()
-            return cast("R", await replayed if inspect.isawaitable(replayed) else replayed)
-        result = await func(*args, **kwargs)
-        if self._call.phase is Phase.BYPASSED:
-            self.result = result
-            return result
-        recording = Recording.of(result, self._serializer)
-        value: R = recording.value
-        self.result = value
+            replayed = hooked(self._call, self._recorded())
+            return cast("R", self._decoded(await replayed if inspect.isawaitable(replayed) else replayed))
+        recording = Recording.of(await func(*args, **kwargs), self._serializer)
+        self.result = recording.value
         self._recording = recording
-        return value
+        return cast("R", recording.value)
 
-    def _replayed_result(self) -> Any:
-        value = self._replayed_result_or_awaitable()
+    def _recorded(self) -> Any:
+        return value_of(self._call.held_record(), self._call.plan.config, self._serializer)
+
+    def _replayed(self) -> Any:
+        value = hooked(self._call, self._recorded())
         if inspect.isawaitable(value):
             if inspect.iscoroutine(value):
                 value.close()
@@ -147,9 +151,10 @@ class BlockExecution(Execution):
             raise IdempotencyUsageError(message, key=self.key)
         return value
 
-    def _replayed_result_or_awaitable(self) -> Any:
-        call = self._call
-        return hooked(call, value_of(call.held_record(), call.plan.config, self._serializer))
+    def _decoded(self, value: Any) -> Any:
+        self._is_decoded = True
+        self._result = value
+        return value
 
     async def record_result(self) -> None:
         """Record what the block leaves."""
@@ -157,11 +162,12 @@ class BlockExecution(Execution):
         if call.phase is Phase.CLAIMED:
             recording = self._recording or Recording.of(self._result, self._serializer)
             record = await call.complete(recording.text, recording.kind)
-            if call.is_ours(record):
-                recording.warn_if_unavailable(record, call)
-                self._result = recording.value
-            else:
+            if not call.is_ours(record):
                 self._adopt(record, recording)
+            elif record.outcome is None:
+                self._is_decoded = False  # what `run` has handed out may have changed since
+            else:
+                recording.warn_if_unavailable(record, call)
         if not self._has_looked:
             raise IdempotencyUsageError(LOOK_FIRST, key=self.key)
 
@@ -170,7 +176,7 @@ class BlockExecution(Execution):
         if self._has_run and record.response_data != recording.text:
             reason = "another call took it over and has another outcome, which a retry will get"
             raise IdempotencyLeaseLostError(key=self.key, record=record, reason=reason)
-        self._result = value_of(record, self._call.plan.config, self._serializer)
+        self._decoded(self._recorded())
 
 
 class _Block:
@@ -180,6 +186,7 @@ class _Block:
         "_call",
         "_config",
         "_execution",
+        "_is_entered",
         "_key",
         "_key_prefix",
         "_layer",
@@ -204,9 +211,13 @@ class _Block:
         self._config = config
         self._serializer = serializer
         self._key_prefix = key_prefix
+        self._is_entered = False
 
     async def __aenter__(self) -> BlockExecution:
         require_asyncio()
+        if self._is_entered:
+            raise IdempotencyUsageError("this block was entered before; call idempotency(...) for every block anew")
+        self._is_entered = True
         self._call = self._make_call()
         await self._call.begin()
         self._execution = BlockExecution(self._call)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 
@@ -46,7 +47,13 @@ def kind_of(value: object) -> str:
 
 
 def _is_layer(value: object) -> bool:
-    return isinstance(value, PersistenceLayer) and not isinstance(value, type)
+    if isinstance(value, type) or not isinstance(value, PersistenceLayer):
+        return False
+    try:
+        hash(weakref.ref(value))
+    except TypeError:
+        return False
+    return True
 
 
 def _is_serializer(value: object) -> bool:
@@ -59,8 +66,15 @@ def _is_text(value: object) -> bool:
     return isinstance(value, str)
 
 
+def _is_lambda_context(value: object) -> bool:
+    return callable(getattr(value, "get_remaining_time_in_millis", None))
+
+
 _OPTIONS: Final[dict[str, tuple[Check, str]]] = {
-    "persistence_store": (_is_layer, "a persistence layer, such as SQLitePersistenceLayer(path)"),
+    "persistence_store": (
+        _is_layer,
+        "a persistence layer that can be hashed and weakly referenced, such as SQLitePersistenceLayer(path)",
+    ),
     "output_serializer": (
         _is_serializer,
         "an object with to_dict() and from_dict(), or a class that makes one, such as PydanticSerializer",
@@ -68,6 +82,7 @@ _OPTIONS: Final[dict[str, tuple[Check, str]]] = {
     "key_prefix": (_is_text, "a string"),
     "data_keyword_argument": (_is_text, "the name of a parameter, as a string"),
     "key": (callable, "a callable that takes the arguments of the function and returns the payload"),
+    "lambda_context": (_is_lambda_context, "an object with get_remaining_time_in_millis()"),
 }
 
 
@@ -152,10 +167,6 @@ def _is_hook(value: object) -> bool:
     return isinstance(value, IdempotencyHook) and not isinstance(value, type)
 
 
-def _is_lambda_context(value: object) -> bool:
-    return callable(getattr(value, "get_remaining_time_in_millis", None))
-
-
 _SETTINGS: Final[dict[str, tuple[Check, str]]] = {
     "event_key_jmespath": (_is_text, "a JMESPath expression as a string"),
     "payload_validation_jmespath": (_is_text, "a JMESPath expression as a string"),
@@ -175,8 +186,5 @@ _SETTINGS: Final[dict[str, tuple[Check, str]]] = {
     "stored_exceptions": (_is_tuple_of(_is_exception_type), "a tuple of subclasses of Exception"),
     "hooks": (_is_tuple_of(_is_hook), "a tuple of objects with a method on_event(event)"),
     "response_hook": (lambda value: value is None or callable(value), "a callable hook(response, record)"),
-    "lambda_context": (
-        lambda value: value is None or _is_lambda_context(value),
-        "an object with get_remaining_time_in_millis()",
-    ),
+    "lambda_context": (lambda value: value is None or _is_lambda_context(value), _OPTIONS["lambda_context"][1]),
 }

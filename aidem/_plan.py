@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import time
 import warnings
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from aidem import _key
+from aidem._options import refused
 from aidem._shared import shared_by
 from aidem._state import Lease
 from aidem.config import current_lambda_context
@@ -25,9 +26,11 @@ if TYPE_CHECKING:
 
 MINIMUM_LAMBDA_LEASE_SECONDS: Final = 1.0
 SWITCHES: Final = ("AIDEM_IDEMPOTENCY_DISABLED", "POWERTOOLS_IDEMPOTENCY_DISABLED")
+TRUE: Final = ("true", "1", "t", "yes", "y", "on")
+FALSE: Final = ("", "false", "0", "f", "no", "n", "off")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Key:
     """What names a call, fixed when it starts.
 
@@ -149,31 +152,25 @@ class Plan:
 
 
 def unprotected_call(
-    find_key: Callable[[Plan], Key],
-    *,
-    config: IdempotencyConfig,
-    function: str,
-    prefix: str,
-    output_serializer: OutputSerializer | type[ModelSerializer] | None = None,
+    find_key: Callable[[Plan], Key], *, config: IdempotencyConfig, function: str, prefix: str
 ) -> tuple[Plan, Key]:
     """Return plan and key of a call that asks no layer; its key is only there for `key_for`, if there is one."""
     from aidem.persistence.memory import MemoryPersistenceLayer  # only needed while a switch for tests is on
 
-    plan = Plan(
-        layer=MemoryPersistenceLayer(),
-        config=config,
-        function=function,
-        prefix=prefix,
-        output_serializer=output_serializer,
-    )
+    demanding = dataclasses.replace(config, raise_on_no_idempotency_key=True)
+    plan = Plan(layer=MemoryPersistenceLayer(), config=demanding, function=function, prefix=prefix)
     try:
         return plan, find_key(plan)
-    except IdempotencyKeyError:
+    except Exception:  # noqa: BLE001 - a call that is not made idempotent needs no key, so nothing is wrong with it
         return plan, Key("")
 
 
 def is_disabled(function: str) -> bool:
-    """Whether a switch for tests turns idempotency off for now; then warn."""
+    """Whether a switch for tests turns idempotency off for now; then warn.
+
+    Raises:
+        IdempotencyConfigError: The switch is neither true nor false.
+    """
     for switch in SWITCHES:
         value = os.environ.get(switch)
         if value and _is_true(switch, value):
@@ -188,12 +185,11 @@ def is_disabled(function: str) -> bool:
 
 def _is_true(switch: str, value: str) -> bool:
     text = value.strip().lower()
-    if text in {"1", "true", "t", "yes", "y", "on"}:
+    if text in TRUE:
         return True
-    if text in {"", "0", "false", "f", "no", "n", "off"}:
+    if text in FALSE:
         return False
-    message = f"{switch}={value!r} is neither true nor false"
-    raise ValueError(message)
+    raise refused(switch, repr(value), f"one of {', '.join(TRUE)} to turn idempotency off, or {', '.join(FALSE[1:])}")
 
 
 def _select(expression: str, prepared: Any, config: IdempotencyConfig) -> Any:

@@ -107,7 +107,11 @@ def register_lambda_context(lambda_context: LambdaContext | None) -> Token[Lambd
 
     Returns:
         A token for `aidem.config.reset_lambda_context`.
+
+    Raises:
+        IdempotencyConfigError: It is no Lambda context.
     """
+    check_options(lambda_context=lambda_context)
     return _lambda_context.set(lambda_context)
 
 

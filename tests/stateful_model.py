@@ -189,7 +189,8 @@ class Judge:
             return
         self._check("a late owner does not complete", kept=may, about=write)
         self._check("an outcome is stored", kept=is_outcome(write.after, now), about=write)
-        self._outcomes[write.key].append(Outcome.of(record))
+        if write.after is not None:
+            self._outcomes[write.key].append(Outcome.of(write.after))
 
     def _saw_renew(self, write: Write) -> None:
         if is_claim_of(write.before, write.record.owner):
@@ -240,7 +241,8 @@ class Judge:
             is_refusal = isinstance(answer, Refused)
             number = answer.args[0] if is_refusal else answer
             live = [(o.number, o.is_refusal) for o in self._outcomes[call.key] if o.until >= int(call.started_at)]
-            kept = (number, is_refusal) in live
+            is_own = is_refusal and any(run.number == number for run in call.runs)  # the body's exception always wins
+            kept = is_own or (number, is_refusal) in live
             self._check("P1: who gets an outcome gets the recorded one", kept=kept, about=(answer, live))
         else:
             kept = self._may_raise(call, answer, faults=faults)
@@ -271,8 +273,9 @@ class Judge:
     def _left_nothing(self, call: CallSeen) -> None:
         """Without a fault of the store nobody has to wait for the lease of a call that is over."""
         record = self.records.get(call.key)
-        if record is None or record.owner not in call.owners or record.status is not RecordStatus.INPROGRESS:
+        now = self.clock()
+        if record is None or record.owner not in call.owners or not counts(record, now) or is_outcome(record, now):
             return
         fate_unknown = any(run.owner == record.owner and run.ending != "declined" for run in call.runs)
-        kept = call.is_at_most_once and fate_unknown and is_in_doubt(record, self.clock())
+        kept = call.is_at_most_once and fate_unknown and is_in_doubt(record, now)
         self._check("a call that is over gives its key back, or says that it is in doubt", kept=kept, about=record)

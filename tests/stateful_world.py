@@ -29,9 +29,11 @@ if TYPE_CHECKING:
 
     from aidem import DataRecord
 
+PROCESSES = 3
 LEASE_SECONDS = 10.0
 WAIT_SECONDS = 25.0
 KEPT_SECONDS = 60.0
+LONG_ENOUGH_SECONDS = WAIT_SECONDS + LEASE_SECONDS + 2.0
 STORE_MUST_ANSWER_WITHIN_SECONDS = 20.0
 START = 1_800_000_000.0
 
@@ -83,7 +85,7 @@ class SteppedLoop(asyncio.SelectorEventLoop):
 
 # --- Processes --------------------------------------------------------------------------------------------------------
 
-CALL: ContextVar[CallSeen] = ContextVar("call")  # operations run in copies of their caller's context
+CALL: ContextVar[CallSeen] = ContextVar("call")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +93,7 @@ class Request:
     """An operation on its way to the store."""
 
     operation: str
-    key: str
+    call: CallSeen
     record: DataRecord | None
     ask: Callable[[Any], Awaitable[Any]]
 
@@ -115,10 +117,12 @@ class Process:
         self.settling = settling
         self.faults: dict[str, Fault] = {}
         self.faults_seen = 0
+        self.calls: dict[str | None, CallSeen] = {}  # by the owner of a claim
 
     def acquire(self, record: DataRecord, *, now: float, max_clock_skew_seconds: float = 0.0) -> Any:
         assert record.idempotency_key == CALL.get().key
         CALL.get().owners.add(record.owner)
+        self.calls[record.owner] = CALL.get()
         return self._ask("acquire", record, lambda store: store.acquire(record, now=now))
 
     def complete(self, record: DataRecord, *, now: float) -> Any:
@@ -149,7 +153,9 @@ class Process:
         """Nothing to close."""
 
     def _ask(self, operation: str, record: DataRecord | None, ask: Callable[[Any], Awaitable[Any]]) -> Any:
-        request = Request(operation=operation, key=CALL.get().key, record=record, ask=ask)
+        # A renewal runs in whatever context its timer was made; a record tells whose it is.
+        call = CALL.get() if record is None else self.calls[record.owner]
+        request = Request(operation=operation, call=call, record=record, ask=ask)
         answer = self._send(request)
         return self._settling(answer) if self.settling else answer
 
@@ -190,7 +196,7 @@ class Process:
 
     def _note(self, fault: Fault, request: Request) -> None:
         self.faults_seen += 1
-        CALL.get().faults += 1
+        request.call.faults += 1
         self.world.happened[f"{fault} of {request.operation}"] += 1
         self.world.happened[fault] += 1
 
@@ -232,7 +238,7 @@ class World:
     """Everything that happens, one step at a time; each step ends when nothing is left to do at this instant."""
 
     make_store: Callable[[FakeClock], Any]
-    processes_count: int = 3
+    process_type: type[Process] = Process
     happened: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
@@ -240,7 +246,7 @@ class World:
         self.loop = SteppedLoop(self.clock)
         self.judge = Judge(self.clock)
         self.store = self.make_store(self.clock)
-        self.processes = [Process(self, settling=n % 2 == 1) for n in range(self.processes_count)]
+        self.processes = [self.process_type(self, settling=n % 2 == 1) for n in range(PROCESSES)]
         self.callers: list[Caller] = []
         self.held: list[Held] = []
         self._numbers = itertools.count(1)
@@ -258,19 +264,16 @@ class World:
     # --- Between the processes and the store ---
 
     async def apply(self, request: Request) -> Any:
-        """Let the store do it, with a look right before and right after."""
-        key = request.key
+        """Let the store do it, with a look right before and right after: it does what it is asked one by one."""
+        key = request.call.key
         self.loop.selector.owed += 1
         try:
-            asked = [self._asked(a) for a in (self.store.get(key), request.ask(self.store), self.store.get(key))]
-            before, answer, after = [await a for a in asked]
+            asked = (self.store.get(key), request.ask(self.store), self.store.get(key))
+            before, answer, after = [await future for future in asked]
         finally:
             self.loop.selector.owed -= 1
         self.judge.saw(Write(request.operation, key, request.record, answer=answer, before=before, after=after))
         return answer
-
-    def _asked(self, operation: Awaitable[Any]) -> Awaitable[Any]:
-        return self.spawn(operation) if asyncio.iscoroutine(operation) else operation
 
     async def hold(self, request: Request | None, answer: Any) -> Any:
         held = Held(request, self.loop.create_future(), answer)
@@ -351,6 +354,10 @@ class World:
         """The calls that run, in processes that live."""
         return [caller for caller in self.callers if not caller.task.done() and not caller.process.is_dead]
 
+    def process_of(self, run: Run) -> Process:
+        """Return the process that runs a body."""
+        return next(caller.process for caller in self.callers if caller.seen is run.call)
+
     def end_body(self, run: Run, verdict: str) -> None:
         run.gate.set_result(verdict)
 
@@ -367,7 +374,7 @@ class World:
                 if run.ending == "running":
                     run.ending = "killed"
                     self.happened["killed in the body"] += 1
-        self.processes[process] = Process(self, settling=dead.settling)
+        self.processes[process] = self.process_type(self, settling=dead.settling)
 
     def deliver(self, held: Held) -> None:
         """Let what was held come through."""
@@ -430,12 +437,13 @@ class World:
             process.faults.clear()
         for held in list(self.held):
             self.deliver(held)
+        self.settle()
+        self.pass_time(LONG_ENOUGH_SECONDS)
         while self.bodies:
             for run in self.bodies:
-                if run.ending == "running":
-                    self.end_body(run, "returned")
-            self.pass_time(WAIT_SECONDS + LEASE_SECONDS + 2.0)
-        self.pass_time(WAIT_SECONDS + LEASE_SECONDS + 2.0)
+                self.end_body(run, "returned")
+            self.settle()
+            self.pass_time(LONG_ENOUGH_SECONDS)
         assert not self.running, "calls hang"
         for key in {caller.key for caller in self.callers}:
             self._check_is_not_stuck(key)

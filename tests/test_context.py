@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from aidem import Execution, IdempotencyConfig, configure, current_execution, idempotency, idempotent_function
+from aidem import Execution, IdempotencyConfig, RecordStatus, configure, current_execution, idempotency, idempotent_function
 from aidem.exceptions import (
     IdempotencyAlreadyInProgressError,
     IdempotencyConfigError,
@@ -197,6 +197,7 @@ async def test_after_the_block_the_result_is_what_a_replay_gets() -> None:
 
 async def test_a_result_that_changes_until_the_block_is_left_is_recorded_as_it_is_then() -> None:
     async with idempotency("key") as execution:
+        assert not execution.replayed
         execution.result = steps = ["reserved"]
         steps.append("charged")
     async with idempotency("key") as execution:
@@ -353,8 +354,6 @@ async def take_over(layer: MemoryPersistenceLayer, response_data: str) -> None:
     (record,) = stored(layer)
     winner = record.replace(owner="winner")
     layer._records[record.idempotency_key] = winner
-    from aidem import RecordStatus
-
     completed = winner.replace(status=RecordStatus.COMPLETED, response_data=response_data)
     assert await layer.complete(completed, now=layer.clock())
 
@@ -509,9 +508,11 @@ async def test_the_response_hook_sees_a_replay_once(till: Till) -> None:
     assert (await charge_step_by_step(till, config=config)).result == {"receipt": 1}
     assert seen == []
     async with idempotency("order-7", config=config) as execution:
-        assert execution.result == execution.result == await execution.run(till.charge, ORDER)
-        assert execution.result == {"receipt": 1, "replayed": True}
+        assert execution.result == execution.result == {"receipt": 1, "replayed": True}
     assert seen == ['{"receipt": 1}']
+    async with idempotency("order-7", config=config) as execution:
+        assert await execution.run(till.charge, ORDER) == execution.result == {"receipt": 1, "replayed": True}
+    assert len(seen) == 2
 
 
 async def test_an_async_response_hook_is_awaited_by_run_and_result_says_so(till: Till) -> None:

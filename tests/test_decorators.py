@@ -517,12 +517,27 @@ def test_an_unknown_option_is_a_type_error(decorator: Any) -> None:
         decorator(event_key_jmespath="id")
 
 
+@dataclass
+class UnhashableLayer(MemoryPersistenceLayer):
+    number: int = 0
+
+
+class UnreferencedLayer:
+    """Has every operation of a layer, and slots."""
+
+    __slots__ = ()
+    acquire = complete = renew = release = get = forget = print
+    open = aclose = __aenter__ = __aexit__ = print
+
+
 @pytest.mark.parametrize("decorator", [idempotent, idempotent_function])
 @pytest.mark.parametrize(
     ("option", "value", "allowed"),
     [
         ("persistence_store", "sqlite:///orders.db", "persistence layer"),
         ("persistence_store", MemoryPersistenceLayer, "persistence layer"),
+        ("persistence_store", UnhashableLayer(), "hashed"),
+        ("persistence_store", UnreferencedLayer(), "weakly referenced"),
         ("config", {"expires_after_seconds": 5}, "IdempotencyConfig"),
         ("config", IdempotencyConfig, "IdempotencyConfig"),
         ("key_prefix", 7, "string"),

@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import random
 import sqlite3
 import stat
 import threading
 import time
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final, TypeVar
 
 from aidem.exceptions import (
     IdempotencyError,
@@ -21,10 +22,15 @@ from aidem.exceptions import (
 )
 from aidem.persistence._sqlite_records import SCHEMA
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+T = TypeVar("T")
+
 APPLICATION_ID: Final = int.from_bytes(b"aide")
 SCHEMA_VERSION: Final = 1
 SMALLEST_DATABASE: Final = 512
-RETRY_SECONDS: Final = 0.005
+RETRY_SECONDS: Final = (0.0002, 0.002)
 
 # Whoever closes a descriptor of a file drops all locks that its process has on it, SQLite's too: so a file is created,
 # and that descriptor closed, before any thread of this process opens it.
@@ -103,16 +109,34 @@ class DatabaseFile:
         connection = sqlite3.connect(
             f"{self.path.as_uri()}?mode=rw",
             uri=True,
-            timeout=self._busy_timeout_seconds,
+            timeout=0,  # see `patiently`
             isolation_level=None,
             check_same_thread=False,
         )
         try:
-            self._prepare(connection)
+            self.patiently(lambda: self._prepare(connection))
         except BaseException:
             connection.close()
             raise
         return connection
+
+    def patiently(self, action: Callable[[], T]) -> T:
+        """Repeat the action, which does nothing where the file is locked, until it is not.
+
+        SQLite's own handler sleeps ever longer, so that who comes last waits longest; and it is not asked at all
+        while the write-ahead log is turned on.
+
+        Raises:
+            sqlite3.OperationalError: It stayed locked for `busy_timeout_seconds`.
+        """
+        deadline = time.monotonic() + self._busy_timeout_seconds
+        while True:
+            try:
+                return action()
+            except sqlite3.OperationalError as error:
+                if _code(error) != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                    raise
+            time.sleep(random.uniform(*RETRY_SECONDS))  # noqa: S311 - not a secret
 
     def was_replaced(self) -> bool:
         """Whether another file, or none, is at the path by now; other processes then do not see what we write."""
@@ -127,8 +151,9 @@ class DatabaseFile:
         What SQLite says is left out: it may quote what is stored.
         """
         if isinstance(error, sqlite3.Error):
-            code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # without the details in the higher bits
-            kind, advice = _MEANINGS.get(code, (IdempotencyPersistenceLayerError, f"SQLite failed with {_name(error)}"))
+            kind, advice = _MEANINGS.get(
+                _code(error), (IdempotencyPersistenceLayerError, f"SQLite failed with {_name(error)}")
+            )
             own: Exception = kind(f"{self.path}: {advice}")
         elif isinstance(error, (IdempotencyPersistenceConfigError, IdempotencyPersistenceConnectionError)):
             own = type(error)(str(error))
@@ -189,17 +214,7 @@ class DatabaseFile:
         return False
 
     def _switch_to_wal(self, connection: sqlite3.Connection) -> None:
-        """Turn on the write-ahead log; that fails at once, whatever the time-out, while another process does so too."""
-        deadline = time.monotonic() + self._busy_timeout_seconds
-        while True:
-            try:
-                (mode,) = connection.execute("PRAGMA journal_mode = WAL").fetchone()
-            except sqlite3.OperationalError as error:
-                if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
-                    raise
-                time.sleep(RETRY_SECONDS)
-            else:
-                break
+        (mode,) = connection.execute("PRAGMA journal_mode = WAL").fetchone()
         if mode != "wal":
             raise self._refusal("its file system does not support a write-ahead log; use a local disk")
 
@@ -218,6 +233,10 @@ class DatabaseFile:
 
 def _identity(status: os.stat_result) -> tuple[int, int]:
     return status.st_dev, status.st_ino
+
+
+def _code(error: sqlite3.Error) -> int:
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF  # the higher bits tell details
 
 
 def _name(error: sqlite3.Error) -> str:

@@ -124,14 +124,19 @@ class RecordThread:
                 return [self._file.translated(error) for _ in batch]
 
     def _in_one_transaction(self, batch: list[Job]) -> list[Any]:
-        connection = self._connected()
-        cursor = connection.cursor()
-        cursor.execute("BEGIN IMMEDIATE" if any(job.writes for job in batch) else "BEGIN")
-        records = Records(cursor, now=self._clock())
+        cursor = self._connected().cursor()
+        writes = any(job.writes for job in batch)
+        records = self._file.patiently(lambda: self._begin(cursor, writes=writes))
         answers = [self._answer(job, records) for job in batch]
         records.finish()
         cursor.execute("COMMIT")
         return answers
+
+    def _begin(self, cursor: sqlite3.Cursor, *, writes: bool) -> Records:
+        if cursor.connection.in_transaction:
+            cursor.execute("ROLLBACK")  # BEGIN went well, and then the file was locked
+        cursor.execute("BEGIN IMMEDIATE" if writes else "BEGIN")
+        return Records(cursor, now=self._clock())
 
     def _answer(self, job: Job, records: Records) -> Any:
         # No savepoint: an operation writes with a single statement, and SQLite takes back a statement that fails.

@@ -202,12 +202,15 @@ async def test_a_look_does_not_wait_for_a_writer(layer: SQLitePersistenceLayer, 
         assert await layer.get("key") == record
 
 
-async def test_a_blocked_claim_writes_nothing(layer: SQLitePersistenceLayer, path: Path, clock: GatedClock) -> None:
+@pytest.mark.parametrize("owner", ["theirs", "ours"])
+async def test_a_claim_that_changes_nothing_writes_nothing(
+    layer: SQLitePersistenceLayer, path: Path, clock: GatedClock, owner: str
+) -> None:
     record = await claimed(layer)
     log = path.with_name(path.name + "-wal")
     before = log.stat()
-    answer = await layer.acquire(claim_of("key", now=clock(), owner="theirs"), now=clock())
-    assert answer == Blocked(record, clock())
+    answer = await layer.acquire(claim_of("key", now=clock(), owner=owner), now=clock())
+    assert answer == (Claimed(record) if owner == "ours" else Blocked(record, clock()))
     assert (log.stat().st_size, log.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
     await claimed(layer, "another")
     assert log.stat().st_mtime_ns > before.st_mtime_ns

@@ -29,6 +29,7 @@ from aidem.testing import FakeClock, claim_of, completed_of
 
 NOBODY = 65534
 BUSY_TIMEOUT_SECONDS = 0.05
+INDEX_HEADER_SIZE = 96
 
 
 @pytest.fixture
@@ -352,17 +353,16 @@ def test_a_file_that_stays_locked_is_said_to_be_locked(layer: SQLitePersistenceL
 
 
 @contextlib.contextmanager
-def reader_of_empty_file(path: Path) -> Iterator[sqlite3.Connection]:
-    """Hold what keeps others from turning the log on, though not from looking."""
+def writer_of_empty_file(path: Path) -> Iterator[sqlite3.Connection]:
+    """Hold the lock at which turning the log on fails at once, though others may look."""
     path.touch()
     with closing(sqlite3.connect(path, isolation_level=None)) as other:
-        other.execute("BEGIN")
-        other.execute("SELECT * FROM sqlite_master").fetchall()
+        other.execute("BEGIN IMMEDIATE")
         yield other
 
 
 def test_a_log_that_cannot_be_turned_on_is_said_to_be_locked(layer: SQLitePersistenceLayer, path: Path) -> None:
-    with reader_of_empty_file(path), pytest.raises(IdempotencyPersistenceConnectionError, match="locked"):
+    with writer_of_empty_file(path), pytest.raises(IdempotencyPersistenceConnectionError, match="locked"):
         use(layer)
     use(layer)
 
@@ -377,8 +377,26 @@ def test_turning_on_the_log_waits_for_others(path: Path) -> None:
         await opening
         await layer.aclose()
 
-    with reader_of_empty_file(path) as other:
+    with writer_of_empty_file(path) as other:
         asyncio.run(opened_only_after(other))
+
+
+def test_a_look_waits_while_another_process_repairs_the_index_of_the_log(path: Path) -> None:
+    async def opened_and_looked_at() -> None:
+        async with SQLitePersistenceLayer(path, busy_timeout_seconds=30) as layer:
+            with (
+                closing(sqlite3.connect(path, isolation_level=None)) as other,
+                path.with_name(f"{path.name}-shm").open("r+b", buffering=0) as index,
+            ):
+                other.execute("BEGIN IMMEDIATE")
+                index.write(bytes(INDEX_HEADER_SIZE))
+                look = layer.get("key")
+                done, _ = await asyncio.wait([look], timeout=0.1)
+                assert not done
+                other.execute("ROLLBACK")
+                assert await look is None
+
+    asyncio.run(opened_and_looked_at())
 
 
 def test_a_database_without_a_log_is_refused(path: Path) -> None:

@@ -1,0 +1,420 @@
+"""`IdempotencyConfig`, the defaults of the process, and the Lambda context of a task."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import dataclasses
+import hashlib
+import logging
+import os
+import pickle
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import jmespath
+import pytest
+from jmespath.functions import Functions
+
+import aidem
+from aidem import IdempotencyConfig, configure, idempotency, idempotent_function, register_lambda_context
+from aidem.config import current_lambda_context, default_persistence_store, reset_lambda_context
+from aidem.exceptions import IdempotencyConfigError, IdempotencyPersistenceConfigError, IdempotencyUsageError
+from aidem.persistence.memory import MemoryPersistenceLayer
+from aidem.persistence.sqlite import SQLitePersistenceLayer
+from tests.support import Listener
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+
+class LambdaContext:
+    def get_remaining_time_in_millis(self) -> int:
+        return 10_000
+
+
+@pytest.fixture(autouse=True)
+def nothing_configured(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    for name in ("AIDEM_PERSISTENCE", "AWS_LAMBDA_FUNCTION_NAME"):
+        monkeypatch.delenv(name, raising=False)
+    configure()
+    yield
+    configure()
+
+
+@pytest.fixture
+def forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the process forget the default layer that an earlier test has opened."""
+    monkeypatch.setenv("AIDEM_PERSISTENCE", "memory://")
+    default_persistence_store()
+    monkeypatch.delenv("AIDEM_PERSISTENCE")
+
+
+# --- IdempotencyConfig ------------------------------------------------------------------------------------------------
+
+
+def test_the_defaults_are_those_of_the_table() -> None:
+    assert dataclasses.asdict(IdempotencyConfig()) == {
+        "event_key_jmespath": "",
+        "payload_validation_jmespath": "",
+        "jmespath_options": None,
+        "raise_on_no_idempotency_key": False,
+        "expires_after_seconds": 3600,
+        "use_local_cache": False,
+        "local_cache_max_items": 256,
+        "hash_function": "sha256",
+        "response_hook": None,
+        "lambda_context": None,
+        "lease_seconds": 30.0,
+        "renew_lease": True,
+        "wait_timeout_seconds": 0.0,
+        "on_abandoned": "run_again",
+        "on_persistence_error": "raise",
+        "stored_exceptions": (),
+        "max_clock_skew_seconds": 0.0,
+        "hooks": (),
+    }
+
+
+def test_a_config_is_frozen_keyword_only_and_has_no_other_fields() -> None:
+    config = IdempotencyConfig()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.hash_function = "md5"  # type: ignore[misc]
+    with pytest.raises((AttributeError, TypeError)):
+        config.unknown = 1  # type: ignore[attr-defined]
+    with pytest.raises(TypeError, match="unknown"):
+        IdempotencyConfig(unknown=1)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="positional"):
+        IdempotencyConfig("id")  # type: ignore[misc]
+
+
+@dataclasses.dataclass
+class UnhashableHook:
+    """Dataclasses that can be compared cannot be hashed; hooks and contexts are written that way."""
+
+    def on_event(self, event: Any) -> None: ...
+
+    def get_remaining_time_in_millis(self) -> int:
+        return 1
+
+    def __call__(self, response: Any, record: Any) -> Any: ...
+
+
+def test_a_config_can_be_hashed_compared_and_copied_whatever_is_in_it() -> None:
+    unhashable = UnhashableHook()
+    options: dict[str, Any] = {
+        "hooks": (unhashable,),
+        "response_hook": unhashable,
+        "lambda_context": unhashable,
+        "jmespath_options": {"dict_cls": dict},
+        "stored_exceptions": (ValueError,),
+    }
+    one, other = IdempotencyConfig(**options), IdempotencyConfig(**options)
+    assert one == other
+    assert hash(one) == hash(other)
+    assert one != IdempotencyConfig()
+    assert hash(one) != hash(dataclasses.replace(one, hash_function="md5"))
+    assert pickle.loads(pickle.dumps(one)) == copy.deepcopy(one) == one
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "allowed"),
+    [
+        ("event_key_jmespath", None, "JMESPath expression as a string"),
+        ("event_key_jmespath", "id[", "valid JMESPath expression"),
+        ("payload_validation_jmespath", 3, "JMESPath expression as a string"),
+        ("payload_validation_jmespath", "a b", "valid JMESPath expression"),
+        ("jmespath_options", {"functions": 1}, r"jmespath\.Options"),
+        ("jmespath_options", 3, r"jmespath\.Options"),
+        ("jmespath_options", {"custom_functions": Functions}, "instance of"),
+        ("raise_on_no_idempotency_key", "false", "True or False"),
+        ("raise_on_no_idempotency_key", 1, "True or False"),
+        ("use_local_cache", None, "True or False"),
+        ("renew_lease", "no", "True or False"),
+        ("expires_after_seconds", 0, "positive number"),
+        ("expires_after_seconds", -1, "positive number"),
+        ("expires_after_seconds", float("nan"), "positive number"),
+        ("expires_after_seconds", float("inf"), "positive number"),
+        ("expires_after_seconds", True, "positive number"),
+        ("expires_after_seconds", "60", "positive number"),
+        ("expires_after_seconds", None, "positive number"),
+        ("local_cache_max_items", 0, "positive whole number"),
+        ("local_cache_max_items", 2.5, "positive whole number"),
+        ("local_cache_max_items", True, "positive whole number"),
+        ("hash_function", "shake_128", "sha256"),
+        ("hash_function", "nonsense", "sha256"),
+        ("hash_function", hashlib.sha256, "sha256"),
+        ("response_hook", "hook", r"hook\(response, record\)"),
+        ("lambda_context", object(), "get_remaining_time_in_millis"),
+        ("lease_seconds", 0, "positive number, or None"),
+        ("lease_seconds", "30", "positive number, or None"),
+        ("wait_timeout_seconds", -0.1, "not negative"),
+        ("wait_timeout_seconds", None, "not negative"),
+        ("wait_timeout_seconds", float("inf"), "not negative"),
+        ("max_clock_skew_seconds", -1, "not negative"),
+        ("on_abandoned", "ignore", "'run_again', 'raise'"),
+        ("on_abandoned", [], "'run_again', 'raise'"),
+        ("on_persistence_error", True, "'raise', 'run'"),
+        ("stored_exceptions", ValueError, "tuple of subclasses of Exception"),
+        ("stored_exceptions", [ValueError], "tuple of subclasses of Exception"),
+        ("stored_exceptions", (KeyboardInterrupt,), "tuple of subclasses of Exception"),
+        ("stored_exceptions", (ValueError(),), "tuple of subclasses of Exception"),
+        ("hooks", Listener(), "tuple of objects with a method on_event"),
+        ("hooks", [Listener()], "tuple of objects with a method on_event"),
+        ("hooks", (print,), "tuple of objects with a method on_event"),
+        ("hooks", (Listener,), "tuple of objects with a method on_event"),
+    ],
+)
+def test_a_wrong_setting_is_refused_at_once_with_its_name_and_what_is_allowed(
+    setting: str, value: Any, allowed: str
+) -> None:
+    with pytest.raises(IdempotencyConfigError, match=f"(?s)^{setting}=.*{allowed}") as caught:
+        IdempotencyConfig(**{setting: value})
+    assert isinstance(caught.value, ValueError)
+    assert isinstance(caught.value, IdempotencyUsageError)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("event_key_jmespath", "powertools_json(body).[user, id]"),
+        ("jmespath_options", {}),
+        ("jmespath_options", {"custom_functions": Functions()}),
+        ("jmespath_options", {"custom_functions": None}),
+        ("expires_after_seconds", 0.5),
+        ("local_cache_max_items", 1),
+        ("hash_function", "md5"),
+        ("hash_function", "blake2b"),
+        ("response_hook", print),
+        ("lambda_context", LambdaContext()),
+        ("lease_seconds", None),
+        ("lease_seconds", 1),
+        ("wait_timeout_seconds", 2.5),
+        ("max_clock_skew_seconds", 1),
+        ("on_abandoned", "raise"),
+        ("on_persistence_error", "run"),
+        ("stored_exceptions", (ValueError, LookupError)),
+        ("hooks", (Listener(), Listener())),
+    ],
+)
+def test_a_right_setting_is_kept(setting: str, value: Any) -> None:
+    assert getattr(IdempotencyConfig(**{setting: value}), setting) is value
+
+
+def test_at_most_once_and_running_without_the_store_exclude_each_other() -> None:
+    with pytest.raises(IdempotencyConfigError, match=r"on_persistence_error='run'.*on_abandoned"):
+        IdempotencyConfig(on_abandoned="raise", on_persistence_error="run")
+
+
+def test_the_options_of_jmespath_are_the_words_of_jmespath() -> None:
+    """A negative control of the test above: these are the words that jmespath itself takes."""
+    assert jmespath.Options(custom_functions=Functions(), dict_cls=dict).dict_cls is dict
+
+
+# --- configure --------------------------------------------------------------------------------------------------------
+
+
+async def keys_of(layer: Any) -> list[str]:
+    return list(layer._records)
+
+
+async def test_configure_sets_the_layer_and_the_config_of_all_fronts() -> None:
+    layer = MemoryPersistenceLayer()
+    configure(persistence_store=layer, config=IdempotencyConfig(hash_function="md5"))
+
+    @idempotent_function
+    async def charge() -> None: ...
+
+    await charge()
+    async with idempotency("key") as execution:
+        assert not execution.replayed
+    assert [len(key.split("#")[1]) for key in await keys_of(layer)] == [32, 32]
+
+
+async def test_what_a_front_is_given_goes_before_what_is_configured() -> None:
+    layer, mine = MemoryPersistenceLayer(), MemoryPersistenceLayer()
+    configure(persistence_store=layer, config=IdempotencyConfig(hash_function="md5"))
+    config = IdempotencyConfig(hash_function="sha1")
+
+    @idempotent_function(persistence_store=mine, config=config)
+    async def charge() -> None: ...
+
+    await charge()
+    async with idempotency("key", persistence_store=mine, config=config) as execution:
+        assert not execution.replayed
+    assert [len(key.split("#")[1]) for key in await keys_of(mine)] == [40, 40]
+    assert await keys_of(layer) == []
+
+
+def test_configure_sets_both_defaults_at_once() -> None:
+    configure(persistence_store=MemoryPersistenceLayer(), config=IdempotencyConfig(hash_function="md5"))
+    configure(persistence_store=(layer := MemoryPersistenceLayer()))
+    assert default_persistence_store() is layer
+    assert aidem.config.default_config() == IdempotencyConfig()
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "allowed"),
+    [
+        ("persistence_store", "redis://:secret@host", "persistence layer"),
+        ("persistence_store", MemoryPersistenceLayer, "persistence layer"),
+        ("config", {"hash_function": "md5"}, "IdempotencyConfig"),
+    ],
+)
+def test_configure_refuses_what_is_no_layer_and_no_config(option: str, value: Any, allowed: str) -> None:
+    options: Any = {option: value}
+    with pytest.raises(IdempotencyConfigError, match=f"{option}=.*{allowed}") as caught:
+        configure(**options)
+    assert "secret" not in str(caught.value)
+
+
+# --- The default layer ------------------------------------------------------------------------------------------------
+
+
+def test_aidem_persistence_names_the_layer_and_it_is_opened_once(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("AIDEM_PERSISTENCE", "memory://")
+    layer = default_persistence_store()
+    assert isinstance(layer, MemoryPersistenceLayer)
+    assert default_persistence_store() is layer
+    monkeypatch.setenv("AIDEM_PERSISTENCE", f"sqlite:///{tmp_path}/orders.db")
+    assert isinstance(default_persistence_store(), SQLitePersistenceLayer)
+
+
+@pytest.mark.parametrize("url", ["nonsense", "memory://x", "postgres://:secret@host/db"])
+def test_a_url_that_names_no_layer_is_refused_without_its_password(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AIDEM_PERSISTENCE", url)
+    with pytest.raises(IdempotencyPersistenceConfigError) as caught:
+        default_persistence_store()
+    assert "secret" not in str(caught.value)
+
+
+def test_threads_that_use_the_default_first_get_the_same_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            for attempt in range(100):
+                monkeypatch.setenv("AIDEM_PERSISTENCE", f"sqlite:///{attempt}.db")
+                barrier = threading.Barrier(8)
+
+                def first_use(_: int, barrier: threading.Barrier = barrier) -> Any:
+                    barrier.wait()
+                    return default_persistence_store()
+
+                assert len(set(pool.map(first_use, range(8)))) == 1
+    finally:
+        sys.setswitchinterval(before)
+
+
+async def test_without_any_setting_records_are_in_a_file_of_the_working_directory_and_its_path_is_logged_once(
+    forgotten: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with caplog.at_level(logging.WARNING, "aidem"):
+        layer = default_persistence_store()
+        monkeypatch.chdir("/")
+        assert default_persistence_store() is layer
+    assert isinstance(layer, SQLitePersistenceLayer)
+    assert [(record.levelname, record.name) for record in caplog.records] == [("WARNING", "aidem")]
+    assert str(tmp_path / "aidem.sqlite3") in caplog.text
+    assert os.listdir(tmp_path) == []  # nothing is opened before the first use
+    async with layer, idempotency("key") as execution:
+        assert not execution.replayed
+    assert (tmp_path / "aidem.sqlite3").exists()
+
+
+def test_on_lambda_the_default_is_refused(forgotten: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_LAMBDA_FUNCTION_NAME", "billing")
+    with pytest.raises(IdempotencyPersistenceConfigError, match=r"on Lambda .*persistence_store="):
+        default_persistence_store()
+    monkeypatch.setenv("AIDEM_PERSISTENCE", "memory://")
+    assert isinstance(default_persistence_store(), MemoryPersistenceLayer)
+
+
+async def test_on_lambda_a_function_without_a_layer_does_not_run(
+    forgotten: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @idempotent_function
+    async def charge() -> None:
+        pytest.fail("the function ran")
+
+    monkeypatch.setenv("AWS_LAMBDA_FUNCTION_NAME", "billing")
+    with pytest.raises(IdempotencyPersistenceConfigError):
+        await charge()
+
+
+# --- The Lambda context -----------------------------------------------------------------------------------------------
+
+
+async def leases_of(config: IdempotencyConfig, layer: MemoryPersistenceLayer) -> float:
+    async with idempotency("key", persistence_store=layer, config=config) as execution:
+        assert not execution.replayed
+        record = execution.record
+        assert record is not None
+        assert record.in_progress_expiry_timestamp is not None
+        await layer.forget(record.idempotency_key)
+    await layer.forget(record.idempotency_key)
+    return round(record.in_progress_expiry_timestamp / 1000 - layer.clock(), 1)
+
+
+async def test_a_registered_lambda_context_sets_the_lease_of_its_task_alone() -> None:
+    layer, config = MemoryPersistenceLayer(clock=lambda: 1e9), IdempotencyConfig()
+
+    async def invocation(*, by_config: bool) -> float:
+        if by_config:
+            config.register_lambda_context(LambdaContext())
+        else:
+            register_lambda_context(LambdaContext())
+        await asyncio.sleep(0)
+        return await leases_of(config, layer)
+
+    assert await asyncio.gather(invocation(by_config=True)) == [10]
+    assert await asyncio.gather(invocation(by_config=False)) == [10]
+    assert await leases_of(config, layer) == 30
+
+
+def test_a_registered_context_is_not_seen_by_other_threads() -> None:
+    config = IdempotencyConfig()
+    token = register_lambda_context(context := LambdaContext())
+    try:
+        assert current_lambda_context(config) is context
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(current_lambda_context, config).result() is None
+    finally:
+        reset_lambda_context(token)
+    assert current_lambda_context(config) is None
+
+
+async def test_the_context_of_a_config_is_used_unless_one_is_registered() -> None:
+    class Countable(LambdaContext):
+        def __len__(self) -> int:
+            return 0
+
+    config = IdempotencyConfig(lambda_context=SimpleNamespace(get_remaining_time_in_millis=lambda: 7_000))
+    layer = MemoryPersistenceLayer(clock=lambda: 1e9)
+    assert await leases_of(config, layer) == 7
+    token = register_lambda_context(Countable())
+    assert await leases_of(config, layer) == 10
+    reset_lambda_context(token)
+    assert await leases_of(config, layer) == 7
+
+
+def test_a_context_can_be_forgotten() -> None:
+    config = IdempotencyConfig()
+    token = register_lambda_context(LambdaContext())
+    register_lambda_context(None)
+    assert current_lambda_context(config) is None
+    reset_lambda_context(token)
+
+
+def test_what_is_no_lambda_context_is_refused_when_it_is_registered() -> None:
+    wrong: Any = object()
+    for register in (register_lambda_context, IdempotencyConfig().register_lambda_context):
+        with pytest.raises(IdempotencyConfigError, match="get_remaining_time_in_millis"):
+            register(wrong)
