@@ -3,15 +3,15 @@
 A cancelled caller must not leave a write half-done: a claim may have been stored, a completion may be on its way. So
 while an operation is under way, cancellation is *held off*, and delivered once, after the operation has settled.
 
-Two facts shape this:
+Facts that shape this:
 
-- A task that waits for a future is cancelled through that future's `cancel`. If it answers False, asyncio remembers
-  the request and raises `CancelledError` at the very `await`, but only once the future is done. That holds for
-  `task.cancel()`, however often, and for `asyncio.timeout`. So a future that cannot be cancelled needs no task, no
-  shield and no loop around it.
-- anyio cancels a scope by cancelling its tasks again in every cycle of the loop until they end. Under
-  `CancelScope(shield=True)` it does not; native cancellation cuts through that scope. So a foreign coroutine, which
-  may take long, runs as a task behind such a future, and within such a scope.
+- A task is cancelled through the `cancel` of the future it waits for. If that answers False, asyncio remembers the
+  request and raises `CancelledError` once the future is done: however often it is cancelled, natively or by
+  `asyncio.timeout`.
+- anyio cancels a scope by cancelling its tasks in every cycle of the loop until they end, so a task that holds out
+  makes the loop spin, unless it does so within `CancelScope(shield=True)`. Native cancellation cuts through that scope.
+- Such a scope costs more than a request to a fast store. So the first cancellation is let through to the waiting task,
+  and only then it goes on waiting, shielded, for the future that cannot be cancelled.
 
 Nothing is held off for ever: from the first cancellation on, an operation has `CLEANUP_SECONDS` to settle.
 """
@@ -20,7 +20,8 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
+import logging
+from typing import TYPE_CHECKING, Any, Final, Generic, Self, TypeVar
 
 from anyio import CancelScope
 
@@ -28,6 +29,8 @@ from aidem.exceptions import IdempotencyPersistenceConnectionError
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Generator
+
+logger = logging.getLogger("aidem")
 
 T = TypeVar("T")
 
@@ -48,99 +51,149 @@ class Settled(Generic[T]):
 
 
 class SettlingFuture(asyncio.Future[T]):
-    """The answer to an operation that ends by itself; whoever waits for it is cancelled only after that.
+    """The answer to an operation that ends by itself: cancelling whoever waits for it does not cancel it.
 
     Who produces the answer calls `settle` or `fail`, on the loop of the future; both do nothing once it is done.
     """
 
-    _is_bounded = False
+    _give_up_timer: asyncio.TimerHandle | None = None
+    _waiter: asyncio.Future[None] | None = None
 
     def settle(self, answer: T) -> None:
         """Set the answer."""
         if not self.done():
             self.set_result(answer)
+            self._wake()
 
     def fail(self, error: BaseException) -> None:
         """Set the error."""
         if not self.done():
             self.set_exception(error)
+            self._wake()
 
     def cancel(self, msg: Any | None = None) -> bool:  # noqa: ARG002 - the signature of asyncio.Future
-        """Hold the cancellation off, for a bounded time: always answers False."""
-        self.give_up_at(self.get_loop().time() + CLEANUP_SECONDS)
+        """Answer False: whoever waits is cancelled when it is done."""
         return False
 
+    def waiter(self) -> asyncio.Future[None]:
+        """Return a future that is done when this one is, and that can be cancelled without it."""
+        self._waiter = self.get_loop().create_future()
+        return self._waiter
+
     def give_up_at(self, deadline: float) -> None:
-        """Fail when no answer has come by then, in seconds of the loop's clock; the first deadline counts."""
-        if not self.done() and not self._is_bounded:
-            self._is_bounded = True
-            timer = self.get_loop().call_at(deadline, self._give_up)
-            self.add_done_callback(lambda _future: timer.cancel())
+        """Fail when no answer has come by then, in seconds of the loop's clock; the earliest deadline counts."""
+        timer = self._give_up_timer
+        if self.done() or (timer is not None and timer.when() <= deadline):
+            return
+        if timer is None:
+            self.add_done_callback(_cancel_timer)
+        else:
+            timer.cancel()
+        self._give_up_timer = self.get_loop().call_at(deadline, self._give_up)
+
+    def cancel_timer(self) -> None:
+        """Forget the deadline."""
+        if self._give_up_timer is not None:
+            self._give_up_timer.cancel()
 
     def _give_up(self) -> None:
-        self.fail(
-            IdempotencyPersistenceConnectionError(
-                f"the persistence layer did not answer within {CLEANUP_SECONDS:g} s of a cancellation"
-            )
-        )
+        self.fail(IdempotencyPersistenceConnectionError("the persistence layer did not answer in time"))
+
+    def _wake(self) -> None:
+        waiter, self._waiter = self._waiter, None
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
+
+
+def _cancel_timer(future: asyncio.Future[Any]) -> None:
+    if isinstance(future, SettlingFuture):
+        future.cancel_timer()
 
 
 class HeldOff:
-    """Settles the operations of one call, and keeps the cancellation that came meanwhile.
+    """A section in which operations settle though the task is cancelled; leaving it delivers the cancellation, once.
 
     Attributes:
         deadline: Until when operations may settle, in seconds of the loop's clock; None: as long as they take.
+        operation: The operation that was settled last.
     """
 
-    __slots__ = ("_cancellation", "deadline")
+    __slots__ = ("_cancellation", "deadline", "operation")
 
-    def __init__(self) -> None:
+    def __init__(self, *, deadline: float | None = None) -> None:
         self._cancellation: asyncio.CancelledError | None = None
-        self.deadline: float | None = None
+        self.deadline = deadline
+        self.operation: SettlingFuture[Any] | None = None
 
-    async def settle(self, operation: Awaitable[T]) -> T:
-        """Wait for the operation to settle, whatever happens to the caller; return its answer or raise its error.
+    def __enter__(self) -> Self:
+        return self
 
-        The operation is a `Settled`, a `SettlingFuture`, or a coroutine, which then runs as a task of its own.
-        """
-        if isinstance(operation, Settled):
-            answer: T = operation.answer
-            return answer
-        if isinstance(operation, SettlingFuture):
-            future: SettlingFuture[T] = operation
-            await self._wait(future)
-        else:
-            future = _as_task(operation)
-            with CancelScope(shield=True):
-                await self._wait(future)
-        return future.result()
-
-    async def _wait(self, future: SettlingFuture[Any]) -> None:
-        if self.deadline is not None:
-            future.give_up_at(self.deadline)
-        try:
-            await future
-        except asyncio.CancelledError as cancellation:
-            self._cancellation = self._cancellation or cancellation
-            self.bound()
-        except Exception:  # noqa: BLE001, S110 - it is in the future, and raised from there
-            pass
-
-    def bound(self) -> None:
-        """Give operations `CLEANUP_SECONDS` from now, as the caller has been cancelled; the first call counts."""
-        if self.deadline is None:
-            self.deadline = asyncio.get_running_loop().time() + CLEANUP_SECONDS
+    def __exit__(self, *_: object) -> None:
+        cancellation, self._cancellation = self._cancellation, None
+        if cancellation is not None:
+            try:
+                raise cancellation
+            finally:
+                del cancellation  # or its traceback would keep this frame in a cycle
 
     @property
     def is_pending(self) -> bool:
         """Whether a cancellation waits to be delivered."""
         return self._cancellation is not None
 
-    def deliver(self) -> None:
-        """Raise the cancellation that was held off, once."""
+    async def settle(self, operation: Awaitable[T]) -> T:
+        """Wait for the operation to settle, whatever happens to the task; return its answer or raise its error.
+
+        The operation is a `Settled`, a `SettlingFuture`, or a coroutine, which then runs as a task of its own.
+        """
+        if isinstance(operation, Settled):
+            answer: T = operation.answer
+            return answer
+        future: SettlingFuture[T] = operation if isinstance(operation, SettlingFuture) else _as_task(operation)
+        self.operation = future
+        if self.deadline is not None:
+            future.give_up_at(self.deadline)
+        if not future.done():
+            try:
+                await future.waiter()
+            except asyncio.CancelledError as cancellation:
+                self._cancellation = self._cancellation or cancellation
+                self.bound(CLEANUP_SECONDS)
+                await self._outlast(future)
+        return future.result()
+
+    def bound(self, seconds: float) -> None:
+        """Give operations at most so many seconds from now."""
+        deadline = asyncio.get_running_loop().time() + seconds
+        self.deadline = deadline if self.deadline is None else min(self.deadline, deadline)
+
+    async def _outlast(self, future: SettlingFuture[Any]) -> None:
+        if self.deadline is not None:
+            future.give_up_at(self.deadline)
+        with CancelScope(shield=True):
+            try:
+                await future
+            except asyncio.CancelledError:
+                pass  # cancelled once more: one is delivered
+            except Exception:  # noqa: BLE001, S110 - it is in the future, and raised from there
+                pass
+
+    def request_again(self) -> None:
+        """Do not deliver the cancellation, but request it again: an error of the body goes first.
+
+        It then comes at the next `await`, unless whoever requested it has withdrawn it by then, as `asyncio.timeout`
+        does when the error passes it.
+        """
         cancellation, self._cancellation = self._cancellation, None
-        if cancellation is not None:
-            raise cancellation
+        task = asyncio.current_task()
+        if cancellation is not None and task is not None:
+            asyncio.get_running_loop().call_soon(_cancel_again, task, cancellation.args)
+
+
+def _cancel_again(task: asyncio.Task[Any], args: tuple[Any, ...]) -> None:
+    if task.cancelling() and not task.done():
+        task.cancel(*args)
+        task.uncancel()  # it is the same request, not one more
 
 
 # Tasks that settle something: asyncio itself keeps only weak references to tasks.
@@ -175,20 +228,41 @@ async def _await(operation: Awaitable[T]) -> T:
     return await operation
 
 
-def in_background(start: Callable[[], Awaitable[Any]]) -> None:
+def in_background(start: Callable[[], Awaitable[Any]], *, after: SettlingFuture[Any] | None = None) -> None:
     """Start an operation that nobody waits for, bounded; where no loop runs it is not started.
 
     For a coroutine that is being closed (`GeneratorExit`) and may not await any more.
+
+    Args:
+        start: Starts the operation.
+        after: What has to settle first.
     """
     try:
         loop = asyncio.get_running_loop()
     except RuntimeError:
         return  # nobody could finish it; what it would have undone ends with its lease
-    operation = start()
-    future = operation if isinstance(operation, SettlingFuture) else _as_task(operation)
+    if after is None or after.done():
+        _start_unattended(start, loop)
+    else:
+        after.give_up_at(loop.time() + CLEANUP_SECONDS)
+
+        def go_on(done: asyncio.Future[Any]) -> None:
+            _retrieve(done)
+            _start_unattended(start, loop)
+
+        after.add_done_callback(go_on)
+
+
+def _start_unattended(start: Callable[[], Awaitable[Any]], loop: asyncio.AbstractEventLoop) -> None:
+    async def operate() -> None:
+        await start()
+
+    future = _as_task(operate())
     future.give_up_at(loop.time() + CLEANUP_SECONDS)
     future.add_done_callback(_retrieve)
 
 
 def _retrieve(future: asyncio.Future[Any]) -> None:
-    future.exception()  # asked for, so that asyncio does not log it as never retrieved
+    error = future.exception()
+    if error is not None:
+        logger.warning("a claim could not be given back, it lapses with its lease: %s", type(error).__name__)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import random
-from typing import TYPE_CHECKING, Final
+from functools import partial
+from typing import TYPE_CHECKING, Final, TypeVar
 
 from aidem import _state
-from aidem._cancellation import in_background
+from aidem._cancellation import CLEANUP_SECONDS, HeldOff, in_background
+from aidem._operations import EFFECT_HAPPENED, FAILED, NOTHING_RUN, RUNNING, ask, ask_persistently
 from aidem._record import OutcomeKind
-from aidem._renewal import RENEWALS_PER_LEASE
+from aidem._renewal import Renewal
 from aidem._state import Claimed
 from aidem.exceptions import (
     IdempotencyLeaseLostError,
@@ -20,12 +21,11 @@ from aidem.exceptions import (
     IdempotencySerializationError,
 )
 from aidem.hooks import EventKind
-from aidem.serialization import UNAVAILABLE_TEXT, exception_text
+from aidem.serialization import UNAVAILABLE_TEXT
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from aidem._cancellation import HeldOff
     from aidem._flights import Flight
     from aidem._plan import Key, Plan
     from aidem._record import DataRecord
@@ -35,14 +35,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("aidem")
 
-FIRST_DELAY_SECONDS: Final = 0.05
-DELAY_GROWTH: Final = 1.4
-LONGEST_DELAY_SECONDS: Final = 1.0
-RETRIES_WITHOUT_LEASE_SECONDS: Final = 30.0
+T = TypeVar("T")
 
-NOTHING_RUN: Final = "the function was not run"
-RUNNING: Final = "the function is running"
-EFFECT_HAPPENED: Final = "the function has run and its effect has happened, its outcome is not recorded"
+RENEWALS_PER_LEASE: Final = 3
+RETRIES_WITHOUT_LEASE_SECONDS: Final = 30.0
+GIVING_BACK_SECONDS: Final = 1.0
+"""How long a failed call tries to give its key back before its caller gets the exception."""
 
 
 class _Process:
@@ -72,29 +70,22 @@ class Claim:
         "__weakref__",
         "_asked_at",
         "_flight",
-        "_held_off",
-        "_is_body_alive",
         "_is_lost",
         "_lease",
         "_plan",
         "_process",
         "_renewal",
-        "_renewal_task",
-        "_renewals",
         "_renews",
         "_reporter",
-        "_task",
         "lease_deadline",
         "record",
     )
 
-    def __init__(self, plan: Plan, key: Key, *, flight: Flight, held_off: HeldOff, reporter: Reporter) -> None:
+    def __init__(self, plan: Plan, key: Key, *, flight: Flight, reporter: Reporter) -> None:
         self._plan = plan
         self._flight = flight
-        self._held_off = held_off
         self._reporter = reporter
-        self._renewals: Renewals | None = None
-        self._renewal_task: asyncio.Task[None] | None = None
+        self._renewal: Renewal | None = None
         self._is_lost = False
         self._process = _process
         self._asked_at = asyncio.get_running_loop().time()  # before the request goes out: the lease counts from here
@@ -109,31 +100,37 @@ class Claim:
     # --- Asked for --------------------------------------------------------------------------------------------------
 
     async def acquire(self) -> Claimed | Blocked:
-        """Ask for the key; whatever interrupts it leaves no claim behind, as far as the layer answers."""
-        skew = self._plan.config.max_clock_skew_seconds
-        layer = self._plan.layer
-        try:
-            answer = await self._held_off.settle(
-                layer.acquire(self.record, now=self._plan.clock(), max_clock_skew_seconds=skew)
-            )
-        except BaseException as error:
-            if not isinstance(error, IdempotencyPersistenceConfigError):
-                self.release_in_background()  # it may have been applied, and only the reply lost
-            self._held_off.deliver()
-            if isinstance(error, Exception):
-                raise layer_failure(error, self.record.idempotency_key, NOTHING_RUN) from error
-            raise
-        if self._held_off.is_pending:
-            if isinstance(answer, Claimed):
-                await self._release_unused()
-            self._held_off.deliver()
+        """Ask for the key; whatever interrupts it leaves no claim behind, as far as the layer answers.
+
+        Raises:
+            IdempotencyPersistenceLayerError: The layer failed.
+        """
+        with HeldOff() as held_off:
+            try:
+                answer = await ask(self._acquisition, held_off=held_off, key=self._key, effect=NOTHING_RUN)
+            except IdempotencyPersistenceConfigError:
+                raise
+            except IdempotencyPersistenceLayerError:
+                await self._release_unused(held_off)  # it may have been applied, and only the reply lost
+                raise
+            except BaseException:  # the coroutine is closed: nothing may be awaited any more
+                in_background(self._release, after=held_off.operation)
+                raise
+            if held_off.is_pending and isinstance(answer, Claimed):
+                await self._release_unused(held_off)
         return answer
 
-    async def _release_unused(self) -> None:
+    async def _release_unused(self, held_off: HeldOff) -> None:
+        is_cancelled = held_off.is_pending
+        if not is_cancelled:
+            held_off.bound(GIVING_BACK_SECONDS)
         try:
-            await self._held_off.settle(self._plan.layer.release(self.record))
-        except Exception:
-            logger.exception("a claim of %s could not be released; it lapses with its lease", self._plan.function)
+            if is_cancelled:
+                await self._ask_persistently(self._release, held_off=held_off, effect=NOTHING_RUN)
+            else:  # the store is in trouble, and the caller waits for the error
+                await ask(self._release, held_off=held_off, key=self._key, effect=NOTHING_RUN)
+        except IdempotencyPersistenceLayerError as failure:
+            logger.warning("a claim could not be released, it lapses with its lease: %s", failure)
 
     # --- Held -------------------------------------------------------------------------------------------------------
 
@@ -142,29 +139,16 @@ class Claim:
         self.record = answer.record
         self._flight.publish(answer.record, lease_deadline=self.lease_deadline)
         if self._renews:
-            self._task = asyncio.current_task() if is_body_alive is None else None
-            self._is_body_alive = is_body_alive
-            self._renewals = renewals
-            self._renewal = renewals.watch(self)
+            task = asyncio.current_task()
+            is_body_alive = is_body_alive or (lambda: task is None or not task.done())
+            self._renewal = Renewal(self, is_body_alive=is_body_alive)
+            self._renewal.start(renewals, at=self.next_renewal_at())
         if answer.taken_over:
             self._reporter.report(EventKind.TAKEN_OVER, fence=self.record.fence)
 
-    @property
-    def renewal_interval_seconds(self) -> float:
-        """How long to wait between renewals."""
-        return (self._lease.lease_seconds or 0.0) / RENEWALS_PER_LEASE
-
-    def is_running(self) -> bool:
-        """Whether the claim is to be renewed: it is held, and its body runs in this process."""
-        if self._renewals is None or not self.is_of_this_process():
-            return False
-        if self._is_body_alive is not None:
-            return self._is_body_alive()
-        return self._task is None or not self._task.done()
-
-    def renew_with(self, task: asyncio.Task[None]) -> None:
-        """Keep the task that renews the claim, to cancel it when the body has ended."""
-        self._renewal_task = task
+    def has_lapsed(self) -> bool:
+        """Whether its lease has passed, by our own clock."""
+        return self.lease_deadline is not None and asyncio.get_running_loop().time() >= self.lease_deadline
 
     def is_of_this_process(self) -> bool:
         """Whether it was made here, and not by the process that this one is a fork of."""
@@ -174,28 +158,57 @@ class Claim:
         """Raise `IdempotencyLeaseLostError` in a fork of the process that made the claim."""
         if not self.is_of_this_process():
             reason = "this process is a fork of the one that owns it"
-            raise IdempotencyLeaseLostError(key=self.record.idempotency_key, record=self.record, reason=reason)
+            raise IdempotencyLeaseLostError(key=self._key, record=self.record, reason=reason)
 
-    def request_renewal(self) -> Awaitable[DataRecord | None]:
-        """Ask the persistence layer to renew the claim."""
-        now = self._plan.clock()
-        return self._plan.layer.renew(_state.renewal(self.record, lease=self._lease, now=now), now=now)
+    def next_renewal_at(self) -> float:
+        """Return when to renew, in seconds of the loop's clock; sooner while the layer fails to answer."""
+        return self._asked_at + (self._lease.lease_seconds or 0.0) / RENEWALS_PER_LEASE
 
-    def renewed(self, record: DataRecord, *, asked_at: float) -> None:
-        """Take note that the lease counts from `asked_at`, in seconds of the loop's clock."""
+    async def renew(self, held_off: HeldOff) -> bool:
+        """Renew once, and take note of the answer; False: it is not ours any more, or the body has ended meanwhile."""
+        asked_at = asyncio.get_running_loop().time()
+        if self.has_lapsed():  # nobody may have taken it over yet
+            held_off.deadline = asked_at + CLEANUP_SECONDS
+        try:
+            record = await ask(self._renewed_record, held_off=held_off, key=self._key, effect=RUNNING)
+        except IdempotencyPersistenceLayerError as failure:
+            self._renewal_failed(failure)
+            return self._renewal is not None
+        if self._renewal is None:
+            return False
+        self._take(record, asked_at=asked_at)
+        return record is not None
+
+    async def confirm(self) -> bool:
+        """Renew at the store; False: it is not ours any more."""
+        self.check_process()
+        asked_at = asyncio.get_running_loop().time()
+        with HeldOff() as held_off:
+            record = await ask(self._renewed_record, held_off=held_off, key=self._key, effect=RUNNING)
+            self._take(record, asked_at=asked_at)
+        return record is not None
+
+    def _take(self, record: DataRecord | None, *, asked_at: float) -> None:
+        if record is None:
+            self.note_loss()
+            return
         self.record = record
+        self._is_lost = False
+        self._asked_at = asked_at
         if self._lease.lease_seconds is not None:
             self.lease_deadline = asked_at + self._lease.lease_seconds
         self._flight.publish(record, lease_deadline=self.lease_deadline)
 
-    def renewal_failed(self, error: Exception) -> None:
-        """Take note that the persistence layer failed to answer; once the lease has passed, the claim may be lost."""
-        logger.warning("the lease of %s could not be renewed: %s", self._plan.function, error)
-        self._reporter.report(EventKind.PERSISTENCE_ERROR, fence=self.record.fence, error=error)
-        if self.lease_deadline is not None and asyncio.get_running_loop().time() >= self.lease_deadline:
-            self.lost()
+    def _renewal_failed(self, failure: IdempotencyPersistenceLayerError) -> None:
+        if self._renewal is None:
+            return
+        logger.warning("the lease of %s could not be renewed: %s", self._plan.function, failure)
+        self._reporter.report(EventKind.PERSISTENCE_ERROR, fence=self.record.fence, error=failure)
+        self._asked_at += (self._lease.lease_seconds or 0.0) / RENEWALS_PER_LEASE**2
+        if self.has_lapsed():
+            self.note_loss()
 
-    def lost(self) -> None:
+    def note_loss(self) -> None:
         """Take note, once, that the claim may belong to somebody else by now; the body is left to finish."""
         if not self._is_lost:
             self._is_lost = True
@@ -203,120 +216,85 @@ class Claim:
             self._reporter.report(EventKind.LEASE_LOST, fence=self.record.fence)
             self._flight.end(None)
 
-    async def confirm(self) -> None:
-        """Renew at the store, and raise if the claim is not ours any more."""
-        self.check_process()
-        asked_at = asyncio.get_running_loop().time()
-        record = await self.settle(self.request_renewal, effect=RUNNING)
-        self._held_off.deliver()
-        if record is None:
-            self.lost()
-            reason = "another call owns it, or it was released by hand"
-            raise IdempotencyLeaseLostError(key=self.record.idempotency_key, record=None, reason=reason)
-        self.renewed(record, asked_at=asked_at)
-
     # --- Ended ------------------------------------------------------------------------------------------------------
 
-    def stop_renewal(self) -> None:
-        """Renew no more, as the body has ended; a request already under way settles by itself."""
-        if self._renewals is not None:
-            self._renewals.forget(self._renewal)
-            self._renewals = None
-        if self._renewal_task is not None:
-            self._renewal_task.cancel()
-            self._renewal_task = None
+    def stop_renewal(self) -> asyncio.Task[None] | None:
+        """Renew no more, as the body has ended; return the task that settles a renewal under way, if there is one."""
+        renewal, self._renewal = self._renewal, None
+        return None if renewal is None else renewal.stop()
 
-    async def complete(self, text: str, outcome: OutcomeKind | None) -> DataRecord | None:
+    def completion_deadline(self) -> float:
+        """Return how long to try to complete it, in seconds of the loop's clock: while the lease is held."""
+        now = asyncio.get_running_loop().time()
+        if self.lease_deadline is None:
+            return now + RETRIES_WITHOUT_LEASE_SECONDS
+        return max(self.lease_deadline, now + CLEANUP_SECONDS)  # once at least, though we come late
+
+    async def complete(self, text: str, outcome: OutcomeKind | None, *, held_off: HeldOff) -> DataRecord | None:
         """Store the outcome, trying again while the lease is held; return the record, None if it is not ours any more.
 
         Raises:
             IdempotencyPersistenceLayerError: It could not be stored.
         """
-        attempt = 0
+        plan, now = self._plan, self._plan.clock()
         while True:
+            record = _state.completed(
+                self.record,
+                response_data=text,
+                outcome=outcome,
+                expires_after_seconds=plan.config.expires_after_seconds,
+                now=now,
+            )
+            store = partial(plan.layer.complete, record, now=now)
             try:
-                return await self._complete_once(text, outcome)
+                is_stored = await self._ask_persistently(store, held_off=held_off, effect=EFFECT_HAPPENED)
             except IdempotencySerializationError as error:
                 if outcome is OutcomeKind.UNAVAILABLE:
-                    raise layer_failure(error, self.record.idempotency_key, EFFECT_HAPPENED) from error
-                logger.error("the result of %s cannot be stored: %s", self._plan.function, error)  # noqa: TRY400 - no trace: it may show the result
+                    message = f"the layer finds even a mark too large; {EFFECT_HAPPENED}"
+                    raise IdempotencyPersistenceLayerError(message, key=self._key) from error
+                logger.error("the result of %s cannot be stored: %s", plan.function, error)  # noqa: TRY400 - no trace: it may show the result
                 text, outcome = UNAVAILABLE_TEXT, OutcomeKind.UNAVAILABLE
-            except Exception as error:  # noqa: BLE001 - a foreign layer may raise anything
-                failure = layer_failure(error, self.record.idempotency_key, EFFECT_HAPPENED)
-                self._reporter.report(EventKind.PERSISTENCE_ERROR, fence=self.record.fence, error=failure)
-                await self._pause_or_raise(failure, attempt)
-                attempt += 1
+            else:
+                return record if is_stored else None
 
-    async def _complete_once(self, text: str, outcome: OutcomeKind | None) -> DataRecord | None:
-        plan, now = self._plan, self._plan.clock()
-        record = _state.completed(
-            self.record,
-            response_data=text,
-            outcome=outcome,
-            expires_after_seconds=plan.config.expires_after_seconds,
-            now=now,
-        )
-        return record if await self._held_off.settle(plan.layer.complete(record, now=now)) else None
-
-    async def _pause_or_raise(self, failure: IdempotencyPersistenceLayerError, attempt: int) -> None:
-        now = asyncio.get_running_loop().time()
-        if self.lease_deadline is None:
-            self.lease_deadline = now + RETRIES_WITHOUT_LEASE_SECONDS
-        deadline = min(self.lease_deadline, self._held_off.deadline or self.lease_deadline)
-        delay = backoff_seconds(attempt)
-        if isinstance(failure, IdempotencyPersistenceConfigError) or now + delay > deadline:
-            raise failure
-        logger.warning("%s: %s; trying again", self._plan.function, failure)
-        await self._held_off.settle(asyncio.sleep(delay))
-
-    async def give_back(self, error: BaseException) -> DataRecord | None:
-        """Undo the claim after its body raised, or store the exception if it is an outcome; return what was stored."""
-        if isinstance(error, asyncio.CancelledError):
-            self._held_off.bound()
-        if isinstance(error, Exception) and type(error) in self._plan.config.stored_exceptions:
-            return await self.complete(*self._outcome_of(error))
-        await self._held_off.settle(self._undo(is_failure=isinstance(error, Exception)))
-        self._reporter.report(EventKind.RELEASED, fence=self.record.fence)
-        return None
-
-    def give_back_in_background(self) -> None:
-        """Undo the claim of a body that is being closed, without waiting."""
-        in_background(lambda: self._undo(is_failure=False))
-
-    def _undo(self, *, is_failure: bool) -> Awaitable[object]:
-        layer = self._plan.layer
+    async def undo(self, *, is_failure: bool, held_off: HeldOff, renewing: asyncio.Task[None] | None) -> None:
+        """Give the key back, or leave it in doubt where the body may have had its effect and must not run again."""
         if is_failure or self._lease.may_be_taken_over:
-            return layer.release(self.record)
-        # At most once: nobody knows how far the body came, so the key is in doubt, and at once.
+            is_ours = await self._ask_persistently(self._release, held_off=held_off, effect=FAILED)
+            if is_ours:
+                self._reporter.report(EventKind.RELEASED, fence=self.record.fence)
+        else:
+            if renewing is not None:  # or it would overwrite what follows
+                await held_off.settle(asyncio.wait([renewing], timeout=CLEANUP_SECONDS))
+            is_ours = await self._ask_persistently(self._abandon, held_off=held_off, effect=FAILED) is not None
+        if not is_ours:
+            self.note_loss()
+
+    def undo_in_background(self) -> None:
+        """Undo the claim of a body that is being closed, without waiting."""
+        in_background(self._release if self._lease.may_be_taken_over else self._abandon)
+
+    # --- What is asked of the layer ---------------------------------------------------------------------------------
+
+    @property
+    def _key(self) -> str:
+        return self.record.idempotency_key
+
+    async def _ask_persistently(self, start: Callable[[], Awaitable[T]], *, held_off: HeldOff, effect: str) -> T:
+        return await ask_persistently(start, held_off=held_off, key=self._key, effect=effect, reporter=self._reporter)
+
+    def _acquisition(self) -> Awaitable[Claimed | Blocked]:
+        plan = self._plan
+        skew = plan.config.max_clock_skew_seconds
+        return plan.layer.acquire(self.record, now=plan.clock(), max_clock_skew_seconds=skew)
+
+    def _renewed_record(self) -> Awaitable[DataRecord | None]:
         now = self._plan.clock()
-        return layer.renew(_state.abandoned(self.record, now=now), now=now)
+        return self._plan.layer.renew(_state.renewal(self.record, lease=self._lease, now=now), now=now)
 
-    def _outcome_of(self, error: Exception) -> tuple[str, OutcomeKind]:
-        try:
-            return exception_text(error), OutcomeKind.EXCEPTION
-        except IdempotencySerializationError as exc:
-            logger.error("an exception of %s cannot be stored: %s", self._plan.function, exc)  # noqa: TRY400 - as above
-            return UNAVAILABLE_TEXT, OutcomeKind.UNAVAILABLE
+    def _abandon(self) -> Awaitable[DataRecord | None]:
+        now = self._plan.clock()
+        return self._plan.layer.renew(_state.abandoned(self.record, now=now), now=now)
 
-    def release_in_background(self) -> None:
-        """Release the claim without waiting, for those who cannot wait."""
-        in_background(lambda: self._plan.layer.release(self.record))
-
-    async def settle(self, ask: Callable[[], Awaitable[DataRecord | None]], *, effect: str) -> DataRecord | None:
-        """Ask the layer, and say in an error whether the function has run."""
-        try:
-            return await self._held_off.settle(ask())
-        except Exception as error:
-            raise layer_failure(error, self.record.idempotency_key, effect) from error
-
-
-def backoff_seconds(attempt: int) -> float:
-    """Return how long to wait before the next attempt: at most 20 in the first 5 s, then at most one a second."""
-    delay = min(LONGEST_DELAY_SECONDS, FIRST_DELAY_SECONDS * DELAY_GROWTH ** min(attempt, 20))
-    return delay * random.uniform(1.0, 1.25)  # noqa: S311 - jitter, not a secret
-
-
-def layer_failure(error: Exception, key: str, effect: str) -> IdempotencyPersistenceLayerError:
-    """Return the error of a layer as one of ours that says whether the function has run."""
-    kind = type(error) if isinstance(error, IdempotencyPersistenceLayerError) else IdempotencyPersistenceLayerError
-    return kind(f"{str(error) or type(error).__name__}; {effect}", key=key)
+    def _release(self) -> Awaitable[bool]:
+        return self._plan.layer.release(self.record)

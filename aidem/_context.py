@@ -6,7 +6,7 @@ import inspect
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
 
 from aidem._engine import Call, Phase
-from aidem._execution import Execution, Recording, hooked, require_asyncio, running, value_of
+from aidem._execution import Execution, Recording, hooked, outcome_of, replayed_value, require_asyncio, running
 from aidem._plan import Plan, is_disabled, unprotected_call
 from aidem.config import check_call_options, default_config, default_persistence_store
 from aidem.exceptions import IdempotencyLeaseLostError, IdempotencyUsageError
@@ -71,16 +71,23 @@ def idempotency(
     )
 
 
+SWALLOWED = (
+    "the function that run() called has failed, and the block swallowed its exception without setting a result; let "
+    "the exception out, so that the key is given back, or set `execution.result`"
+)
+
+
 class BlockExecution(Execution):
     """The execution of a block: what it sees of its call, and where it leaves its result."""
 
-    __slots__ = ("_has_looked", "_has_run", "_is_decoded", "_recording", "_result", "_serializer")
+    __slots__ = ("_has_looked", "_has_run", "_is_decoded", "_is_failed", "_recording", "_result", "_serializer")
 
     def __init__(self, call: Call) -> None:
         super().__init__(call)
         self._serializer = call.plan.serializer
         self._has_looked = False
         self._has_run = False
+        self._is_failed = False  # from the start of the function until it has a result
         self._is_decoded = call.phase is not Phase.REPLAYED
         self._recording: Recording | None = None
         self._result: Any = None
@@ -113,6 +120,7 @@ class BlockExecution(Execution):
         if self._call.phase is Phase.ENDED:
             raise IdempotencyUsageError("the block is over, and its result is recorded", key=self.key)
         self._recording = None
+        self._is_failed = False
         self._result = value
 
     async def run(self, func: Callable[P, Awaitable[R]], /, *args: P.args, **kwargs: P.kwargs) -> R:
@@ -128,19 +136,23 @@ class BlockExecution(Execution):
             raise IdempotencyUsageError("run() was called before: a block has one result", key=self.key)
         self._has_looked = self._has_run = True
         if self._call.phase is Phase.BYPASSED:
-            self._result = await func(*args, **kwargs)
+            self._result = await _called(func, args, kwargs)
             return cast("R", self._result)
         self._serializer = self._call.plan.serializer_for(func)
         if self._call.phase is Phase.REPLAYED:
             replayed = hooked(self._call, self._recorded())
             return cast("R", self._decoded(await replayed if inspect.isawaitable(replayed) else replayed))
-        recording = Recording.of(await func(*args, **kwargs), self._serializer)
+        self._is_failed = True
+        recording = self._recording_of(await _called(func, args, kwargs))
         self.result = recording.value
         self._recording = recording
         return cast("R", recording.value)
 
+    def _recording_of(self, result: Any) -> Recording:
+        return Recording.of(result, self._serializer, function=self._call.plan.function)
+
     def _recorded(self) -> Any:
-        return value_of(self._call.held_record(), self._call.plan.config, self._serializer)
+        return outcome_of(self._call, self._serializer)
 
     def _replayed(self) -> Any:
         value = hooked(self._call, self._recorded())
@@ -159,24 +171,33 @@ class BlockExecution(Execution):
     async def record_result(self) -> None:
         """Record what the block leaves."""
         call = self._call
+        if self._is_failed and call.phase is Phase.CLAIMED:
+            swallowed = IdempotencyUsageError(SWALLOWED, key=self.key)
+            await call.fail(swallowed)
+            raise swallowed
         if call.phase is Phase.CLAIMED:
-            recording = self._recording or Recording.of(self._result, self._serializer)
-            record = await call.complete(recording.text, recording.kind)
-            if not call.is_ours(record):
-                self._adopt(record, recording)
-            elif record.outcome is None:
+            recording = self._recording or self._recording_of(self._result)
+            if not await call.complete(recording.text, recording.kind):
+                await self._adopt(call.held_record(), recording)
+            elif call.held_record().outcome is None:
                 self._is_decoded = False  # what `run` has handed out may have changed since
             else:
-                recording.warn_if_unavailable(record, call)
+                recording.warn_if_unavailable(call)
         if not self._has_looked:
             raise IdempotencyUsageError(LOOK_FIRST, key=self.key)
 
-    def _adopt(self, record: DataRecord, recording: Recording) -> None:
+    async def _adopt(self, record: DataRecord, recording: Recording) -> None:
         """Take the winner's outcome; if `run` has handed out another, only an error can take that back."""
         if self._has_run and record.response_data != recording.text:
             reason = "another call took it over and has another outcome, which a retry will get"
             raise IdempotencyLeaseLostError(key=self.key, record=record, reason=reason)
-        self._decoded(self._recorded())
+        self._decoded(await replayed_value(self._call, self._serializer))
+
+
+async def _called(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call a function that is async as declared, or against its declaration is not: its effect has happened then."""
+    result = func(*args, **kwargs)
+    return await result if inspect.isawaitable(result) else result
 
 
 class _Block:
@@ -231,8 +252,10 @@ class _Block:
         self._running.__exit__()
         if exc is None:
             await self._execution.record_result()
-        else:
-            await self._call.fail(exc)
+        elif not await self._call.fail(exc):
+            record = self._call.held_record()
+            reason = "another call took it over and has another outcome, which a retry will get"
+            raise IdempotencyLeaseLostError(key=record.idempotency_key, record=record, reason=reason) from exc
 
     def _make_call(self) -> Call:
         config = self._config or default_config()

@@ -1,8 +1,7 @@
 """The engine: the async shell around `_state` that takes one call from its claim to its outcome.
 
 A front makes a `Call` and awaits `begin`; the call then has claimed its key, found an outcome to replay, or runs
-unprotected. After the body it awaits `complete` or `fail`. What a record means is `_state`'s to say; here is what takes
-time: following other calls of the loop, waiting for other processes, and what a call does when its claim was lost.
+unprotected. After the body it awaits `complete` or `fail`. What a record means is `_state`'s to say.
 """
 
 from __future__ import annotations
@@ -13,28 +12,33 @@ from enum import Enum, auto
 from typing import TYPE_CHECKING
 
 from aidem import _state
-from aidem._cancellation import HeldOff
-from aidem._claim import EFFECT_HAPPENED, LONGEST_DELAY_SECONDS, Claim, backoff_seconds
+from aidem._cancellation import CLEANUP_SECONDS, HeldOff
+from aidem._claim import GIVING_BACK_SECONDS, Claim
 from aidem._flights import Flight
+from aidem._operations import NOTHING_RUN, ask
+from aidem._record import OutcomeKind
 from aidem._state import Blocked, Step
+from aidem._waiting import Patience, winner
 from aidem.exceptions import (
-    IdempotencyAlreadyInProgressError,
     IdempotencyError,
     IdempotencyInDoubtError,
     IdempotencyLeaseLostError,
     IdempotencyPersistenceConnectionError,
     IdempotencyPersistenceLayerError,
+    IdempotencySerializationError,
     IdempotencyUsageError,
     IdempotencyValidationError,
 )
 from aidem.hooks import SILENT, EventKind, Reporter
+from aidem.serialization import UNAVAILABLE_TEXT, exception_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from aidem._flights import Ending
     from aidem._plan import Key, Plan
-    from aidem._record import DataRecord, OutcomeKind
+    from aidem._record import DataRecord
+    from aidem._shared import LoopState
 
 logger = logging.getLogger("aidem")
 
@@ -65,8 +69,8 @@ class Call:
     __slots__ = (
         "_claim",
         "_flight",
-        "_held_off",
         "_loop_state",
+        "_patience",
         "is_body_alive",
         "key",
         "phase",
@@ -75,6 +79,9 @@ class Call:
         "reporter",
         "supersedes",
     )
+
+    _flight: Flight
+    _loop_state: LoopState
 
     def __init__(self, plan: Plan, key: Key, *, bypassed: bool = False) -> None:
         self.plan = plan
@@ -86,9 +93,8 @@ class Call:
             self.reporter = Reporter(plan.config.hooks, key=key.text, function=plan.function)
         self.supersedes = False
         self.is_body_alive: Callable[[], bool] | None = None
-        self._held_off = HeldOff()
         self._claim: Claim | None = None
-        self._flight: Flight | None = None
+        self._patience = Patience(plan, key)
 
     @property
     def fence(self) -> int:
@@ -100,10 +106,6 @@ class Call:
         if self.record is None:
             raise IdempotencyUsageError("this call has no record", key=self.key.text)
         return self.record
-
-    def is_ours(self, record: DataRecord) -> bool:
-        """Whether a record was written under the claim of this call."""
-        return self._claim is not None and record.owner == self._claim.record.owner
 
     # --- Before the body --------------------------------------------------------------------------------------------
 
@@ -127,10 +129,13 @@ class Call:
                 raise
             logger.warning("%s runs without idempotency: %s", self.plan.function, failure)
             self.phase = Phase.BYPASSED
+            self.record = None
             self.reporter.report(EventKind.BYPASSED, error=failure)
         except IdempotencyError as conflict:
             self.reporter.report(EventKind.CONFLICT, error=conflict)
             raise
+        if self._patience.has_waited:
+            self.reporter.report(EventKind.WAITED, fence=self.fence)
 
     def _may_run_unprotected(self, failure: IdempotencyPersistenceLayerError) -> bool:
         is_outage = isinstance(failure, IdempotencyPersistenceConnectionError)
@@ -143,72 +148,57 @@ class Call:
             if cached is not None:
                 self._replay(cached)
                 return
-        loop = asyncio.get_running_loop()
-        self._loop_state = self.plan.shared.of(loop)
+        self._loop_state = self.plan.shared.of(asyncio.get_running_loop())
         flights = self._loop_state.flights
-        deadline = loop.time() + config.wait_timeout_seconds
         polls = 0
-        while config.wait_timeout_seconds > 0 and (flight := flights.get(self.key.text)) is not None:
-            ending = await self._follow(flight, deadline=deadline)
-            if ending is not None:
-                self._replay(ending)
-                return
-            polls = flight.polls
-        await self._lead(polls=polls, deadline=deadline)
+        if config.wait_timeout_seconds > 0 and not self.supersedes:
+            while (flight := flights.get(self.key.text)) is not None:
+                ending = await self._patience.follow(flight)
+                self._forget(flight)
+                if ending is not None:
+                    self._replay(ending)
+                    return
+                polls = flight.polls
+        await self._lead(Flight(polls=polls))
 
-    async def _follow(self, flight: Flight, *, deadline: float) -> DataRecord | None:
-        """Wait while another call of this loop is at the store; return the outcome it found, None if it has none."""
-        loop = asyncio.get_running_loop()
-        while not flight.is_over:
-            if flight.record is not None and _state.differs(flight.record, self.key.payload_hash):
-                raise IdempotencyValidationError(record=flight.record)
-            if loop.time() >= deadline:
-                raise self._in_progress(flight.record, now=self.plan.clock())
-            if flight.lease_deadline is not None and loop.time() >= flight.lease_deadline:
-                self._forget(flight)  # its claim may be taken over by now
-                return None
-            await flight.change(deadline=min(deadline, flight.lease_deadline or deadline))
-        self._forget(flight)
-        if isinstance(flight.ending, IdempotencyPersistenceLayerError):
-            failure = flight.ending
-            raise type(failure)(str(failure), key=failure.key) from failure
-        if flight.ending is not None:
-            self.reporter.report(EventKind.WAITED, fence=flight.ending.fence)
-        return flight.ending
-
-    async def _lead(self, *, polls: int, deadline: float) -> None:
+    async def _lead(self, flight: Flight) -> None:
         """Ask the store until the key is ours, has an outcome, or the time is over."""
-        self._flight = flight = Flight(polls=polls)
+        self._flight = flight
         # One who does not wait may find another's flight under the key, and leaves it.
-        self._loop_state.flights.setdefault(
-            self.key.text, flight
-        )
+        self._loop_state.flights.setdefault(self.key.text, flight)
         try:
             while self.phase is Phase.NEW:
-                await self._ask(flight, deadline=deadline)
+                await self._ask(flight)
         except BaseException as error:
             self._end(error if isinstance(error, IdempotencyPersistenceLayerError) else None)
             raise
-        if flight.polls > polls:
-            self.reporter.report(EventKind.WAITED, fence=self.fence)
 
-    async def _ask(self, flight: Flight, *, deadline: float) -> None:
-        claim = Claim(self.plan, self.key, flight=flight, held_off=self._held_off, reporter=self.reporter)
-        answer = await claim.acquire()
+    async def _ask(self, flight: Flight) -> None:
+        claim = Claim(self.plan, self.key, flight=flight, reporter=self.reporter)
+        try:
+            answer = await claim.acquire()
+        except IdempotencyPersistenceConnectionError:
+            if flight.record is None or self._patience.remaining_seconds() <= 0:
+                raise
+            await self._pause(flight.record, flight, now=self.plan.clock())  # one poll in vain, of several
+            return
         if isinstance(answer, Blocked):
-            await self._consider(answer, flight, deadline=deadline)
-        else:
-            claim.hold(answer, renewals=self._loop_state.renewals, is_body_alive=self.is_body_alive)
+            await self._consider(answer, flight)
+        elif not claim.has_lapsed() or await claim.confirm():  # the answer may come after the lease has passed
             self._claim = claim
             self.record = answer.record
             self.phase = Phase.CLAIMED
+            claim.hold(answer, renewals=self._loop_state.renewals, is_body_alive=self.is_body_alive)
 
-    async def _consider(self, answer: Blocked, flight: Flight, *, deadline: float) -> None:
+    async def _consider(self, answer: Blocked, flight: Flight) -> None:
         """Act on the record that blocks us: replay it, raise, or pause before asking again."""
         record, now = answer.record, answer.now
         if now is None:  # judged by the clock of whoever asks, so its writer's may be behind
             now = self.plan.clock() - self.plan.config.max_clock_skew_seconds
-        match _state.next_step(record, payload_hash=self.key.payload_hash, now=now):
+        step = _state.next_step(record, payload_hash=self.key.payload_hash, now=now)
+        if step in {Step.WAIT, Step.IN_DOUBT} and await self._supersede(record, now=now):
+            return
+        match step:
             case Step.REPLAY:
                 self._end(record)
                 self._replay(record)
@@ -218,37 +208,23 @@ class Call:
                 raise IdempotencyInDoubtError(record=record)
             case Step.WAIT:
                 flight.publish(record, lease_deadline=None)
-                if not await self._supersede(record):
-                    await self._pause(record, flight, now=now, deadline=deadline)
+                await self._pause(record, flight, now=now)
 
-    async def _supersede(self, record: DataRecord) -> bool:
+    async def _supersede(self, record: DataRecord, *, now: float) -> bool:
         """Take the claim from the attempt that a durable function replays, once, so that one of two replays wins."""
-        if not self.supersedes or record.owner is None:
+        if not self.supersedes:
             return False
         self.supersedes = False
-        await self._held_off.settle(self.plan.layer.release(record))
-        self._held_off.deliver()
+        if record.owner is None:
+            raise self._patience.in_progress(record, now=now)  # nobody could tell whose it is
+        release = self.plan.layer.release
+        with HeldOff() as held_off:
+            await ask(lambda: release(record), held_off=held_off, key=self.key.text, effect=NOTHING_RUN)
         return True
 
-    async def _pause(self, record: DataRecord, flight: Flight, *, now: float, deadline: float) -> None:
-        remaining = deadline - asyncio.get_running_loop().time()
-        if remaining <= 0:
-            raise self._in_progress(record, now=now)
-        delay = min(backoff_seconds(flight.polls), remaining)
-        end = _state.lease_end(record)
-        if end is not None and end / 1000 > now:
-            delay = min(delay, end / 1000 - now + 0.001)
+    async def _pause(self, record: DataRecord, flight: Flight, *, now: float) -> None:
+        await self._patience.pause(record, polls=flight.polls, now=now)
         flight.polls += 1
-        if self.plan.waits_for_change is None:
-            await asyncio.sleep(delay)
-        else:
-            await self.plan.waits_for_change.wait_for_change(self.key.text, delay)
-
-    def _in_progress(self, record: DataRecord | None, *, now: float) -> IdempotencyAlreadyInProgressError:
-        end = None if record is None else _state.lease_end(record)
-        # It may end at any moment, so even a long lease is worth a look after a second.
-        wait = LONGEST_DELAY_SECONDS if end is None else min(LONGEST_DELAY_SECONDS, max(0.0, end / 1000 - now))
-        return IdempotencyAlreadyInProgressError(key=self.key.text, record=record, retry_after_seconds=wait)
 
     def _replay(self, record: DataRecord) -> None:
         if _state.differs(record, self.key.payload_hash):
@@ -273,13 +249,18 @@ class Call:
         if self._claim is None or self.phase is not Phase.CLAIMED:
             message = "ensure_owned() asks about a running claim; call it in the body of a call that is not replayed"
             raise IdempotencyUsageError(message, key=self.key.text)
-        await self._claim.confirm()
+        if not await self._claim.confirm():
+            reason = "another call owns it, or it was released by hand"
+            raise IdempotencyLeaseLostError(key=self.key.text, record=None, reason=reason)
         self.record = self._claim.record
 
     # --- After the body ---------------------------------------------------------------------------------------------
 
-    async def complete(self, text: str, outcome: OutcomeKind | None = None) -> DataRecord:
-        """Record the outcome; return the record that counts, which is the winner's if our claim was lost.
+    async def complete(self, text: str, outcome: OutcomeKind | None = None) -> bool:
+        """Record the outcome; `record` then is the one that counts.
+
+        Returns:
+            True: it is ours. False: our claim was lost, and the record is the winner's.
 
         Raises:
             IdempotencyLeaseLostError: The claim was lost, and the winner has no outcome.
@@ -289,66 +270,80 @@ class Call:
         claim.stop_renewal()
         try:
             claim.check_process()
-            ours = await claim.complete(text, outcome)
-            self.record = ours or await self._winner(claim)
-        except BaseException as error:
-            self._end(error if isinstance(error, IdempotencyPersistenceLayerError) else None)
-            self._held_off.deliver()
-            raise
-        self._end(self.record)
-        self._cache(self.record)
-        self.reporter.report(EventKind.EXECUTED if ours else EventKind.REPLAYED, fence=self.fence)
-        self._held_off.deliver()
-        return self.record
+            with HeldOff(deadline=claim.completion_deadline()) as held_off:
+                ours = await claim.complete(text, outcome, held_off=held_off)
+                if ours is not None:
+                    self._count(ours, EventKind.EXECUTED)
+            if ours is None:
+                claim.note_loss()
+                self._count(await winner(self.plan, self.key), EventKind.REPLAYED)
+        finally:
+            self._end(None)
+        return ours is not None
 
-    async def _winner(self, claim: Claim) -> DataRecord:
-        """Return the outcome of whoever took our claim over, waiting for it as a waiter does."""
-        claim.lost()
-        key, clock = self.key.text, self.plan.clock
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + self.plan.config.wait_timeout_seconds
-        attempt = 0
-        while True:
-            self._held_off.deliver()
-            record = await claim.settle(lambda: self.plan.layer.get(key), effect=EFFECT_HAPPENED)
-            if record is None or _state.is_expired(record, now=clock()):
-                raise IdempotencyLeaseLostError(key=key, record=None, reason="it was taken over and given back")
-            step = _state.next_step(record, payload_hash=self.key.payload_hash, now=clock())
-            if step is Step.REPLAY:
-                return record
-            remaining = deadline - loop.time()
-            if step is not Step.WAIT or remaining <= 0:
-                reason = "another call took it over and has no outcome for this payload yet"
-                raise IdempotencyLeaseLostError(key=key, record=record, reason=reason)
-            await asyncio.sleep(min(backoff_seconds(attempt), remaining))
-            attempt += 1
+    async def fail(self, error: BaseException) -> bool:
+        """Give the key back, or store the exception if it is an outcome.
 
-    async def fail(self, error: BaseException) -> None:
-        """Give the key back, or store the exception if it is an outcome; raises nothing of its own.
+        A failure to do so is logged and noted on the error. A cancellation meanwhile is requested again instead of
+        delivered: the error of the body goes first.
 
-        A failure to do so is logged and noted on the error. A cancellation meanwhile stays requested, not delivered:
-        the error of the body wins.
+        Returns:
+            True: the error is to be raised. False: it would have been the outcome, but our claim was lost, and the
+            winner's outcome counts.
+
+        Raises:
+            IdempotencyLeaseLostError: The same, but the winner has no outcome.
         """
         if self.phase is not Phase.CLAIMED:
-            return
+            return True
         claim = self._held_claim()
-        claim.stop_renewal()
-        ending: Ending = None
+        renewing = claim.stop_renewal()
         try:
             if not claim.is_of_this_process():
-                return
+                return True
             if isinstance(error, GeneratorExit):  # nothing may be awaited any more
-                claim.give_back_in_background()
-            elif (ending := await claim.give_back(error)) is not None:
-                self.record = ending
-                self._cache(ending)
-                self.reporter.report(EventKind.EXECUTED, fence=self.fence)
-        except Exception as failure:
-            error.add_note(f"aidem could not give back idempotency key {self.key.text!r}: {failure}")
-            logger.exception("%s could not give its idempotency key back", self.plan.function)
-            self.reporter.report(EventKind.PERSISTENCE_ERROR, fence=self.fence, error=failure)
+                claim.undo_in_background()
+                return True
+            if isinstance(error, Exception) and type(error) in self.plan.config.stored_exceptions:
+                return await self._complete_with(error)
+            await self._give_back(error, claim, renewing)
+            return True
         finally:
-            self._end(ending)
+            self._end(None)
+
+    async def _complete_with(self, error: Exception) -> bool:
+        """Store an exception of the body as its outcome."""
+        try:
+            text, outcome = exception_text(error), OutcomeKind.EXCEPTION
+        except IdempotencySerializationError as exc:
+            logger.error("an exception of %s cannot be stored: %s", self.plan.function, exc)  # noqa: TRY400 - no trace: it may show data
+            text, outcome = UNAVAILABLE_TEXT, OutcomeKind.UNAVAILABLE
+        try:
+            return await self.complete(text, outcome)
+        except IdempotencyPersistenceLayerError as failure:
+            self._note(error, failure)
+            return True
+
+    async def _give_back(self, error: BaseException, claim: Claim, renewing: asyncio.Task[None] | None) -> None:
+        held_off = HeldOff()
+        held_off.bound(CLEANUP_SECONDS if isinstance(error, asyncio.CancelledError) else GIVING_BACK_SECONDS)
+        try:
+            await claim.undo(is_failure=isinstance(error, Exception), held_off=held_off, renewing=renewing)
+        except IdempotencyPersistenceLayerError as failure:
+            self._note(error, failure)
+        held_off.request_again()
+
+    def _note(self, error: BaseException, failure: IdempotencyPersistenceLayerError) -> None:
+        error.add_note(f"aidem could not give back idempotency key {self.key.text!r}: {failure}")
+        logger.error("%s could not give its idempotency key back: %s", self.plan.function, failure)
+        self.reporter.report(EventKind.PERSISTENCE_ERROR, fence=self.fence, error=failure)
+
+    def _count(self, record: DataRecord, kind: EventKind) -> None:
+        """Take the record as the outcome of the call."""
+        self.record = record
+        self._end(record)
+        self._cache(record)
+        self.reporter.report(kind, fence=record.fence)
 
     def _held_claim(self) -> Claim:
         if self._claim is None or self.phase is not Phase.CLAIMED:
@@ -359,9 +354,8 @@ class Call:
     def _end(self, ending: Ending) -> None:
         if self.phase is Phase.CLAIMED:
             self.phase = Phase.ENDED
-        if self._flight is not None:
-            self._forget(self._flight)
-            self._flight.end(ending)
+        self._forget(self._flight)
+        self._flight.end(ending)
 
     def _forget(self, flight: Flight) -> None:
         flights = self._loop_state.flights

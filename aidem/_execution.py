@@ -133,7 +133,7 @@ def require_asyncio() -> None:
     try:
         asyncio.get_running_loop()
     except RuntimeError:
-        message = "aidem needs asyncio, and no asyncio event loop runs this call; trio and other loops are not supported"
+        message = "aidem needs asyncio, but no asyncio event loop runs this call; trio and others are not supported"
         raise IdempotencyUsageError(message) from None
 
 
@@ -150,17 +150,28 @@ async def execute(
             result = await function(*args, **kwargs)
         if call.phase is Phase.BYPASSED:
             return result
-        recording = Recording.of(result, call.plan.serializer)
+        recording = Recording.of(result, call.plan.serializer, function=call.plan.function)
     except BaseException as error:
-        await call.fail(error)
-        raise
+        if await call.fail(error):
+            raise
+        return await replayed_value(call)  # the error would have been the outcome, but another call's counts
     return await recording.store(call)
 
 
-async def replayed_value(call: Call) -> Any:
+async def replayed_value(call: Call, serializer: OutputSerializer | None = None) -> Any:
     """Return the outcome that a call found, by way of the response hook."""
-    value = hooked(call, value_of(call.held_record(), call.plan.config, call.plan.serializer))
+    value = hooked(call, outcome_of(call, serializer or call.plan.serializer))
     return await value if inspect.isawaitable(value) else value
+
+
+def outcome_of(call: Call, serializer: OutputSerializer) -> Any:
+    """Return the outcome that counts for a call, as `value_of` does."""
+    record = call.held_record()
+    try:
+        return value_of(record, call.plan.config, serializer)
+    except IdempotencyResultUnavailableError as error:
+        call.reporter.report(EventKind.RESULT_UNAVAILABLE, fence=record.fence, error=error)
+        raise
 
 
 def hooked(call: Call, value: Any) -> Any:
@@ -186,7 +197,10 @@ def value_of(record: DataRecord, config: IdempotencyConfig, serializer: OutputSe
             raise IdempotencyResultUnavailableError(record=record, reason="its result could not be stored")
     except IdempotencySerializationError as exc:
         raise IdempotencyResultUnavailableError(record=record, reason=str(exc)) from exc
-    raise error
+    try:
+        raise error
+    finally:
+        del error  # or its traceback would keep this frame, and so the payload, in a cycle
 
 
 class Recording:
@@ -206,30 +220,31 @@ class Recording:
         self.value = value
 
     @classmethod
-    def of(cls, result: Any, serializer: OutputSerializer) -> Recording:
+    def of(cls, result: Any, serializer: OutputSerializer, *, function: str) -> Recording:
         """Turn a result into text and back; if that fails, its text says that the result is unavailable."""
         try:
             text = result_text(result, serializer)
             return cls(text, None, result_from_text(text, serializer))
         except IdempotencySerializationError as exc:
-            logger.error("a result cannot be stored, so it cannot be replayed: %s", exc)  # noqa: TRY400 - no trace: it may show the result
+            logger.error("the result of %s cannot be replayed: %s", function, exc)  # noqa: TRY400 - no trace: it may show the result
             return cls(UNAVAILABLE_TEXT, OutcomeKind.UNAVAILABLE, result)
 
     async def store(self, call: Call) -> Any:
         """Record it; return what every replay will return, which is the winner's outcome if the claim was lost."""
-        record = await call.complete(self.text, self.kind)
-        if not call.is_ours(record):
-            return value_of(record, call.plan.config, call.plan.serializer)
-        self.warn_if_unavailable(record, call)
+        if not await call.complete(self.text, self.kind):
+            return await replayed_value(call)
+        self.warn_if_unavailable(call)
         return self.value
 
     @staticmethod
-    def warn_if_unavailable(record: DataRecord, call: Call) -> None:
+    def warn_if_unavailable(call: Call) -> None:
         """Say that later callers will not get the result."""
+        record = call.held_record()
         if record.outcome is OutcomeKind.UNAVAILABLE:
             call.reporter.report(EventKind.RESULT_UNAVAILABLE, fence=record.fence)
             message = (
                 f"the result of {call.plan.function} could not be stored; its effect will not be repeated, "
                 "and later callers get IdempotencyResultUnavailableError"
             )
-            warnings.warn(message, IdempotencyWarning, stacklevel=2)
+            with contextlib.suppress(IdempotencyWarning):  # as an error it would replace the value
+                warnings.warn(message, IdempotencyWarning, stacklevel=2)

@@ -50,15 +50,14 @@ class Flight:
             self.ending = ending
             self._wake()
 
-    async def change(self, *, deadline: float) -> None:
-        """Wait for the next change, at the latest until the deadline, in seconds of the loop's clock."""
-        loop = asyncio.get_running_loop()
+    async def change(self, *, timeout_seconds: float) -> None:
+        """Wait for the next change, but no longer than the timeout."""
         if self._changed is None:
-            self._changed = loop.create_future()
+            self._changed = asyncio.get_running_loop().create_future()
         # asyncio.wait leaves the future alone when it times out or is cancelled: others wait for it too.
-        await asyncio.wait([self._changed], timeout=max(0.0, deadline - loop.time()))
+        await asyncio.wait([self._changed], timeout=timeout_seconds)
 
     def _wake(self) -> None:
         changed, self._changed = self._changed, None
-        if changed is not None and not changed.done():
+        if changed is not None and not changed.get_loop().is_closed():
             changed.set_result(None)

@@ -9,49 +9,84 @@ from __future__ import annotations
 
 import asyncio
 import weakref
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from aidem._cancellation import HeldOff
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable
-
-    from aidem._record import DataRecord
-
-RENEWALS_PER_LEASE: Final = 3
+    from collections.abc import Callable
 
 
 class Renewable(Protocol):
     """A claim as its renewal sees it."""
 
-    @property
-    def renewal_interval_seconds(self) -> float:
-        """How long to wait between renewals."""
+    lease_deadline: float | None
+
+    def is_of_this_process(self) -> bool:
+        """Whether it was made here, and not by the process that this one is a fork of."""
         ...
 
-    def is_running(self) -> bool:
-        """Whether the claim is held, and its body still runs in this process."""
+    def next_renewal_at(self) -> float:
+        """Return when to renew, in seconds of the loop's clock."""
         ...
 
-    def renew_with(self, task: asyncio.Task[None]) -> None:
-        """Keep the task that renews the claim, to cancel it when the body has ended."""
+    async def renew(self, held_off: HeldOff) -> bool:
+        """Renew once, and take note of the answer; False: it is not ours any more."""
         ...
 
-    def request_renewal(self) -> Awaitable[DataRecord | None]:
-        """Ask the persistence layer to renew the claim."""
-        ...
 
-    def renewed(self, record: DataRecord, *, asked_at: float) -> None:
-        """Take note that the lease counts from `asked_at`, in seconds of the loop's clock."""
-        ...
+class Renewal:
+    """Renews one claim."""
 
-    def lost(self) -> None:
-        """Take note that the claim is not ours any more."""
-        ...
+    __slots__ = ("_claim", "_is_body_alive", "_renewals", "_task")
 
-    def renewal_failed(self, error: Exception) -> None:
-        """Take note that the persistence layer failed to answer."""
-        ...
+    def __init__(self, claim: Renewable, *, is_body_alive: Callable[[], bool]) -> None:
+        self._claim = weakref.ref(claim)
+        self._is_body_alive = is_body_alive
+        self._renewals: Renewals | None = None
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self, renewals: Renewals, *, at: float) -> None:
+        """Renew from then on, in seconds of the loop's clock."""
+        self._renewals = renewals
+        renewals.watch(self, at=at)
+
+    def wake(self) -> None:
+        """Begin to renew."""
+        if self._find() is not None:
+            self._task = asyncio.get_running_loop().create_task(self._renew_repeatedly())
+
+    def stop(self) -> asyncio.Task[None] | None:
+        """Renew no more; return the task that still settles a renewal under way, if there is one."""
+        if self._renewals is not None:
+            self._renewals.forget(self)
+            self._renewals = None
+        if self._task is None or self._task.done():
+            return None
+        self._task.cancel()
+        return self._task
+
+    def _find(self) -> Renewable | None:
+        """Return the claim if it is held and its body runs in this process."""
+        claim = self._claim()
+        if self._renewals is None or claim is None or not claim.is_of_this_process() or not self._is_body_alive():
+            return None
+        return claim
+
+    async def _renew_repeatedly(self) -> None:
+        delay: float | None = 0.0
+        while delay is not None:
+            await asyncio.sleep(delay)
+            delay = await self._renew()
+
+    async def _renew(self) -> float | None:
+        """Renew once; return how long to wait before the next time, None if there is none."""
+        claim = self._find()
+        if claim is None:
+            return None
+        with HeldOff(deadline=claim.lease_deadline) as held_off:
+            is_ours = await claim.renew(held_off)
+        return max(0.0, claim.next_renewal_at() - asyncio.get_running_loop().time()) if is_ours else None
 
 
 class Renewals:
@@ -60,66 +95,28 @@ class Renewals:
     __slots__ = ("_due", "_timer")
 
     def __init__(self) -> None:
-        self._due: dict[weakref.ref[Renewable], float] = {}
+        self._due: dict[Renewal, float] = {}
         self._timer: asyncio.TimerHandle | None = None
 
-    def watch(self, claim: Renewable) -> weakref.ref[Renewable]:
-        """Renew the claim when it is time; the answer is what `forget` takes."""
-        reference = weakref.ref(claim)
-        self._watch(reference, asyncio.get_running_loop().time() + claim.renewal_interval_seconds)
-        return reference
-
-    def forget(self, reference: weakref.ref[Renewable]) -> None:
-        """Watch the claim no more."""
-        self._due.pop(reference, None)
-
-    def _watch(self, reference: weakref.ref[Renewable], due: float) -> None:
-        self._due[reference] = due
-        if self._timer is not None and due < self._timer.when():
+    def watch(self, renewal: Renewal, *, at: float) -> None:
+        """Wake the renewal then, in seconds of the loop's clock."""
+        self._due[renewal] = at
+        if self._timer is not None and at < self._timer.when():
             self._timer.cancel()
             self._timer = None
         if self._timer is None:
-            self._timer = asyncio.get_running_loop().call_at(due, self._wake)
+            self._timer = asyncio.get_running_loop().call_at(at, self._wake)
+
+    def forget(self, renewal: Renewal) -> None:
+        """Do not wake it."""
+        self._due.pop(renewal, None)
 
     def _wake(self) -> None:
         self._timer = None
-        loop = asyncio.get_running_loop()
-        now = loop.time()
+        now = asyncio.get_running_loop().time()
         waiting, self._due = self._due, {}
-        for reference, due in waiting.items():
-            claim = reference()
-            if claim is None:
-                continue
-            if due > now:
-                self._watch(reference, due)
-            elif claim.is_running():
-                claim.renew_with(loop.create_task(_renew_repeatedly(reference)))
-
-
-async def _renew_repeatedly(reference: weakref.ref[Renewable]) -> None:
-    delay: float | None = 0.0
-    while delay is not None:
-        await asyncio.sleep(delay)
-        delay = await _renew(reference())
-
-
-async def _renew(claim: Renewable | None) -> float | None:
-    """Renew once; return how long to wait before the next time, None if there is none."""
-    if claim is None or not claim.is_running():
-        return None
-    loop, held_off = asyncio.get_running_loop(), HeldOff()
-    asked_at = loop.time()
-    try:
-        record = await held_off.settle(claim.request_renewal())
-    except Exception as error:  # noqa: BLE001 - whatever it is: the next try may work, and the lease may yet hold
-        claim.renewal_failed(error)
-        held_off.deliver()
-        return claim.renewal_interval_seconds / RENEWALS_PER_LEASE
-    held_off.deliver()
-    if not claim.is_running():
-        return None
-    if record is None:
-        claim.lost()
-        return None
-    claim.renewed(record, asked_at=asked_at)
-    return max(0.0, asked_at + claim.renewal_interval_seconds - loop.time())
+        for renewal, at in waiting.items():
+            if at > now:
+                self.watch(renewal, at=at)
+            else:
+                renewal.wake()

@@ -45,7 +45,7 @@ class Write:
 
     operation: str
     key: str
-    record: DataRecord | None
+    owner: str | None
     answer: Any
     before: DataRecord | None
     after: DataRecord | None
@@ -169,20 +169,20 @@ class Judge:
             self._check("a free key can be claimed", kept=is_live, about=write)
             return
         assert isinstance(write.answer, Claimed)
-        if is_claim_of(before, write.record.owner):
+        if is_claim_of(before, write.owner):
             self._unchanged(write)
             return
         key, fence = write.key, write.answer.record.fence
         self._check("a lease that is held is not given to another", kept=not is_held(before, now), about=write)
         self._check("a key with an outcome is not claimed", kept=not is_outcome(before, now), about=write)
         self._check("fences grow", kept=fence > self._fences[key], about=write)
-        self._check("a claim is stored", kept=is_claim_of(write.after, write.record.owner), about=write)
+        self._check("a claim is stored", kept=is_claim_of(write.after, write.owner), about=write)
         self._fences[key] = fence
 
     def _saw_complete(self, write: Write) -> None:
-        now, before, record = self.clock(), write.before, write.record
-        may = not counts(before, now) or is_claim_of(before, record.owner)
-        was_done = is_outcome(before, now) and before is not None and before.owner == record.owner
+        now, before = self.clock(), write.before
+        may = not counts(before, now) or is_claim_of(before, write.owner)
+        was_done = is_outcome(before, now) and before is not None and before.owner == write.owner
         if not write.answer or was_done:
             self._unchanged(write)
             self._check("an owner may complete", kept=was_done or not may, about=write)
@@ -193,14 +193,14 @@ class Judge:
             self._outcomes[write.key].append(Outcome.of(write.after))
 
     def _saw_renew(self, write: Write) -> None:
-        if is_claim_of(write.before, write.record.owner):
-            self._check("a renewed claim stays", kept=is_claim_of(write.after, write.record.owner), about=write)
+        if is_claim_of(write.before, write.owner):
+            self._check("a renewed claim stays", kept=is_claim_of(write.after, write.owner), about=write)
         else:
             self._check("a late owner does not renew", kept=write.answer is None, about=write)
             self._unchanged(write)
 
     def _saw_release(self, write: Write) -> None:
-        if is_claim_of(write.before, write.record.owner):
+        if is_claim_of(write.before, write.owner):
             self._check("a released claim is gone", kept=write.after is None, about=write)
         else:
             self._check("a late owner does not release", kept=not write.answer, about=write)
@@ -239,7 +239,7 @@ class Judge:
         """Judge how a call ended; `faults` are those of its process so far."""
         if isinstance(answer, int | Refused):
             is_refusal = isinstance(answer, Refused)
-            number = answer.args[0] if is_refusal else answer
+            number = answer.args[0] if isinstance(answer, Refused) else answer
             live = [(o.number, o.is_refusal) for o in self._outcomes[call.key] if o.until >= int(call.started_at)]
             is_own = is_refusal and any(run.number == number for run in call.runs)  # the body's exception always wins
             kept = is_own or (number, is_refusal) in live

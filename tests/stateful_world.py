@@ -50,7 +50,7 @@ class Fault(StrEnum):
 # --- The loop ---------------------------------------------------------------------------------------------------------
 
 
-class _StoppingSelector(selectors.DefaultSelector):  # type: ignore[misc,valid-type]
+class _StoppingSelector(selectors.DefaultSelector):
     """Stops the loop instead of waiting, unless the store (another thread) owes an answer."""
 
     loop: SteppedLoop
@@ -272,7 +272,8 @@ class World:
             before, answer, after = [await future for future in asked]
         finally:
             self.loop.selector.owed -= 1
-        self.judge.saw(Write(request.operation, key, request.record, answer=answer, before=before, after=after))
+        owner = None if request.record is None else request.record.owner
+        self.judge.saw(Write(request.operation, key, owner, answer=answer, before=before, after=after))
         return answer
 
     async def hold(self, request: Request | None, answer: Any) -> Any:
@@ -462,15 +463,16 @@ class World:
         self.happened["in doubt at the end"] += isinstance(error, IdempotencyInDoubtError)
 
     def close(self) -> None:
-        """End what is left of the dead."""
+        """End what is left of the dead, and look at how it ended, or asyncio will log that nobody did."""
         while tasks := asyncio.all_tasks(self.loop):
             for task in tasks:
                 task.cancel()
             self.clock.advance(CLEANUP_SECONDS + 1.0)
             self.loop.run_forever()
-        if hasattr(self.store, "aclose"):
-            self.loop.selector.owed += 1
-            self.loop.run_until_complete(self.store.aclose())
+        for caller in self.callers:
+            _ = caller.task.cancelled() or caller.task.exception()
+        self.loop.selector.owed += 1
+        self.loop.run_until_complete(self.store.aclose())
         self.loop.close()
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from aidem import IdempotencyConfig, RecordStatus, idempotency, idempotent_function
 from aidem._cancellation import CLEANUP_SECONDS
+from aidem._claim import GIVING_BACK_SECONDS
 from aidem.exceptions import (
     IdempotencyError,
     IdempotencyPersistenceConfigError,
@@ -46,7 +47,8 @@ def only_record(layer: PlannedLayer) -> Any:
 @pytest.mark.parametrize("error", [OSError("boom"), NO_ROUTE, IdempotencyPersistenceConfigError("no such table")])
 async def test_a_layer_that_fails_before_the_call_is_an_error_and_nothing_runs(error: Exception) -> None:
     layer, till, listener = PlannedLayer().plan("acquire", Fault(error=error)), Till(), Listener()
-    with pytest.raises(IdempotencyPersistenceLayerError, match=f"{error}; the function was not run") as caught:
+    told = str(error) if isinstance(error, IdempotencyError) else "OSError"  # foreign text may show data
+    with pytest.raises(IdempotencyPersistenceLayerError, match=f"^{told}; the function was not run") as caught:
         await charger(layer, till, hooks=(listener,))(ORDER)
     assert caught.value.__cause__ is error
     assert isinstance(caught.value, type(error) if isinstance(error, IdempotencyError) else IdempotencyError)
@@ -138,17 +140,20 @@ async def test_a_layer_that_finds_even_the_short_text_too_large_is_an_error() ->
 
 
 async def test_the_users_exception_wins_over_a_failure_to_give_the_key_back(caplog: Any) -> None:
-    layer, till, listener = PlannedLayer().plan("release", Fault(error=OSError("no route"))), Till(), Listener()
+    layer, till, listener = PlannedLayer(), Till(), Listener()
+    layer.plan("release", *(Fault(error=OSError("no route")) for _ in range(100)))
     till.error = RuntimeError("declined")
+    began = asyncio.get_running_loop().time()
     with pytest.raises(RuntimeError, match="declined") as caught:
         await charger(layer, till, hooks=(listener,))(ORDER)
     assert caught.value is till.error
     assert caught.value.__cause__ is None
     [note] = caught.value.__notes__
     assert "could not give back idempotency key" in note
-    assert "no route" in note
+    assert "OSError" in note
     assert "could not give its idempotency key back" in caplog.text
-    assert listener.kinds == [EventKind.PERSISTENCE_ERROR]
+    assert set(listener.kinds) == {EventKind.PERSISTENCE_ERROR}
+    assert asyncio.get_running_loop().time() - began <= GIVING_BACK_SECONDS
 
 
 async def test_the_users_exception_propagates_unchanged() -> None:
@@ -169,7 +174,7 @@ async def test_a_loser_whose_store_is_down_says_that_the_effect_has_happened() -
     task = asyncio.ensure_future(charger(layer, loser, lease_seconds=30, renew_lease=False)(ORDER))
     await asyncio.sleep(31)
     await charger(PlannedLayer(inner=layer.inner), winner)(ORDER)
-    with pytest.raises(IdempotencyPersistenceLayerError, match=r"no route.*effect has happened"):
+    with pytest.raises(IdempotencyPersistenceLayerError, match=r"OSError.*effect has happened"):
         await task
 
 
@@ -230,7 +235,8 @@ async def test_a_conflict_is_reported() -> None:
 
 
 async def test_cancelled_while_an_unused_claim_cannot_be_released_is_still_a_cancellation(caplog: Any) -> None:
-    layer, till = PlannedLayer(latency_seconds=1).plan("release", Fault(error=OSError("no route"))), Till()
+    layer, till = PlannedLayer(latency_seconds=1), Till()
+    layer.plan("release", *(Fault(error=OSError("no route")) for _ in range(100)))
     task = asyncio.ensure_future(charger(layer, till)(ORDER))
     await asyncio.sleep(0.5)
     task.cancel()

@@ -1,0 +1,97 @@
+"""The operations of one call on its persistence layer: settled though cancelled, tried again, their errors wrapped."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from typing import TYPE_CHECKING, Final, TypeVar
+
+from aidem.exceptions import (
+    IdempotencyPersistenceConfigError,
+    IdempotencyPersistenceConnectionError,
+    IdempotencyPersistenceLayerError,
+    IdempotencySerializationError,
+)
+from aidem.hooks import EventKind
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from aidem._cancellation import HeldOff
+    from aidem.hooks import Reporter
+
+logger = logging.getLogger("aidem")
+
+T = TypeVar("T")
+
+FIRST_DELAY_SECONDS: Final = 0.05
+DELAY_GROWTH: Final = 1.4
+LONGEST_DELAY_SECONDS: Final = 1.0
+
+NOTHING_RUN: Final = "the function was not run"
+RUNNING: Final = "the function is running"
+FAILED: Final = "the function has failed, and its key was not given back"
+EFFECT_HAPPENED: Final = "the function has run and its effect has happened, its outcome is not recorded"
+
+
+async def ask(start: Callable[[], Awaitable[T]], *, held_off: HeldOff, key: str, effect: str) -> T:
+    """Ask the layer once.
+
+    Args:
+        start: Starts the operation.
+        held_off: Settles it.
+        key: The idempotency key, for the error.
+        effect: What an error says of the function.
+
+    Raises:
+        IdempotencyPersistenceLayerError: It failed.
+        IdempotencySerializationError: The layer cannot hold the record.
+    """
+    try:
+        return await held_off.settle(start())
+    except IdempotencySerializationError:
+        raise
+    except Exception as error:
+        raise _failure(error, key, effect) from error
+
+
+async def ask_persistently(
+    start: Callable[[], Awaitable[T]],
+    *,
+    held_off: HeldOff,
+    key: str,
+    effect: str,
+    reporter: Reporter,
+) -> T:
+    """Ask the layer again and again, with back-off, until the deadline of `held_off`: the operation can be repeated."""
+    attempt = 0
+    while True:
+        try:
+            return await ask(start, held_off=held_off, key=key, effect=effect)
+        except IdempotencyPersistenceConfigError:
+            raise
+        except IdempotencyPersistenceLayerError as failure:
+            delay = backoff_seconds(attempt)
+            deadline = held_off.deadline
+            if deadline is None or asyncio.get_running_loop().time() + delay > deadline:
+                raise
+            logger.warning("%s; trying again", failure)
+            reporter.report(EventKind.PERSISTENCE_ERROR, error=failure)
+        attempt += 1
+        await held_off.settle(asyncio.sleep(delay))
+
+
+def backoff_seconds(attempt: int) -> float:
+    """Return how long to wait before the next attempt: at most 20 in the first 5 s, then at most one a second."""
+    delay = min(LONGEST_DELAY_SECONDS, FIRST_DELAY_SECONDS * DELAY_GROWTH ** min(attempt, 20))
+    return delay * random.uniform(1.0, 1.25)  # noqa: S311 - jitter, not a secret
+
+
+def _failure(error: Exception, key: str, effect: str) -> IdempotencyPersistenceLayerError:
+    """Return the error of a layer as one of ours; the text of a foreign error may show data, so it is left out."""
+    what = str(error) if isinstance(error, IdempotencyPersistenceLayerError) else type(error).__name__
+    for kind in (IdempotencyPersistenceConnectionError, IdempotencyPersistenceConfigError):
+        if isinstance(error, kind):
+            return kind(f"{what}; {effect}", key=key)
+    return IdempotencyPersistenceLayerError(f"{what}; {effect}", key=key)
