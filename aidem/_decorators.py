@@ -46,7 +46,7 @@ class Binding:
         persistence_store: PersistenceLayer | None,
         config: IdempotencyConfig | None,
         key_prefix: str | None,
-        output_serializer: OutputSerializer | type[ModelSerializer] | None = None,
+        output_serializer: type[ModelSerializer] | OutputSerializer | None = None,
     ) -> None:
         self.target = target
         self._find_key = find_key
@@ -160,7 +160,7 @@ def idempotent_function(
     key: Callable[..., Any] | None = None,
     persistence_store: PersistenceLayer | None = None,
     config: IdempotencyConfig | None = None,
-    output_serializer: OutputSerializer | type[ModelSerializer] | None = None,
+    output_serializer: type[ModelSerializer] | OutputSerializer | None = None,
     key_prefix: str | None = None,
 ) -> Callable[[Callable[P, Coroutine[Any, Any, R]]], Callable[P, Coroutine[Any, Any, R]]]: ...
 def idempotent_function(
@@ -171,7 +171,7 @@ def idempotent_function(
     key: Callable[..., Any] | None = None,
     persistence_store: PersistenceLayer | None = None,
     config: IdempotencyConfig | None = None,
-    output_serializer: OutputSerializer | type[ModelSerializer] | None = None,
+    output_serializer: type[ModelSerializer] | OutputSerializer | None = None,
     key_prefix: str | None = None,
 ) -> Any:
     """Make any async callable idempotent: functions, methods, partials, callable objects.

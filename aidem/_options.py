@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Final, Literal, get_args
+from typing import TYPE_CHECKING, Any, Final, Literal, cast, get_args
 
 from aidem import _key
 from aidem.exceptions import IdempotencyConfigError
@@ -13,6 +12,8 @@ from aidem.hooks import IdempotencyHook
 from aidem.persistence import PersistenceLayer
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
     from aidem.config import IdempotencyConfig
 
     Check = Callable[[Any], bool]
@@ -127,7 +128,7 @@ def _check_jmespath_options(options: Mapping[str, Any] | None) -> None:
         from jmespath.functions import Functions
 
         try:
-            functions = Options(**options).custom_functions
+            functions: object = Options(**options).custom_functions
         except TypeError as exc:
             raise refused("jmespath_options", repr(options), "keyword arguments of jmespath.Options") from exc
         if not (functions is None or isinstance(functions, Functions)):
@@ -156,7 +157,7 @@ def _is_not_negative(value: Any) -> bool:
 
 
 def _is_tuple_of(is_allowed: Check) -> Check:
-    return lambda value: isinstance(value, tuple) and all(map(is_allowed, value))
+    return lambda value: isinstance(value, tuple) and all(map(is_allowed, cast("tuple[Any, ...]", value)))
 
 
 def _is_exception_type(value: object) -> bool:

@@ -66,7 +66,7 @@ class Plan:
         config: IdempotencyConfig,
         function: str,
         prefix: str,
-        output_serializer: OutputSerializer | type[ModelSerializer] | None = None,
+        output_serializer: type[ModelSerializer] | OutputSerializer | None = None,
         returns: Callable[..., Any] | None = None,
     ) -> None:
         self.layer = layer

@@ -28,11 +28,11 @@ if TYPE_CHECKING:
     from aidem import IdempotencyConfig
 
 
-class Declined(Exception):
+class DeclinedError(Exception):
     """The body failed, and says so: the key is given back."""
 
 
-class Refused(Exception):
+class RefusedError(Exception):
     """The body failed, and that is its outcome."""
 
 
@@ -237,9 +237,9 @@ class Judge:
 
     def answered(self, call: CallSeen, answer: int | BaseException, *, faults: int) -> None:
         """Judge how a call ended; `faults` are those of its process so far."""
-        if isinstance(answer, int | Refused):
-            is_refusal = isinstance(answer, Refused)
-            number = answer.args[0] if isinstance(answer, Refused) else answer
+        if isinstance(answer, int | RefusedError):
+            is_refusal = isinstance(answer, RefusedError)
+            number = answer.args[0] if isinstance(answer, RefusedError) else answer
             live = [(o.number, o.is_refusal) for o in self._outcomes[call.key] if o.until >= int(call.started_at)]
             is_own = is_refusal and any(run.number == number for run in call.runs)  # the body's exception always wins
             kept = is_own or (number, is_refusal) in live
@@ -252,23 +252,23 @@ class Judge:
 
     def _may_raise(self, call: CallSeen, error: BaseException, *, faults: int) -> bool:
         waited = self.clock() - call.started_at >= call.config.wait_timeout_seconds - 0.001
+        found: DataRecord | None = getattr(error, "record", None)
         match error:
-            case Declined():
-                return any(run.ending == "declined" for run in call.runs)
+            case DeclinedError():
+                kept = any(run.ending == "declined" for run in call.runs)
             case IdempotencyAlreadyInProgressError():
-                return waited and not call.runs
+                kept = waited and not call.runs
             case IdempotencyInDoubtError():
-                found = error.record
-                return found is not None and found.in_progress_expiry_timestamp is None and not call.runs
+                kept = found is not None and found.in_progress_expiry_timestamp is None and not call.runs
             case IdempotencyLeaseLostError():
-                return bool(call.runs)
+                kept = bool(call.runs)
             case IdempotencyValidationError():
-                found = error.record
-                return found is not None and found.payload_hash != "" and not call.runs
+                kept = found is not None and found.payload_hash != "" and not call.runs
             case IdempotencyPersistenceLayerError():
-                return faults > 0
+                kept = faults > 0
             case _:
-                return call.is_cancelled
+                kept = call.is_cancelled
+        return kept
 
     def _left_nothing(self, call: CallSeen) -> None:
         """Without a fault of the store nobody has to wait for the lease of a call that is over."""

@@ -165,6 +165,11 @@ class Till:
             raise self.error
         return {"receipt": len(self.charges)}
 
+    async def charge_event(self, event: Any, context: Any) -> dict[str, Any]:
+        """Charge, as a handler that takes its time."""
+        await asyncio.sleep(100)
+        return await self.charge(event)
+
 
 def real_now() -> float:
     """Epoch seconds of the machine."""

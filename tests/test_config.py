@@ -7,7 +7,6 @@ import copy
 import dataclasses
 import hashlib
 import logging
-import os
 import pickle
 import sys
 import threading
@@ -323,7 +322,7 @@ async def test_without_any_setting_records_are_in_a_file_of_the_working_director
     assert isinstance(layer, SQLitePersistenceLayer)
     assert [(record.levelname, record.name) for record in caplog.records] == [("WARNING", "aidem")]
     assert str(tmp_path / "aidem.sqlite3") in caplog.text
-    assert os.listdir(tmp_path) == []  # nothing is opened before the first use
+    assert list(tmp_path.iterdir()) == []  # nothing is opened before the first use
     async with layer, idempotency("key") as execution:
         assert not execution.replayed
     assert (tmp_path / "aidem.sqlite3").exists()

@@ -1,5 +1,7 @@
 """`async with idempotency(...)`: what a block runs, records and replays, and what it refuses."""
 
+# ruff: noqa: PT012, PT031 - what is under test is a block, and its body belongs to it
+
 from __future__ import annotations
 
 import asyncio
@@ -10,7 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from aidem import Execution, IdempotencyConfig, RecordStatus, configure, current_execution, idempotency, idempotent_function
+from aidem import (
+    Execution,
+    IdempotencyConfig,
+    RecordStatus,
+    configure,
+    current_execution,
+    idempotency,
+    idempotent_function,
+)
 from aidem.exceptions import (
     IdempotencyAlreadyInProgressError,
     IdempotencyConfigError,
@@ -127,7 +137,7 @@ async def test_run_is_for_one_function(till: Till, replayed: bool) -> None:
     if replayed:
         async with idempotency("key") as execution:
             await execution.run(till.charge, ORDER)
-    with pytest.raises(IdempotencyUsageError, match="run.. was called before"):
+    with pytest.raises(IdempotencyUsageError, match=r"run\(\) was called before"):
         async with idempotency("key") as execution:
             await execution.run(till.charge, ORDER)
             await execution.run(till.charge, ORDER)
@@ -226,7 +236,7 @@ async def test_a_result_that_cannot_be_stored_stays_with_the_first_block() -> No
 
 async def test_setting_the_result_of_a_replay_is_refused(till: Till) -> None:
     await charge_step_by_step(till)
-    with pytest.raises(IdempotencyUsageError, match="if not execution.replayed"):
+    with pytest.raises(IdempotencyUsageError, match=r"if not execution\.replayed"):
         async with idempotency("order-7") as execution:
             execution.result = await till.charge(ORDER)
     async with idempotency("order-7") as execution:

@@ -280,10 +280,10 @@ async def test_two_durable_replays_at_the_same_instant_are_one_execution(clock: 
     """Both have found the first attempt before either has released it."""
     gate, runs = asyncio.Event(), list[Any]()
     handler = durable_handler(gate, runs)
-    layer = Rendezvous(clock)
+    layer = Rendezvous(clock=clock)
     configure(persistence_store=layer)  # type: ignore[arg-type]
     first = await started(handler({"id": 1, "attempt": "first"}, DurableContext(operations=1)))
-    layer.parties = 2
+    layer.barrier = asyncio.Barrier(2)
     replays = [
         await started(handler({"id": 1, "attempt": number}, DurableContext(operations=2))) for number in range(2)
     ]
@@ -296,21 +296,16 @@ async def test_two_durable_replays_at_the_same_instant_are_one_execution(clock: 
 
 
 class Rendezvous(MemoryPersistenceLayer):
-    """A layer that lets so many releases begin before it applies the first."""
+    """A layer on which two calls meet before either release is applied."""
 
-    parties = 0
-
-    def __init__(self, clock: FakeClock) -> None:
-        super().__init__(clock=clock)
-        self.arrived = 0
+    barrier: asyncio.Barrier | None = None
 
     def release(self, record: DataRecord) -> Any:
         return self._release(record)
 
     async def _release(self, record: DataRecord) -> bool:
-        self.arrived += 1
-        while self.arrived < self.parties:
-            await asyncio.sleep(0)
+        if self.barrier is not None:
+            await self.barrier.wait()
         return await super().release(record)
 
 

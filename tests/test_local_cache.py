@@ -19,9 +19,9 @@ from aidem.exceptions import (
     IdempotencyWarning,
 )
 from aidem.hooks import EventKind
+from aidem.persistence.memory import MemoryPersistenceLayer
 from aidem.testing import FakeClock
 from tests.support import Listener, PlannedLayer, Till
-from aidem.persistence.memory import MemoryPersistenceLayer
 
 
 @pytest.fixture

@@ -108,7 +108,7 @@ async def test_the_hash_function_of_the_config_makes_the_key(layer: MemoryPersis
 
 
 @pytest.mark.parametrize(
-    "payload", [Order(1), OrderModel(id=1), LegacyModel(), Wrapper(), {"amount": 0, "id": 1}], ids=lambda p: type(p)
+    "payload", [Order(1), OrderModel(id=1), LegacyModel(), Wrapper(), {"amount": 0, "id": 1}], ids=type
 )
 @pytest.mark.parametrize("expression", ["", "id", "[id, amount]"])
 async def test_payloads_of_every_kind_with_the_same_data_have_the_same_key(payload: Any, expression: str) -> None:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from aidem import IdempotencyConfig, idempotent_function
-from tests.processes.harness import (
-    Fleet,
+from tests.processes.harness import Fleet, Orders
+from tests.processes.log import (
     FleetLog,
-    Orders,
     check_late_owners_changed_nothing,
     check_no_body_starts_under_a_live_lease,
     check_nothing_was_stuck,
@@ -84,7 +84,8 @@ def test_workers_that_are_killed_or_stopped_in_a_body_leave_one_outcome_per_key(
     late = [body for body in log.taken_over() if body.pid in stopped]
     abandoned = [body for body in log.taken_over() if body.pid in killed]
     counts = log.counts()
-    print(f"kills {len(killed)}, stops {len(stopped)}, late {len(late)}, abandoned {len(abandoned)}, {dict(counts)}")
+    # What a run was like is worth seeing with `pytest -s`.
+    print(f"kills {len(killed)}, stops {len(stopped)}, late {len(late)}, abandoned {len(abandoned)}, {dict(counts)}")  # noqa: T201
 
     assert {body.pid for body in late} == stopped
     assert len(stopped) == STOPS
@@ -104,7 +105,7 @@ def test_workers_that_are_killed_or_stopped_in_a_body_leave_one_outcome_per_key(
 def _check_the_store_says_the_same(orders: Orders, log: FleetLog) -> None:
     """After everything a fresh call finds at once, for every key, the outcome that everyone got."""
 
-    async def never(order: dict[str, str]) -> None:
+    async def never(order: dict[str, str]) -> dict[str, Any]:
         raise AssertionError(f"{order} has no outcome")
 
     async def find_all() -> None:

@@ -155,9 +155,7 @@ class Receipt(BaseModel):
         return sum((line.price for line in self.lines), Decimal())
 
 
-RECEIPT = Receipt(
-    number=1, at=datetime.datetime(2026, 1, 2, tzinfo=datetime.UTC), lines=[Line(price=Decimal("1.10"))]
-)
+RECEIPT = Receipt(number=1, at=datetime.datetime(2026, 1, 2, tzinfo=datetime.UTC), lines=[Line(price=Decimal("1.10"))])
 
 
 @dataclass
@@ -306,7 +304,10 @@ async def test_a_result_that_cannot_be_kept_reaches_the_first_caller_and_nothing
 ) -> None:
     layer, listener = Full(), Listener()
     function = returning(result, persistence_store=layer, config=IdempotencyConfig(hooks=(listener,)))
-    with caplog.at_level(logging.INFO, "aidem"), pytest.warns(IdempotencyWarning, match="could not be stored") as warned:
+    with (
+        caplog.at_level(logging.INFO, "aidem"),
+        pytest.warns(IdempotencyWarning, match="could not be stored") as warned,
+    ):
         assert await function() == result
     assert [(record.levelname, record.name) for record in caplog.records] == [("ERROR", "aidem")]
     assert "secret" not in caplog.text + str(warned[0].message)
@@ -466,7 +467,9 @@ async def test_only_exactly_listed_types_are_outcomes_and_all_others_give_the_ke
     assert not layer._records
 
 
-@pytest.mark.parametrize("error", [ForgetfulError("secret", 5), LookupError(object()), LookupError((1, 2))], ids=range(3))
+@pytest.mark.parametrize(
+    "error", [ForgetfulError("secret", 5), LookupError(object()), LookupError((1, 2))], ids=range(3)
+)
 async def test_an_exception_that_cannot_be_made_again_is_unavailable_and_not_a_second_run(
     error: Exception, layer: MemoryPersistenceLayer, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -487,7 +490,9 @@ async def test_an_exception_whose_type_is_not_listed_any_more_is_unavailable_and
         await raising(DeclinedError("secret"), DeclinedError)()
     for types in ((), (LookupError,)):
         function: Any = raising(DeclinedError("other"), *types)
-        with pytest.raises(IdempotencyResultUnavailableError, match=r"DeclinedError; list it in stored_exceptions") as it:
+        with pytest.raises(
+            IdempotencyResultUnavailableError, match=r"DeclinedError; list it in stored_exceptions"
+        ) as it:
             await function()
         assert "secret" not in str(it.value)
         assert function.runs() == 0
@@ -558,7 +563,7 @@ async def test_what_the_hook_answers_is_returned_also_if_it_is_none() -> None:
 
 async def test_the_hook_gets_the_result_as_it_was_rebuilt() -> None:
     results: list[Any] = []
-    function = annotated(Bill, BILL, config=IdempotencyConfig(response_hook=lambda response, _: results.append(response)))
+    function = annotated(Bill, BILL, config=IdempotencyConfig(response_hook=lambda result, _: results.append(result)))
     await function()
     await function()
     assert results == [BILL]

@@ -158,7 +158,9 @@ async def test_key_may_take_some_of_the_arguments_and_ignore_the_rest(keys: Keys
 def test_a_key_that_does_not_take_the_arguments_is_refused_when_the_decorator_is_applied(key: Any, keys: Keys) -> None:
     async def charge(order: int, shop: int) -> None: ...
 
-    with pytest.raises(IdempotencyConfigError, match=r"key= must take the arguments of .*charge by name \(order, shop\)"):
+    with pytest.raises(
+        IdempotencyConfigError, match=r"key= must take the arguments of .*charge by name \(order, shop\)"
+    ):
         keys.decorate(charge, key=key)
 
 

@@ -22,14 +22,13 @@ from aidem.persistence.memory import MemoryPersistenceLayer
 from aidem.persistence.sqlite import SQLitePersistenceLayer
 from aidem.testing import FakeClock
 from tests.stateful_model import is_held, is_in_doubt, is_outcome
+from tests.stateful_process import Fault, Process
 from tests.stateful_world import (
     KEPT_SECONDS,
     LEASE_SECONDS,
     PROCESSES,
     WAIT_SECONDS,
     Caller,
-    Fault,
-    Process,
     World,
     config_of,
 )
@@ -308,9 +307,10 @@ class LooksThenWrites(MemoryPersistenceLayer):
         key = record.idempotency_key
         seen = self.looks.setdefault(key, self._records.get(key))
         asyncio.get_running_loop().call_soon(self.looks.pop, key, None)
-        answer = _state.acquire(seen, record, now=self.clock())
+        answer = _state.acquire(seen, record, now=self.clock(), last_fence=self._last_fence)
         if isinstance(answer, Claimed):
             self._records[key] = answer.record
+            self._last_fence = max(self._last_fence, answer.record.fence)
         return Settled(answer)
 
     def __init__(self, **options: Any) -> None:

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AbstractAsyncContextManager
-from typing import Any
-
-from typing_extensions import assert_type
+from typing import Any, assert_type
 
 from aidem import (
     BlockExecution,
@@ -113,7 +111,7 @@ async def call_functions() -> None:
     await charge("1")  # type: ignore[arg-type]
     await charge(orders=1)  # type: ignore[call-arg]
     charged: int = await charge(1)  # type: ignore[assignment]
-    print(charged)
+    assert charged
 
 
 def plain(order: int) -> int:

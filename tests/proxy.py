@@ -1,0 +1,154 @@
+"""A TCP proxy between a client and a server, whose faults are switched on and off while connections are open.
+
+    async with Proxy.to(port) as proxy:
+        client = connect("127.0.0.1", proxy.port)
+        proxy.drop(replies=True)            # requests reach the server, what it answers is thrown away
+        ...
+        assert proxy.dropped.replies > 0    # the fault happened
+        proxy.heal()
+
+Faults hold for every connection, open or new, until `heal`:
+
+- `proxy.drop(requests=True)`, `proxy.drop(replies=True)`: throw away what comes from that side; both may be given.
+- `proxy.delay(seconds)`: everything arrives that much later, both ways, in order.
+- `proxy.hold()`: nothing passes in either direction; `heal` lets what was held through.
+- `proxy.cut()`: end all open connections now, once; `proxy.refuse()`: and every new one too.
+- `proxy.cut_after_reply_is_dropped()`: throw away the next reply, then end its connection: applied, reply lost.
+
+`proxy.forwarded` and `proxy.dropped` count bytes (`.requests`, `.replies`) and `proxy.connections` counts connections
+made; `proxy.requests` holds each chunk a client wrote, in order, for tests that count what went over the wire.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass, field
+from typing import Literal, Self
+
+CHUNK_BYTES = 1 << 16
+
+Side = Literal["requests", "replies"]
+
+
+@dataclass
+class Bytes:
+    """How many bytes went each way."""
+
+    requests: int = 0
+    replies: int = 0
+
+    def add(self, side: Side, count: int) -> None:
+        setattr(self, side, getattr(self, side) + count)
+
+
+@dataclass
+class Proxy:
+    """Listens on a free port of its own, `port`, and passes on what it gets."""
+
+    server_port: int
+    port: int = 0
+    connections: int = 0
+    requests: list[bytes] = field(default_factory=list)
+    forwarded: Bytes = field(default_factory=Bytes)
+    dropped: Bytes = field(default_factory=Bytes)
+    _dropping: set[Side] = field(default_factory=set)
+    _delay_seconds: float = 0.0
+    _refusing: bool = False
+    _cutting_at_reply: bool = False
+    _open: asyncio.Event = field(default_factory=asyncio.Event)
+    _pairs: set[tuple[asyncio.StreamWriter, asyncio.StreamWriter]] = field(default_factory=set)
+    _tasks: set[asyncio.Task[None]] = field(default_factory=set)
+
+    @classmethod
+    @contextlib.asynccontextmanager
+    async def to(cls, server_port: int) -> AsyncGenerator[Self]:
+        """Serve a proxy to a port of this machine."""
+        proxy = cls(server_port)
+        proxy._open.set()
+        server = await asyncio.start_server(proxy._accept, "127.0.0.1", 0)
+        proxy.port = server.sockets[0].getsockname()[1]
+        try:
+            yield proxy
+        finally:
+            server.close()
+            proxy.cut()
+            proxy._open.set()
+            for task in proxy._tasks:
+                task.cancel()
+            await asyncio.gather(*proxy._tasks, return_exceptions=True)
+            await server.wait_closed()
+
+    # --- Faults -----------------------------------------------------------------------------------------------------
+
+    def drop(self, *, requests: bool = False, replies: bool = False) -> None:
+        self._dropping |= ({"requests"} if requests else set()) | ({"replies"} if replies else set())
+
+    def delay(self, seconds: float) -> None:
+        self._delay_seconds = seconds
+
+    def hold(self) -> None:
+        self._open.clear()
+
+    def cut(self) -> None:
+        for writers in self._pairs:
+            for writer in writers:
+                writer.transport.abort()
+
+    def refuse(self) -> None:
+        self._refusing = True
+        self.cut()
+
+    def cut_after_reply_is_dropped(self) -> None:
+        self._cutting_at_reply = True
+
+    def heal(self) -> None:
+        """End every fault."""
+        self._dropping.clear()
+        self._delay_seconds = 0.0
+        self._refusing = self._cutting_at_reply = False
+        self._open.set()
+
+    # --- Connections ------------------------------------------------------------------------------------------------
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.connections += 1
+        if self._refusing:
+            writer.transport.abort()
+            return
+        try:
+            server_reader, server_writer = await asyncio.open_connection("127.0.0.1", self.server_port)
+        except OSError:
+            writer.transport.abort()
+            return
+        pair = (writer, server_writer)
+        self._pairs.add(pair)
+        ways: list[tuple[Side, asyncio.StreamReader, asyncio.StreamWriter]] = [
+            ("requests", reader, server_writer),
+            ("replies", server_reader, writer),
+        ]
+        tasks = [asyncio.create_task(self._pass_on(*way)) for way in ways]
+        self._tasks.update(tasks)
+        await asyncio.wait(tasks)
+        self._tasks.difference_update(tasks)
+        self._pairs.discard(pair)
+
+    async def _pass_on(self, side: Side, source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError):
+            while chunk := await source.read(CHUNK_BYTES):
+                await self._open.wait()
+                await asyncio.sleep(self._delay_seconds)
+                if side == "requests":
+                    self.requests.append(chunk)
+                if side == "replies" and self._cutting_at_reply:
+                    self._cutting_at_reply = False
+                    self.dropped.add(side, len(chunk))
+                    break
+                if side in self._dropping:
+                    self.dropped.add(side, len(chunk))
+                    continue
+                self.forwarded.add(side, len(chunk))
+                target.write(chunk)
+                await target.drain()
+        target.close()
