@@ -82,19 +82,11 @@ class SettlingFuture(asyncio.Future[T]):
 
     def give_up_at(self, deadline: float) -> None:
         """Fail when no answer has come by then, in seconds of the loop's clock; the earliest deadline counts."""
-        timer = self._give_up_timer
-        if self.done() or (timer is not None and timer.when() <= deadline):
+        earlier = self._give_up_timer
+        if self.done() or (earlier is not None and earlier.when() <= deadline):
             return
-        if timer is None:
-            self.add_done_callback(_cancel_timer)
-        else:
-            timer.cancel()
-        self._give_up_timer = self.get_loop().call_at(deadline, self._give_up)
-
-    def cancel_timer(self) -> None:
-        """Forget the deadline."""
-        if self._give_up_timer is not None:
-            self._give_up_timer.cancel()
+        timer = self._give_up_timer = self.get_loop().call_at(deadline, self._give_up)
+        self.add_done_callback(lambda _future: timer.cancel())
 
     def _give_up(self) -> None:
         self.fail(IdempotencyPersistenceConnectionError("the persistence layer did not answer in time"))
@@ -103,11 +95,6 @@ class SettlingFuture(asyncio.Future[T]):
         waiter, self._waiter = self._waiter, None
         if waiter is not None and not waiter.done():
             waiter.set_result(None)
-
-
-def _cancel_timer(future: asyncio.Future[Any]) -> None:
-    if isinstance(future, SettlingFuture):
-        future.cancel_timer()
 
 
 class HeldOff:
@@ -158,25 +145,15 @@ class HeldOff:
                 await future.waiter()
             except asyncio.CancelledError as cancellation:
                 self._cancellation = self._cancellation or cancellation
-                self.bound(CLEANUP_SECONDS)
-                await self._outlast(future)
+                future.give_up_at(self.bound(CLEANUP_SECONDS))
+                await _outlast(future)
         return future.result()
 
-    def bound(self, seconds: float) -> None:
-        """Give operations at most so many seconds from now."""
+    def bound(self, seconds: float) -> float:
+        """Give operations at most so many seconds from now; return the deadline."""
         deadline = asyncio.get_running_loop().time() + seconds
         self.deadline = deadline if self.deadline is None else min(self.deadline, deadline)
-
-    async def _outlast(self, future: SettlingFuture[Any]) -> None:
-        if self.deadline is not None:
-            future.give_up_at(self.deadline)
-        with CancelScope(shield=True):
-            try:
-                await future
-            except asyncio.CancelledError:
-                pass  # cancelled once more: one is delivered
-            except Exception:  # noqa: BLE001, S110 - it is in the future, and raised from there
-                pass
+        return self.deadline
 
     def request_again(self) -> None:
         """Do not deliver the cancellation, but request it again: an error of the body goes first.
@@ -188,6 +165,16 @@ class HeldOff:
         task = asyncio.current_task()
         if cancellation is not None and task is not None:
             asyncio.get_running_loop().call_soon(_cancel_again, task, cancellation.args)
+
+
+async def _outlast(future: SettlingFuture[Any]) -> None:
+    with CancelScope(shield=True):
+        try:
+            await future
+        except asyncio.CancelledError:
+            pass  # cancelled once more: one is delivered
+        except Exception:  # noqa: BLE001, S110 - it is in the future, and raised from there
+            pass
 
 
 def _cancel_again(task: asyncio.Task[Any], args: tuple[Any, ...]) -> None:

@@ -141,8 +141,7 @@ class Claim:
         if self._renews:
             task = asyncio.current_task()
             is_body_alive = is_body_alive or (lambda: task is None or not task.done())
-            self._renewal = Renewal(self, is_body_alive=is_body_alive)
-            self._renewal.start(renewals, at=self.next_renewal_at())
+            self._renewal = Renewal(self, renewals, is_body_alive=is_body_alive)
         if answer.taken_over:
             self._reporter.report(EventKind.TAKEN_OVER, fence=self.record.fence)
 

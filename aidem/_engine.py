@@ -206,7 +206,7 @@ class Call:
                 raise IdempotencyValidationError(record=record)
             case Step.IN_DOUBT:
                 raise IdempotencyInDoubtError(record=record)
-            case Step.WAIT:
+            case _:  # Step.WAIT
                 flight.publish(record, lease_deadline=None)
                 await self._pause(record, flight, now=now)
 

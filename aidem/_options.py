@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from typing import TYPE_CHECKING, Any, Final, Literal, cast, get_args
+from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 
 from aidem import _key
 from aidem.exceptions import IdempotencyConfigError
@@ -12,7 +12,7 @@ from aidem.hooks import IdempotencyHook
 from aidem.persistence import PersistenceLayer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     from aidem.config import IdempotencyConfig
 
@@ -128,7 +128,7 @@ def _check_jmespath_options(options: Mapping[str, Any] | None) -> None:
         from jmespath.functions import Functions
 
         try:
-            functions: object = Options(**options).custom_functions
+            functions: Any = vars(Options(**options))["custom_functions"]
         except TypeError as exc:
             raise refused("jmespath_options", repr(options), "keyword arguments of jmespath.Options") from exc
         if not (functions is None or isinstance(functions, Functions)):
@@ -157,7 +157,12 @@ def _is_not_negative(value: Any) -> bool:
 
 
 def _is_tuple_of(is_allowed: Check) -> Check:
-    return lambda value: isinstance(value, tuple) and all(map(is_allowed, cast("tuple[Any, ...]", value)))
+    return lambda value: isinstance(value, tuple) and all(is_allowed(item) for item in _items(value))
+
+
+def _items(value: Any) -> Iterable[Any]:
+    items: Iterable[Any] = value  # a tuple of whatever the user has put there
+    return items
 
 
 def _is_exception_type(value: object) -> bool:

@@ -38,18 +38,15 @@ class Renewable(Protocol):
 class Renewal:
     """Renews one claim."""
 
-    __slots__ = ("_claim", "_is_body_alive", "_renewals", "_task")
+    __slots__ = ("_claim", "_is_body_alive", "_is_stopped", "_renewals", "_task")
 
-    def __init__(self, claim: Renewable, *, is_body_alive: Callable[[], bool]) -> None:
+    def __init__(self, claim: Renewable, renewals: Renewals, *, is_body_alive: Callable[[], bool]) -> None:
         self._claim = weakref.ref(claim)
-        self._is_body_alive = is_body_alive
-        self._renewals: Renewals | None = None
-        self._task: asyncio.Task[None] | None = None
-
-    def start(self, renewals: Renewals, *, at: float) -> None:
-        """Renew from then on, in seconds of the loop's clock."""
         self._renewals = renewals
-        renewals.watch(self, at=at)
+        self._is_body_alive = is_body_alive
+        self._is_stopped = False
+        self._task: asyncio.Task[None] | None = None
+        renewals.watch(self, at=claim.next_renewal_at())
 
     def wake(self) -> None:
         """Begin to renew."""
@@ -58,9 +55,8 @@ class Renewal:
 
     def stop(self) -> asyncio.Task[None] | None:
         """Renew no more; return the task that still settles a renewal under way, if there is one."""
-        if self._renewals is not None:
-            self._renewals.forget(self)
-            self._renewals = None
+        self._is_stopped = True
+        self._renewals.forget(self)
         if self._task is None or self._task.done():
             return None
         self._task.cancel()
@@ -69,7 +65,7 @@ class Renewal:
     def _find(self) -> Renewable | None:
         """Return the claim if it is held and its body runs in this process."""
         claim = self._claim()
-        if self._renewals is None or claim is None or not claim.is_of_this_process() or not self._is_body_alive():
+        if claim is None or self._is_stopped or not self._is_body_alive() or not claim.is_of_this_process():
             return None
         return claim
 

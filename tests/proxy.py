@@ -10,7 +10,7 @@
 Faults hold for every connection, open or new, until `heal`:
 
 - `proxy.drop(requests=True)`, `proxy.drop(replies=True)`: throw away what comes from that side; both may be given.
-- `proxy.delay(seconds)`: everything arrives that much later, both ways, in order.
+- `proxy.delay(seconds)`: everything arrives at least that much later, both ways, in order.
 - `proxy.hold()`: nothing passes in either direction; `heal` lets what was held through.
 - `proxy.cut()`: end all open connections now, once; `proxy.refuse()`: and every new one too.
 - `proxy.cut_after_reply_is_dropped()`: throw away the next reply, then end its connection: applied, reply lost.
@@ -83,7 +83,10 @@ class Proxy:
     # --- Faults -----------------------------------------------------------------------------------------------------
 
     def drop(self, *, requests: bool = False, replies: bool = False) -> None:
-        self._dropping |= ({"requests"} if requests else set()) | ({"replies"} if replies else set())
+        if requests:
+            self._dropping.add("requests")
+        if replies:
+            self._dropping.add("replies")
 
     def delay(self, seconds: float) -> None:
         self._delay_seconds = seconds

@@ -88,7 +88,7 @@ def test_a_config_is_frozen_keyword_only_and_has_no_other_fields() -> None:
     with pytest.raises(TypeError, match="unknown"):
         IdempotencyConfig(unknown=1)  # type: ignore[call-arg]
     with pytest.raises(TypeError, match="positional"):
-        IdempotencyConfig("id")  # type: ignore[misc]
+        IdempotencyConfig("id")  # type: ignore[call-arg]
 
 
 @dataclasses.dataclass
@@ -311,7 +311,7 @@ def test_threads_that_use_the_default_first_get_the_same_layer(monkeypatch: pyte
         sys.setswitchinterval(before)
 
 
-async def test_without_any_setting_records_are_in_a_file_of_the_working_directory_and_its_path_is_logged_once(
+def test_without_any_setting_records_are_in_a_file_of_the_working_directory_and_its_path_is_logged_once(
     forgotten: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -323,9 +323,13 @@ async def test_without_any_setting_records_are_in_a_file_of_the_working_director
     assert [(record.levelname, record.name) for record in caplog.records] == [("WARNING", "aidem")]
     assert str(tmp_path / "aidem.sqlite3") in caplog.text
     assert list(tmp_path.iterdir()) == []  # nothing is opened before the first use
+    asyncio.run(use(layer))
+    assert (tmp_path / "aidem.sqlite3").exists()
+
+
+async def use(layer: SQLitePersistenceLayer) -> None:
     async with layer, idempotency("key") as execution:
         assert not execution.replayed
-    assert (tmp_path / "aidem.sqlite3").exists()
 
 
 def test_on_lambda_the_default_is_refused(forgotten: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -373,8 +377,8 @@ async def test_a_registered_lambda_context_sets_the_lease_of_its_task_alone() ->
         await asyncio.sleep(0)
         return await leases_of(config, layer)
 
-    assert await asyncio.gather(invocation(by_config=True)) == [10]
-    assert await asyncio.gather(invocation(by_config=False)) == [10]
+    assert await asyncio.create_task(invocation(by_config=True)) == 10
+    assert await asyncio.create_task(invocation(by_config=False)) == 10
     assert await leases_of(config, layer) == 30
 
 

@@ -1,10 +1,11 @@
 """`async with idempotency(...)`: what a block runs, records and replays, and what it refuses."""
 
-# ruff: noqa: PT012, PT031 - what is under test is a block, and its body belongs to it
+# ruff: noqa: PT031 - what is under test is a block, and its body belongs to it
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -200,7 +201,8 @@ async def test_a_block_that_looks_at_replayed_runs_once(till: Till) -> None:
 async def test_after_the_block_the_result_is_what_a_replay_gets() -> None:
     async with idempotency("key") as execution:
         assert execution.result is None
-        execution.result = result = {1: (2, 3)}
+        result: Any = {1: (2, 3)}
+        execution.result = result
         assert execution.result is result
     assert execution.result == {"1": [2, 3]}
 
@@ -392,6 +394,41 @@ async def test_a_block_that_handed_out_the_winners_result_is_content(till: Till,
     assert execution.result == {"receipt": 1}
 
 
+async def test_a_block_whose_stored_exception_does_not_count_says_that_another_outcome_does(
+    till: Till, layer: MemoryPersistenceLayer
+) -> None:
+    config = IdempotencyConfig(stored_exceptions=(LookupError,))
+    error = LookupError("declined")
+    with pytest.raises(IdempotencyLeaseLostError, match="has another outcome") as caught:
+        async with idempotency("key", config=config) as execution:
+            assert not execution.replayed
+            await take_over(layer, '"the winner\'s"')
+            raise error
+    assert caught.value.__cause__ is error
+
+
+async def test_a_block_that_swallows_the_failure_of_run_has_no_result_to_record(
+    till: Till, layer: MemoryPersistenceLayer
+) -> None:
+    till.error = LookupError("declined")
+    with pytest.raises(IdempotencyUsageError, match="swallowed its exception"):
+        async with idempotency("key") as execution:
+            with contextlib.suppress(LookupError):
+                await execution.run(till.charge, ORDER)
+    assert stored(layer) == []
+
+
+async def test_a_block_may_set_another_result_after_a_failure_of_run(till: Till) -> None:
+    till.error = LookupError("declined")
+    async with idempotency("key") as execution:
+        try:
+            await execution.run(till.charge, ORDER)
+        except LookupError:
+            execution.result = "declined"
+    async with idempotency("key") as execution:
+        assert execution.result == "declined"
+
+
 # --- Keys and payloads ------------------------------------------------------------------------------------------------
 
 
@@ -535,7 +572,8 @@ async def test_an_async_response_hook_is_awaited_by_run_and_result_says_so(till:
     async with idempotency("order-7", config=config) as execution:
         with pytest.raises(IdempotencyUsageError, match=r"await execution\.run"):
             _ = execution.result
-        assert await execution.run(till.charge, ORDER) == [{"receipt": 1}]
+        charge: Any = till.charge
+        assert await execution.run(charge, ORDER) == [{"receipt": 1}]
         assert execution.result == [{"receipt": 1}]
 
 
@@ -550,7 +588,8 @@ async def test_a_response_hook_that_answers_another_awaitable_is_awaited_too(til
     async with idempotency("order-7", config=config) as execution:
         with pytest.raises(IdempotencyUsageError, match="response_hook is async"):
             _ = execution.result
-        assert await execution.run(till.charge, ORDER) == "hooked"
+        charge: Any = till.charge
+        assert await execution.run(charge, ORDER) == "hooked"
 
 
 # --- Execution --------------------------------------------------------------------------------------------------------

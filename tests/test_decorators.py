@@ -18,6 +18,7 @@ from pydantic import BaseModel
 
 from aidem import (
     IdempotencyConfig,
+    RecordStatus,
     configure,
     current_execution,
     idempotency,
@@ -281,7 +282,7 @@ async def test_two_durable_replays_at_the_same_instant_are_one_execution(clock: 
     gate, runs = asyncio.Event(), list[Any]()
     handler = durable_handler(gate, runs)
     layer = Rendezvous(clock=clock)
-    configure(persistence_store=layer)  # type: ignore[arg-type]
+    configure(persistence_store=layer)
     first = await started(handler({"id": 1, "attempt": "first"}, DurableContext(operations=1)))
     layer.barrier = asyncio.Barrier(2)
     replays = [
@@ -648,7 +649,7 @@ async def test_a_call_with_wrong_arguments_is_a_type_error_and_takes_no_key(laye
 
     for call, arguments in ((everything, {}), (named, {"shop": 1}), (named, {"order": 1}), (computed, {"orders": 1})):
         with pytest.raises(TypeError, match="argument"):
-            await call(**arguments)  # type: ignore[operator]
+            await call(**arguments)
     assert stored(layer) == []
 
 
@@ -666,6 +667,22 @@ async def test_a_failing_body_gives_the_key_back_and_its_exception_is_the_same_o
         await charge(1)
     assert caught.value is first
     assert await charge(1) == "charged"
+
+
+@pytest.mark.parametrize("error", [None, LookupError("declined")], ids=["result", "stored exception"])
+async def test_a_call_that_lost_its_claim_hands_out_the_winners_outcome(
+    error: Exception | None, layer: MemoryPersistenceLayer
+) -> None:
+    @idempotent_function(config=IdempotencyConfig(stored_exceptions=(LookupError,)))
+    async def charge(order: int) -> str:
+        (record,) = stored(layer)
+        winner = record.replace(owner="winner", status=RecordStatus.COMPLETED, response_data='"the winner\'s"')
+        layer._records[record.idempotency_key] = winner
+        if error is not None:
+            raise error
+        return "the loser's"
+
+    assert await charge(1) == await charge(1) == "the winner's"
 
 
 async def test_nested_idempotent_functions_on_one_layer_keep_their_own_results(layer: MemoryPersistenceLayer) -> None:

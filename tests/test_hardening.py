@@ -10,6 +10,9 @@ import anyio
 import pytest
 
 from aidem import IdempotencyConfig, RecordStatus, current_execution, idempotency, idempotent, idempotent_function
+from aidem._cancellation import HeldOff, SettlingFuture
+from aidem._engine import Call
+from aidem._plan import Key, Plan
 from aidem.exceptions import (
     IdempotencyAlreadyInProgressError,
     IdempotencyInDoubtError,
@@ -323,7 +326,7 @@ def test_a_coroutine_closed_after_its_loop_wakes_nobody() -> None:
     for task in tasks:
         task._log_destroy_pending = False  # type: ignore[attr-defined]
     for coroutine in coroutines:
-        coroutine.close()  # type: ignore[union-attr]
+        coroutine.close()
 
 
 async def test_a_failing_release_never_replaces_the_error_of_the_claim() -> None:
@@ -493,7 +496,7 @@ async def test_run_takes_a_function_that_turns_out_not_to_be_async() -> None:
 
     async def pay() -> Any:
         async with idempotency("k", persistence_store=layer) as execution:
-            return await execution.run(charge)  # type: ignore[arg-type]
+            return await execution.run(charge)
 
     assert await pay() == await pay() == {"receipt": 1}
     assert calls == [1]
@@ -520,3 +523,30 @@ async def test_a_block_may_turn_the_failure_of_run_into_a_result() -> None:
                 execution.result = "declined"
         assert execution.result == "declined"
     assert len(till.charges) == 1
+
+
+async def test_a_background_release_that_fails_is_logged(caplog: Any) -> None:
+    layer, till = PlannedLayer().plan("release", Fault(error=NO_ROUTE)), Till()
+    coroutine = made_idempotent(till.charge, layer)(ORDER)
+    coroutine.send(None)
+    coroutine.close()
+    await asyncio.sleep(1)
+    assert "it lapses with its lease: IdempotencyPersistenceConnectionError" in caplog.text
+
+
+async def test_a_future_that_is_done_already_is_an_answer() -> None:
+    future: SettlingFuture[int] = SettlingFuture(loop=asyncio.get_running_loop())
+    future.settle(1)
+    future.settle(2)
+    future.fail(ValueError())
+    with HeldOff() as held_off:
+        assert await held_off.settle(future) == 1
+
+
+async def test_a_call_without_a_record_or_claim_says_so() -> None:
+    plan = Plan(layer=PlannedLayer(), config=IdempotencyConfig(), function="f", prefix="f")
+    call = Call(plan, Key(""))
+    with pytest.raises(IdempotencyUsageError, match="no record"):
+        call.held_record()
+    with pytest.raises(IdempotencyUsageError, match="no claim"):
+        await call.complete("1")

@@ -35,7 +35,11 @@ def layer(clock: FakeClock) -> PlannedLayer:
 
 
 def charger(layer: Any, till: Till, **settings: Any) -> Any:
-    options = {"use_local_cache": True, "event_key_jmespath": "id", "expires_after_seconds": 60} | settings
+    options: dict[str, Any] = {
+        "use_local_cache": True,
+        "event_key_jmespath": "id",
+        "expires_after_seconds": 60,
+    } | settings
     config = IdempotencyConfig(**options)
     return idempotent_function(
         data_keyword_argument="order", persistence_store=layer, config=config, key_prefix="charge"

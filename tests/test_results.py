@@ -144,7 +144,7 @@ class Line(BaseModel):
 class Receipt(BaseModel):
     model_config = ConfigDict(populate_by_name=True)
 
-    number: int = Field(alias="receiptNumber")
+    number: int = Field(validation_alias="receiptNumber", serialization_alias="receiptNumber")
     at: datetime.datetime
     lines: list[Line]
     note: str | None = None

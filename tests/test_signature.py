@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from aidem import IdempotencyConfig, idempotent_function
+from aidem._signature import Target
 from aidem.exceptions import IdempotencyConfigError, IdempotencyKeyError, IdempotencyWarning
 from aidem.persistence.memory import MemoryPersistenceLayer
 
@@ -118,6 +119,14 @@ async def test_a_named_payload_that_is_missing_runs_without_idempotency_and_warn
         with pytest.warns(IdempotencyWarning, match="no idempotency key was found for .*charge"):
             assert await charge() == expected
     assert len(keys) == 0
+
+
+def test_where_ordinary_functions_are_decorated_an_async_one_is_refused() -> None:
+    async def charge() -> None: ...
+
+    with pytest.raises(TypeError, match=r"charge is an async function; .*aidem\.idempotent_function"):
+        Target(charge, decorator="idempotent_function", key_prefix=None, is_async=False)
+    assert Target(print, decorator="idempotent_function", key_prefix=None, is_async=False).name == "builtins.print"
 
 
 # --- key= -------------------------------------------------------------------------------------------------------------

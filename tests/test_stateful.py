@@ -44,6 +44,7 @@ SPANS = st.sampled_from(
         LEASE_SECONDS - 0.001,
         LEASE_SECONDS,
         LEASE_SECONDS + 0.001,
+        LEASE_SECONDS + 1.0,
         WAIT_SECONDS,
         KEPT_SECONDS - 1.0,
         KEPT_SECONDS,
@@ -53,8 +54,8 @@ SPANS = st.sampled_from(
 VERDICTS = st.sampled_from(["returned", "returned", "refused", "declined", "confirmed"])
 OPERATIONS = st.sampled_from(["acquire", "complete", "renew", "release"])
 PROCESS = st.integers(0, PROCESSES - 1)
-KEYS = st.sampled_from("aab")
-FAULTS = st.sampled_from([None, None, *Fault])
+KEYS = st.sampled_from("aaab")
+FAULTS = st.sampled_from([None, None, None, *Fault])
 ANY = st.integers(min_value=0, max_value=99)
 
 
@@ -107,6 +108,7 @@ class Machine(RuleBasedStateMachine):
         self.world.cancel(caller)
         self.world.settle()
 
+    @precondition(lambda self: self.world.running)
     @rule(process=PROCESS)
     def kill_a_process(self, process: int) -> None:
         self.world.kill(process)
@@ -121,24 +123,15 @@ class Machine(RuleBasedStateMachine):
             process.faults[operation] = fault
 
     @precondition(lambda self: self.world.held)
-    @rule(which=ANY)
-    def deliver_what_is_held(self, which: int) -> None:
-        self.world.deliver(_pick(self.world.held, which))
+    @rule(which=ANY, is_lost=st.sampled_from([False, False, True]))
+    def end_what_is_held(self, which: int, is_lost: bool) -> None:
+        held = _pick(self.world.held, which)
+        self.world.drop(held) if is_lost else self.world.deliver(held)
         self.world.settle()
 
-    @precondition(lambda self: self.world.held)
-    @rule(which=ANY)
-    def lose_what_is_held(self, which: int) -> None:
-        self.world.drop(_pick(self.world.held, which))
-        self.world.settle()
-
-    @rule(seconds=SPANS)
-    def pass_time(self, seconds: float) -> None:
-        self.world.pass_time(seconds)
-
-    @rule(seconds=SPANS)
-    def jump(self, seconds: float) -> None:
-        self.world.jump(seconds)
+    @rule(seconds=SPANS, is_abrupt=st.booleans())
+    def pass_time(self, seconds: float, is_abrupt: bool) -> None:
+        self.world.jump(seconds) if is_abrupt else self.world.pass_time(seconds)
 
     def teardown(self) -> None:
         try:

@@ -1,0 +1,70 @@
+"""The record and the errors: values that can be compared, copied, sent to another process and logged."""
+
+from __future__ import annotations
+
+import copy
+import datetime
+import pickle
+import time
+
+import pytest
+
+from aidem import DataRecord, RecordStatus
+from aidem._record import OutcomeKind
+from aidem.exceptions import IdempotencyAlreadyInProgressError, IdempotencyError
+
+RECORD = DataRecord(
+    idempotency_key="pay#1",
+    status=RecordStatus.COMPLETED,
+    expiry_timestamp=1_700_000_000,
+    response_data='{"secret": 1}',
+    owner="token",
+    fence=3,
+)
+
+
+def test_a_record_is_immutable() -> None:
+    with pytest.raises(AttributeError, match=r"record.replace\(fence=...\)"):
+        RECORD.fence = 4
+    with pytest.raises(AttributeError, match="cannot delete"):
+        del RECORD.fence
+
+
+def test_records_are_compared_by_value() -> None:
+    same = RECORD.replace()
+    assert same == RECORD
+    assert hash(same) == hash(RECORD)
+    assert RECORD.replace(fence=4) != RECORD
+    assert RECORD != "pay#1"
+
+
+def test_a_record_survives_copies_and_pickles() -> None:
+    assert copy.deepcopy(RECORD) == pickle.loads(pickle.dumps(RECORD)) == RECORD
+
+
+def test_a_record_never_prints_its_result() -> None:
+    assert "secret" not in repr(RECORD)
+    assert "fence=3" in repr(RECORD)
+
+
+def test_expiry_as_powertools_has_it() -> None:
+    assert RECORD.is_expired
+    assert not RECORD.replace(expiry_timestamp=int(time.time()) + 60).is_expired
+    assert not RECORD.replace(expiry_timestamp=None).is_expired
+    assert RECORD.get_expiration_datetime() == datetime.datetime.fromtimestamp(1_700_000_000, tz=datetime.UTC)
+    assert RECORD.replace(expiry_timestamp=None).get_expiration_datetime() is None
+
+
+def test_the_result_as_powertools_has_it() -> None:
+    assert RECORD.response_json_as_dict() == {"secret": 1}
+    assert RECORD.replace(response_data=None).response_json_as_dict() is None
+    assert RECORD.replace(outcome=OutcomeKind.UNAVAILABLE).response_json_as_dict() is None
+
+
+def test_an_error_keeps_its_facts_in_copies_and_pickles() -> None:
+    error = IdempotencyAlreadyInProgressError(key="pay#1", record=RECORD, retry_after_seconds=1.0)
+    for twin in (copy.copy(error), pickle.loads(pickle.dumps(error))):
+        assert type(twin) is IdempotencyAlreadyInProgressError
+        assert (twin.key, twin.record, twin.retry_after_seconds) == ("pay#1", RECORD, 1.0)
+        assert str(twin) == str(error)
+        assert isinstance(twin, IdempotencyError)
