@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from dataclasses import replace
 from typing import Any
 
 import anyio
@@ -23,6 +24,7 @@ from aidem.exceptions import (
     IdempotencyUsageError,
 )
 from aidem.hooks import EventKind
+from aidem.persistence import Blocked
 from tests.support import VIRTUAL_TIME, Fault, Listener, PlannedLayer, SettlingLayer, Till
 
 ORDER = {"id": 7}
@@ -117,7 +119,8 @@ async def test_a_follower_does_not_run_again_because_its_leaders_completion_fail
     charge = made_idempotent(
         till.charge, layer, on_persistence_error="run", wait_timeout_seconds=20, lease_seconds=60, renew_lease=False
     )
-    first, second = await asyncio.gather(charge(ORDER), charge(ORDER), return_exceptions=True)
+    results: list[Any] = await asyncio.gather(charge(ORDER), charge(ORDER), return_exceptions=True)
+    first, second = results
     assert isinstance(first, IdempotencyPersistenceConnectionError)
     assert isinstance(second, IdempotencyAlreadyInProgressError)
     assert len(till.charges) == 1
@@ -550,3 +553,35 @@ async def test_a_call_without_a_record_or_claim_says_so() -> None:
         call.held_record()
     with pytest.raises(IdempotencyUsageError, match="no claim"):
         await call.complete("1")
+
+
+async def test_a_loser_whose_winner_gave_the_key_back_raises() -> None:
+    class GivenBack(PlannedLayer):
+        async def get(self, key: str) -> Any:
+            return None
+
+    layer, till = GivenBack(), Till()
+    till.seconds = 60
+    task = asyncio.ensure_future(made_idempotent(till.charge, layer, renew_lease=False)(ORDER))
+    await asyncio.sleep(31)
+    await made_idempotent(Till().charge, other_process(layer))(ORDER)
+    with pytest.raises(IdempotencyLeaseLostError, match="given back"):
+        await task
+
+
+async def test_where_clients_clocks_judge_a_claim_is_in_doubt_only_after_the_skew() -> None:
+    class JudgedByClients(PlannedLayer):
+        async def acquire(self, record: Any, *, now: float, max_clock_skew_seconds: float = 0.0) -> Any:
+            answer = await super().acquire(record, now=now)
+            return replace(answer, now=None) if isinstance(answer, Blocked) else answer
+
+    layer, till = JudgedByClients(), Till()
+    till.seconds = 100
+    owner = asyncio.ensure_future(made_idempotent(till.charge, layer, on_abandoned="raise", renew_lease=False)(ORDER))
+    await asyncio.sleep(31)
+    with pytest.raises(IdempotencyAlreadyInProgressError):
+        await made_idempotent(till.charge, layer, max_clock_skew_seconds=5)(ORDER)
+    await asyncio.sleep(5)
+    with pytest.raises(IdempotencyInDoubtError):
+        await made_idempotent(till.charge, layer, max_clock_skew_seconds=5)(ORDER)
+    owner.cancel()

@@ -30,6 +30,7 @@ T = TypeVar("T")
 APPLICATION_ID: Final = int.from_bytes(b"aide")
 SCHEMA_VERSION: Final = 1
 SMALLEST_DATABASE: Final = 512
+PAGES_IN_LOG: Final = 4000  # 16 MB
 RETRY_SECONDS: Final = (0.0002, 0.002)
 
 # Whoever closes a descriptor of a file drops all locks that its process has on it, SQLite's too: so a file is created,
@@ -184,6 +185,8 @@ class DatabaseFile:
         self._switch_to_wal(connection)
         connection.execute("PRAGMA synchronous = FULL")
         connection.execute("PRAGMA fullfsync = ON")  # macOS: fsync alone does not reach the disk
+        # Claims of a large file touch pages all over it: the more of them gather in the log, the less is written twice.
+        connection.execute(f"PRAGMA wal_autocheckpoint = {PAGES_IN_LOG}")
         self._make_schema(connection)
 
     def _make_schema(self, connection: sqlite3.Connection) -> None:

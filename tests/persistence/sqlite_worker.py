@@ -97,7 +97,7 @@ def fork(path: str) -> None:
         for number in itertools.takewhile(lambda _: not stop.is_set(), itertools.count()):
             await asyncio.gather(*(claim(layer, f"thread-{number}-{part}") for part in range(8)))
 
-    writer = threading.Thread(target=asyncio.run, args=[keep_writing()])
+    writer = threading.Thread(target=asyncio.run, args=[keep_writing()], daemon=True)
     writer.start()
     for number in range(20):
         child = os.fork()

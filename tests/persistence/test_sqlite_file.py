@@ -113,6 +113,11 @@ def test_every_commit_reaches_the_disk(path: Path) -> None:
         assert connection.execute("PRAGMA fullfsync").fetchone() == (1,)
 
 
+def test_the_log_is_bounded(path: Path) -> None:
+    with closing(DatabaseFile(path, busy_timeout_seconds=1).connect()) as connection:
+        assert connection.execute("PRAGMA wal_autocheckpoint").fetchone() == (_sqlite_file.PAGES_IN_LOG,)
+
+
 def test_an_empty_file_is_filled(layer: SQLitePersistenceLayer, path: Path) -> None:
     path.touch(0o640)
     use(layer)
