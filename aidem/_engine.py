@@ -196,31 +196,28 @@ class Call:
         if now is None:  # judged by the clock of whoever asks, so its writer's may be behind
             now = self.plan.clock() - self.plan.config.max_clock_skew_seconds
         step = _state.next_step(record, payload_hash=self.key.payload_hash, now=now)
-        if step in {Step.WAIT, Step.IN_DOUBT} and await self._supersede(record, now=now):
-            return
         match step:
             case Step.REPLAY:
                 self._end(record)
                 self._replay(record)
             case Step.MISMATCH:
                 raise IdempotencyValidationError(record=record)
+            case _ if self.supersedes:
+                await self._supersede(record, now=now)
             case Step.IN_DOUBT:
                 raise IdempotencyInDoubtError(record=record)
             case _:  # Step.WAIT
                 flight.publish(record, lease_deadline=None)
                 await self._pause(record, flight, now=now)
 
-    async def _supersede(self, record: DataRecord, *, now: float) -> bool:
+    async def _supersede(self, record: DataRecord, *, now: float) -> None:
         """Take the claim from the attempt that a durable function replays, once, so that one of two replays wins."""
-        if not self.supersedes:
-            return False
         self.supersedes = False
         if record.owner is None:
             raise self._patience.in_progress(record, now=now)  # nobody could tell whose it is
         release = self.plan.layer.release
         with HeldOff() as held_off:
             await ask(lambda: release(record), held_off=held_off, key=self.key.text, effect=NOTHING_RUN)
-        return True
 
     async def _pause(self, record: DataRecord, flight: Flight, *, now: float) -> None:
         await self._patience.pause(record, polls=flight.polls, now=now)

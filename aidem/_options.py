@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 
 from aidem import _key
@@ -48,13 +49,19 @@ def kind_of(value: object) -> str:
 
 
 def _is_layer(value: object) -> bool:
-    if isinstance(value, type) or not isinstance(value, PersistenceLayer):
+    cls = type(value)
+    if isinstance(value, type) or not (_has_operations(cls) or isinstance(value, PersistenceLayer)):
         return False
     try:
         hash(weakref.ref(value))
     except TypeError:
         return False
     return True
+
+
+@lru_cache(maxsize=64)  # a protocol of ten methods takes 20 µs to check, and every block is checked
+def _has_operations(cls: type) -> bool:
+    return issubclass(cls, PersistenceLayer)
 
 
 def _is_serializer(value: object) -> bool:

@@ -131,7 +131,9 @@ def _named(signature: inspect.Signature, name: str, target: Target) -> FindKey:
             return plan.key(args[position])
         if parameter.kind is not parameter.POSITIONAL_ONLY and name in kwargs:
             return plan.key(kwargs[name])
-        return plan.key(_bound(signature, args, kwargs)[name])  # its default, *args or **kwargs, or a TypeError
+        if parameter.default is not parameter.empty:
+            return plan.key(parameter.default)
+        return plan.key(_bound(signature, args, kwargs)[name])  # *args or **kwargs, or a TypeError
 
     return find_key
 

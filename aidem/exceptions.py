@@ -99,6 +99,9 @@ class IdempotencyAlreadyInProgressError(IdempotencyError):
 class IdempotencyInDoubtError(IdempotencyError):
     """The owner of the claim vanished, and `on_abandoned="raise"` forbids to run the function again."""
 
+    key: str  # pyright: ignore[reportIncompatibleVariableOverride] - always there
+    record: DataRecord  # pyright: ignore[reportIncompatibleVariableOverride] - always there
+
     def __init__(self, *, record: DataRecord) -> None:
         super().__init__(
             f"the execution with idempotency key {record.idempotency_key!r} was abandoned and its effect may have "

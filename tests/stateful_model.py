@@ -243,7 +243,11 @@ class Judge:
             live = [(o.number, o.is_refusal) for o in self._outcomes[call.key] if o.until >= int(call.started_at)]
             is_own = is_refusal and any(run.number == number for run in call.runs)  # the body's exception always wins
             kept = is_own or (number, is_refusal) in live
-            self._check("P1: who gets an outcome gets the recorded one", kept=kept, about=(answer, live, self._outcomes[call.key], call))
+            self._check(
+                "P1: who gets an outcome gets the recorded one",
+                kept=kept,
+                about=(answer, live, self._outcomes[call.key], call),
+            )
         else:
             kept = self._may_raise(call, answer, faults=faults)
             self._check("an error says what happened", kept=kept, about=(repr(answer), call))

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 EPOCH = 1_700_000_000.0
 
 
-class _JumpingSelector(selectors.DefaultSelector):  # type: ignore[misc,valid-type]
+class _JumpingSelector(selectors.DefaultSelector):
     """Instead of waiting for a timer, jumps to it; I/O that is ready comes first."""
 
     virtual_time = 0.0

@@ -238,7 +238,7 @@ async def test_a_result_that_cannot_be_stored_stays_with_the_first_block() -> No
 
 async def test_setting_the_result_of_a_replay_is_refused(till: Till) -> None:
     await charge_step_by_step(till)
-    with pytest.raises(IdempotencyUsageError, match=r"if not execution\.replayed"):
+    with pytest.raises(IdempotencyUsageError, match=r"this is a replay, .*if not execution\.replayed"):
         async with idempotency("order-7") as execution:
             execution.result = await till.charge(ORDER)
     async with idempotency("order-7") as execution:

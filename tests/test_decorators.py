@@ -786,10 +786,12 @@ async def test_what_configure_says_later_is_used_by_functions_that_were_called_b
     async def charge(order: int) -> None: ...
 
     await charge(1)
-    configure(persistence_store=other, config=IdempotencyConfig(expires_after_seconds=5))
+    configure(persistence_store=other)
     await charge(1)
-    (record,) = stored(other)
-    assert record.expiry_timestamp == int(clock() + 5)
+    assert len(stored(other)) == 1
+    configure(persistence_store=other, config=IdempotencyConfig(expires_after_seconds=5))
+    await charge(2)
+    assert stored(other)[1].expiry_timestamp == int(clock() + 5)
 
 
 # --- current_execution ------------------------------------------------------------------------------------------------

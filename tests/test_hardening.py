@@ -119,7 +119,7 @@ async def test_a_follower_does_not_run_again_because_its_leaders_completion_fail
     charge = made_idempotent(
         till.charge, layer, on_persistence_error="run", wait_timeout_seconds=20, lease_seconds=60, renew_lease=False
     )
-    results: list[Any] = await asyncio.gather(charge(ORDER), charge(ORDER), return_exceptions=True)
+    results: Any = await asyncio.gather(charge(ORDER), charge(ORDER), return_exceptions=True)
     first, second = results
     assert isinstance(first, IdempotencyPersistenceConnectionError)
     assert isinstance(second, IdempotencyAlreadyInProgressError)

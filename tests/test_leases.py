@@ -515,5 +515,5 @@ async def test_a_key_in_doubt_is_resolved_by_releasing_completing_or_forgetting_
     assert await idempotent_charge(layer, Till().charge)(ORDER) == {"receipt": 9}
 
     layer, error = await doubt()
-    await layer.forget(error.key)
+    await layer.forget(str(error.key))
     assert await idempotent_charge(layer, Till().charge)(ORDER) == {"receipt": 1}

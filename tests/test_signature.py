@@ -50,6 +50,9 @@ async def test_a_named_payload_may_be_positional_only_keyword_only_or_a_collecti
     async def positional_only(order: int, /, **order_options: Any) -> Any:
         return [order, order_options]
 
+    async def with_default(order: int = 5, /, **order_options: Any) -> Any:
+        return [order, *order_options.values()]
+
     async def keyword_only(*, order: int) -> Any:
         return order
 
@@ -58,6 +61,8 @@ async def test_a_named_payload_may_be_positional_only_keyword_only_or_a_collecti
 
     charge = keys.decorate(positional_only, data_keyword_argument="order")
     assert await charge(1) == await charge(1, order=2) == [1, {}]
+    charge = keys.decorate(with_default, data_keyword_argument="order")
+    assert await charge(order=8) == await charge(5) == [5, 8]
     charge = keys.decorate(keyword_only, data_keyword_argument="order")
     assert await charge(order=3) == 3
     charge = keys.decorate(collected, data_keyword_argument="orders")

@@ -1,0 +1,133 @@
+"""The DynamoDB client of a layer: given, or one of its own for every event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any, Final, TypeAlias, cast
+
+import aiobotocore.session
+from aiobotocore.config import AioConfig
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Callable
+    from contextlib import AbstractAsyncContextManager
+
+Connect: TypeAlias = "Callable[[], AbstractAsyncContextManager[Any]]"
+
+POOL_CONNECTIONS: Final = 256
+"""How many requests may be under way at once; connections are made as they are needed."""
+
+
+def config_of(boto_config: Any | None) -> Any:
+    """Return the settings of a client of our own; what the user sets wins.
+
+    Each request is as cheap as it can be with its signature, retries and errors: it needs no validation, as it is
+    built here, and a user agent that is fixed need not be put together anew.
+    """
+    config: Any = AioConfig(
+        parameter_validation=False,
+        max_pool_connections=POOL_CONNECTIONS,
+        user_agent=f"aidem/{version('aidem')} aiobotocore/{version('aiobotocore')} botocore/{version('botocore')}",
+    )
+    if boto_config is not None:
+        config = config.merge(boto_config)
+        for name in ("connector_args", "http_session_cls"):  # not every version of aiobotocore merges its own settings
+            if hasattr(boto_config, name):
+                setattr(config, name, getattr(boto_config, name))
+    return config
+
+
+def connect_with(session: Any | None, boto_config: Any | None) -> Connect:
+    """Return what makes a client: by an `aioboto3.Session`, or by aiobotocore, on which aioboto3 is built."""
+
+    def connect() -> AbstractAsyncContextManager[Any]:
+        config = config_of(boto_config)
+        if session is not None:
+            client: AbstractAsyncContextManager[Any] = session.client("dynamodb", config=config)
+            return client
+        own_session: Any = cast("Any", aiobotocore.session).get_session()
+        own_client: AbstractAsyncContextManager[Any] = own_session.create_client("dynamodb", config=config)
+        return own_client
+
+    return connect
+
+
+class GivenClient:
+    """A client that was passed in: never closed here."""
+
+    def __init__(self, client: Any) -> None:
+        self._client = client
+
+    async def get(self) -> Any:
+        """Return it."""
+        return self._client
+
+    async def aclose(self) -> None:
+        """Leave it open."""
+
+
+class OwnClients:
+    """One client for every event loop of this process.
+
+    A client and its connections belong to the loop they were made on. A forked child finds the parent's clients here
+    and leaves them alone: closing them would speak on the parent's connections.
+    """
+
+    def __init__(self, connect: Connect) -> None:
+        self._connect = connect
+        self._places: dict[tuple[int, asyncio.AbstractEventLoop], _Place] = {}
+
+    async def get(self) -> Any:
+        """Return the client of the running loop; the first who asks makes it."""
+        this = (os.getpid(), asyncio.get_running_loop())
+        place = self._places.get(this)
+        if place is None:
+            self._drop_places_of_closed_loops()
+            place = self._places.setdefault(this, _Place())
+        if place.client is None:
+            async with place.lock:
+                if place.client is None:
+                    await place.fill(self._connect, forget=lambda: self._places.pop(this, None))
+        return place.client
+
+    async def aclose(self) -> None:
+        """Close the client of the running loop; others are closed with theirs."""
+        place = self._places.pop((os.getpid(), asyncio.get_running_loop()), None)
+        if place is not None:
+            await place.empty()
+
+    def _drop_places_of_closed_loops(self) -> None:
+        for pid, loop in list(self._places):
+            if pid == os.getpid() and loop.is_closed():
+                del self._places[pid, loop]
+
+
+class _Place:
+    """Where the client of one loop is kept."""
+
+    def __init__(self) -> None:
+        self.lock = asyncio.Lock()
+        self.client: Any = None
+        self._holder: AsyncGenerator[Any] | None = None
+
+    async def fill(self, connect: Connect, *, forget: Callable[[], Any]) -> None:
+        """Make the client, and have the loop close it in the end."""
+        self._holder = _hold(connect, forget)
+        self.client = await anext(self._holder)
+
+    async def empty(self) -> None:
+        """Close the client."""
+        async with self.lock:
+            if self._holder is not None:
+                await self._holder.aclose()
+
+
+async def _hold(connect: Connect, forget: Callable[[], Any]) -> AsyncGenerator[Any]:
+    """Hold a client open; a loop closes the asynchronous generators that began on it before it is closed itself."""
+    try:
+        async with connect() as client:
+            yield client
+    finally:
+        forget()
