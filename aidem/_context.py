@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, ParamSpec, TypeVar, cast
 
 from aidem._engine import Call, Phase
 from aidem._execution import Execution, Recording, hooked, outcome_of, replayed_value, require_asyncio, running
@@ -61,7 +61,7 @@ def idempotency(
         output_serializer=output_serializer,
         key_prefix=key_prefix,
     )
-    return _Block(
+    return _AsyncBlock(
         key,
         payload,
         layer=persistence_store,
@@ -200,8 +200,11 @@ async def _called(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[
     return await result if inspect.isawaitable(result) else result
 
 
-class _Block:
-    """The async context manager behind `idempotency`."""
+class Block:
+    """What the context managers behind `idempotency` share: here the async one, the blocking one in `aidem.sync`."""
+
+    call_type: ClassVar[type[Call]] = Call
+    execution_type: ClassVar[type[BlockExecution]] = BlockExecution
 
     __slots__ = (
         "_call",
@@ -234,21 +237,23 @@ class _Block:
         self._key_prefix = key_prefix
         self._is_entered = False
 
-    async def __aenter__(self) -> BlockExecution:
-        require_asyncio()
+    def prepare(self) -> None:
+        """Make the call; its key is fixed now."""
         if self._is_entered:
             raise IdempotencyUsageError("this block was entered before; call idempotency(...) for every block anew")
         self._is_entered = True
         self._call = self._make_call()
+
+    async def enter(self) -> BlockExecution:
+        """Begin the call."""
         await self._call.begin()
-        self._execution = BlockExecution(self._call)
+        self._execution = self.execution_type(self._call)
         self._running = running(self._execution)
         self._running.__enter__()
         return self._execution
 
-    async def __aexit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    async def leave(self, exc: BaseException | None) -> None:
+        """Record what the block leaves, or give the key back."""
         self._running.__exit__()
         if exc is None:
             await self._execution.record_result()
@@ -258,11 +263,11 @@ class _Block:
             raise IdempotencyLeaseLostError(key=record.idempotency_key, record=record, reason=reason) from exc
 
     def _make_call(self) -> Call:
-        config = self._config or default_config()
+        config = self.config()
         function = f"the block {self._key_prefix!r}"
         if is_disabled(function):
             plan, key = unprotected_call(self._find_key, config=config, function=function, prefix=self._key_prefix)
-            return Call(plan, key, bypassed=True)
+            return self.call_type(plan, key, bypassed=True)
         plan = Plan(
             layer=default_persistence_store() if self._layer is None else self._layer,
             config=config,
@@ -270,7 +275,27 @@ class _Block:
             prefix=self._key_prefix,
             output_serializer=self._serializer,
         )
-        return Call(plan, self._find_key(plan))
+        return self.call_type(plan, self._find_key(plan))
+
+    def config(self) -> IdempotencyConfig:
+        """Return the settings of the call."""
+        return self._config or default_config()
 
     def _find_key(self, plan: Plan) -> Key:
         return plan.key_of_block(self._key, self._payload)
+
+
+class _AsyncBlock(Block):
+    """The async context manager behind `idempotency`."""
+
+    __slots__ = ()
+
+    async def __aenter__(self) -> BlockExecution:
+        require_asyncio()
+        self.prepare()
+        return await self.enter()
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.leave(exc)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar, overload
+from typing import TYPE_CHECKING, Any, ClassVar, Concatenate, ParamSpec, TypeVar, overload
 
 from aidem._engine import Call
 from aidem._execution import execute
@@ -36,6 +36,8 @@ ContextT = TypeVar("ContextT")
 class Binding:
     """One decorated function with its options: makes the call of each invocation."""
 
+    call_type: ClassVar[type[Call]] = Call
+
     __slots__ = ("_config", "_find_key", "_key_prefix", "_layer", "_output_serializer", "_plan", "target")
 
     def __init__(
@@ -66,9 +68,9 @@ class Binding:
                 function=self.target.name,
                 prefix=self._prefix(),
             )
-            return Call(plan, key, bypassed=True)
+            return self.call_type(plan, key, bypassed=True)
         plan = self._plan_for(config)
-        return Call(plan, self._find_key(plan, args, kwargs))
+        return self.call_type(plan, self._find_key(plan, args, kwargs))
 
     def _plan_for(self, config: IdempotencyConfig) -> Plan:
         layer = default_persistence_store() if self._layer is None else self._layer
@@ -130,7 +132,7 @@ def idempotent(
         return functools.partial(idempotent, persistence_store=persistence_store, config=config, key_prefix=key_prefix)
     target = Target(handler, decorator="idempotent", key_prefix=key_prefix)
     check_takes_event(target)
-    binding = Binding(target, _key_of_event, persistence_store=persistence_store, config=config, key_prefix=key_prefix)
+    binding = Binding(target, key_of_event, persistence_store=persistence_store, config=config, key_prefix=key_prefix)
 
     @functools.wraps(handler)
     async def wrapper(event: Any, context: Any, *args: Any, **kwargs: Any) -> Any:
@@ -147,7 +149,8 @@ def idempotent(
     return wrapper
 
 
-def _key_of_event(plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Key:  # noqa: ARG001 - a FindKey
+def key_of_event(plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Key:  # noqa: ARG001 - a FindKey
+    """Return the key of a handler's call: the payload is the whole event."""
     return plan.key(args[0])
 
 

@@ -49,8 +49,7 @@ def kind_of(value: object) -> str:
 
 
 def _is_layer(value: object) -> bool:
-    cls = type(value)
-    if isinstance(value, type) or not (_has_operations(cls) or isinstance(value, PersistenceLayer)):
+    if isinstance(value, type) or not (_has_operations(type(value)) or isinstance(value, PersistenceLayer)):
         return False
     try:
         hash(weakref.ref(value))
@@ -59,9 +58,12 @@ def _is_layer(value: object) -> bool:
     return True
 
 
-@lru_cache(maxsize=64)  # a protocol of ten methods takes 20 µs to check, and every block is checked
-def _has_operations(cls: type) -> bool:
+def _is_layer_class(cls: type) -> bool:
     return issubclass(cls, PersistenceLayer)
+
+
+# Every block is checked, and to check a protocol of ten methods takes 20 µs.
+_has_operations: Final[Check] = lru_cache(maxsize=64)(_is_layer_class)
 
 
 def _is_serializer(value: object) -> bool:

@@ -202,8 +202,9 @@ class Lease:
         expiry = int(now + self.expires_after_seconds)
         if self.lease_seconds is None:
             return expiry, None, None
-        end = milliseconds(now + self.lease_seconds)
-        expiry = max(expiry, ceil(end / 1000))
+        end = int((now + self.lease_seconds) * 1000)
+        if expiry * 1000 < end:
+            expiry = -(-end // 1000)
         return (expiry, end, None) if self.may_be_taken_over else (expiry, None, end)
 
 

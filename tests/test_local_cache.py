@@ -227,6 +227,15 @@ def test_a_newer_record_takes_the_place_of_an_older_one_and_is_the_youngest() ->
     assert [cache.get(str(key), now=0) is not None for key in (1, 2, 3)] == [True, False, True]
 
 
+def test_a_record_that_was_looked_up_is_younger_than_one_that_was_not() -> None:
+    cache = LocalCache()
+    for key in (1, 2):
+        cache.put(record(key), max_items=2)
+    cache.get("1", now=0)
+    cache.put(record(3), max_items=2)
+    assert [cache.get(str(key), now=0) is not None for key in (1, 2, 3)] == [True, False, True]
+
+
 def test_threads_may_share_it() -> None:
     cache = LocalCache()
     barrier = threading.Barrier(4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -269,6 +270,19 @@ async def test_an_expression_selects_from_all_arguments_and_its_key_may_be_missi
     assert await charge({"id": 7}, 1) == await charge({"id": 7}, shop=2) == 1
     with pytest.warns(IdempotencyWarning, match=r"event_key_jmespath='order\.id'"):
         assert await charge({}, 3) == 3
+
+
+async def test_an_expression_reaches_into_arguments_that_are_dataclasses_or_models(keys: Keys) -> None:
+    @dataclass
+    class Order:
+        id: int
+        at: int
+
+    async def charge(order: Order) -> int:
+        return order.at
+
+    charge = keys.decorate(charge, config=IdempotencyConfig(event_key_jmespath="order.id"))
+    assert await charge(Order(id=7, at=1)) == await charge(order=Order(id=7, at=2)) == 1
 
 
 async def test_an_argument_that_cannot_be_hashed_is_refused_with_its_name(keys: Keys) -> None:
