@@ -19,7 +19,8 @@ from aidem._cancellation import CLEANUP_SECONDS
 from aidem.exceptions import IdempotencyUsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Set
+    from collections.abc import Callable, Coroutine
+    from collections.abc import Set as AbstractSet
 
 T = TypeVar("T")
 
@@ -105,10 +106,8 @@ class Step(Generic[T]):
         if self._loop is None or not self._loop.call(self._cancel):
             return
         while not self._is_over and (remaining := deadline - time.monotonic()) > 0:
-            try:
+            with contextlib.suppress(BaseException):
                 self._finished.acquire(timeout=remaining)
-            except BaseException:  # noqa: BLE001, S110 - the first interrupt is the one that goes on
-                pass
 
     def answer(self) -> T:
         """Return what the coroutine returned, or raise what it raised."""
@@ -211,7 +210,7 @@ class BackgroundLoop:
         self._loop.stop()
 
 
-async def _wait(tasks: Set[asyncio.Task[Any]]) -> None:
+async def _wait(tasks: AbstractSet[asyncio.Task[Any]]) -> None:
     if tasks:
         await asyncio.wait(tasks, timeout=CLEANUP_SECONDS)
 

@@ -152,9 +152,8 @@ class Process:
         task = self.world.spawn(answer)
 
         def done(task: asyncio.Task[Any]) -> None:
-            if task.cancelled():
-                return
-            error = task.exception()
+            lost = IdempotencyPersistenceConnectionError("the world came to its end")
+            error = lost if task.cancelled() else task.exception()
             future.fail(error) if error is not None else future.settle(task.result())
 
         task.add_done_callback(done)

@@ -245,6 +245,7 @@ class World:
 
     def pass_time(self, seconds: float) -> None:
         """Let time pass, with every timer in its time."""
+        self.settle()
         end = self.clock() + seconds
         while (left := end - self.clock()) > 0.0005:
             timer = self.loop.selector.next_timer_seconds

@@ -176,7 +176,7 @@ class SQLiteMachine(Machine):
         self.directory.cleanup()
 
 
-@pytest.mark.parametrize(("machine", "examples"), [(Machine, 100), (SQLiteMachine, 40)])
+@pytest.mark.parametrize(("machine", "examples"), [(Machine, 60), (SQLiteMachine, 25)])
 def test_whatever_happens_the_promises_are_kept(machine: type[Machine], examples: int) -> None:
     happened = run(machine, max_examples=examples)
     for fault in Fault:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Blocked", "Claimed", "PersistenceLayer", "SupportsWaitForChange", "open_persistence_layer"]
 
-URL_FORMS: Final = ("memory://", "sqlite:///relative/path", "sqlite:////absolute/path")
+URL_FORMS: Final = ("memory://", "sqlite:///relative/path", "sqlite:////absolute/path", "dynamodb://table")
 
 
 @runtime_checkable
@@ -124,7 +124,8 @@ def open_persistence_layer(url: str) -> PersistenceLayer:
     """Return the layer that a URL names; it connects on first use. Each call makes a layer of its own.
 
     Args:
-        url: `memory://`, `sqlite:///relative/path` or `sqlite:////absolute/path`, as SQLAlchemy writes them.
+        url: `memory://`; `sqlite:///relative/path` or `sqlite:////absolute/path`, as SQLAlchemy writes them;
+            `dynamodb://table`, with region, endpoint and credentials from the AWS environment.
 
     Raises:
         IdempotencyPersistenceConfigError: The URL is none of these.
@@ -138,6 +139,10 @@ def open_persistence_layer(url: str) -> PersistenceLayer:
         from aidem.persistence.sqlite import SQLitePersistenceLayer
 
         return SQLitePersistenceLayer(rest[1:])
+    if scheme == "dynamodb" and rest:
+        from aidem.persistence.dynamodb import DynamoDBPersistenceLayer
+
+        return DynamoDBPersistenceLayer(rest)
     # A URL may hold a password: only what stands before the colon is shown.
     raise IdempotencyPersistenceConfigError(
         f"this URL of scheme {scheme if separator else ''!r} names no persistence layer; "

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import os
+import weakref
+from functools import cache
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Final, TypeAlias, cast
 
 import aiobotocore.session
 from aiobotocore.config import AioConfig
+from botocore.loaders import create_loader
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable
@@ -48,10 +51,18 @@ def connect_with(session: Any | None, boto_config: Any | None) -> Connect:
             client: AbstractAsyncContextManager[Any] = session.client("dynamodb", config=config)
             return client
         own_session: Any = cast("Any", aiobotocore.session).get_session()
+        loader = _loader(own_session.get_config_variable("data_path"))
+        own_session.register_component("data_loader", loader)
         own_client: AbstractAsyncContextManager[Any] = own_session.create_client("dynamodb", config=config)
         return own_client
 
     return connect
+
+
+@cache
+def _loader(data_path: str | None) -> Any:
+    """Return what reads the descriptions of services, once: they take most of the time that a client takes to make."""
+    return cast("Any", create_loader)(data_path)
 
 
 class GivenClient:
@@ -77,19 +88,21 @@ class OwnClients:
 
     def __init__(self, connect: Connect) -> None:
         self._connect = connect
-        self._places: dict[tuple[int, asyncio.AbstractEventLoop], _Place] = {}
+        self._places: _Places = {}
+        # Clients are full of reference cycles; one that became garbage with its layer would complain of being open.
+        weakref.finalize(self, _close_soon, self._places).atexit = False
 
     async def get(self) -> Any:
         """Return the client of the running loop; the first who asks makes it."""
-        this = (os.getpid(), asyncio.get_running_loop())
-        place = self._places.get(this)
+        this, places = (os.getpid(), asyncio.get_running_loop()), self._places
+        place = places.get(this)
         if place is None:
-            self._drop_places_of_closed_loops()
-            place = self._places.setdefault(this, _Place())
+            _drop_those_of_closed_loops(places)
+            place = places.setdefault(this, _Place())
         if place.client is None:
             async with place.lock:
                 if place.client is None:
-                    await place.fill(self._connect, forget=lambda: self._places.pop(this, None))
+                    await place.fill(self._connect, forget=lambda: _forget(places, this, place))
         return place.client
 
     async def aclose(self) -> None:
@@ -97,11 +110,6 @@ class OwnClients:
         place = self._places.pop((os.getpid(), asyncio.get_running_loop()), None)
         if place is not None:
             await place.empty()
-
-    def _drop_places_of_closed_loops(self) -> None:
-        for pid, loop in list(self._places):
-            if pid == os.getpid() and loop.is_closed():
-                del self._places[pid, loop]
 
 
 class _Place:
@@ -124,10 +132,40 @@ class _Place:
                 await self._holder.aclose()
 
 
+_Places: TypeAlias = "dict[tuple[int, asyncio.AbstractEventLoop], _Place]"
+
+
 async def _hold(connect: Connect, forget: Callable[[], Any]) -> AsyncGenerator[Any]:
     """Hold a client open; a loop closes the asynchronous generators that began on it before it is closed itself."""
-    try:
-        async with connect() as client:
+    async with connect() as client:
+        try:
             yield client
-    finally:
-        forget()
+        finally:
+            forget()
+
+
+def _forget(places: _Places, this: tuple[int, asyncio.AbstractEventLoop], place: _Place) -> None:
+    if places.get(this) is place:  # or it was closed, and another took its place
+        del places[this]
+
+
+def _drop_those_of_closed_loops(places: _Places) -> None:
+    for pid, loop in list(places):
+        if pid == os.getpid() and loop.is_closed():
+            del places[pid, loop]
+
+
+def _close_soon(places: _Places) -> None:
+    """Have every loop close the client of a layer that is no more."""
+    for (pid, loop), place in list(places.items()):
+        if pid == os.getpid() and not loop.is_closed():
+            loop.call_soon_threadsafe(_start_closing, place)
+
+
+_closings: set[asyncio.Task[None]] = set()
+
+
+def _start_closing(place: _Place) -> None:
+    task = asyncio.ensure_future(place.empty())
+    _closings.add(task)
+    task.add_done_callback(_closings.discard)

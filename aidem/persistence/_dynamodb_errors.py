@@ -14,9 +14,9 @@ from botocore.exceptions import (
     NoCredentialsError,
     NoRegionError,
     PartialCredentialsError,
-    ResponseParserError,
     TokenRetrievalError,
 )
+from botocore.parsers import ResponseParserError
 
 from aidem.exceptions import (
     IdempotencyError,
@@ -31,14 +31,16 @@ if TYPE_CHECKING:
 
 CONDITION_FAILED: Final = "ConditionalCheckFailedException"
 DENIED: Final = frozenset({"AccessDenied", "AccessDeniedException"})
-THROTTLED: Final = frozenset({
-    "LimitExceededException",
-    "ProvisionedThroughputExceededException",
-    "RequestLimitExceeded",
-    "Throttling",
-    "ThrottlingException",
-    "TooManyRequestsException",
-})
+THROTTLED: Final = frozenset(
+    {
+        "LimitExceededException",
+        "ProvisionedThroughputExceededException",
+        "RequestLimitExceeded",
+        "Throttling",
+        "ThrottlingException",
+        "TooManyRequestsException",
+    }
+)
 
 _INVALID: Final = "ValidationException"
 _SERVER_FAULT: Final = 500
@@ -68,8 +70,8 @@ _KEY_TOO_LONG: Final = _Meaning(
 )
 _UNFIT: Final = _Meaning(
     IdempotencyPersistenceConfigError,
-    "DynamoDB table {table} does not fit the requests; check that key_attr and sort_key_attr name its string keys, and "
-    "that no other attribute name is one of its keys or holds values of another type",
+    "DynamoDB table {table} does not fit the requests; check its name, that key_attr and sort_key_attr are its string "
+    "keys, and that no other attribute name is one of its keys or holds values of another type",
 )
 _CLOSED: Final = _Meaning(
     IdempotencyPersistenceConfigError,
@@ -107,15 +109,17 @@ _BY_CODE: Final[tuple[tuple[frozenset[str], _Meaning], ...]] = (
         ),
     ),
     (
-        frozenset({
-            "ExpiredToken",
-            "ExpiredTokenException",
-            "IncompleteSignatureException",
-            "InvalidClientTokenId",
-            "InvalidSignatureException",
-            "MissingAuthenticationTokenException",
-            "UnrecognizedClientException",
-        }),
+        frozenset(
+            {
+                "ExpiredToken",
+                "ExpiredTokenException",
+                "IncompleteSignatureException",
+                "InvalidClientTokenId",
+                "InvalidSignatureException",
+                "MissingAuthenticationTokenException",
+                "UnrecognizedClientException",
+            }
+        ),
         _Meaning(
             IdempotencyPersistenceConfigError,
             "DynamoDB does not accept the AWS credentials ({cause}); renew them, and check the machine's clock",
@@ -135,8 +139,8 @@ _BY_TYPE: Final[tuple[tuple[type[Exception] | tuple[type[Exception], ...], _Mean
         (NoCredentialsError, PartialCredentialsError, CredentialRetrievalError, TokenRetrievalError),
         _Meaning(
             IdempotencyPersistenceConfigError,
-            "AWS credentials cannot be had ({cause}); give the process a role, or set AWS_PROFILE, or AWS_ACCESS_KEY_ID "
-            "and AWS_SECRET_ACCESS_KEY",
+            "AWS credentials cannot be had ({cause}); give the process a role, or set AWS_PROFILE, "
+            "or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
         ),
     ),
     (

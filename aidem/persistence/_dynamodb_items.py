@@ -68,7 +68,7 @@ class Attributes:
         try:
             return DataRecord(
                 idempotency_key=key,
-                status=RecordStatus(status),
+                status=RecordStatus(status or ""),
                 expiry_timestamp=_number(item, self.expiry),
                 in_progress_expiry_timestamp=_number(item, self.in_progress_expiry),
                 lease_expiry_timestamp=_number(item, self.lease_expiry),

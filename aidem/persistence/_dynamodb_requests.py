@@ -30,10 +30,9 @@ STORED: Final = HELD | {"status", "data", "validation", "owner", "fence", "outco
 """What a claim or an outcome writes, or removes where it has none: nothing of an earlier record is left."""
 
 OURS: Final = "#owner = :owner AND #status = :inprogress"
-ABSENT: Final = "attribute_not_exists(#key) OR #expiry < :now_seconds OR #expiry < :now_seconds_text"
+ABSENT: Final = "attribute_not_exists(#key) OR #expiry < :now_seconds"
 LAPSED: Final = (
-    "#status = :inprogress AND attribute_exists(#in_progress_expiry)"
-    " AND (#in_progress_expiry < :lapse OR #in_progress_expiry < :lapse_text)"
+    "#status = :inprogress AND attribute_exists(#in_progress_expiry) AND #in_progress_expiry < :lapse_milliseconds"
 )
 NEXT_FENCE: Final = "#fence = if_not_exists(#fence, :now_milliseconds) + :one"
 
@@ -58,8 +57,8 @@ class Requests:
             ":inprogress": _INPROGRESS,
             ":one": number(1),
             ":now_milliseconds": number(milliseconds(now)),
-            **_number_or_text(":now_seconds", int(now)),
-            **_number_or_text(":lapse", milliseconds(now - max_clock_skew_seconds)),
+            ":now_seconds": number(int(now)),
+            ":lapse_milliseconds": number(milliseconds(now - max_clock_skew_seconds)),
         }
         lapsed = LAPSED if record.owner is None else f"{LAPSED} AND NOT #owner = :owner"
         request = self._update(
@@ -70,7 +69,7 @@ class Requests:
 
     def complete(self, record: DataRecord, *, now: float) -> Request:
         """Return the UpdateItem that stores an outcome over our claim, or where no record counts."""
-        parameters = _number_or_text(":now_seconds", int(now))
+        parameters = {":now_seconds": number(int(now))}
         condition = ABSENT
         if record.owner is not None:
             condition = f"{ABSENT} OR ({OURS})"
@@ -120,7 +119,7 @@ class Requests:
             "Key": self.attributes.primary_key(record.idempotency_key),
             "UpdateExpression": update,
             "ConditionExpression": condition,
-            "ExpressionAttributeNames": self._names(update + condition),
+            "ExpressionAttributeNames": self._names(f"{update} {condition}"),
             "ExpressionAttributeValues": parameters | {f":{name}": value for name, value in values.items()},
             "ReturnValuesOnConditionCheckFailure": "ALL_OLD",
         }
@@ -145,12 +144,3 @@ def _update_expression(set_fields: frozenset[str], fields: frozenset[str], first
 
 def _joined(parts: Iterable[str]) -> str:
     return ", ".join(parts)
-
-
-def _number_or_text(name: str, value: int) -> dict[str, dict[str, str]]:
-    """Return a number to compare with, and its digits, for libraries that store instants as text.
-
-    DynamoDB finds values of different types neither less nor greater; digits compare like numbers as long as they are
-    of one length, which holds for instants from 2001 to 2286.
-    """
-    return {name: number(value), f"{name}_text": {"S": str(value)}}

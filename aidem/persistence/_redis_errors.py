@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 import ssl
-from typing import Final
+from typing import TYPE_CHECKING, Final
+
+import redis.exceptions
 
 from aidem.exceptions import (
     IdempotencyPersistenceConfigError,
@@ -12,19 +14,27 @@ from aidem.exceptions import (
     IdempotencyPersistenceLayerError,
 )
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
 
 class ReplyError(Exception):
     """The server answered with an error.
 
     Attributes:
-        code: Its first word, such as `READONLY`; the rest may show what was sent.
+        code: Its first word, such as `READONLY`. The rest may show what was sent, and is not kept.
     """
 
     def __init__(self, text: str) -> None:
-        super().__init__(text)
         # A server before 7.0 wraps an error within a script: "ERR Error running script …: -OOM command not allowed".
         match = _WITHIN_SCRIPT.search(text)
         self.code = match.group(1) if match else text.partition(" ")[0]
+        super().__init__(self.code)
+
+    @property
+    def ends_connection(self) -> bool:
+        """Whether a new connection may lead to a server that does not answer so."""
+        return self.code in {"READONLY", "MASTERDOWN"}
 
 
 _WITHIN_SCRIPT: Final = re.compile(r"^ERR Error running script.*(?:-| )([A-Z]{3,})\b")
@@ -52,8 +62,51 @@ _REFUSED: Final = {
 
 def translated(error: ReplyError) -> IdempotencyPersistenceLayerError:
     """Return the error for a command that the server answered with an error."""
+    problem = _TRY_AGAIN.get(error.code) or _REFUSED.get(error.code) or "aidem did not expect that; see its log"
+    text = f"Redis answered {error.code}: {problem}"
+    failure = IdempotencyPersistenceLayerError(text)
     if error.code in _TRY_AGAIN:
-        return IdempotencyPersistenceConnectionError(f"Redis answered {error.code}: {_TRY_AGAIN[error.code]}")
-    if error.code in _REFUSED:
-        return IdempotencyPersistenceConfigError(f"Redis answered {error.code}: {_REFUSED[error.code]}")
-    return IdempotencyPersistenceLayerError(f"Redis answered {error.code}; see the server's log")
+        failure = IdempotencyPersistenceConnectionError(text)
+    elif error.code in _REFUSED:
+        failure = IdempotencyPersistenceConfigError(text)
+    failure.__cause__ = error
+    return failure
+
+
+def connecting_failed(error: Exception, *, address: str, timeout_seconds: float) -> IdempotencyPersistenceLayerError:
+    """Return the error for a connection that could not be made."""
+    for cause in _chain(error):
+        problem = _refusal(cause)
+        if problem is not None:
+            return IdempotencyPersistenceConfigError(f"Redis at {address} cannot be used: {problem}")
+        if isinstance(cause, TimeoutError | redis.exceptions.TimeoutError):
+            problem = f"it did not answer within {timeout_seconds:g} s, which timeout_seconds allows"
+            return IdempotencyPersistenceConnectionError(f"Redis at {address} cannot be reached: {problem}")
+    return IdempotencyPersistenceConnectionError(
+        f"Redis at {address} cannot be reached ({type(error).__name__}): see that it runs, that the network leads "
+        "there, and that it expects TLS (rediss://, ssl=True) if the layer does, and else not (redis://, ssl=False)"
+    )
+
+
+def _refusal(error: BaseException) -> str | None:
+    """Return what has to be changed before a connection can work; None: nothing that this error shows."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return (
+            "this machine does not trust its certificate for that host; "
+            "name its CA with ?ssl_ca_certs=/path/to/ca.pem in the URL"
+        )
+    if isinstance(error, ssl.SSLError) and not isinstance(error, ssl.SSLEOFError):
+        return "it does not speak TLS as the layer wants it; see ssl=True or rediss://, versions and certificates"
+    if isinstance(error, redis.exceptions.AuthenticationError):
+        return _REFUSED["WRONGPASS"]
+    if isinstance(error, redis.exceptions.NoPermissionError):
+        return _REFUSED["NOPERM"]
+    if isinstance(error, redis.exceptions.ResponseError):
+        return "it refuses this user or database; see username, password and db_index"
+    return None
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from aidem import _state
 from aidem._record import DataRecord, OutcomeKind, RecordStatus
 from aidem.exceptions import IdempotencyInvalidStatusError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from aidem.persistence._redis_scripts import AttributeNames
+
+NOT_A_TEXT: Final = "aidem:not a text"
+"""Stands for stored data that is no string; no result can be read from it."""
 
 _quote: Final = json.encoder.encode_basestring_ascii
 
@@ -57,17 +62,18 @@ class RecordText:
             IdempotencyInvalidStatusError: It has a status or an outcome that aidem does not know.
         """
         try:
-            fields = json.loads(text or b"null")
-        except ValueError:
+            fields: Any = None if text is None else json.loads(text.decode())
+        except (ValueError, RecursionError):
             return None
-        names = self._names
-        if not isinstance(fields, dict) or not isinstance(fields.get(names.status), str):
+        if not isinstance(fields, dict):
             return None
-        return self._record(key, fields)
+        get = cast("dict[str, Any]", fields).get
+        status = get(self._names.status)
+        return self._record(key, status, get) if isinstance(status, str) else None
 
-    def _record(self, key: str, fields: dict[str, Any]) -> DataRecord:
-        names, get = self._names, fields.get
-        status, outcome = get(names.status), get(names.outcome)
+    def _record(self, key: str, status: str, get: Callable[[str], Any]) -> DataRecord:
+        names = self._names
+        data, outcome = get(names.data), get(names.outcome)
         try:
             return DataRecord(
                 idempotency_key=key,
@@ -75,7 +81,7 @@ class RecordText:
                 expiry_timestamp=_whole(get(names.expiry)),
                 in_progress_expiry_timestamp=_whole(get(names.in_progress_expiry)),
                 lease_expiry_timestamp=_whole(get(names.lease_expiry)),
-                response_data=get(names.data),
+                response_data=data if data is None or isinstance(data, str) else NOT_A_TEXT,
                 outcome=None if outcome is None else OutcomeKind(outcome),
                 payload_hash=get(names.validation_key) or "",
                 owner=get(names.owner),

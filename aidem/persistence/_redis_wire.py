@@ -1,93 +1,148 @@
 """One connection that all operations of an event loop share: commands go out packed, replies come back in order.
 
-An idle connection is written to at once. While replies are outstanding, what is asked in one turn of the loop goes out
-together. There is no task per operation: whoever waits, waits for a `SettlingFuture`, so a caller that is cancelled
-leaves its place in the line, and nobody gets another's reply.
+There is no task per operation. Whoever waits, waits for a `SettlingFuture`, so a caller that is cancelled leaves its
+place in the line, and nobody gets another's reply.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections import deque
-from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import hiredis
 
-from aidem._cancellation import SettlingFuture
 from aidem.exceptions import IdempotencyPersistenceConnectionError
-from aidem.persistence._redis_errors import ReplyError, translated
+from aidem.persistence._redis_errors import ReplyError
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
-    from typing import Protocol
+    from collections.abc import Sequence
 
-    from aidem.persistence._redis_scripts import Script
-
-    class Connect(Protocol):
-        """Connects a protocol to the server; raises errors of aidem."""
-
-        def __call__(self, wire: Wire) -> Awaitable[asyncio.Transport]: ...
-
-
-T = TypeVar("T")
+    from aidem.persistence._redis_command import Command
 
 _INCOMPLETE: Final = object()
-IDLE_SECONDS: Final = 1.0
-"""After how long a connection is looked at before it is used: the server may have closed it, and the process slept."""
 
 
-class Command(Generic[T]):
-    """A command that was asked for.
+class Owner(Protocol):
+    """Whoever uses a wire."""
+
+    def again(self, command: Command[Any]) -> None:
+        """Send a command once more: the server has forgotten its script."""
+
+    def lost(self, wire: Wire) -> None:
+        """Use the wire no more."""
+
+
+class Wire(asyncio.Protocol):
+    """One connection, from its handshake on.
 
     Attributes:
-        future: What its answer goes to.
-        packed: The bytes to send.
-        asked_at: In seconds of the loop's clock.
+        sent: The commands whose replies are outstanding, in their order.
+        used_at: When it was last written to or read from, in seconds of the loop's clock.
+        closed: Done when its socket is closed.
+        stream: What redis-py made of the transport; kept, as it would close it.
     """
 
-    __slots__ = ("_read", "_script", "_script_arguments", "asked_at", "future", "packed")
+    def __init__(self, owner: Owner, *, timeout_seconds: float) -> None:
+        self._loop = asyncio.get_running_loop()
+        self.sent: deque[Command[Any]] = deque()
+        self.used_at = self._loop.time()
+        self.closed: asyncio.Future[None] = self._loop.create_future()
+        self.stream: object = None
+        self._owner = owner
+        self._timeout_seconds = timeout_seconds
+        self._timer: asyncio.TimerHandle | None = None
+        self._transport: asyncio.Transport | None = None
+        self._is_ending = False
+        self._error: IdempotencyPersistenceConnectionError | None = None
+        self._reader = hiredis.Reader(replyError=ReplyError, notEnoughData=_INCOMPLETE)
 
-    def __init__(
-        self,
-        future: SettlingFuture[T],
-        arguments: tuple[str | bytes | int, ...],
-        read: Callable[[Any], T],
-        script: Script | None = None,
-    ) -> None:
-        self.future = future
-        self.packed: bytes
-        self.asked_at = future.get_loop().time()
-        self._read = read
-        self._script = script
-        self._script_arguments = arguments
-        if script is None:
-            self.packed = hiredis.pack_command(arguments)
-        else:
-            self.packed = hiredis.pack_command(("EVALSHA", script.sha, *arguments))
+    def send(self, commands: Sequence[Command[Any]]) -> None:
+        """Write commands, all at once."""
+        assert self._transport is not None  # noqa: S101 - nobody has the wire before it is connected
+        self.sent.extend(commands)
+        self.used_at = self._loop.time()
+        if self._timer is None:
+            self._watch()
+        self._transport.write(b"".join([command.packed for command in commands]))
 
-    def wants_source(self, reply: object) -> bool:
-        """Whether the server has forgotten the script; `packed` then holds it in full."""
-        script = self._script
-        if script is None or not isinstance(reply, ReplyError) or reply.code != "NOSCRIPT":
-            return False
-        self.packed = hiredis.pack_command(("EVAL", script.source, *self._script_arguments))
-        self._script = None
-        return not self.future.done()
+    def end(self) -> None:
+        """Close it once the outstanding replies are there."""
+        self._is_ending = True
+        if not self.sent:
+            self.abort()
 
-    def answer(self, reply: object) -> None:
-        """Settle it with the reply of the server."""
-        if isinstance(reply, ReplyError):
-            self.fail(translated(reply))
-            return
+    def abort(self, error: IdempotencyPersistenceConnectionError | None = None) -> None:
+        """Close it now; what is outstanding fails, and may have been applied."""
+        self._error = self._error or error
+        if self._transport is not None:
+            self._transport.abort()
+
+    # --- Called by the event loop -----------------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Take over a connection whose handshake is done."""
+        assert isinstance(transport, asyncio.Transport)  # noqa: S101 - for the type
+        self._transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        """Hand out the replies that are complete."""
+        self.used_at = self._loop.time()
         try:
-            answer = self._read(reply)
-        except Exception as error:  # noqa: BLE001 - it belongs to whoever asked
-            self.fail(error)
-        else:
-            self.future.settle(answer)
+            self._reader.feed(data)
+            while (reply := self._reader.gets()) is not _INCOMPLETE:
+                self._take(reply)
+        except hiredis.ProtocolError:
+            self._break("what answers is not Redis")
+        if self._is_ending and not self.sent:
+            self.abort()
 
-    def fail(self, error: Exception) -> None:
-        """Settle it with an error; nobody may be there any more to look at it."""
-        self.future.fail(error)
-        if self.future.done():
-            self.future.exception()
+    def eof_received(self) -> None:
+        """Use it no more: the server has closed its side; what closes ours comes by itself."""
+        self._owner.lost(self)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Fail what is outstanding."""
+        self._owner.lost(self)
+        if self._timer is not None:
+            self._timer.cancel()
+        if not self.closed.done():
+            self.closed.set_result(None)
+        while self.sent:
+            failure = IdempotencyPersistenceConnectionError(str(self._error or _LOST))
+            failure.__cause__ = exc
+            self.sent.popleft().fail(failure)
+
+    # --- Inside -----------------------------------------------------------------------------------------------------
+
+    def _take(self, reply: object) -> None:
+        if not self.sent:
+            self._break("Redis said what nobody had asked for")
+            return
+        command = self.sent.popleft()
+        if command.wants_source(reply):
+            self._owner.again(command)
+            return
+        command.answer(reply)
+        if isinstance(reply, ReplyError) and reply.ends_connection:
+            self._owner.lost(self)
+            self._is_ending = True
+
+    def _watch(self) -> None:
+        """Break the connection when the oldest command has waited too long; replies come in order."""
+        self._timer = None
+        if not self.sent:
+            return
+        due = self.sent[0].asked_at + self._timeout_seconds
+        if due > self._loop.time():
+            self._timer = self._loop.call_at(due, self._watch)
+        else:
+            self._break(f"Redis did not answer within {self._timeout_seconds:g} s, which timeout_seconds allows")
+
+    def _break(self, what: str) -> None:
+        self._owner.lost(self)
+        self.abort(IdempotencyPersistenceConnectionError(f"{what}; {MAY_BE_APPLIED}"))
+
+
+MAY_BE_APPLIED: Final = "the operation may have been applied"
+_LOST: Final = f"the connection to Redis was lost; {MAY_BE_APPLIED}"

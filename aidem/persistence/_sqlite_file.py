@@ -44,11 +44,13 @@ _IDENTIFY: Final = """
 """
 
 _TRANSIENT: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EMFILE, errno.ENFILE})
+_LOCKED: Final = (
+    IdempotencyPersistenceConnectionError,
+    "it is locked by another process; retry, look for a transaction left open, or raise busy_timeout_seconds",
+)
 _MEANINGS: Final[dict[int, tuple[type[IdempotencyError], str]]] = {
-    sqlite3.SQLITE_BUSY: (
-        IdempotencyPersistenceConnectionError,
-        "it is locked by another process; retry, look for a transaction left open, or raise busy_timeout_seconds",
-    ),
+    sqlite3.SQLITE_BUSY: _LOCKED,
+    sqlite3.SQLITE_PROTOCOL: _LOCKED,
     sqlite3.SQLITE_FULL: (IdempotencyPersistenceConnectionError, "the disk is full; free some space and retry"),
     sqlite3.SQLITE_IOERR: (
         IdempotencyPersistenceConnectionError,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import itertools
 import os
 import sys
@@ -71,6 +72,17 @@ async def leave_open(path: str) -> None:
     LEFT_OPEN.append(layer)
 
 
+def repair(path: str) -> None:
+    """Break the index of the log and hold the locks of a process that repairs it, until told to let go."""
+    write_lock, recover_lock, header_size = 120, 122, 96  # https://sqlite.org/walformat.html#wal_locks
+    with Path(f"{path}-shm").open("r+b", buffering=0) as index:
+        fcntl.lockf(index, fcntl.LOCK_EX, 1, write_lock)
+        fcntl.lockf(index, fcntl.LOCK_EX, 1, recover_lock)
+        index.write(bytes(header_size))
+        os.write(1, b"ready\n")
+        sys.stdin.readline()
+
+
 def has_open(path: str) -> bool:
     return any(os.path.realpath(link).startswith(path) for link in Path("/proc/self/fd").iterdir())
 
@@ -112,7 +124,7 @@ def fork(path: str) -> None:
     asyncio.run(layer.aclose())
 
 
-COMMANDS: dict[str, Callable[..., Coroutine[Any, Any, None]]] = {
+COROUTINES: dict[str, Callable[..., Coroutine[Any, Any, None]]] = {
     "contend": contend,
     "write": write,
     "leave": leave,
@@ -121,7 +133,7 @@ COMMANDS: dict[str, Callable[..., Coroutine[Any, Any, None]]] = {
 
 if __name__ == "__main__":
     command, *arguments = sys.argv[1:]
-    if command == "fork":
-        fork(*arguments)
+    if command in COROUTINES:
+        asyncio.run(COROUTINES[command](*arguments))
     else:
-        asyncio.run(COMMANDS[command](*arguments))
+        {"fork": fork, "repair": repair}[command](*arguments)

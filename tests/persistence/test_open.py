@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from aidem.exceptions import IdempotencyPersistenceConfigError
-from aidem.persistence import open_persistence_layer
+from aidem.persistence import URL_FORMS, open_persistence_layer
 from aidem.persistence.memory import MemoryPersistenceLayer
 from aidem.persistence.sqlite import SQLitePersistenceLayer
 from aidem.testing import claim_of
@@ -45,6 +45,7 @@ async def test_sqlite_takes_a_path_as_sqlalchemy_writes_it(
         "sqlite",
         "sqlite://",
         "sqlite:///",
+        "dynamodb://",
         "sqlite://records.sqlite3",
         "records.sqlite3",
         "mysql://host/records",
@@ -55,7 +56,7 @@ def test_a_url_of_no_layer_is_answered_with_those_that_are_allowed(url: str) -> 
     with pytest.raises(IdempotencyPersistenceConfigError) as refused:
         open_persistence_layer(url)
     assert str(refused.value).endswith(
-        "write memory://, sqlite:///relative/path or sqlite:////absolute/path",
+        f"write {', '.join(URL_FORMS[:-1])} or {URL_FORMS[-1]}",
     )
 
 

@@ -97,6 +97,10 @@ def files_beside(path: Path) -> list[str]:
     return sorted(os.listdir(path.parent))  # noqa: PTH208 - names
 
 
+def replace_by_link(path: Path) -> None:
+    path.symlink_to(path.rename(path.with_name("moved")))
+
+
 def rows(path: Path, query: str = "SELECT id FROM records ORDER BY id") -> list[Any]:
     with closing(sqlite3.connect(path)) as connection:
         return connection.execute(query).fetchall()
@@ -183,6 +187,21 @@ async def test_a_transaction_that_sqlite_takes_back_fails_as_a_whole(
     assert rows(path) == []
     await claimed(layer, "a")
     assert rows(path) == [("a",)]
+
+
+async def test_callers_that_are_refused_together_get_an_error_each(
+    layer: SQLitePersistenceLayer, clock: GatedClock, path: Path
+) -> None:
+    clock.hold()
+    first = layer.get("key")
+    assert await asyncio.to_thread(clock.reached.wait, 30)
+    replace_by_link(path)
+    refused = [layer.get("key"), layer.get("key")]
+    clock.open.set()
+    await first
+    errors = await asyncio.gather(*refused, return_exceptions=True)
+    assert [type(error) for error in errors] == [IdempotencyPersistenceConfigError] * 2
+    assert errors[0] is not errors[1]
 
 
 async def test_a_transaction_is_bounded(layer: SQLitePersistenceLayer, clock: GatedClock) -> None:

@@ -1,0 +1,130 @@
+"""The line to one server from one event loop: it connects when it is needed, and again after the connection broke.
+
+An idle connection is written to at once, so one task alone pays no delay. While replies are outstanding, all that is
+asked in one turn of the loop goes out together.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any, Final
+
+from aidem.exceptions import (
+    IdempotencyError,
+    IdempotencyPersistenceConnectionError,
+    IdempotencyPersistenceLayerError,
+)
+from aidem.persistence._redis_wire import Wire
+
+if TYPE_CHECKING:
+    from aidem.persistence._redis_command import Command
+    from aidem.persistence._redis_server import Server
+
+IDLE_SECONDS: Final = 1.0
+"""After how long a connection is looked at before it is written to."""
+
+CLOSED: Final = "the persistence layer was closed"
+
+
+class Line:
+    """Takes commands from anywhere in one event loop."""
+
+    def __init__(self, server: Server, *, timeout_seconds: float) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._server = server
+        self._timeout_seconds = timeout_seconds
+        self._wire: Wire | None = None
+        self._waiting: list[Command[Any]] = []
+        self._connecting: asyncio.Task[None] | None = None
+
+    def ask(self, command: Command[Any]) -> None:
+        """Send a command as soon as that makes sense; its future is settled, whatever happens."""
+        wire = self._wire
+        if wire is None or self._waiting:
+            self.again(command)
+        elif wire.sent:
+            self._waiting.append(command)
+            self._loop.call_soon(self._flush)
+        elif self._loop.time() - wire.used_at > IDLE_SECONDS:
+            # Two turns of the loop tell whether the server has closed it meanwhile: the process may have been frozen.
+            self._waiting.append(command)
+            self._loop.call_soon(self._loop.call_soon, self._flush)
+        else:
+            wire.send((command,))
+
+    def again(self, command: Command[Any]) -> None:
+        """Send a command with what goes out next."""
+        self._waiting.append(command)
+        if self._wire is None:
+            self._connect()
+        elif len(self._waiting) == 1:
+            self._loop.call_soon(self._flush)
+
+    def lost(self, wire: Wire) -> None:
+        """Use the wire no more."""
+        if self._wire is wire:
+            self._wire = None
+            if self._waiting:
+                self._connect()
+
+    async def aclose(self) -> None:
+        """Finish what was asked so far, then close the connection; a later command opens it anew."""
+        while pending := self._pending():
+            await asyncio.wait(pending)
+        await self.abort()
+
+    async def abort(self) -> None:
+        """Close the connection now."""
+        if self._connecting is not None:
+            self._connecting.cancel()
+            await asyncio.wait([self._connecting])
+        wire, self._wire = self._wire, None
+        if wire is not None:
+            wire.abort(IdempotencyPersistenceConnectionError(CLOSED))
+            await wire.closed
+
+    def _pending(self) -> list[asyncio.Future[Any]]:
+        sent = () if self._wire is None else self._wire.sent
+        return [command.future for command in (*self._waiting, *sent) if not command.future.done()]
+
+    def _flush(self) -> None:
+        if self._wire is None:
+            return  # it was lost in between: it all goes out when there is another
+        waiting, self._waiting = self._waiting, []
+        commands = [command for command in waiting if not command.future.done()]  # what was given up is never sent
+        if commands:
+            self._wire.send(commands)
+
+    def _connect(self) -> None:
+        if self._connecting is None:
+            self._connecting = self._loop.create_task(self._connected(), name="aidem connects to Redis")
+            self._connecting.add_done_callback(self._connecting_ended)
+
+    async def _connected(self) -> None:
+        wire = Wire(self, timeout_seconds=self._timeout_seconds)
+        await self._server.connect(wire, timeout_seconds=self._timeout_seconds)
+        self._wire = wire
+        self._flush()
+
+    def _connecting_ended(self, task: asyncio.Task[None]) -> None:
+        self._connecting = None
+        failure = _failure(task)
+        if failure is not None:
+            waiting, self._waiting = self._waiting, []
+            for command in waiting:
+                command.fail(_copy(failure))
+        elif self._wire is None and self._waiting:
+            self._connect()  # it was lost at once
+
+
+def _failure(task: asyncio.Task[None]) -> BaseException | None:
+    if task.cancelled():
+        return IdempotencyPersistenceConnectionError(CLOSED)
+    return task.exception()
+
+
+def _copy(error: BaseException) -> Exception:
+    """Return an error for one of many callers: each may add notes to its own."""
+    copy = type(error)(str(error)) if isinstance(error, IdempotencyError) else IdempotencyPersistenceLayerError("")
+    copy.__cause__ = error.__cause__
+    return copy

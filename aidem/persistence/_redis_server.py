@@ -1,0 +1,61 @@
+"""How redis-py connects to a server: it shakes hands, and then its connection is ours."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any, Final
+
+from aidem.persistence._redis_errors import connecting_failed
+
+if TYPE_CHECKING:
+    from redis.asyncio.connection import AbstractConnection, ConnectionPool
+
+    from aidem.persistence._redis_wire import Wire
+
+# What a pool tells its connections and a line does in its own way, or not at all.
+_LEFT_OUT: Final = ("retry", "maint_", "oss_cluster_maint_", "health_check_interval")
+_OURS: Final[dict[str, Any]] = {"protocol": 2, "decode_responses": False, "socket_timeout": None}
+
+
+class Server:
+    """What redis-py needs to know of a server.
+
+    Attributes:
+        address: Where it is, to be shown.
+    """
+
+    def __init__(self, pool: ConnectionPool) -> None:
+        kwargs = {name: value for name, value in pool.connection_kwargs.items() if not name.startswith(_LEFT_OUT)}
+        self._class: type[AbstractConnection] = pool.connection_class
+        self._kwargs: dict[str, Any] = kwargs | _OURS
+        self.address = kwargs.get("path") or f"{kwargs.get('host', 'localhost')}:{kwargs.get('port', 6379)}"
+
+    async def connect(self, wire: Wire, *, timeout_seconds: float) -> None:
+        """Connect a wire.
+
+        Raises:
+            IdempotencyPersistenceLayerError: It could not, in this time.
+        """
+        connection: Any = self._class(**self._kwargs)
+        try:
+            async with asyncio.timeout(timeout_seconds):
+                await connection.connect()
+            _take_over(connection, wire)
+        except Exception as error:
+            raise connecting_failed(error, address=self.address, timeout_seconds=timeout_seconds) from error
+        finally:
+            await connection.disconnect(nowait=True)
+
+
+def _take_over(connection: Any, wire: Wire) -> None:
+    """Put the wire in the place of redis-py's own reader and writer.
+
+    The one place that looks inside a connection of redis-py, which offers no other way to share one.
+    """
+    stream: asyncio.StreamWriter = connection._writer  # noqa: SLF001
+    connection._reader = connection._writer = None  # noqa: SLF001 - or it would close them
+    wire.stream = stream
+    stream.transport.set_protocol(wire)
+    wire.connection_made(stream.transport)
+    if stream.transport.is_closing():
+        raise ConnectionResetError

@@ -1,0 +1,265 @@
+"""Records in Redis or Valkey: for any number of processes on any number of machines."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import TYPE_CHECKING, Any, Final, Literal, Self, TypeVar
+
+from aidem import _state
+from aidem._cancellation import SettlingFuture
+from aidem._record import DataRecord, RecordStatus
+from aidem._state import Blocked, Claimed, Completion
+from aidem.exceptions import IdempotencyPersistenceLayerError, IdempotencySerializationError
+
+try:
+    from aidem.persistence import _redis_checks
+    from aidem.persistence._redis_client import server_of
+    from aidem.persistence._redis_command import Command
+    from aidem.persistence._redis_errors import ReplyError
+    from aidem.persistence._redis_line import Line
+    from aidem.persistence._redis_lines import Lines
+except ImportError as error:
+    raise ImportError("RedisPersistenceLayer needs redis-py and hiredis: pip install 'aidem[redis]'") from error
+from aidem.persistence._redis_records import RecordText, durations
+from aidem.persistence._redis_scripts import AttributeNames, Script, Scripts, Verdict
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import TracebackType
+
+    from redis.asyncio import Redis
+
+__all__ = ["RedisCachePersistenceLayer", "RedisPersistenceLayer"]
+
+logger = logging.getLogger("aidem")
+
+T = TypeVar("T")
+
+MAX_RECORD_BYTES: Final = 64 * 1024 * 1024
+
+
+class RedisPersistenceLayer:
+    """Keeps records in Redis 6.2 or newer, or Valkey; what its settings must be like is in docs/redis.md.
+
+    Every operation is one script on one key, judged by the server's clock. All operations of an event loop share one
+    connection; concurrent ones share its round trips.
+
+    Args:
+        url: `redis://`, `rediss://` (TLS) or `unix://`, as redis-py understands it; it goes before `host` and the rest.
+        host: Name or address of the server.
+        port: Its port.
+        username: A user of its ACL; empty: the default user.
+        password: The password of that user; empty: none.
+        db_index: Number of the database.
+        mode: Only `"standalone"`.
+        ssl: Whether to use TLS with `host`; certificates are checked.
+        client: A client of `redis.asyncio` to take all of this from. The layer makes a connection of its own, as the
+            client would make one, and never closes the client.
+        shared_with_powertools: Whether AWS Powertools for Python may use the same keys: its lock is then respected.
+        timeout_seconds: How long an operation may take, connecting included.
+        clock: Answers epoch seconds, to judge by instead of the server's clock; for tests.
+        expiry_attr: The name in the stored JSON of the record's expiry; the others likewise.
+        in_progress_expiry_attr: Of the end of a lease.
+        status_attr: Of the status.
+        data_attr: Of the result.
+        validation_key_attr: Of the payload hash.
+        owner_attr: Of the token of the claim.
+        fence_attr: Of the fence.
+        lease_expiry_attr: Of the end of a lease that nobody may take over.
+        outcome_attr: Of the kind of an outcome that is no result.
+
+    Raises:
+        IdempotencyPersistenceConfigError: The options cannot work.
+    """
+
+    def __init__(
+        self,
+        url: str = "",
+        *,
+        host: str = "",
+        port: int = 6379,
+        username: str = "",
+        password: str = "",
+        db_index: int = 0,
+        mode: Literal["standalone", "cluster", "sentinel"] = "standalone",
+        ssl: bool = True,
+        client: Redis | None = None,
+        shared_with_powertools: bool = True,
+        timeout_seconds: float = 5.0,
+        clock: Callable[[], float] | None = None,
+        expiry_attr: str = "expiration",
+        in_progress_expiry_attr: str = "in_progress_expiration",
+        status_attr: str = "status",
+        data_attr: str = "data",
+        validation_key_attr: str = "validation",
+        owner_attr: str = "owner",
+        fence_attr: str = "fence",
+        lease_expiry_attr: str = "lease_expiration",
+        outcome_attr: str = "outcome",
+    ) -> None:
+        server = server_of(
+            client, url=url, host=host, port=port, username=username, password=password, db=db_index, ssl=ssl, mode=mode
+        )
+        if clock is not None:
+            self.clock = clock  # the engine asks for it by this name
+        self._own_clock = clock
+        self._shared_with_powertools = shared_with_powertools
+        names = AttributeNames(
+            expiry=expiry_attr,
+            in_progress_expiry=in_progress_expiry_attr,
+            status=status_attr,
+            data=data_attr,
+            validation_key=validation_key_attr,
+            owner=owner_attr,
+            fence=fence_attr,
+            lease_expiry=lease_expiry_attr,
+            outcome=outcome_attr,
+        )
+        self._is_checked = False
+        self._text = RecordText(names)
+        self._scripts = Scripts(names)
+        self._lines = Lines(lambda: Line(server, timeout_seconds=timeout_seconds))
+
+    # --- Operations -------------------------------------------------------------------------------------------------
+
+    def acquire(
+        self,
+        record: DataRecord,
+        *,
+        now: float,
+        max_clock_skew_seconds: float = 0.0,  # noqa: ARG002 - the server's clock is the only one
+    ) -> SettlingFuture[Claimed | Blocked]:
+        """Store a claim unless a live record of somebody else is there."""
+        key = record.idempotency_key
+        keys = (key, f"{key}:lock") if self._shared_with_powertools else (key,)
+        return self._run(
+            self._scripts.acquire,
+            (len(keys), *keys, *self._judge(record), *durations(record, now=now), self._text.claim(record)),
+            lambda reply: self._claim_answer(key, *reply),
+        )
+
+    def complete(self, record: DataRecord, *, now: float) -> SettlingFuture[bool]:
+        """Store an outcome over the claim of the same owner, or where no record is.
+
+        Raises:
+            IdempotencySerializationError: It is too large.
+        """
+        text = self._text.outcome(record)
+        if len(text) > MAX_RECORD_BYTES:
+            raise IdempotencySerializationError(
+                f"a record of {len(text)} bytes is more than the {MAX_RECORD_BYTES} that aidem keeps in Redis",
+                key=record.idempotency_key,
+            )
+        kept, _, _ = durations(record, now=now)
+        return self._run(
+            self._scripts.complete,
+            (1, record.idempotency_key, *self._judge(record), kept, text),
+            lambda reply: self._is_stored(record, *reply),
+        )
+
+    def renew(self, record: DataRecord, *, now: float) -> SettlingFuture[DataRecord | None]:
+        """Set the instants of our claim."""
+        key = record.idempotency_key
+        return self._run(
+            self._scripts.renew,
+            (1, key, *self._judge(record), *durations(record, now=now)),
+            lambda reply: self._text.read(key, reply),
+        )
+
+    def release(self, record: DataRecord) -> SettlingFuture[bool]:
+        """Delete our claim."""
+        return self._run(self._scripts.release, (1, record.idempotency_key, *self._judge(record)), bool)
+
+    def get(self, key: str) -> SettlingFuture[DataRecord | None]:
+        """Return the record of a key as it is stored now."""
+        return self._ask(("GET", key), lambda reply: self._text.read(key, reply))
+
+    def forget(self, key: str) -> SettlingFuture[None]:
+        """Drop any record of the key."""
+        return self._ask(("DEL", key), lambda _reply: None)
+
+    # --- Life -------------------------------------------------------------------------------------------------------
+
+    async def open(self) -> None:
+        """Connect, and look whether the server can keep the promises; what endangers them is logged, once.
+
+        Raises:
+            IdempotencyPersistenceLayerError: It cannot be reached or used.
+        """
+        reply = await self._ask_if_allowed("INFO")
+        if reply is None:
+            return
+        info = _redis_checks.info_of(reply)
+        _redis_checks.check_version(info)
+        if not self._is_checked:
+            self._is_checked = True
+            _, save = await self._ask_if_allowed("CONFIG", "GET", "save") or (b"", b"?")
+            for warning in _redis_checks.warnings_of(info, save=save.decode()):
+                logger.warning("Redis: %s", warning)
+
+    async def aclose(self) -> None:
+        """Finish what was asked so far in this event loop, then close its connection."""
+        await self._lines.aclose()
+
+    async def __aenter__(self) -> Self:
+        """Open the layer."""
+        await self.open()
+        return self
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Close the layer."""
+        await self.aclose()
+
+    # --- Inside -----------------------------------------------------------------------------------------------------
+
+    def _judge(self, record: DataRecord) -> tuple[str | int, str]:
+        """Return what every script begins with: the clock to judge by, if it is not the server's, and our token."""
+        now = "" if self._own_clock is None else _state.milliseconds(self._own_clock())
+        return now, record.owner or ""
+
+    async def _ask_if_allowed(self, *arguments: str) -> Any:
+        """Ask for something that the ACL, or whoever runs the server, may have denied; None if so."""
+        try:
+            return await self._ask(arguments, lambda reply: reply)
+        except IdempotencyPersistenceLayerError as error:
+            if isinstance(error.__cause__, ReplyError) and error.__cause__.code in {"NOPERM", "ERR"}:
+                return None
+            raise
+
+    def _run(self, script: Script, arguments: tuple[Any, ...], read: Callable[[Any], T]) -> SettlingFuture[T]:
+        return self._send(arguments, read, script)
+
+    def _ask(self, arguments: tuple[Any, ...], read: Callable[[Any], T]) -> SettlingFuture[T]:
+        return self._send(arguments, read, None)
+
+    def _send(self, arguments: tuple[Any, ...], read: Callable[[Any], T], script: Script | None) -> SettlingFuture[T]:
+        future: SettlingFuture[T] = SettlingFuture(loop=asyncio.get_running_loop())
+        self._lines.here().ask(Command(future, arguments, read, script))
+        return future
+
+    def _claim_answer(self, key: str, verdict: int, now: int, stored: Any) -> Claimed | Blocked:
+        if verdict == Verdict.LOCKED:
+            return Blocked(_being_taken_over(key, until=now + stored), now / 1000)
+        record = self._text.read(key, stored)
+        if record is None:
+            raise IdempotencyPersistenceLayerError("Redis and aidem do not agree on what a record is")
+        if verdict == Verdict.REFUSED:
+            return Blocked(record, now / 1000)
+        return Claimed(record, taken_over=verdict == Verdict.TAKEN_OVER)
+
+    def _is_stored(self, record: DataRecord, verdict: int, now: int, found: bytes) -> bool:
+        if verdict == Verdict.STORED:
+            return True
+        known = self._text.read(record.idempotency_key, found)
+        return _state.complete(known, record, now=now / 1000) is Completion.ALREADY_STORED
+
+
+RedisCachePersistenceLayer = RedisPersistenceLayer
+
+
+def _being_taken_over(key: str, *, until: int) -> DataRecord:
+    """Return what stands for a record that Powertools has locked, to overwrite it: somebody's claim."""
+    return DataRecord(idempotency_key=key, status=RecordStatus.INPROGRESS, in_progress_expiry_timestamp=until)

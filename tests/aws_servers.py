@@ -1,0 +1,198 @@
+"""DynamoDB for tests: two emulators that have nothing in common, or whatever `AIDEM_TEST_DYNAMODB_URL` names."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+START_SECONDS = 60
+INSTALL_SECONDS = 300
+OTHER_URL = os.environ.get("AIDEM_TEST_DYNAMODB_URL")
+EMULATORS = ("other",) if OTHER_URL else ("moto", "ministack")
+
+# Between moto's look at a condition and its write another thread may write, so it gets one thread.
+ATOMIC_MOTO = """
+import sys
+from moto.server import DomainDispatcherApplication, create_backend_app
+from werkzeug.serving import run_simple
+
+run_simple("127.0.0.1", int(sys.argv[1]), DomainDispatcherApplication(create_backend_app), threaded=False)
+"""
+
+CREDENTIALS = {
+    "AWS_ACCESS_KEY_ID": "testing",
+    "AWS_SECRET_ACCESS_KEY": "testing",
+    "AWS_DEFAULT_REGION": "eu-central-1",
+    "AWS_EC2_METADATA_DISABLED": "true",
+    "AWS_CONFIG_FILE": os.devnull,
+    "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+}
+
+
+@dataclass
+class Database:
+    """A DynamoDB, and what tests ask of it by a client that is not under test.
+
+    Attributes:
+        url: Its endpoint.
+        environment: What a process needs to reach it.
+    """
+
+    url: str
+    environment: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.environment = {**({} if OTHER_URL else CREDENTIALS), "AWS_ENDPOINT_URL_DYNAMODB": self.url}
+
+    @property
+    def port(self) -> int:
+        return int(self.url.rpartition(":")[2].rstrip("/"))
+
+    @property
+    def client(self) -> Any:
+        """The synchronous client of AWS."""
+        return _client(self.url)
+
+    def create_table(self, key_attr: str = "id", sort_key_attr: str | None = None) -> str:
+        name = f"aidem-{secrets.token_hex(8)}"
+        keys = {"HASH": key_attr} | ({"RANGE": sort_key_attr} if sort_key_attr else {})
+        self.client.create_table(
+            TableName=name,
+            KeySchema=[{"AttributeName": attr, "KeyType": kind} for kind, attr in keys.items()],
+            AttributeDefinitions=[{"AttributeName": attr, "AttributeType": "S"} for attr in keys.values()],
+            BillingMode="PAY_PER_REQUEST",
+        )
+        self.client.get_waiter("table_exists").wait(TableName=name, WaiterConfig={"Delay": 1})
+        return name
+
+    def item(self, table: str, key: str = "key") -> Any:
+        """Return an item of a table with a simple key, as it is on the wire."""
+        return self.client.get_item(TableName=table, Key={"id": {"S": key}}, ConsistentRead=True).get("Item")
+
+    def items(self, table: str) -> list[Any]:
+        items: list[Any] = self.client.scan(TableName=table, ConsistentRead=True)["Items"]
+        return items
+
+    def put(self, table: str, **attributes: dict[str, Any]) -> None:
+        self.client.put_item(TableName=table, Item=attributes)
+
+
+@cache
+def _client(_url: str) -> Any:
+    """Make the one client of a database, while the environment points there."""
+    import boto3
+
+    return boto3.client("dynamodb")
+
+
+@pytest.fixture(scope="session")
+def moto_url() -> Iterator[str]:
+    port = free_port()
+    with started([sys.executable, "-c", ATOMIC_MOTO, str(port)], port) as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def ministack_url(pytestconfig: pytest.Config) -> Iterator[str]:
+    port = free_port()
+    python = python_with_ministack(pytestconfig)
+    environment = {"BIND_HOST": "127.0.0.1", "GATEWAY_PORT": str(port)}
+    with started([python, "-m", "ministack"], port, environment) as url:
+        yield url
+
+
+@pytest.fixture(params=EMULATORS)
+def database(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Database:
+    """Point the AWS environment at each of the emulators in turn."""
+    url = OTHER_URL or request.getfixturevalue(f"{request.param}_url")
+    database = Database(url)
+    for name, value in database.environment.items():
+        monkeypatch.setenv(name, value)
+    return database
+
+
+@pytest.fixture
+def table(database: Database) -> str:
+    """A table of its own for a test, with a simple key."""
+    return database.create_table()
+
+
+@contextlib.contextmanager
+def started(command: list[str], port: int, environment: dict[str, str] | None = None) -> Iterator[str]:
+    """Run a server until the end of the block; it answers when the block begins."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "COVERAGE_"))}
+    url = f"http://127.0.0.1:{port}"
+    with subprocess.Popen(
+        command, env=clean | (environment or {}), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as server:
+        try:
+            wait_until_it_answers(url, server)
+            yield url
+        finally:
+            server.kill()
+
+
+def wait_until_it_answers(url: str, server: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline:
+        if server.poll() is not None:
+            break
+        try:
+            urllib.request.urlopen(url, timeout=START_SECONDS).close()
+        except urllib.error.HTTPError as answer:
+            answer.close()
+        except OSError:
+            time.sleep(0.05)
+            continue
+        return
+    pytest.fail(f"{server.args!r} did not start; run it by hand to see why")
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
+
+
+def python_with_ministack(config: pytest.Config) -> str:
+    """Return an interpreter that has ministack, which pins a botocore of its own and so needs its own environment."""
+    cache = config.cache
+    assert cache is not None
+    directory = cache.mkdir("ministack")
+    python = directory / "bin" / "python"
+    if not (directory / "complete").exists():
+        for command in _installation(directory, python):
+            done = subprocess.run(command, capture_output=True, text=True, timeout=INSTALL_SECONDS)
+            if done.returncode != 0:
+                pytest.fail(f"ministack, a DynamoDB emulator, cannot be installed from PyPI: {done.stderr}")
+        (directory / "complete").touch()
+    return str(python)
+
+
+def _installation(directory: Path, python: Path) -> list[list[str]]:
+    uv = shutil.which("uv", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
+    if uv is None:
+        return [
+            [sys.executable, "-m", "venv", "--clear", str(directory)],
+            [str(python), "-m", "pip", "install", "--quiet", "ministack>=1.5"],
+        ]
+    return [
+        [uv, "venv", "--quiet", "--clear", "--python", sys.executable, str(directory)],
+        [uv, "pip", "install", "--quiet", "--python", str(python), "ministack>=1.5"],
+    ]
