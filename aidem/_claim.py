@@ -181,11 +181,13 @@ class Claim:
     async def confirm(self) -> bool:
         """Renew at the store; False: it is not ours any more."""
         self.check_process()
-        asked_at = asyncio.get_running_loop().time()
-        with HeldOff() as held_off:
-            record = await ask(self._renewed_record, held_off=held_off, key=self._key, effect=RUNNING)
-            self._take(record, asked_at=asked_at)
-        return record is not None
+        while True:
+            asked_at = asyncio.get_running_loop().time()
+            with HeldOff() as held_off:
+                record = await ask(self._renewed_record, held_off=held_off, key=self._key, effect=RUNNING)
+                self._take(record, asked_at=asked_at)
+            if record is None or not self.has_lapsed():  # the answer may come after the lease has passed
+                return record is not None
 
     def _take(self, record: DataRecord | None, *, asked_at: float) -> None:
         if record is None:
@@ -211,7 +213,7 @@ class Claim:
         """Take note, once, that the claim may belong to somebody else by now; the body is left to finish."""
         if not self._is_lost:
             self._is_lost = True
-            logger.warning("%s lost its lease while it ran; another execution may start", self._plan.function)
+            logger.warning("%s has lost its lease; another execution may run", self._plan.function)
             self._reporter.report(EventKind.LEASE_LOST, fence=self.record.fence)
             self._flight.end(None)
 

@@ -155,7 +155,7 @@ class Call:
             while (flight := flights.get(self.key.text)) is not None:
                 ending = await self._patience.follow(flight)
                 self._forget(flight)
-                if ending is not None:
+                if ending is not None and not _state.is_expired(ending, now=self.plan.clock()):
                     self._replay(ending)
                     return
                 polls = flight.polls

@@ -585,3 +585,34 @@ async def test_where_clients_clocks_judge_a_claim_is_in_doubt_only_after_the_ske
     with pytest.raises(IdempotencyInDoubtError):
         await made_idempotent(till.charge, layer, max_clock_skew_seconds=5)(ORDER)
     owner.cancel()
+
+
+async def test_a_follower_does_not_replay_what_had_expired_before_it_asked() -> None:
+    layer, till = PlannedLayer(), Till()
+    slow = other_process(layer).plan("acquire", Fault(after_seconds=100))
+    options: dict[str, Any] = {"expires_after_seconds": 60, "wait_timeout_seconds": 200}
+    assert await made_idempotent(till.charge, layer, **options)(ORDER) == {"receipt": 1}
+    leader = asyncio.ensure_future(made_idempotent(till.charge, slow, **options)(ORDER))
+    await asyncio.sleep(70)
+    assert await made_idempotent(till.charge, layer, **options)(ORDER) == {"receipt": 2}  # the window has passed
+    assert await made_idempotent(till.charge, slow, **options)(ORDER) == {"receipt": 2}
+    assert await leader == {"receipt": 1}
+
+
+async def test_ensure_owned_does_not_pass_when_its_answer_came_after_the_lease() -> None:
+    layer, successor = PlannedLayer().plan("renew", Fault(after_seconds=40)), Till()
+    successor.seconds = 25
+    passed: list[Any] = []
+
+    async def body(order: Any) -> None:
+        await current_execution().ensure_owned()
+        passed.append(order)
+
+    first = asyncio.ensure_future(made_idempotent(body, layer, renew_lease=False)(ORDER))
+    await asyncio.sleep(31)
+    second = asyncio.ensure_future(made_idempotent(successor.charge, other_process(layer))(ORDER))
+    with pytest.raises(IdempotencyLeaseLostError):
+        await first
+    assert not second.done()
+    assert not passed
+    await second

@@ -245,7 +245,7 @@ async def test_a_lost_lease_is_told_at_once_and_the_body_is_left_to_finish(caplo
     await layer.inner.forget(only_record(layer).idempotency_key)
     await asyncio.sleep(6)
     assert listener.kinds == [EventKind.LEASE_LOST]
-    assert "lost its lease" in caplog.text
+    assert "has lost its lease" in caplog.text
     assert layer.calls.count("renew") == 1
     assert not task.done()
     assert await task == {"receipt": 1}

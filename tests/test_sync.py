@@ -516,7 +516,7 @@ def test_a_block_that_looks_at_nothing_is_refused(layer: MemoryPersistenceLayer)
 def test_a_block_can_be_entered_once(layer: MemoryPersistenceLayer) -> None:
     block = sync.idempotency("a", persistence_store=layer)
     with block as execution:
-        execution.result = 1
+        execution.run(Shop().charge, 1)
     with pytest.raises(IdempotencyUsageError, match="entered before"), block:
         raise AssertionError("not to be entered")
 
@@ -587,7 +587,7 @@ def test_serializers_key_functions_and_hooks_run_in_the_calling_thread(layer: Me
     config = IdempotencyConfig(hooks=(hook,), response_hook=note)
 
     @sync.idempotent_function(
-        key=lambda order: note(order), persistence_store=layer, config=config, output_serializer=serializer
+        key=lambda **arguments: note(arguments), persistence_store=layer, config=config, output_serializer=serializer
     )
     def charge(order: int) -> int:
         return order
@@ -647,9 +647,9 @@ def test_an_async_response_hook_is_awaited_on_the_background_loop(layer: MemoryP
     finally:
         tenant.reset(token)
     with sync.idempotency("a", persistence_store=layer, config=config) as execution:
-        execution.result = 1
+        assert execution.run(Shop().charge, 1) == {"receipt": 1}
     with sync.idempotency("a", persistence_store=layer, config=config) as execution:
-        assert execution.result == {"replayed": 1}
+        assert execution.result == {"replayed": {"receipt": 1}}
     assert seen == [(background_threads()[0], "a"), (background_threads()[0], "nobody")]
 
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_pack: Final[Callable[[tuple[str | int, ...]], bytes]] = cast("Any", hiredis).pack_command
+pack: Final[Callable[[tuple[str | int, ...]], bytes]] = cast("Any", hiredis).pack_command
 
 
 class Command(Generic[T]):
@@ -44,16 +44,16 @@ class Command(Generic[T]):
         self._script = script
         self._script_arguments = arguments
         if script is None:
-            self.packed = _pack(arguments)
+            self.packed = pack(arguments)
         else:
-            self.packed = _pack(("EVALSHA", script.sha, *arguments))
+            self.packed = pack(("EVALSHA", script.sha, *arguments))
 
     def wants_source(self, reply: object) -> bool:
         """Whether the server has forgotten the script; `packed` then holds it in full."""
         script = self._script
         if script is None or not isinstance(reply, ReplyError) or reply.code != "NOSCRIPT":
             return False
-        self.packed = _pack(("EVAL", script.source, *self._script_arguments))
+        self.packed = pack(("EVAL", script.source, *self._script_arguments))
         self._script = None
         return not self.future.done()
 

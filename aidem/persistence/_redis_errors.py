@@ -15,7 +15,10 @@ from aidem.exceptions import (
 )
 
 if TYPE_CHECKING:
+    import asyncio
     from collections.abc import Iterator
+
+CLOSED: Final = "the persistence layer was closed"
 
 
 class ReplyError(Exception):
@@ -86,6 +89,25 @@ def connecting_failed(error: Exception, *, address: str, timeout_seconds: float)
         f"Redis at {address} cannot be reached ({type(error).__name__}): see that it runs, that the network leads "
         "there, and that it expects TLS (rediss://, ssl=True) if the layer does, and else not (redis://, ssl=False)"
     )
+
+
+def failure_of(task: asyncio.Task[None]) -> IdempotencyPersistenceLayerError | None:
+    """Return why a task that connects failed; None: it did not."""
+    if task.cancelled():
+        return IdempotencyPersistenceConnectionError(CLOSED)
+    error = task.exception()
+    if error is None or isinstance(error, IdempotencyPersistenceLayerError):
+        return error
+    failure = IdempotencyPersistenceLayerError(f"connecting to Redis failed: {type(error).__name__}")
+    failure.__cause__ = error
+    return failure
+
+
+def copy_of(error: IdempotencyPersistenceLayerError) -> IdempotencyPersistenceLayerError:
+    """Return an error for one of many callers: each may add notes to its own."""
+    copy = type(error)(str(error))
+    copy.__cause__ = error.__cause__
+    return copy
 
 
 def _refusal(error: BaseException) -> str | None:

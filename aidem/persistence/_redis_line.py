@@ -9,11 +9,8 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Any, Final
 
-from aidem.exceptions import (
-    IdempotencyError,
-    IdempotencyPersistenceConnectionError,
-    IdempotencyPersistenceLayerError,
-)
+from aidem.exceptions import IdempotencyPersistenceConnectionError
+from aidem.persistence._redis_errors import CLOSED, copy_of, failure_of
 from aidem.persistence._redis_wire import Wire
 
 if TYPE_CHECKING:
@@ -22,8 +19,6 @@ if TYPE_CHECKING:
 
 IDLE_SECONDS: Final = 1.0
 """After how long a connection is looked at before it is written to."""
-
-CLOSED: Final = "the persistence layer was closed"
 
 
 class Line:
@@ -108,23 +103,10 @@ class Line:
 
     def _connecting_ended(self, task: asyncio.Task[None]) -> None:
         self._connecting = None
-        failure = _failure(task)
+        failure = failure_of(task)
         if failure is not None:
             waiting, self._waiting = self._waiting, []
             for command in waiting:
-                command.fail(_copy(failure))
+                command.fail(copy_of(failure))
         elif self._wire is None and self._waiting:
             self._connect()  # it was lost at once
-
-
-def _failure(task: asyncio.Task[None]) -> BaseException | None:
-    if task.cancelled():
-        return IdempotencyPersistenceConnectionError(CLOSED)
-    return task.exception()
-
-
-def _copy(error: BaseException) -> Exception:
-    """Return an error for one of many callers: each may add notes to its own."""
-    copy = type(error)(str(error)) if isinstance(error, IdempotencyError) else IdempotencyPersistenceLayerError("")
-    copy.__cause__ = error.__cause__
-    return copy

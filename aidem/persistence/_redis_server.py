@@ -8,9 +8,18 @@ from typing import TYPE_CHECKING, Any, Final
 from aidem.persistence._redis_errors import connecting_failed
 
 if TYPE_CHECKING:
+    from typing import Protocol
+
     from redis.asyncio.connection import AbstractConnection, ConnectionPool
 
-    from aidem.persistence._redis_wire import Wire
+    class Taker(Protocol):
+        """Takes a connection over, as an `asyncio.Protocol` does."""
+
+        stream: object
+
+        def connection_made(self, transport: asyncio.BaseTransport) -> None:
+            """Use it from here on."""
+
 
 # What a pool tells its connections and a line does in its own way, or not at all.
 _LEFT_OUT: Final = ("retry", "maint_", "oss_cluster_maint_", "health_check_interval")
@@ -30,8 +39,8 @@ class Server:
         self._kwargs: dict[str, Any] = kwargs | _OURS
         self.address = kwargs.get("path") or f"{kwargs.get('host', 'localhost')}:{kwargs.get('port', 6379)}"
 
-    async def connect(self, wire: Wire, *, timeout_seconds: float) -> None:
-        """Connect a wire.
+    async def connect(self, taker: Taker, *, timeout_seconds: float) -> None:
+        """Connect whoever takes the connection over.
 
         Raises:
             IdempotencyPersistenceLayerError: It could not, in this time.
@@ -40,22 +49,22 @@ class Server:
         try:
             async with asyncio.timeout(timeout_seconds):
                 await connection.connect()
-            _take_over(connection, wire)
+            _take_over(connection, taker)
         except Exception as error:
             raise connecting_failed(error, address=self.address, timeout_seconds=timeout_seconds) from error
         finally:
             await connection.disconnect(nowait=True)
 
 
-def _take_over(connection: Any, wire: Wire) -> None:
-    """Put the wire in the place of redis-py's own reader and writer.
+def _take_over(connection: Any, taker: Taker) -> None:
+    """Put the taker in the place of redis-py's own reader and writer.
 
     The one place that looks inside a connection of redis-py, which offers no other way to share one.
     """
     stream: asyncio.StreamWriter = connection._writer  # noqa: SLF001
     connection._reader = connection._writer = None  # noqa: SLF001 - or it would close them
-    wire.stream = stream
-    stream.transport.set_protocol(wire)
-    wire.connection_made(stream.transport)
+    taker.stream = stream
+    stream.transport.set_protocol(taker)
+    taker.connection_made(stream.transport)
     if stream.transport.is_closing():
         raise ConnectionResetError

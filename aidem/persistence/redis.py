@@ -16,13 +16,11 @@ try:
     from aidem.persistence import _redis_checks
     from aidem.persistence._redis_client import server_of
     from aidem.persistence._redis_command import Command
-    from aidem.persistence._redis_errors import ReplyError
-    from aidem.persistence._redis_line import Line
-    from aidem.persistence._redis_lines import Lines
+    from aidem.persistence._redis_connections import Connections, ConnectionsByLoop
 except ImportError as error:
     raise ImportError("RedisPersistenceLayer needs redis-py and hiredis: pip install 'aidem[redis]'") from error
 from aidem.persistence._redis_records import RecordText, durations
-from aidem.persistence._redis_scripts import AttributeNames, Script, Scripts, Verdict
+from aidem.persistence._redis_scripts import CHANNEL, AttributeNames, Script, Scripts, Verdict
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -119,7 +117,7 @@ class RedisPersistenceLayer:
         self._is_checked = False
         self._text = RecordText(names)
         self._scripts = Scripts(names)
-        self._lines = Lines(lambda: Line(server, timeout_seconds=timeout_seconds))
+        self._connections = ConnectionsByLoop(lambda: Connections(server, timeout_seconds=timeout_seconds))
 
     # --- Operations -------------------------------------------------------------------------------------------------
 
@@ -179,6 +177,14 @@ class RedisPersistenceLayer:
         """Drop any record of the key."""
         return self._ask(("DEL", key), lambda _reply: None)
 
+    async def wait_for_change(self, key: str, timeout_seconds: float) -> None:
+        """Return when the record was completed or released, or after the timeout.
+
+        Raises:
+            IdempotencyPersistenceLayerError: The server does not let us listen.
+        """
+        await self._connections.here().listener.wait(f"{CHANNEL}{key}", timeout_seconds=timeout_seconds)
+
     # --- Life -------------------------------------------------------------------------------------------------------
 
     async def open(self) -> None:
@@ -187,20 +193,15 @@ class RedisPersistenceLayer:
         Raises:
             IdempotencyPersistenceLayerError: It cannot be reached or used.
         """
-        reply = await self._ask_if_allowed("INFO")
-        if reply is None:
-            return
-        info = _redis_checks.info_of(reply)
-        _redis_checks.check_version(info)
+        problems = await _redis_checks.problems(lambda *command: self._ask(command, lambda reply: reply))
         if not self._is_checked:
             self._is_checked = True
-            _, save = await self._ask_if_allowed("CONFIG", "GET", "save") or (b"", b"?")
-            for warning in _redis_checks.warnings_of(info, save=save.decode()):
-                logger.warning("Redis: %s", warning)
+            for problem in problems:
+                logger.warning("Redis: %s", problem)
 
     async def aclose(self) -> None:
         """Finish what was asked so far in this event loop, then close its connection."""
-        await self._lines.aclose()
+        await self._connections.aclose()
 
     async def __aenter__(self) -> Self:
         """Open the layer."""
@@ -220,15 +221,6 @@ class RedisPersistenceLayer:
         now = "" if self._own_clock is None else _state.milliseconds(self._own_clock())
         return now, record.owner or ""
 
-    async def _ask_if_allowed(self, *arguments: str) -> Any:
-        """Ask for something that the ACL, or whoever runs the server, may have denied; None if so."""
-        try:
-            return await self._ask(arguments, lambda reply: reply)
-        except IdempotencyPersistenceLayerError as error:
-            if isinstance(error.__cause__, ReplyError) and error.__cause__.code in {"NOPERM", "ERR"}:
-                return None
-            raise
-
     def _run(self, script: Script, arguments: tuple[Any, ...], read: Callable[[Any], T]) -> SettlingFuture[T]:
         return self._send(arguments, read, script)
 
@@ -237,7 +229,7 @@ class RedisPersistenceLayer:
 
     def _send(self, arguments: tuple[Any, ...], read: Callable[[Any], T], script: Script | None) -> SettlingFuture[T]:
         future: SettlingFuture[T] = SettlingFuture(loop=asyncio.get_running_loop())
-        self._lines.here().ask(Command(future, arguments, read, script))
+        self._connections.here().line.ask(Command(future, arguments, read, script))
         return future
 
     def _claim_answer(self, key: str, verdict: int, now: int, stored: Any) -> Claimed | Blocked:
