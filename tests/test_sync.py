@@ -789,23 +789,23 @@ def test_closing_lets_the_calls_that_wait_for_their_layer_end() -> None:
     assert results == [{"receipt": 1}]
 
 
-def test_a_call_that_waits_for_too_long_is_told_that_the_loop_was_closed() -> None:
-    layer = slow_layer()
+def test_a_call_that_waits_for_too_long_is_told_that_the_loop_was_closed(layer: MemoryPersistenceLayer) -> None:
+    others = PlannedLayer(inner=layer, clock=real_now)
     config = IdempotencyConfig(wait_timeout_seconds=3600.0)
     errors: list[BaseException] = []
 
     def wait() -> None:
         try:
-            with sync.idempotency("a", persistence_store=layer, config=config):
-                raise AssertionError("not to be entered")
+            with sync.idempotency("a", persistence_store=others, config=config):
+                errors.append(AssertionError("not to be entered"))
         except IdempotencyUsageError as error:
             errors.append(error)
 
     with sync.idempotency("a", persistence_store=layer) as execution:
-        execution.result = 1
+        assert not execution.replayed
         thread = threading.Thread(target=wait)
         thread.start()
-        wait_until(lambda: layer.calls.count("acquire") == 2)
+        wait_until(lambda: others.calls)
         sync.close()
         thread.join(PATIENCE_SECONDS)
     assert "sync.close()" in str(errors[0])

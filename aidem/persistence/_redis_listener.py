@@ -15,6 +15,7 @@ import hiredis
 from aidem.exceptions import IdempotencyPersistenceConnectionError, IdempotencyPersistenceLayerError
 from aidem.persistence._redis_command import pack
 from aidem.persistence._redis_errors import ReplyError, copy_of, failure_of, translated
+from aidem.persistence._redis_server import Taker
 
 if TYPE_CHECKING:
     from aidem.persistence._redis_server import Server
@@ -44,15 +45,10 @@ class _Channel:
         self.timer: asyncio.TimerHandle | None = None
 
 
-class Listener(asyncio.Protocol):
-    """The subscriptions of one event loop.
-
-    Attributes:
-        stream: What redis-py made of the transport; kept, as it would close it.
-    """
+class Listener(Taker):
+    """The subscriptions of one event loop."""
 
     def __init__(self, server: Server, *, timeout_seconds: float) -> None:
-        self.stream: object = None
         self._loop = asyncio.get_running_loop()
         self._server = server
         self._timeout_seconds = timeout_seconds
@@ -142,7 +138,10 @@ class Listener(asyncio.Protocol):
         self._transport = cast("asyncio.Transport", transport)
         self._closed = self._loop.create_future()
         self._reader = hiredis.Reader(replyError=ReplyError, notEnoughData=_INCOMPLETE)
-        self._send("SUBSCRIBE", *self._channels)
+        if self._channels:
+            self._send("SUBSCRIBE", *self._channels)
+        else:
+            self._transport.abort()  # nobody listens any more
 
     def data_received(self, data: bytes) -> None:
         """Wake who listens."""
@@ -152,8 +151,7 @@ class Listener(asyncio.Protocol):
                 case [b"message", bytes(name), _]:
                     self._tell(name.decode())
                 case ReplyError():
-                    self._refusal = reply  # polling does without
-                    self._break(translated(reply))
+                    self._refused(reply)
                 case _:
                     pass  # a subscription began or ended
 
@@ -165,6 +163,13 @@ class Listener(asyncio.Protocol):
         failure = IdempotencyPersistenceConnectionError("the connection to Redis was lost")
         failure.__cause__ = exc
         self._break(failure)
+
+    def _refused(self, reply: ReplyError) -> None:
+        if reply.code == "NOPERM":
+            self._refusal = reply  # it will not change: whoever waits has to poll
+        self._break(translated(reply))
+        if self._transport is not None:
+            self._transport.abort()
 
     def _tell(self, name: str) -> None:
         channel = self._channels.get(name)

@@ -8,22 +8,21 @@ from typing import TYPE_CHECKING, Any, Final
 from aidem.persistence._redis_errors import connecting_failed
 
 if TYPE_CHECKING:
-    from typing import Protocol
-
     from redis.asyncio.connection import AbstractConnection, ConnectionPool
-
-    class Taker(Protocol):
-        """Takes a connection over, as an `asyncio.Protocol` does."""
-
-        stream: object
-
-        def connection_made(self, transport: asyncio.BaseTransport) -> None:
-            """Use it from here on."""
-
 
 # What a pool tells its connections and a line does in its own way, or not at all.
 _LEFT_OUT: Final = ("retry", "maint_", "oss_cluster_maint_", "health_check_interval")
 _OURS: Final[dict[str, Any]] = {"protocol": 2, "decode_responses": False, "socket_timeout": None}
+
+
+class Taker(asyncio.Protocol):
+    """Takes a connection over.
+
+    Attributes:
+        stream: What redis-py made of the transport; kept, as its end would close the transport.
+    """
+
+    stream: object = None
 
 
 class Server:

@@ -14,6 +14,7 @@ import hiredis
 
 from aidem.exceptions import IdempotencyPersistenceConnectionError
 from aidem.persistence._redis_errors import ReplyError
+from aidem.persistence._redis_server import Taker
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -33,14 +34,13 @@ class Owner(Protocol):
         """Use the wire no more."""
 
 
-class Wire(asyncio.Protocol):
+class Wire(Taker):
     """One connection, from its handshake on.
 
     Attributes:
         sent: The commands whose replies are outstanding, in their order.
         used_at: When it was last written to or read from, in seconds of the loop's clock.
         closed: Done when its socket is closed.
-        stream: What redis-py made of the transport; kept, as it would close it.
     """
 
     def __init__(self, owner: Owner, *, timeout_seconds: float) -> None:
@@ -48,7 +48,6 @@ class Wire(asyncio.Protocol):
         self.sent: deque[Command[Any]] = deque()
         self.used_at = self._loop.time()
         self.closed: asyncio.Future[None] = self._loop.create_future()
-        self.stream: object = None
         self._owner = owner
         self._timeout_seconds = timeout_seconds
         self._timer: asyncio.TimerHandle | None = None

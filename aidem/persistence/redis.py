@@ -57,15 +57,7 @@ class RedisPersistenceLayer:
         shared_with_powertools: Whether AWS Powertools for Python may use the same keys: its lock is then respected.
         timeout_seconds: How long an operation may take, connecting included.
         clock: Answers epoch seconds, to judge by instead of the server's clock; for tests.
-        expiry_attr: The name in the stored JSON of the record's expiry; the others likewise.
-        in_progress_expiry_attr: Of the end of a lease.
-        status_attr: Of the status.
-        data_attr: Of the result.
-        validation_key_attr: Of the payload hash.
-        owner_attr: Of the token of the claim.
-        fence_attr: Of the fence.
-        lease_expiry_attr: Of the end of a lease that nobody may take over.
-        outcome_attr: Of the kind of an outcome that is no result.
+        expiry_attr: What the expiry of a record is called in its JSON; the other `_attr` options likewise.
 
     Raises:
         IdempotencyPersistenceConfigError: The options cannot work.
@@ -131,10 +123,10 @@ class RedisPersistenceLayer:
         """Store a claim unless a live record of somebody else is there."""
         key = record.idempotency_key
         keys = (key, f"{key}:lock") if self._shared_with_powertools else (key,)
-        return self._run(
-            self._scripts.acquire,
+        return self._ask(
             (len(keys), *keys, *self._judge(record), *durations(record, now=now), self._text.claim(record)),
             lambda reply: self._claim_answer(key, *reply),
+            self._scripts.acquire,
         )
 
     def complete(self, record: DataRecord, *, now: float) -> SettlingFuture[bool]:
@@ -150,24 +142,24 @@ class RedisPersistenceLayer:
                 key=record.idempotency_key,
             )
         kept, _, _ = durations(record, now=now)
-        return self._run(
-            self._scripts.complete,
+        return self._ask(
             (1, record.idempotency_key, *self._judge(record), kept, text),
             lambda reply: self._is_stored(record, *reply),
+            self._scripts.complete,
         )
 
     def renew(self, record: DataRecord, *, now: float) -> SettlingFuture[DataRecord | None]:
         """Set the instants of our claim."""
         key = record.idempotency_key
-        return self._run(
-            self._scripts.renew,
+        return self._ask(
             (1, key, *self._judge(record), *durations(record, now=now)),
             lambda reply: self._text.read(key, reply),
+            self._scripts.renew,
         )
 
     def release(self, record: DataRecord) -> SettlingFuture[bool]:
         """Delete our claim."""
-        return self._run(self._scripts.release, (1, record.idempotency_key, *self._judge(record)), bool)
+        return self._ask((1, record.idempotency_key, *self._judge(record)), bool, self._scripts.release)
 
     def get(self, key: str) -> SettlingFuture[DataRecord | None]:
         """Return the record of a key as it is stored now."""
@@ -221,13 +213,9 @@ class RedisPersistenceLayer:
         now = "" if self._own_clock is None else _state.milliseconds(self._own_clock())
         return now, record.owner or ""
 
-    def _run(self, script: Script, arguments: tuple[Any, ...], read: Callable[[Any], T]) -> SettlingFuture[T]:
-        return self._send(arguments, read, script)
-
-    def _ask(self, arguments: tuple[Any, ...], read: Callable[[Any], T]) -> SettlingFuture[T]:
-        return self._send(arguments, read, None)
-
-    def _send(self, arguments: tuple[Any, ...], read: Callable[[Any], T], script: Script | None) -> SettlingFuture[T]:
+    def _ask(
+        self, arguments: tuple[Any, ...], read: Callable[[Any], T], script: Script | None = None
+    ) -> SettlingFuture[T]:
         future: SettlingFuture[T] = SettlingFuture(loop=asyncio.get_running_loop())
         self._connections.here().line.ask(Command(future, arguments, read, script))
         return future

@@ -89,8 +89,26 @@ async def in_one_batch(
     return answers[1:]
 
 
+_threads_of_others: set[threading.Thread] = set()
+
+
+@pytest.fixture(autouse=True)
+def threads_of_others() -> None:
+    """Leave out the threads of layers that earlier tests and examples have left open."""
+    _threads_of_others.clear()
+    _threads_of_others.update(threading.enumerate())
+
+
+def threads() -> list[threading.Thread]:
+    return [
+        thread
+        for thread in threading.enumerate()
+        if thread.name.startswith("aidem ") and thread not in _threads_of_others
+    ]
+
+
 def names_of_threads() -> list[str]:
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith("aidem ")]
+    return [thread.name for thread in threads()]
 
 
 def files_beside(path: Path) -> list[str]:
@@ -463,7 +481,7 @@ async def test_nothing_happens_before_the_first_use_nor_when_it_is_closed_unused
 async def test_a_layer_that_is_dropped_ends_its_thread_and_closes_its_file(path: Path) -> None:
     layer = SQLitePersistenceLayer(path)
     await claimed(layer)
-    (thread,) = (thread for thread in threading.enumerate() if thread.name.startswith("aidem "))
+    (thread,) = threads()
     del layer
     gc.collect()
     await asyncio.to_thread(thread.join, 30)
