@@ -13,7 +13,7 @@ nox.needs_version = ">=2025.5.1"
 nox.options.default_venv_backend = "uv|virtualenv"
 nox.options.download_python = "never"
 nox.options.reuse_existing_virtualenvs = True
-nox.options.sessions = ["lint", "demo", "typing", "tests"]
+nox.options.sessions = ["lint", "demo", "docs", "typing", "tests"]
 
 SUPPORTED = ("3.11", "3.12", "3.13")
 MAIN = f"{sys.version_info.major}.{sys.version_info.minor}"
@@ -68,6 +68,13 @@ def demo(session: nox.Session) -> None:
     """Show a payment handler that is called twice and charges once."""
     session.install(".")
     session.run("python", "docs/examples/payment.py")
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """Build the documentation into `site`; a broken link, or a name that does not exist, is an error."""
+    session.install(*nox.project.dependency_groups(PROJECT, "docs"))
+    session.run("zensical", "build", "--clean", "--strict")
 
 
 @nox.session(python=PRESENT)

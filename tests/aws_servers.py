@@ -66,7 +66,7 @@ class Database:
     @property
     def client(self) -> Any:
         """The synchronous client of AWS."""
-        return _client(self.url)
+        return client_of(self.url)
 
     def create_table(self, key_attr: str = "id", sort_key_attr: str | None = None) -> str:
         name = f"aidem-{secrets.token_hex(8)}"
@@ -93,11 +93,11 @@ class Database:
 
 
 @cache
-def _client(_url: str) -> Any:
-    """Make the one client of a database, while the environment points there."""
+def client_of(url: str) -> Any:
+    """Return AWS's own client of a database; it is made once, as that takes long."""
     import boto3
 
-    return boto3.client("dynamodb")
+    return boto3.client("dynamodb", endpoint_url=url)
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,7 @@ bank = folder / "bank.log"  # stands for the payment service: every line in it i
 
 
 @idempotent(persistence_store=layer, config=config)
-async def handler(event: dict[str, Any], context: object) -> dict[str, Any]:
+async def handler(event: dict[str, Any], _context: object) -> dict[str, Any]:
     """Charge an order."""
     await asyncio.sleep(0.1)  # the payment service takes its time
     with bank.open("a") as file:

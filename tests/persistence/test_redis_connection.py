@@ -1,0 +1,542 @@
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import AsyncGenerator, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from aidem import IdempotencyConfig, idempotent_function
+from aidem._state import Blocked, Claimed
+from aidem.exceptions import IdempotencyPersistenceConfigError, IdempotencyPersistenceConnectionError
+from aidem.persistence._redis_line import IDLE_SECONDS
+from aidem.persistence.redis import RedisPersistenceLayer
+from aidem.testing import claim_of
+from tests.persistence.redis_support import (
+    FakeServer,
+    acquired,
+    claimed,
+    client_of,
+    completed,
+    fake_server,
+    no_complaints,
+    until,
+)
+from tests.proxy import Proxy
+from tests.servers import RedisServer, started
+
+pytestmark = pytest.mark.server
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[RedisServer]:
+    with started("valkey") as server:
+        yield server
+
+
+@pytest.fixture
+async def client(server: RedisServer) -> AsyncGenerator[Any]:
+    async with client_of(server) as client:
+        await client.flushall()
+        yield client
+
+
+@pytest.fixture
+async def proxy(server: RedisServer, client: Any) -> AsyncGenerator[Proxy]:
+    async with Proxy.to(server.port) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+async def layer(proxy: Proxy) -> AsyncGenerator[RedisPersistenceLayer]:
+    """A layer that is connected, through the proxy, and whose scripts the server knows."""
+    with no_complaints():
+        layer = RedisPersistenceLayer(f"redis://127.0.0.1:{proxy.port}", timeout_seconds=10)
+        claim = await claimed(layer, "warm")
+        await layer.renew(claim, now=time.time())
+        await completed(layer, claim)
+        await layer.release(claim)
+        proxy.requests.clear()
+        yield layer
+        proxy.heal()
+        await layer.aclose()
+        await asyncio.sleep(0)
+        gc.collect()
+
+
+def impatient(proxy: Proxy) -> RedisPersistenceLayer:
+    return RedisPersistenceLayer(f"redis://127.0.0.1:{proxy.port}", timeout_seconds=0.3)
+
+
+# --- Sharing one connection -----------------------------------------------------------------------------------------
+
+
+async def test_a_call_takes_one_round_trip_to_claim_one_to_complete_and_one_to_replay(
+    layer: RedisPersistenceLayer, proxy: Proxy
+) -> None:
+    sent = list[int]()
+
+    @idempotent_function(persistence_store=layer, data_keyword_argument="order")
+    async def pay(order: int) -> int:
+        sent.append(len(proxy.requests))
+        return order
+
+    await pay(order=1)
+    sent.append(len(proxy.requests))
+    await pay(order=1)
+    sent.append(len(proxy.requests))
+    assert sent == [1, 2, 3]
+    assert all(request.count(b"EVALSHA") == 1 and request.startswith(b"*") for request in proxy.requests)
+    assert proxy.connections == 1
+
+
+def shake_hands(listener: socket.socket) -> socket.socket:
+    """Accept a connection, and answer all that comes up to the first GET."""
+    connection, _ = listener.accept()
+    while b"GET" not in (received := connection.recv(65536)):
+        connection.sendall(b"+OK\r\n" * received.count(b"SETINFO"))
+    connection.sendall(b"+OK\r\n" * received.count(b"SETINFO") + b"$-1\r\n")
+    connection.settimeout(20)
+    return connection
+
+
+async def test_an_idle_connection_is_written_to_at_once_and_a_busy_one_once_per_turn_of_the_loop() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        layer = RedisPersistenceLayer(f"redis://127.0.0.1:{listener.getsockname()[1]}")
+        connecting = asyncio.ensure_future(asyncio.to_thread(shake_hands, listener))
+        await layer.get("first")
+        with await connecting as server:
+            operations = [layer.get(f"key {number}") for number in range(100)]
+            assert server.recv(65536).count(b"GET") == 1  # the loop has not had a turn yet
+            await asyncio.sleep(0)
+            assert server.recv(65536).count(b"GET") == 99
+            server.sendall(b"$-1\r\n" * 100)
+            assert await asyncio.gather(*operations) == [None] * 100
+            await layer.aclose()
+
+
+async def test_a_thousand_tasks_share_one_connection_and_all_have_their_turn(
+    layer: RedisPersistenceLayer, proxy: Proxy
+) -> None:
+    turns = list[int]()
+
+    async def call(task: int) -> None:
+        for turn in range(5):
+            record = await claimed(layer, f"{task}-{turn}", f"owner {task}")
+            assert record.owner == f"owner {task}"
+            assert await completed(layer, record, f'"{task}"')
+            turns.append(turn)
+
+    await asyncio.gather(*(call(task) for task in range(1000)))
+    assert proxy.connections == 1
+    assert turns == sorted(turns)  # nobody is a turn ahead
+    assert len(proxy.requests) < 1000
+
+
+async def test_a_command_that_fails_fails_alone(layer: RedisPersistenceLayer, client: Any) -> None:
+    await client.rpush("key 7", "no record")
+    answers = await asyncio.gather(*(acquired(layer, f"key {n}") for n in range(32)), return_exceptions=True)
+    assert [type(answer) for answer in answers[:7] + answers[8:]] == [Claimed] * 31
+    assert isinstance(answers[7], IdempotencyPersistenceConfigError)
+
+
+async def test_a_caller_that_is_cancelled_takes_no_reply_from_another(
+    layer: RedisPersistenceLayer, proxy: Proxy
+) -> None:
+    proxy.hold()
+    tasks = [asyncio.ensure_future(claimed(layer, f"key {n}", f"owner {n}")) for n in range(40)]
+    await asyncio.sleep(0)
+    for task in tasks[::2]:
+        task.cancel()
+    await asyncio.sleep(0)
+    proxy.heal()
+    await asyncio.wait(tasks)
+    assert [task.result().owner for task in tasks[1::2]] == [f"owner {n}" for n in range(1, 40, 2)]
+    assert all(task.cancelled() for task in tasks[::2])
+    assert (await claimed(layer, "key 0", "owner 0")).owner == "owner 0"
+    assert proxy.connections == 1
+
+
+async def test_what_was_given_up_before_it_was_sent_is_never_sent(layer: RedisPersistenceLayer, client: Any) -> None:
+    first = layer.get("key")
+    now = time.time()
+    given_up = layer.acquire(claim_of("key", now=now), now=now)
+    given_up.fail(TimeoutError())
+    assert given_up.exception() is not None
+    await asyncio.gather(first, layer.get("key"))
+    assert await client.exists("key") == 0
+
+
+async def test_a_script_that_the_server_has_forgotten_is_sent_again(
+    layer: RedisPersistenceLayer, client: Any, proxy: Proxy
+) -> None:
+    await client.script_flush()
+    records = await asyncio.gather(*(claimed(layer, f"key {n}", f"owner {n}") for n in range(5)))
+    assert [record.owner for record in records] == [f"owner {n}" for n in range(5)]
+    sent = b"".join(proxy.requests)
+    assert (sent.count(b"EVALSHA"), sent.count(b"EVAL\r\n")) == (5, 5)
+    await claimed(layer, "key")
+    assert b"".join(proxy.requests).count(b"EVAL\r\n") == 5
+
+
+async def test_a_forgotten_script_is_not_sent_again_for_a_caller_that_has_gone(
+    layer: RedisPersistenceLayer, client: Any, proxy: Proxy
+) -> None:
+    await client.script_flush()
+    now = time.time()
+    given_up = layer.acquire(claim_of("key", now=now), now=now)
+    given_up.fail(TimeoutError())
+    assert given_up.exception() is not None
+    await layer.get("key")
+    await layer.get("key")
+    assert b"EVAL\r\n" not in b"".join(proxy.requests)
+
+
+# --- Losing it ------------------------------------------------------------------------------------------------------
+
+
+async def test_a_broken_connection_fails_what_was_on_it_and_the_next_use_makes_another(
+    layer: RedisPersistenceLayer, proxy: Proxy
+) -> None:
+    proxy.drop(replies=True)
+    operations = [asyncio.ensure_future(claimed(layer, f"key {n}")) for n in range(10)]
+    await until(lambda: proxy.dropped.replies)
+    proxy.cut()
+    errors = await asyncio.gather(*operations, return_exceptions=True)
+    assert {type(error) for error in errors} == {IdempotencyPersistenceConnectionError}
+    assert {str(error) for error in errors} == {"the connection to Redis was lost; the operation may have been applied"}
+    assert len(set(map(id, errors))) == 10  # each caller may add its own notes
+    proxy.heal()
+    assert await claimed(layer, "key 0")  # applied, its reply lost: found again by its token
+    assert proxy.connections == 2
+
+
+async def test_what_waited_when_the_connection_broke_goes_out_on_the_next(
+    layer: RedisPersistenceLayer, proxy: Proxy
+) -> None:
+    proxy.hold()
+    first = asyncio.ensure_future(claimed(layer, "first"))
+    await asyncio.sleep(0)
+    await until(lambda: proxy.port)
+    proxy.cut()
+    waiting: asyncio.Future[Any] | None = None
+    with pytest.raises(IdempotencyPersistenceConnectionError):
+        await first
+    proxy.heal()
+    waiting = layer.get("other")
+    assert await waiting is None
+    assert proxy.connections == 2
+
+
+async def test_a_server_that_does_not_answer_is_given_up_in_time(proxy: Proxy, client: Any) -> None:
+    layer = impatient(proxy)
+    async with layer:
+        proxy.drop(replies=True)
+        with no_complaints():
+            errors = await asyncio.gather(*(claimed(layer, f"key {n}") for n in range(3)), return_exceptions=True)
+        assert {str(error) for error in errors} == {
+            "Redis did not answer within 0.3 s, which timeout_seconds allows; the operation may have been applied"
+        }
+        assert proxy.dropped.replies
+        assert await client.exists("key 0", "key 1", "key 2") == 3
+        proxy.heal()
+        assert await claimed(layer, "key 0")
+        assert proxy.connections == 2
+
+
+async def test_answers_that_come_in_time_do_not_end_a_connection_that_is_used_for_long(
+    proxy: Proxy, client: Any
+) -> None:
+    layer = impatient(proxy)
+    async with layer:
+        deadline = time.monotonic() + 1
+        while time.monotonic() < deadline:
+            await layer.get("key")
+            await asyncio.sleep(0.01)
+        assert proxy.connections == 1
+
+
+async def test_a_server_that_does_not_shake_hands_is_given_up_in_time(proxy: Proxy) -> None:
+    layer = impatient(proxy)
+    proxy.hold()
+    with pytest.raises(IdempotencyPersistenceConnectionError, match=r"it did not answer within 0\.3 s"):
+        await layer.get("key")
+    proxy.heal()
+    assert await layer.get("key") is None
+    await layer.aclose()
+
+
+async def test_a_server_that_cannot_be_reached_says_what_to_look_at(proxy: Proxy) -> None:
+    layer = impatient(proxy)
+    proxy.refuse()
+    with no_complaints():
+        errors = await asyncio.gather(layer.get("a"), layer.get("b"), return_exceptions=True)
+    assert [type(error) for error in errors] == [IdempotencyPersistenceConnectionError] * 2
+    assert errors[0] is not errors[1]
+    assert f"Redis at 127.0.0.1:{proxy.port} cannot be reached" in str(errors[0])
+    proxy.heal()
+    assert await layer.get("key") is None
+    await layer.aclose()
+
+
+async def test_a_connection_that_was_closed_while_the_process_slept_is_not_used(
+    layer: RedisPersistenceLayer, proxy: Proxy, client: Any
+) -> None:
+    await layer.get("key")
+    (address,) = [c["addr"] for c in await client.client_list() if c["cmd"] == "get"]
+    async with Proxy.to(proxy.server_port) as other:
+        direct = RedisPersistenceLayer(f"redis://127.0.0.1:{other.server_port}")
+        await direct.get("key")
+        killer = "import redis, sys; redis.Redis(port=int(sys.argv[1])).execute_command('CLIENT KILL TYPE normal')"
+        time.sleep(IDLE_SECONDS + 0.1)  # noqa: ASYNC251 - the process sleeps
+        subprocess.run([sys.executable, "-c", killer, str(proxy.server_port)], check=True)  # noqa: ASYNC221
+        assert (await claimed(direct)).owner == "ours"
+        await direct.aclose()
+    assert address
+
+
+# --- A server that says other things --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+async def fake() -> AsyncGenerator[FakeServer]:
+    async with fake_server(lambda _command: b"$-1\r\n") as fake:
+        yield fake
+
+
+@pytest.fixture
+async def fake_layer(fake: FakeServer) -> AsyncGenerator[RedisPersistenceLayer]:
+    layer = RedisPersistenceLayer(fake.url)
+    with no_complaints():
+        yield layer
+        await layer.aclose()
+
+
+async def test_what_is_no_reply_ends_the_connection(fake: FakeServer, fake_layer: RedisPersistenceLayer) -> None:
+    fake.answer = lambda _command: b"HTTP/1.1 400 Bad Request\r\n\r\n"
+    with pytest.raises(IdempotencyPersistenceConnectionError, match="what answers is not Redis"):
+        await fake_layer.get("key")
+    fake.answer = lambda _command: b"$-1\r\n"
+    assert await fake_layer.get("key") is None
+
+
+async def test_a_reply_that_nobody_asked_for_ends_the_connection(
+    fake: FakeServer, fake_layer: RedisPersistenceLayer
+) -> None:
+    assert await fake_layer.get("key") is None
+    fake.answer = lambda _command: b"$-1\r\n+unasked\r\n"
+    assert await fake_layer.get("key") is None
+    fake.answer = lambda _command: b"$-1\r\n"
+    handshakes = len(fake.commands)
+    assert await fake_layer.get("key") is None
+    assert len(fake.commands) > handshakes + 1
+
+
+@pytest.mark.parametrize("code", ["READONLY", "MASTERDOWN"])
+async def test_a_replica_is_left_once_all_its_replies_are_there(
+    fake: FakeServer, fake_layer: RedisPersistenceLayer, code: str
+) -> None:
+    await fake_layer.get("key")
+    fake.answer = lambda command: f"-{code} it is\r\n".encode() if command[1] == b"first" else b"$-1\r\n"
+    answers = await asyncio.gather(
+        *(fake_layer.get(key) for key in ("first", "second", "third")), return_exceptions=True
+    )
+    assert [type(answer) for answer in answers] == [IdempotencyPersistenceConnectionError, type(None), type(None)]
+    before = len(fake.commands)
+    await fake_layer.get("key")
+    assert fake.commands[before][0] == b"CLIENT"  # it shook hands anew
+
+
+# --- Loops, processes, ends -----------------------------------------------------------------------------------------
+
+
+async def connections_of(client: Any, name: str) -> int:
+    return sum(entry["name"] == name for entry in await client.client_list())
+
+
+async def until_closed(client: Any, name: str) -> None:
+    async with asyncio.timeout(30):
+        while await connections_of(client, name):
+            await asyncio.sleep(0.01)
+
+
+async def test_closing_waits_for_what_was_asked_and_later_use_opens_anew(
+    layer: RedisPersistenceLayer, proxy: Proxy
+) -> None:
+    now = time.time()
+    operations = [layer.acquire(claim_of(f"key {n}", now=now), now=now) for n in range(10)]
+    await layer.aclose()
+    assert [type(operation.result()) for operation in operations] == [Claimed] * 10
+    await layer.aclose()
+    assert isinstance(await acquired(layer, "key 0", "theirs"), Blocked)
+
+
+async def test_closing_waits_for_a_connection_that_is_being_made(server: RedisServer) -> None:
+    layer = RedisPersistenceLayer(server.url)
+    operation = layer.get("key")
+    await layer.aclose()
+    assert operation.result() is None
+
+
+@pytest.mark.parametrize("state", ["idle", "connecting", "asking", "listening"])
+def test_a_loop_that_ends_closes_its_connections_without_complaint(server: RedisServer, state: str) -> None:
+    layer = RedisPersistenceLayer(f"{server.url}?client_name={state}")
+
+    async def use() -> None:
+        if state != "connecting":
+            await layer.get("key")
+        if state != "idle":
+            layer.get("key")  # type: ignore[unused-awaitable]
+        if state == "listening":
+            await layer.wait_for_change("key", 0.05)
+
+    async def check() -> None:
+        async with client_of(server) as client:
+            await until_closed(client, state)
+
+    for _ in range(2):
+        asyncio.run(use())
+        gc.collect()
+        asyncio.run(check())
+
+
+async def test_a_layer_that_is_dropped_closes_its_connection(server: RedisServer, client: Any) -> None:
+    layer = RedisPersistenceLayer(f"{server.url}?client_name=dropped")
+    await layer.get("key")
+    assert await connections_of(client, "dropped") == 1
+    del layer
+    gc.collect()
+    await until_closed(client, "dropped")
+
+
+async def test_loops_of_other_threads_have_connections_of_their_own(server: RedisServer, client: Any) -> None:
+    layer = RedisPersistenceLayer(f"{server.url}?client_name=threads")
+    seen = list[int]()
+
+    async def use() -> None:
+        await layer.get("key")
+        async with client_of(server) as own:
+            seen.append(await connections_of(own, "threads"))
+
+    await layer.get("key")
+    await asyncio.to_thread(asyncio.run, use())
+    assert seen == [2]
+    await until_closed_but_one(client, "threads")
+    await layer.aclose()
+
+
+async def until_closed_but_one(client: Any, name: str) -> None:
+    async with asyncio.timeout(30):
+        while await connections_of(client, name) != 1:
+            await asyncio.sleep(0.01)
+
+
+FORKING = """
+import asyncio, os, sys
+from aidem.persistence.redis import RedisPersistenceLayer
+from tests.persistence.redis_support import acquired
+
+layer = RedisPersistenceLayer(sys.argv[1])
+loop = asyncio.new_event_loop()
+loop.run_until_complete(acquired(layer, "parent"))
+for number in range(3):
+    child = os.fork()
+    if child == 0:
+        answers = asyncio.run(asyncio.wait_for(acquired(layer, f"child {number}", "child"), 20))
+        print(type(answers).__name__, flush=True)
+        sys.exit(0)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+    print(type(loop.run_until_complete(acquired(layer, f"child {number}", "parent"))).__name__, flush=True)
+loop.run_until_complete(layer.aclose())
+loop.close()
+"""
+
+
+def test_a_forked_child_uses_a_connection_of_its_own(server: RedisServer) -> None:
+    worker = subprocess.run(
+        [sys.executable, "-W", "error", "-W", "ignore::DeprecationWarning", "-c", FORKING, server.url],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=50,
+    )
+    assert worker.stdout.split() == ["Claimed", "0", "Blocked"] * 3, worker.stderr
+    assert worker.stderr == ""
+
+
+def test_what_is_missing_is_said_in_one_sentence() -> None:
+    code = """if True:
+        import sys
+        sys.modules["hiredis"] = None
+        try:
+            import aidem.persistence.redis
+        except ImportError as error:
+            print(error)
+    """
+    worker = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=50)
+    assert worker.stdout == "RedisPersistenceLayer needs redis-py and hiredis: pip install 'aidem[redis]'\n"
+
+
+# --- Being told of changes ------------------------------------------------------------------------------------------
+
+
+async def test_a_waiter_in_another_process_is_woken_when_the_owner_completes(
+    layer: RedisPersistenceLayer, server: RedisServer
+) -> None:
+    async with RedisPersistenceLayer(server.url) as waiting:
+        for end in (completed, lambda layer, record: layer.release(record)):
+            record = await claimed(layer, f"key {end}")
+            task = asyncio.ensure_future(waiting.wait_for_change(f"key {end}", 50))
+            async with client_of(server) as client:
+                await until_subscribed(client, 1)
+                assert not task.done()
+                assert await end(layer, record)
+            await asyncio.wait_for(task, 20)
+            await asyncio.sleep(0)
+
+
+async def until_subscribed(client: Any, count: int) -> None:
+    async with asyncio.timeout(30):
+        while len([name for name in await client.pubsub_channels() if name.startswith("aidem:changed:")]) < count:
+            await asyncio.sleep(0.005)
+
+
+async def test_a_call_that_waits_is_woken_by_the_owner_and_does_not_poll(
+    layer: RedisPersistenceLayer, server: RedisServer, client: Any
+) -> None:
+    config = IdempotencyConfig(wait_timeout_seconds=20)
+    entered, leave = asyncio.Event(), asyncio.Event()
+
+    async def pay(order: int) -> int:
+        entered.set()
+        await leave.wait()
+        return order
+
+    async with RedisPersistenceLayer(server.url) as elsewhere:
+        options: dict[str, Any] = {"data_keyword_argument": "order", "config": config, "key_prefix": "pay"}
+        here = idempotent_function(pay, persistence_store=layer, **options)
+        there = idempotent_function(pay, persistence_store=elsewhere, **options)
+        owner = asyncio.ensure_future(here(order=1))
+        await entered.wait()
+        waiter = asyncio.ensure_future(there(order=1))
+        await until_subscribed(client, 1)
+        leave.set()
+        assert await asyncio.wait_for(asyncio.gather(owner, waiter), 20) == [1, 1]
+
+
+async def test_waiting_ends_after_its_time_and_listens_on_for_a_while(
+    layer: RedisPersistenceLayer, server: RedisServer, client: Any
+) -> None:
+    record = await claimed(layer)
+    await layer.wait_for_change("key", 0.2)
+    await until_subscribed(client, 1)
+    await completed(layer, record)  # nobody waits just now
+    await asyncio.wait_for(layer.wait_for_change("key", 50), 20)

@@ -1,0 +1,89 @@
+"""The documentation speaks of everything there is, and of nothing else; its examples are run by Sybil."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import importlib
+import re
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from aidem import IdempotencyConfig
+from aidem.hooks import EventKind
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+MODULES_WITH_PUBLIC_NAMES = ("aidem", "aidem.persistence", "aidem.serialization", "aidem.sync", "aidem.testing")
+
+
+def page(name: str) -> str:
+    return (DOCS / name).read_text(encoding="utf-8")
+
+
+def pages_in(navigation: Any) -> Iterator[str]:
+    """Yield the pages of a navigation, however deep its sections are."""
+    if isinstance(navigation, str):
+        yield navigation
+    else:
+        for entry in navigation.values() if isinstance(navigation, dict) else navigation:
+            yield from pages_in(entry)
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    config = tomllib.loads((ROOT / "zensical.toml").read_text(encoding="utf-8"))
+    assert sorted(pages_in(config["project"]["nav"])) == sorted(path.name for path in DOCS.glob("*.md"))
+
+
+def test_every_test_that_the_docs_name_exists() -> None:
+    named = {
+        (file, test)
+        for path in DOCS.glob("*.md")
+        for file, test in re.findall(r"`([\w/]+\.py)::(test_\w+)`", path.read_text(encoding="utf-8"))
+    }
+    assert named
+    missing = {(file, test) for file, test in named if f"def {test}(" not in (ROOT / file).read_text(encoding="utf-8")}
+    assert not missing
+
+
+def test_every_promise_and_every_window_names_its_tests() -> None:
+    sections = re.split(r"^(?:### |\*\*)(?=[PW]\d+\. )", page("guarantees.md"), flags=re.MULTILINE)[1:]
+    assert [section.split(".")[0] for section in sections] == [
+        *(f"P{number}" for number in range(1, 6)),
+        *(f"W{number}" for number in range(1, 15)),
+    ]
+    assert all(".py::test_" in section for section in sections)
+
+
+def test_every_window_says_what_happens_what_aidem_does_and_what_the_user_can_do() -> None:
+    windows = re.split(r"^### W", page("guarantees.md"), flags=re.MULTILINE)[1:]
+    for window in windows:
+        for part in ("What happens.", "What aidem does.", "What you can do."):
+            assert f"**{part}**" in window, window.splitlines()[0]
+
+
+@pytest.mark.parametrize("setting", dataclasses.fields(IdempotencyConfig), ids=lambda setting: setting.name)
+def test_every_setting_is_described_with_its_default(setting: dataclasses.Field[Any]) -> None:
+    described = re.search(rf"^### `{setting.name}`\n\nDefault `([^`]*)`", page("configuration.md"), re.MULTILINE)
+    assert described is not None
+    assert ast.literal_eval(described.group(1)) == setting.default
+
+
+def test_no_setting_is_described_that_does_not_exist() -> None:
+    described = re.findall(r"^### `(\w+)`$", page("configuration.md"), re.MULTILINE)
+    assert sorted(described) == sorted(setting.name for setting in dataclasses.fields(IdempotencyConfig))
+
+
+def test_every_kind_of_event_is_described() -> None:
+    assert sorted(re.findall(r"^\| `(\w+)` \|", page("observing.md"), re.MULTILINE)) == sorted(EventKind)
+
+
+@pytest.mark.parametrize("module", MODULES_WITH_PUBLIC_NAMES)
+def test_every_public_name_is_in_the_reference(module: str) -> None:
+    shown = re.findall(r"^::: ([\w.]+)$", page("reference.md"), re.MULTILINE)
+    names: list[str] = importlib.import_module(module).__all__
+    assert {f"{module}.{name}" for name in names} <= set(shown)
