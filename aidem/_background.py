@@ -51,6 +51,16 @@ def run(start: Callable[[], Coroutine[Any, Any, T]]) -> T:
     return step.answer()
 
 
+def run_unattended(start: Callable[[], Coroutine[Any, Any, Any]]) -> None:
+    """Run a coroutine for nobody, if there is a background loop.
+
+    For finalizers, which may run at any point, also while this thread holds the lock: it takes none.
+    """
+    loop = _process.loop
+    if loop is not None:
+        Step(start).submit_to(loop)
+
+
 def submit(step: Step[Any]) -> None:
     """Let the background loop begin a step; start the loop if there is none."""
     with _process.lock:
@@ -132,6 +142,7 @@ class Step(Generic[T]):
         if self._task is None:  # interrupted before the loop was asked
             self._end()
         else:
+            self._task.add_done_callback(lambda _task: self._end())  # it may end before it has begun
             self._task.cancel()
 
     async def _run(self) -> None:

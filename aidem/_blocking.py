@@ -44,7 +44,7 @@ class Execution(_execution.Execution):
 
     def ensure_owned(self) -> None:  # type: ignore[override] # blocking code cannot await it
         """Renew the claim at the store, as the async one does, and wait for it."""
-        drive(super().ensure_owned())
+        drive(super().ensure_owned)
 
 
 class BlockingCall(Call):
@@ -116,9 +116,9 @@ def execute(call: Call, function: Callable[..., Any], args: tuple[Any, ...], kwa
 
 
 def _run(call: Call, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    drive(call.begin())
+    drive(call.begin)
     if call.phase is Phase.REPLAYED:
-        return drive(replayed_value(call))
+        return drive(partial(replayed_value, call))
     try:
         with running(Execution(call)):
             result = function(*args, **kwargs)
@@ -127,10 +127,10 @@ def _run(call: Call, function: Callable[..., Any], args: tuple[Any, ...], kwargs
             return result
         recording = Recording.of(result, call.plan.serializer, function=call.plan.function)
     except BaseException as error:
-        if drive(call.fail(error)):
+        if drive(partial(call.fail, error)):
             raise
-        return drive(replayed_value(call))  # the error would have been the outcome, but another call's counts
-    return drive(recording.store(call))
+        return drive(partial(replayed_value, call))  # the error would have been the outcome, but another call's counts
+    return drive(partial(recording.store, call))
 
 
 def settled(call: Call, action: Callable[[], T]) -> T:
@@ -138,21 +138,20 @@ def settled(call: Call, action: Callable[[], T]) -> T:
     try:
         return action()
     except BaseException as error:
-        drive(call.fail(error))  # does nothing unless the claim is still held
+        drive(partial(call.fail, error))  # does nothing unless the claim is still held
         raise
 
 
-def drive(flow: Coroutine[Any, Any, T]) -> T:
+def drive(start: Callable[[], Coroutine[Any, Any, T]]) -> T:
     """Run a coroutine that does not suspend."""
     try:
-        flow.send(None)
+        start().send(None)
     except StopIteration as end:
         return cast("T", end.value)
     except RuntimeError as error:
         if str(error) == "coroutine raised StopIteration" and error.__cause__ is not None:
             raise error.__cause__ from None  # the function raised it, and no coroutine lets it pass
         raise
-    flow.close()
     raise TypeError("the function awaits, so it is an async one; use what aidem has for those instead of aidem.sync")
 
 

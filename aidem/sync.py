@@ -27,6 +27,7 @@ from aidem._blocking import (
     with_blocking_hook,
 )
 from aidem._decorators import key_of_event
+from aidem._engine import Phase
 from aidem._signature import Target, check_takes_event, payload_finder
 from aidem.config import check_call_options, lambda_context_of, register_lambda_context, reset_lambda_context
 
@@ -192,7 +193,7 @@ class BlockExecution(_context.BlockExecution):
 
     def ensure_owned(self) -> None:  # type: ignore[override] # blocking code cannot await it
         """Renew the claim at the store, as the async one does, and wait for it."""
-        drive(super().ensure_owned())
+        drive(super().ensure_owned)
 
     def run(self, func: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:  # type: ignore[override]
         """Call the function, or hand out what it returned before, as the async one does.
@@ -203,7 +204,7 @@ class BlockExecution(_context.BlockExecution):
         """
         if inspect.iscoroutinefunction(func):
             raise TypeError("execution.run() of aidem.sync calls no async function; use `async with aidem.idempotency`")
-        return cast("R", drive(super().run(cast("Any", func), *args, **kwargs)))
+        return cast("R", drive(partial(super().run, cast("Any", func), *args, **kwargs)))
 
 
 class _Block(_context.Block):
@@ -216,12 +217,18 @@ class _Block(_context.Block):
     def __enter__(self) -> BlockExecution:
         refuse_event_loop("use `async with aidem.idempotency(...)`")
         self.prepare()
-        return cast("BlockExecution", settled(self._call, lambda: drive(self.enter())))
+        return cast("BlockExecution", settled(self._call, lambda: drive(self.enter)))
 
     def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        settled(self._call, lambda: drive(self.leave(exc)))
+        settled(self._call, lambda: drive(partial(self.leave, exc)))
+
+    def __del__(self) -> None:
+        # Ctrl-C may strike where Python enters `__exit__`, before any `try`. Nobody can wait for the answer here.
+        call = getattr(self, "_call", None)  # a key that cannot be one leaves none
+        if call is not None and call.phase is Phase.CLAIMED:
+            _background.run_unattended(partial(call.fail, KeyboardInterrupt()))
 
     def config(self) -> IdempotencyConfig:
         """Return the settings of the call."""

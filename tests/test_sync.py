@@ -103,7 +103,7 @@ def test_a_function_runs_once_and_its_first_caller_gets_what_a_replay_gets(layer
     runs: list[int] = []
 
     @sync.idempotent_function(persistence_store=layer)
-    def pair(number: int) -> tuple[int, int]:
+    def pair(number: int) -> Any:
         """Pair a number with its successor."""
         runs.append(number)
         return number, number + 1
@@ -400,7 +400,7 @@ def test_a_function_that_returns_a_coroutine_is_refused_and_its_key_given_back(l
 
     keys: list[str] = []
     with pytest.raises(TypeError, match="returned a coroutine"):
-        start(1)
+        _ = start(1)
     assert stored(layer, keys[0]) is None
 
 

@@ -10,14 +10,16 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Final, TypeAlias, cast
 
 import aiobotocore.session
+import botocore.loaders
 from aiobotocore.config import AioConfig
-from botocore.loaders import create_loader
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable
+    from collections.abc import AsyncGenerator, Awaitable, Callable
     from contextlib import AbstractAsyncContextManager
 
 Connect: TypeAlias = "Callable[[], AbstractAsyncContextManager[Any]]"
+
+Action: TypeAlias = "Callable[[Any], Awaitable[Any]]"
 
 POOL_CONNECTIONS: Final = 256
 """How many requests may be under way at once; connections are made as they are needed."""
@@ -62,7 +64,7 @@ def connect_with(session: Any | None, boto_config: Any | None) -> Connect:
 @cache
 def _loader(data_path: str | None) -> Any:
     """Return what reads the descriptions of services, once: they take most of the time that a client takes to make."""
-    return cast("Any", create_loader)(data_path)
+    return cast("Any", botocore.loaders).create_loader(data_path)
 
 
 class GivenClient:
@@ -71,9 +73,9 @@ class GivenClient:
     def __init__(self, client: Any) -> None:
         self._client = client
 
-    async def get(self) -> Any:
-        """Return it."""
-        return self._client
+    async def ask(self, action: Action) -> Any:
+        """Have the client do something."""
+        return await action(self._client)
 
     async def aclose(self) -> None:
         """Leave it open."""
@@ -92,18 +94,14 @@ class OwnClients:
         # Clients are full of reference cycles; one that became garbage with its layer would complain of being open.
         weakref.finalize(self, _close_soon, self._places).atexit = False
 
-    async def get(self) -> Any:
-        """Return the client of the running loop; the first who asks makes it."""
+    async def ask(self, action: Action) -> Any:
+        """Have the client of the running loop do something; the first who asks makes it."""
         this, places = (os.getpid(), asyncio.get_running_loop()), self._places
         place = places.get(this)
         if place is None:
             _drop_those_of_closed_loops(places)
             place = places.setdefault(this, _Place())
-        if place.client is None:
-            async with place.lock:
-                if place.client is None:
-                    await place.fill(self._connect, forget=lambda: _forget(places, this, place))
-        return place.client
+        return await place.ask(action, self._connect, lambda: _forget(places, this, place))
 
     async def aclose(self) -> None:
         """Close the client of the running loop; others are closed with theirs."""
@@ -116,20 +114,39 @@ class _Place:
     """Where the client of one loop is kept."""
 
     def __init__(self) -> None:
-        self.lock = asyncio.Lock()
-        self.client: Any = None
+        self._lock = asyncio.Lock()
+        self._client: Any = None
         self._holder: AsyncGenerator[Any] | None = None
+        self._users = 0
+        self._unused: asyncio.Future[None] | None = None
 
-    async def fill(self, connect: Connect, *, forget: Callable[[], Any]) -> None:
-        """Make the client, and have the loop close it in the end."""
-        self._holder = _hold(connect, forget)
-        self.client = await anext(self._holder)
+    async def ask(self, action: Action, connect: Connect, forget: Callable[[], Any]) -> Any:
+        """Have the client do something, and make it first if there is none."""
+        self._users += 1
+        try:
+            if self._client is None:
+                await self._fill(connect, forget)
+            return await action(self._client)
+        finally:
+            self._users -= 1
+            if self._unused is not None and self._users == 0 and not self._unused.done():
+                self._unused.set_result(None)
 
     async def empty(self) -> None:
-        """Close the client."""
-        async with self.lock:
+        """Close the client, once nobody uses it: it would open itself again, and nobody would close that."""
+        try:
+            if self._users:
+                self._unused = asyncio.get_running_loop().create_future()
+                await self._unused
+        finally:
             if self._holder is not None:
                 await self._holder.aclose()
+
+    async def _fill(self, connect: Connect, forget: Callable[[], Any]) -> None:
+        async with self._lock:
+            if self._client is None:
+                self._holder = _hold(connect, forget)
+                self._client = await anext(self._holder)
 
 
 _Places: TypeAlias = "dict[tuple[int, asyncio.AbstractEventLoop], _Place]"

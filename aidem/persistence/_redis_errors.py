@@ -78,16 +78,16 @@ def translated(error: ReplyError) -> IdempotencyPersistenceLayerError:
 
 def connecting_failed(error: Exception, *, address: str, timeout_seconds: float) -> IdempotencyPersistenceLayerError:
     """Return the error for a connection that could not be made."""
+    what = type(error).__name__
     for cause in _chain(error):
         problem = _refusal(cause)
         if problem is not None:
             return IdempotencyPersistenceConfigError(f"Redis at {address} cannot be used: {problem}")
         if isinstance(cause, TimeoutError | redis.exceptions.TimeoutError):
-            problem = f"it did not answer within {timeout_seconds:g} s, which timeout_seconds allows"
-            return IdempotencyPersistenceConnectionError(f"Redis at {address} cannot be reached: {problem}")
+            what = f"no answer within {timeout_seconds:g} s, which timeout_seconds allows"
     return IdempotencyPersistenceConnectionError(
-        f"Redis at {address} cannot be reached ({type(error).__name__}): see that it runs, that the network leads "
-        "there, and that it expects TLS (rediss://, ssl=True) if the layer does, and else not (redis://, ssl=False)"
+        f"Redis at {address} cannot be reached ({what}): see that it runs, that the network leads there, and that it "
+        "expects TLS (rediss://, ssl=True) if the layer does, and else not (redis://, ssl=False)"
     )
 
 

@@ -14,7 +14,7 @@ import hiredis
 
 from aidem.exceptions import IdempotencyPersistenceConnectionError, IdempotencyPersistenceLayerError
 from aidem.persistence._redis_command import pack
-from aidem.persistence._redis_errors import ReplyError, copy_of, failure_of, translated
+from aidem.persistence._redis_errors import CLOSED, ReplyError, copy_of, failure_of, translated
 from aidem.persistence._redis_server import Taker
 
 if TYPE_CHECKING:
@@ -55,7 +55,8 @@ class Listener(Taker):
         self._channels: dict[str, _Channel] = {}
         self._transport: asyncio.Transport | None = None
         self._connecting: asyncio.Task[None] | None = None
-        self._closed: asyncio.Future[None] | None = None
+        self._is_ending = False
+        self._closed: asyncio.Future[None] = self._loop.create_future()
         self._reader = hiredis.Reader()
         self._refusal: ReplyError | None = None
 
@@ -83,19 +84,19 @@ class Listener(Taker):
         if self._connecting is not None:
             self._connecting.cancel()
             await asyncio.wait([self._connecting])
-        if self._transport is not None and self._closed is not None:
-            self._transport.abort()
+        self._break(IdempotencyPersistenceConnectionError(CLOSED))
+        if self._transport is not None:
+            self._end()
             await self._closed
 
     # --- Channels ---------------------------------------------------------------------------------------------------
 
     def _subscribe(self, name: str) -> _Channel:
         channel = self._channels[name] = _Channel()
-        if self._transport is not None:
+        if self._transport is None:
+            self._connect()
+        else:
             self._send("SUBSCRIBE", name)
-        elif self._connecting is None:
-            self._connecting = self._loop.create_task(self._connect(), name="aidem listens to Redis")
-            self._connecting.add_done_callback(self._connecting_ended)
         return channel
 
     def _leave(self, name: str, channel: _Channel) -> None:
@@ -109,12 +110,10 @@ class Listener(Taker):
         if channel.listeners or self._channels.get(name) is not channel:
             return  # it is in use, and forgotten after that; or it broke
         del self._channels[name]
-        if self._transport is None:
-            return
         if self._channels:
             self._send("UNSUBSCRIBE", name)
         else:
-            self._transport.abort()
+            self._end()
 
     def _break(self, failure: IdempotencyPersistenceLayerError) -> None:
         channels, self._channels = self._channels, {}
@@ -124,8 +123,11 @@ class Listener(Taker):
 
     # --- The connection ---------------------------------------------------------------------------------------------
 
-    async def _connect(self) -> None:
-        await self._server.connect(self, timeout_seconds=self._timeout_seconds)
+    def _connect(self) -> None:
+        if self._connecting is None:
+            connecting = self._server.connect(self, timeout_seconds=self._timeout_seconds)
+            self._connecting = self._loop.create_task(connecting, name="aidem listens to Redis")
+            self._connecting.add_done_callback(self._connecting_ended)
 
     def _connecting_ended(self, task: asyncio.Task[None]) -> None:
         self._connecting = None
@@ -137,11 +139,12 @@ class Listener(Taker):
         """Subscribe to what is asked for by now."""
         self._transport = cast("asyncio.Transport", transport)
         self._closed = self._loop.create_future()
+        self._is_ending = False
         self._reader = hiredis.Reader(replyError=ReplyError, notEnoughData=_INCOMPLETE)
         if self._channels:
             self._send("SUBSCRIBE", *self._channels)
         else:
-            self._transport.abort()  # nobody listens any more
+            self._end()  # nobody listens any more
 
     def data_received(self, data: bytes) -> None:
         """Wake who listens."""
@@ -156,20 +159,26 @@ class Listener(Taker):
                     pass  # a subscription began or ended
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Tell who listens that it hears nothing more."""
+        """Tell who listens that it hears nothing more; connect again for those who came while it was being ended."""
         self._transport = None
-        if self._closed is not None and not self._closed.done():
-            self._closed.set_result(None)
-        failure = IdempotencyPersistenceConnectionError("the connection to Redis was lost")
-        failure.__cause__ = exc
-        self._break(failure)
+        self._closed.set_result(None)
+        if not self._is_ending:
+            failure = IdempotencyPersistenceConnectionError("the connection to Redis was lost")
+            failure.__cause__ = exc
+            self._break(failure)
+        elif self._channels:
+            self._connect()
+
+    def _end(self) -> None:
+        if self._transport is not None:
+            self._is_ending = True
+            self._transport.abort()
 
     def _refused(self, reply: ReplyError) -> None:
         if reply.code == "NOPERM":
             self._refusal = reply  # it will not change: whoever waits has to poll
         self._break(translated(reply))
-        if self._transport is not None:
-            self._transport.abort()
+        self._end()
 
     def _tell(self, name: str) -> None:
         channel = self._channels.get(name)
@@ -177,5 +186,5 @@ class Listener(Taker):
             channel.told.set()
 
     def _send(self, *arguments: str) -> None:
-        if self._transport is not None:
+        if self._transport is not None and not self._is_ending:
             self._transport.write(pack(arguments))

@@ -23,10 +23,11 @@ from aidem.persistence._dynamodb_items import Attributes
 from aidem.persistence._dynamodb_requests import Requests
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Callable
     from types import TracebackType
 
     from aidem._record import DataRecord
+    from aidem.persistence._dynamodb_client import Action
     from aidem.persistence._dynamodb_items import Item
     from aidem.persistence._dynamodb_requests import Request
 
@@ -224,6 +225,6 @@ class DynamoDBPersistenceLayer:
         response: Response = await self._ask(lambda client: getattr(client, operation)(**request))
         return response
 
-    async def _ask(self, action: Callable[[Any], Awaitable[Any]]) -> Any:
+    async def _ask(self, action: Action) -> Any:
         with translation(self._requests.table_name):
-            return await action(await self._clients.get())
+            return await self._clients.ask(action)

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import json
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from typing import Any
 
 from redis.asyncio import Redis
@@ -24,7 +24,8 @@ async def acquired(
     layer: RedisPersistenceLayer, key: str = "key", owner: str = "ours", **options: Any
 ) -> Claimed | Blocked:
     now = time.time()
-    return await layer.acquire(claim_of(key, now=now, owner=owner, **options), now=now)
+    record = claim_of(key, now=now, owner=owner, **{"lease_seconds": 50, "kept_seconds": 60} | options)
+    return await layer.acquire(record, now=now)
 
 
 async def claimed(layer: RedisPersistenceLayer, key: str = "key", owner: str = "ours", **options: Any) -> DataRecord:
@@ -45,9 +46,9 @@ async def client_of(server: RedisServer) -> AsyncGenerator[Any]:
         yield client
 
 
-async def until(has_happened: Callable[[], Any]) -> None:
+async def until(has_happened: Callable[[], Awaitable[bool]]) -> None:
     async with asyncio.timeout(DEADLINE_SECONDS):
-        while not has_happened():
+        while not await has_happened():  # noqa: ASYNC110 - it happens in another process
             await asyncio.sleep(0.005)
 
 

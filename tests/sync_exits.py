@@ -1,0 +1,171 @@
+"""Processes that make blocking calls and then end, or fork: `python -m tests.sync_exits SCENE PATH`.
+
+Each works on the SQLite file PATH, says on stdout what it got, and has nothing to say on stderr.
+"""
+
+from __future__ import annotations
+
+import atexit
+import multiprocessing
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from aidem import IdempotencyConfig, current_execution, sync
+from aidem.exceptions import IdempotencyLeaseLostError
+from aidem.persistence.sqlite import SQLitePersistenceLayer
+
+PATH = os.environ.get("AIDEM_TEST_PATH") or sys.argv[-1]
+LEASE_SECONDS = 0.5
+HANGING_SECONDS = 3600.0
+
+
+def say(line: object) -> None:
+    os.write(1, f"{line}\n".encode())
+
+
+layer = SQLitePersistenceLayer(PATH)
+config = IdempotencyConfig(lease_seconds=LEASE_SECONDS, wait_timeout_seconds=30.0)
+
+
+@sync.idempotent_function(persistence_store=layer, config=config)
+def charge(order: int) -> int:
+    with open(f"{PATH}.log", "a", encoding="utf-8") as log:  # noqa: PTH123 - O_APPEND is the point
+        log.write(f"{order}\n")
+    time.sleep(0.01)
+    return order
+
+
+@sync.idempotent_function(persistence_store=layer, config=config)
+def hang(order: int) -> None:
+    say("in the body")
+    time.sleep(HANGING_SECONDS)
+
+
+def plain() -> None:
+    say(charge(1))
+
+
+def daemon_in_body() -> None:
+    threading.Thread(target=hang, args=(1,), daemon=True).start()
+    plain()
+    time.sleep(0.1)
+
+
+def daemon_waiting() -> None:
+    """End while a daemon waits for the outcome of another's call."""
+    threading.Thread(target=hang, args=(1,), daemon=True).start()
+    time.sleep(0.2)
+    threading.Thread(target=hang, args=(1,), daemon=True).start()
+    plain()
+
+
+def thread_after_main() -> None:
+    def work() -> None:
+        threading.main_thread().join()
+        say(charge(2))
+
+    threading.Thread(target=work).start()
+    plain()
+
+
+def call_at_exit() -> None:
+    plain()
+    atexit.register(lambda: say(charge(1)))
+
+
+def closed() -> None:
+    plain()
+    sync.close()
+
+
+def uncaught_interrupt() -> None:
+    hang(1)
+
+
+# --- Forks ------------------------------------------------------------------------------------------------------------
+
+
+def fork(work: Callable[[], None]) -> None:
+    """Do something in a child that then goes on where this is called from; wait for it here."""
+    pid = os.fork()
+    if pid == 0:
+        work()
+    else:
+        _, status = os.waitpid(pid, 0)
+        say(f"child left with {os.waitstatus_to_exitcode(status)}")
+
+
+def is_child() -> bool:
+    return os.getpid() != PARENT
+
+
+PARENT = os.getpid()
+
+
+def own(order: int) -> None:
+    execution = current_execution()
+    try:
+        execution.ensure_owned()
+    except IdempotencyLeaseLostError:
+        say("the child does not own the claim")
+    say(f"the child gets {charge(order)} of its own")
+
+
+@sync.idempotent_function(persistence_store=layer, config=config)
+def fork_in_body(fails: bool) -> str:
+    fork(lambda: own(7))
+    if is_child() and fails:
+        raise ValueError("the child fails")
+    if not is_child():
+        current_execution().ensure_owned()  # type: ignore[unused-coroutine]
+        time.sleep(2 * LEASE_SECONDS)  # it is renewed here all the time
+    return "the child's" if is_child() else "the parent's"
+
+
+def forked(*, fails: bool = False) -> None:
+    try:
+        result = fork_in_body(fails)
+    except (IdempotencyLeaseLostError, ValueError) as error:
+        say(f"{'child' if is_child() else 'parent'} gets {type(error).__name__}")
+    else:
+        say(f"{'child' if is_child() else 'parent'} gets {result}")
+    if not is_child():
+        say(f"a replay gets {fork_in_body(fails)}")
+
+
+def forked_and_failing() -> None:
+    forked(fails=True)
+
+
+def multiprocessing_by(method: str) -> None:
+    plain()
+    context: Any = multiprocessing.get_context(method)
+    with context.Pool(3) as pool:
+        say(sorted(pool.map(charge, [*range(2, 8), *range(2, 8)])))
+        pool.close()
+        pool.join()
+
+
+SCENES: dict[str, Callable[[], None]] = {
+    "plain": plain,
+    "daemon-in-body": daemon_in_body,
+    "daemon-waiting": daemon_waiting,
+    "thread-after-main": thread_after_main,
+    "call-at-exit": call_at_exit,
+    "closed": closed,
+    "uncaught-interrupt": uncaught_interrupt,
+    "forked": forked,
+    "forked-and-failing": forked_and_failing,
+    "multiprocessing-fork": lambda: multiprocessing_by("fork"),
+    "multiprocessing-spawn": lambda: multiprocessing_by("spawn"),
+}
+
+if __name__ == "__main__":
+    os.environ["AIDEM_TEST_PATH"] = PATH
+    # Under its own name, so that a child that is spawned finds the functions.
+    __import__("tests.sync_exits")
+    sys.modules["tests.sync_exits"].SCENES[sys.argv[1]]()
