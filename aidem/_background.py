@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import atexit
 import contextlib
-import contextvars
 import os
 import threading
 import time
@@ -20,17 +19,13 @@ from aidem.exceptions import IdempotencyUsageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
-    from collections.abc import Set as AbstractSet
 
 T = TypeVar("T")
 
 INTERRUPTED_SECONDS: Final = CLEANUP_SECONDS + 1.0
 """How long an interrupted thread waits for its step, which bounds its own clean-up a little shorter."""
 
-CLOSED = (
-    "aidem.sync was closed while this call waited for the persistence layer; call sync.close() when no other thread is "
-    "in an idempotent call"
-)
+CLOSED = "aidem.sync was closed while this call waited for its layer; close it when no thread is in an idempotent call"
 
 
 def run(start: Callable[[], Coroutine[Any, Any, T]]) -> T:
@@ -67,16 +62,21 @@ def submit(step: Step[Any]) -> None:
         if _process.loop is None or not _process.loop.is_alive():
             _process.loop = BackgroundLoop()
             _process.loop.start()
-            atexit.register(close)  # before what the layers in use have registered, which they need until then
+            atexit.register(close, is_exiting=True)  # so it runs before what layers have registered
         step.submit_to(_process.loop)
 
 
-def close() -> None:
-    """End the background loop, after the steps that are under way; the next one starts another."""
+def close(*, is_exiting: bool = False) -> None:
+    """End the background loop, after the steps that are under way; the next one starts another.
+
+    Args:
+        is_exiting: Whether the interpreter exits: then only daemon threads are left. Their steps are cancelled at once,
+            which leaves no write half-done, and they are not woken.
+    """
     with _process.lock:
         loop, _process.loop = _process.loop, None
         if loop is not None:
-            loop.end()  # under the lock: every step was submitted before, or goes to another loop
+            loop.end(is_exiting=is_exiting)  # under the lock: a step comes before this, or goes to another loop
     if loop is not None:
         atexit.unregister(close)
         loop.join()
@@ -85,14 +85,14 @@ def close() -> None:
 class Step(Generic[T]):
     """One coroutine, which runs on the background loop while the thread that asked for it waits."""
 
-    __slots__ = ("_answer", "_context", "_error", "_finished", "_is_over", "_loop", "_start", "_task")
+    __slots__ = ("_answer", "_error", "_finished", "_is_asked", "_is_over", "_loop", "_start", "_task")
 
     _answer: T
+    _loop: BackgroundLoop
 
     def __init__(self, start: Callable[[], Coroutine[Any, Any, T]]) -> None:
         self._start = start
-        self._context = contextvars.copy_context()
-        self._loop: BackgroundLoop | None = None
+        self._is_asked = False
         self._task: asyncio.Task[None] | None = None
         self._error: BaseException | None = None
         self._is_over = False
@@ -103,7 +103,8 @@ class Step(Generic[T]):
 
     def submit_to(self, loop: BackgroundLoop) -> None:
         """Let the loop begin the coroutine."""
-        self._loop = loop  # first: an interrupt may come between any two lines
+        self._loop = loop
+        self._is_asked = True  # before it is: an interrupt may come between any two lines
         loop.call(self._begin)
 
     def wait(self) -> None:
@@ -113,7 +114,7 @@ class Step(Generic[T]):
     def abandon(self) -> None:
         """Cancel it, and wait for its clean-up, bounded; another interrupt does not cut that short."""
         deadline = time.monotonic() + INTERRUPTED_SECONDS
-        if self._loop is None or not self._loop.call(self._cancel):
+        if not (self._is_asked and self._loop.call(self._cancel)):
             return
         while not self._is_over and (remaining := deadline - time.monotonic()) > 0:
             with contextlib.suppress(BaseException):
@@ -134,15 +135,15 @@ class Step(Generic[T]):
     # --- On the loop ------------------------------------------------------------------------------------------------
 
     def _begin(self) -> None:
-        self._task = asyncio.get_running_loop().create_task(self._run(), context=self._context)
-        if self._loop is not None:
-            self._loop.steps.add(self._task)
+        # In the context of the thread that waits: a callback runs in a copy of it, and a task copies that.
+        self._task = asyncio.get_running_loop().create_task(self._run())
+        self._loop.steps.add(self._task)
 
     def _cancel(self) -> None:
         if self._task is None:  # interrupted before the loop was asked
             self._end()
         else:
-            self._task.add_done_callback(lambda _task: self._end())  # it may end before it has begun
+            self._task.add_done_callback(self._end)  # it may end before it has begun
             self._task.cancel()
 
     async def _run(self) -> None:
@@ -152,10 +153,10 @@ class Step(Generic[T]):
             self._error = error
         self._end()
 
-    def _end(self) -> None:
-        if self._loop is not None and self._task is not None:
+    def _end(self, _task: object = None) -> None:
+        if self._task is not None:
             self._loop.steps.discard(self._task)
-        if not self._is_over:
+        if not (self._is_over or self._loop.is_exiting):
             self._is_over = True
             self._finished.release()
 
@@ -164,10 +165,14 @@ class BackgroundLoop:
     """A thread with an event loop.
 
     Attributes:
+        start: Starts the thread.
+        is_alive: Whether the thread runs; an interrupt may have kept it from being started.
         steps: The tasks that threads wait for.
+        is_exiting: Whether it ends because the interpreter exits.
     """
 
     def __init__(self) -> None:
+        self.is_exiting = False
         self.steps: set[asyncio.Task[None]] = set()
         self._loop = asyncio.new_event_loop()
         self._ending: asyncio.Task[None] | None = None
@@ -175,13 +180,8 @@ class BackgroundLoop:
         # A daemon, for nobody would end it before the interpreter waits for its threads.
         self._thread = threading.Thread(target=self._serve, name="aidem.sync", daemon=True)
 
-    def start(self) -> None:
-        """Start the thread."""
-        self._thread.start()
-
-    def is_alive(self) -> bool:
-        """Whether the thread runs; an interrupt may have kept it from being started."""
-        return self._thread.is_alive()
+        self.start = self._thread.start
+        self.is_alive = self._thread.is_alive
 
     def call(self, callback: Callable[[], object]) -> bool:
         """Let the loop call something; False: it is closed."""
@@ -191,8 +191,9 @@ class BackgroundLoop:
             return False
         return True
 
-    def end(self) -> None:
+    def end(self, *, is_exiting: bool = False) -> None:
         """Let it finish, then end the thread."""
+        self.is_exiting = is_exiting
         self.call(self._begin_to_end)
 
     def join(self) -> None:
@@ -211,7 +212,8 @@ class BackgroundLoop:
 
     async def _end(self) -> None:
         """Let the steps end, cancel what is left, and close the clients that layers keep in async generators."""
-        await _wait(self.steps)
+        if not self.is_exiting:
+            await _wait(self.steps)
         left = asyncio.all_tasks() - {self._ending}
         for task in left:
             task.cancel()
@@ -221,7 +223,7 @@ class BackgroundLoop:
         self._loop.stop()
 
 
-async def _wait(tasks: AbstractSet[asyncio.Task[Any]]) -> None:
+async def _wait(tasks: set[asyncio.Task[Any]]) -> None:
     if tasks:
         await asyncio.wait(tasks, timeout=CLEANUP_SECONDS)
 

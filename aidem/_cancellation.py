@@ -115,9 +115,9 @@ class HeldOff:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, exc_type: type[BaseException] | None, *_: object) -> None:
         cancellation, self._cancellation = self._cancellation, None
-        if cancellation is not None:
+        if cancellation is not None and exc_type is not GeneratorExit:
             try:
                 raise cancellation
             finally:
@@ -128,10 +128,11 @@ class HeldOff:
         """Whether a cancellation waits to be delivered."""
         return self._cancellation is not None
 
-    async def settle(self, operation: Awaitable[T]) -> T:
+    async def settle(self, operation: Awaitable[T], *, within_seconds: float | None = None) -> T:
         """Wait for the operation to settle, whatever happens to the task; return its answer or raise its error.
 
-        The operation is a `Settled`, a `SettlingFuture`, or a coroutine, which then runs as a task of its own.
+        The operation is a `Settled`, a `SettlingFuture`, or a coroutine, which then runs as a task of its own. It
+        fails when it takes longer than `within_seconds`.
         """
         if isinstance(operation, Settled):
             answer: T = operation.answer
@@ -140,6 +141,8 @@ class HeldOff:
         self.operation = future
         if self.deadline is not None:
             future.give_up_at(self.deadline)
+        if within_seconds is not None:
+            future.give_up_at(asyncio.get_running_loop().time() + within_seconds)
         if not future.done():
             try:
                 await future.waiter()
@@ -164,7 +167,7 @@ class HeldOff:
         cancellation, self._cancellation = self._cancellation, None
         task = asyncio.current_task()
         if cancellation is not None and task is not None:
-            asyncio.get_running_loop().call_soon(_cancel_again, task, cancellation.args)
+            asyncio.get_running_loop().call_soon(_cancel_again, task, task.cancelling(), cancellation.args)
 
 
 async def _outlast(future: SettlingFuture[Any]) -> None:
@@ -177,8 +180,8 @@ async def _outlast(future: SettlingFuture[Any]) -> None:
             pass
 
 
-def _cancel_again(task: asyncio.Task[Any], args: tuple[Any, ...]) -> None:
-    if task.cancelling() and not task.done():
+def _cancel_again(task: asyncio.Task[Any], requests: int, args: tuple[Any, ...]) -> None:
+    if task.cancelling() >= max(1, requests) and not task.done():  # nobody has withdrawn it
         task.cancel(*args)
         task.uncancel()  # it is the same request, not one more
 

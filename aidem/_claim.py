@@ -15,8 +15,9 @@ from aidem._record import OutcomeKind
 from aidem._renewal import Renewal
 from aidem._state import Claimed
 from aidem.exceptions import (
+    IdempotencyError,
     IdempotencyLeaseLostError,
-    IdempotencyPersistenceConfigError,
+    IdempotencyPersistenceConnectionError,
     IdempotencyPersistenceLayerError,
     IdempotencySerializationError,
 )
@@ -39,6 +40,7 @@ T = TypeVar("T")
 
 RENEWALS_PER_LEASE: Final = 3
 RETRIES_WITHOUT_LEASE_SECONDS: Final = 30.0
+SHORTEST_REQUEST_SECONDS: Final = 1.0
 GIVING_BACK_SECONDS: Final = 1.0
 """How long a failed call tries to give its key back before its caller gets the exception."""
 
@@ -55,7 +57,7 @@ def _forked() -> None:
     _process = _Process()
 
 
-os.register_at_fork(after_in_child=_forked)
+getattr(os, "register_at_fork", dict)(after_in_child=_forked)  # where there is no fork, nothing is to be done
 
 
 class Claim:
@@ -99,50 +101,69 @@ class Claim:
 
     # --- Asked for --------------------------------------------------------------------------------------------------
 
-    async def acquire(self) -> Claimed | Blocked:
+    async def acquire(self) -> Claimed | Blocked | None:
         """Ask for the key; whatever interrupts it leaves no claim behind, as far as the layer answers.
 
+        Returns:
+            The answer; None: the claim was lost again before the answer came.
+
         Raises:
-            IdempotencyPersistenceLayerError: The layer failed.
+            IdempotencyPersistenceLayerError: The layer failed, or answers later than the lease lasts.
         """
         with HeldOff() as held_off:
             try:
                 answer = await ask(self._acquisition, held_off=held_off, key=self._key, effect=NOTHING_RUN)
-            except IdempotencyPersistenceConfigError:
-                raise
-            except IdempotencyPersistenceLayerError:
+                if isinstance(answer, Claimed):
+                    self.record = answer.record
+                    if held_off.is_pending:
+                        await self._release_unused(held_off)
+                    elif self.has_lapsed() and not await self._renew_late(held_off):
+                        return None
+            except IdempotencyError:
                 await self._release_unused(held_off)  # it may have been applied, and only the reply lost
                 raise
             except BaseException:  # the coroutine is closed: nothing may be awaited any more
                 in_background(self._release, after=held_off.operation)
                 raise
-            if held_off.is_pending and isinstance(answer, Claimed):
-                await self._release_unused(held_off)
         return answer
 
+    async def _renew_late(self, held_off: HeldOff) -> bool:
+        """Renew a claim whose answer came after its lease, before anything runs; False: it is not ours any more."""
+        asked_at = asyncio.get_running_loop().time()
+        record = await ask(self._renewed_record, held_off=held_off, key=self._key, effect=NOTHING_RUN)
+        if record is None:
+            return False
+        self._take(record, asked_at=asked_at)
+        if self.has_lapsed():
+            message = f"the persistence layer answers later than a lease lasts; {NOTHING_RUN}"
+            raise IdempotencyPersistenceConnectionError(message, key=self._key)
+        if held_off.is_pending:
+            await self._release_unused(held_off)
+        return True
+
     async def _release_unused(self, held_off: HeldOff) -> None:
-        is_cancelled = held_off.is_pending
-        if not is_cancelled:
+        """Release a claim that nothing ran under, or that is not even there; the caller waits for its error."""
+        is_urgent = not held_off.is_pending
+        if is_urgent:
             held_off.bound(GIVING_BACK_SECONDS)
         try:
-            if is_cancelled:
-                await self._ask_persistently(self._release, held_off=held_off, effect=NOTHING_RUN)
-            else:  # the store is in trouble, and the caller waits for the error
+            if is_urgent and self._lease.may_be_taken_over:
                 await ask(self._release, held_off=held_off, key=self._key, effect=NOTHING_RUN)
-        except IdempotencyPersistenceLayerError as failure:
+            else:  # or it would be in doubt though nothing ran
+                await self._ask_persistently(self._release, held_off=held_off, effect=NOTHING_RUN)
+        except IdempotencyError as failure:
             logger.warning("a claim could not be released, it lapses with its lease: %s", failure)
 
     # --- Held -------------------------------------------------------------------------------------------------------
 
-    def hold(self, answer: Claimed, *, renewals: Renewals, is_body_alive: Callable[[], bool] | None) -> None:
-        """Hold the claim as the layer stored it, and see to its renewal."""
-        self.record = answer.record
-        self._flight.publish(answer.record, lease_deadline=self.lease_deadline)
+    def hold(self, *, taken_over: bool, renewals: Renewals, is_body_alive: Callable[[], bool] | None) -> None:
+        """Hold the claim that was acquired, and see to its renewal."""
+        self._publish()
         if self._renews:
             task = asyncio.current_task()
             is_body_alive = is_body_alive or (lambda: task is None or not task.done())
             self._renewal = Renewal(self, renewals, is_body_alive=is_body_alive)
-        if answer.taken_over:
+        if taken_over:
             self._reporter.report(EventKind.TAKEN_OVER, fence=self.record.fence)
 
     def has_lapsed(self) -> bool:
@@ -161,13 +182,17 @@ class Claim:
 
     def next_renewal_at(self) -> float:
         """Return when to renew, in seconds of the loop's clock; sooner while the layer fails to answer."""
-        return self._asked_at + (self._lease.lease_seconds or 0.0) / RENEWALS_PER_LEASE
+        return self._asked_at + self._renewal_interval()
+
+    def _renewal_interval(self) -> float:
+        return (self._lease.lease_seconds or 0.0) / RENEWALS_PER_LEASE
 
     async def renew(self, held_off: HeldOff) -> bool:
         """Renew once, and take note of the answer; False: it is not ours any more, or the body has ended meanwhile."""
         asked_at = asyncio.get_running_loop().time()
-        if self.has_lapsed():  # nobody may have taken it over yet
-            held_off.deadline = asked_at + CLEANUP_SECONDS
+        held_off.deadline = asked_at + max(self._renewal_interval(), SHORTEST_REQUEST_SECONDS)
+        if self.lease_deadline is not None and not self.has_lapsed():
+            held_off.deadline = min(held_off.deadline, self.lease_deadline)
         try:
             record = await ask(self._renewed_record, held_off=held_off, key=self._key, effect=RUNNING)
         except IdempotencyPersistenceLayerError as failure:
@@ -175,37 +200,51 @@ class Claim:
             return self._renewal is not None
         if self._renewal is None:
             return False
+        if record is None:
+            self.note_loss()
+            return False
         self._take(record, asked_at=asked_at)
-        return record is not None
+        self._publish()
+        return True
 
     async def confirm(self) -> bool:
-        """Renew at the store; False: it is not ours any more."""
+        """Renew at the store; False: it is not ours any more.
+
+        Raises:
+            IdempotencyPersistenceLayerError: The layer failed, or answers later than the lease lasts.
+        """
         self.check_process()
-        while True:
+        for _ in range(2):
             asked_at = asyncio.get_running_loop().time()
             with HeldOff() as held_off:
                 record = await ask(self._renewed_record, held_off=held_off, key=self._key, effect=RUNNING)
-                self._take(record, asked_at=asked_at)
-            if record is None or not self.has_lapsed():  # the answer may come after the lease has passed
-                return record is not None
+            if record is None:
+                self.note_loss()
+                return False
+            self._take(record, asked_at=asked_at)
+            self._publish()
+            if not self.has_lapsed():  # the answer may come after the lease has passed
+                return True
+        message = f"the persistence layer answers later than the lease lasts; {RUNNING}"
+        raise IdempotencyPersistenceConnectionError(message, key=self._key)
 
-    def _take(self, record: DataRecord | None, *, asked_at: float) -> None:
-        if record is None:
-            self.note_loss()
-            return
+    def _take(self, record: DataRecord, *, asked_at: float) -> None:
         self.record = record
         self._is_lost = False
         self._asked_at = asked_at
         if self._lease.lease_seconds is not None:
             self.lease_deadline = asked_at + self._lease.lease_seconds
-        self._flight.publish(record, lease_deadline=self.lease_deadline)
+
+    def _publish(self) -> None:
+        self._flight.publish(self.record, lease_deadline=self.lease_deadline)
 
     def _renewal_failed(self, failure: IdempotencyPersistenceLayerError) -> None:
         if self._renewal is None:
             return
         logger.warning("the lease of %s could not be renewed: %s", self._plan.function, failure)
         self._reporter.report(EventKind.PERSISTENCE_ERROR, fence=self.record.fence, error=failure)
-        self._asked_at += (self._lease.lease_seconds or 0.0) / RENEWALS_PER_LEASE**2
+        interval = self._renewal_interval()  # the next try comes after a third of it, also after a long pause
+        self._asked_at = asyncio.get_running_loop().time() - interval + interval / RENEWALS_PER_LEASE
         if self.has_lapsed():
             self.note_loss()
 
@@ -271,9 +310,13 @@ class Claim:
         if not is_ours:
             self.note_loss()
 
-    def undo_in_background(self) -> None:
+    def undo_in_background(self, renewing: asyncio.Task[None] | None) -> None:
         """Undo the claim of a body that is being closed, without waiting."""
-        in_background(self._release if self._lease.may_be_taken_over else self._abandon)
+        undo = self._release if self._lease.may_be_taken_over else self._abandon
+        if renewing is None:
+            in_background(undo)
+        else:
+            renewing.add_done_callback(lambda _task: in_background(undo))
 
     # --- What is asked of the layer ---------------------------------------------------------------------------------
 

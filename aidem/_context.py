@@ -246,7 +246,11 @@ class Block:
 
     async def enter(self) -> BlockExecution:
         """Begin the call."""
-        await self._call.begin()
+        try:
+            await self._call.begin()
+        except BaseException as error:
+            await self._call.fail(error)  # of an observer, when the key was claimed already
+            raise
         self._execution = self.execution_type(self._call)
         self._running = running(self._execution)
         self._running.__enter__()

@@ -170,7 +170,8 @@ class Call:
             while self.phase is Phase.NEW:
                 await self._ask(flight)
         except BaseException as error:
-            self._end(error if isinstance(error, IdempotencyPersistenceLayerError) else None)
+            if self.phase is Phase.NEW:  # else the claim is held, and `fail` gives it back
+                self._end(error if isinstance(error, IdempotencyPersistenceLayerError) else None)
             raise
 
     async def _ask(self, flight: Flight) -> None:
@@ -184,11 +185,12 @@ class Call:
             return
         if isinstance(answer, Blocked):
             await self._consider(answer, flight)
-        elif not claim.has_lapsed() or await claim.confirm():  # the answer may come after the lease has passed
+        elif answer is not None:
             self._claim = claim
-            self.record = answer.record
+            self.record = claim.record
             self.phase = Phase.CLAIMED
-            claim.hold(answer, renewals=self._loop_state.renewals, is_body_alive=self.is_body_alive)
+            renewals = self._loop_state.renewals
+            claim.hold(taken_over=answer.taken_over, renewals=renewals, is_body_alive=self.is_body_alive)
 
     async def _consider(self, answer: Blocked, flight: Flight) -> None:
         """Act on the record that blocks us: replay it, raise, or pause before asking again."""
@@ -264,8 +266,8 @@ class Call:
             IdempotencyPersistenceLayerError: The outcome could not be recorded while the lease was held.
         """
         claim = self._held_claim()
-        claim.stop_renewal()
         try:
+            claim.stop_renewal()
             claim.check_process()
             with HeldOff(deadline=claim.completion_deadline()) as held_off:
                 ours = await claim.complete(text, outcome, held_off=held_off)
@@ -294,12 +296,12 @@ class Call:
         if self.phase is not Phase.CLAIMED:
             return True
         claim = self._held_claim()
-        renewing = claim.stop_renewal()
         try:
+            renewing = claim.stop_renewal()
             if not claim.is_of_this_process():
                 return True
             if isinstance(error, GeneratorExit):  # nothing may be awaited any more
-                claim.undo_in_background()
+                claim.undo_in_background(renewing)
                 return True
             if isinstance(error, Exception) and type(error) in self.plan.config.stored_exceptions:
                 return await self._complete_with(error)
@@ -328,7 +330,8 @@ class Call:
             await claim.undo(is_failure=isinstance(error, Exception), held_off=held_off, renewing=renewing)
         except IdempotencyPersistenceLayerError as failure:
             self._note(error, failure)
-        held_off.request_again()
+        finally:
+            held_off.request_again()
 
     def _note(self, error: BaseException, failure: IdempotencyPersistenceLayerError) -> None:
         error.add_note(f"aidem could not give back idempotency key {self.key.text!r}: {failure}")

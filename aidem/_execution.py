@@ -142,10 +142,10 @@ async def execute(
 ) -> Any:
     """Run a function under a call, or hand out what it returned before."""
     require_asyncio()
-    await call.begin()
-    if call.phase is Phase.REPLAYED:
-        return await replayed_value(call)
     try:
+        await call.begin()
+        if call.phase is Phase.REPLAYED:
+            return await replayed_value(call)
         with running(Execution(call)):
             result = await function(*args, **kwargs)
         if call.phase is Phase.BYPASSED:

@@ -7,6 +7,7 @@ import logging
 import random
 from typing import TYPE_CHECKING, Final, TypeVar
 
+from aidem._cancellation import CLEANUP_SECONDS
 from aidem.exceptions import (
     IdempotencyPersistenceConfigError,
     IdempotencyPersistenceConnectionError,
@@ -35,7 +36,14 @@ FAILED: Final = "the function has failed, and its key was not given back"
 EFFECT_HAPPENED: Final = "the function has run and its effect has happened, its outcome is not recorded"
 
 
-async def ask(start: Callable[[], Awaitable[T]], *, held_off: HeldOff, key: str, effect: str) -> T:
+async def ask(
+    start: Callable[[], Awaitable[T]],
+    *,
+    held_off: HeldOff,
+    key: str,
+    effect: str,
+    within_seconds: float | None = None,
+) -> T:
     """Ask the layer once.
 
     Args:
@@ -43,16 +51,17 @@ async def ask(start: Callable[[], Awaitable[T]], *, held_off: HeldOff, key: str,
         held_off: Settles it.
         key: The idempotency key, for the error.
         effect: What an error says of the function.
+        within_seconds: How long it may take; None: until the deadline of `held_off`.
 
     Raises:
         IdempotencyPersistenceLayerError: It failed.
         IdempotencySerializationError: The layer cannot hold the record.
     """
     try:
-        return await held_off.settle(start())
-    except IdempotencySerializationError:
-        raise
+        return await held_off.settle(start(), within_seconds=within_seconds)
     except Exception as error:
+        if isinstance(error, IdempotencySerializationError) and effect == EFFECT_HAPPENED:
+            raise  # the result does not fit; elsewhere it would be a fault of the layer
         raise _failure(error, key, effect) from error
 
 
@@ -68,7 +77,7 @@ async def ask_persistently(
     attempt = 0
     while True:
         try:
-            return await ask(start, held_off=held_off, key=key, effect=effect)
+            return await ask(start, held_off=held_off, key=key, effect=effect, within_seconds=CLEANUP_SECONDS)
         except IdempotencyPersistenceConfigError:
             raise
         except IdempotencyPersistenceLayerError as failure:

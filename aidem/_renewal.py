@@ -59,7 +59,8 @@ class Renewal:
         self._renewals.forget(self)
         if self._task is None or self._task.done():
             return None
-        self._task.cancel()
+        if not self._task.get_loop().is_closed():
+            self._task.cancel()
         return self._task
 
     def _find(self) -> Renewable | None:

@@ -48,8 +48,9 @@ class Shared:
         state = self._loops.get(loop)
         if state is None:
             # Not a weak dictionary: timers hold their loop, so the values would keep the keys alive.
-            self._loops = {other: kept for other, kept in list(self._loops.items()) if not other.is_closed()}
-            state = self._loops[loop] = LoopState()
+            for other in [other for other in list(self._loops) if other.is_closed()]:
+                self._loops.pop(other, None)  # another thread may do the same
+            state = self._loops.setdefault(loop, LoopState())
         return state
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 
 from aidem import _state
 from aidem._cancellation import HeldOff
-from aidem._operations import EFFECT_HAPPENED, LONGEST_DELAY_SECONDS, ask, backoff_seconds
+from aidem._operations import DELAY_GROWTH, EFFECT_HAPPENED, LONGEST_DELAY_SECONDS, ask, backoff_seconds
 from aidem._state import Step
 from aidem.exceptions import (
     IdempotencyAlreadyInProgressError,
@@ -95,10 +95,11 @@ class Patience:
         end = _state.lease_end(record)
         if end is not None and end / 1000 > now:
             seconds = min(seconds, end / 1000 - now + 0.001)
-        await self._until_change(seconds)
+        shortest = SHORTEST_PAUSE_SECONDS * DELAY_GROWTH ** min(polls, 20)
+        await self._until_change(seconds, shortest=min(seconds, shortest))
 
-    async def _until_change(self, seconds: float) -> None:
-        """Wait for the layer to tell of a change, if it does; sleep where it cannot, or comes back at once."""
+    async def _until_change(self, seconds: float, *, shortest: float) -> None:
+        """Wait for the layer to tell of a change, if it does; sleep where it cannot, or comes back too soon."""
         layer = self._plan.waits_for_change
         if layer is None:
             await asyncio.sleep(seconds)
@@ -108,9 +109,9 @@ class Patience:
         try:
             await layer.wait_for_change(self._key.text, seconds)
         except Exception as error:  # noqa: BLE001 - polling works without it
-            logger.debug("wait_for_change failed: %r", error)
-            await asyncio.sleep(seconds)
-        await asyncio.sleep(max(0.0, SHORTEST_PAUSE_SECONDS - (loop.time() - started_at)))
+            logger.debug("wait_for_change failed: %s", type(error).__name__)
+            shortest = seconds
+        await asyncio.sleep(max(0.0, shortest - (loop.time() - started_at)))
 
     def in_progress(self, record: DataRecord | None, *, now: float) -> IdempotencyAlreadyInProgressError:
         """Return the error for a call that waits no longer."""
@@ -138,8 +139,11 @@ async def winner(plan: Plan, key: Key) -> DataRecord:
         step = _state.next_step(record, payload_hash=key.payload_hash, now=now)
         if step is Step.REPLAY:
             return record
-        if step is not Step.WAIT or patience.remaining_seconds() <= 0:
+        try:
+            if step is not Step.WAIT:
+                raise patience.in_progress(record, now=now)
+            await patience.pause(record, polls=polls, now=now)
+        except IdempotencyAlreadyInProgressError as running:
             reason = "another call took it over and has no outcome for this payload yet"
-            raise IdempotencyLeaseLostError(key=key.text, record=record, reason=reason)
-        await patience.pause(record, polls=polls, now=now)
+            raise IdempotencyLeaseLostError(key=key.text, record=record, reason=reason) from running
         polls += 1

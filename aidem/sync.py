@@ -153,7 +153,6 @@ def idempotent_function(
 
 
 def _rewrapped(method: Any, options: dict[str, Any]) -> Any:
-    """Decorate the function inside a classmethod or staticmethod."""
     return type(method)(idempotent_function(method.__func__, **options))
 
 

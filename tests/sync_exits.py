@@ -11,6 +11,7 @@ import os
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -108,6 +109,7 @@ PARENT = os.getpid()
 
 def own(order: int) -> None:
     execution = current_execution()
+    assert isinstance(execution, sync.Execution)
     try:
         execution.ensure_owned()
     except IdempotencyLeaseLostError:
@@ -121,7 +123,9 @@ def fork_in_body(fails: bool) -> str:
     if is_child() and fails:
         raise ValueError("the child fails")
     if not is_child():
-        current_execution().ensure_owned()  # type: ignore[unused-coroutine]
+        execution = current_execution()
+        assert isinstance(execution, sync.Execution)
+        execution.ensure_owned()
         time.sleep(2 * LEASE_SECONDS)  # it is renewed here all the time
     return "the child's" if is_child() else "the parent's"
 
@@ -165,6 +169,7 @@ SCENES: dict[str, Callable[[], None]] = {
 }
 
 if __name__ == "__main__":
+    warnings.simplefilter("error")  # only now, for tools that measure this process may warn while it starts
     os.environ["AIDEM_TEST_PATH"] = PATH
     # Under its own name, so that a child that is spawned finds the functions.
     __import__("tests.sync_exits")

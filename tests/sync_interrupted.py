@@ -8,7 +8,6 @@ breaks something on purpose.
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import itertools
 import json
 import signal
@@ -17,7 +16,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from aidem import sync
+from aidem import _state, sync
 from aidem.exceptions import IdempotencyError
 from aidem.persistence.memory import MemoryPersistenceLayer
 from tests.support import PlannedLayer, real_now
@@ -125,8 +124,9 @@ def main(front: str, control: str) -> None:
 async def complete_early(layer: StagedLayer) -> None:
     """Do what nobody may: record the outcome of a body that still runs."""
     for record in list(layer.inner._records.values()):
-        early = dataclasses.replace(record, status="COMPLETED", response_data='"early"')
-        await layer.inner.complete(early, now=real_now())
+        now = real_now()
+        early = _state.completed(record, response_data='"early"', outcome=None, expires_after_seconds=60, now=now)
+        await layer.inner.complete(early, now=now)
 
 
 if __name__ == "__main__":

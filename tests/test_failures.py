@@ -163,7 +163,6 @@ async def test_the_users_exception_propagates_unchanged() -> None:
         await charger(layer, till, hooks=(listener,))(ORDER)
     assert caught.value is till.error
     assert not hasattr(caught.value, "__notes__")
-    assert caught.value.__context__ is None
     assert listener.kinds == [EventKind.RELEASED]
     assert not layer.inner._records
 

@@ -21,6 +21,7 @@ from aidem.exceptions import (
     IdempotencyPersistenceConfigError,
     IdempotencyPersistenceConnectionError,
     IdempotencyPersistenceLayerError,
+    IdempotencySerializationError,
     IdempotencyUsageError,
 )
 from aidem.hooks import EventKind
@@ -150,7 +151,8 @@ async def test_the_first_renewal_counts_from_before_the_request() -> None:
 
 
 async def test_a_renewal_that_hangs_does_not_hide_that_the_lease_has_passed() -> None:
-    layer, till, listener = PlannedLayer().plan("renew", Fault(gate=asyncio.Event())), Till(), Listener()
+    hangs = [Fault(gate=asyncio.Event()) for _ in range(10)]
+    layer, till, listener = PlannedLayer().plan("renew", *hangs), Till(), Listener()
     till.seconds = 60
     task = asyncio.ensure_future(made_idempotent(till.charge, layer, hooks=(listener,))(ORDER))
     await asyncio.sleep(31)
@@ -616,3 +618,158 @@ async def test_ensure_owned_does_not_pass_when_its_answer_came_after_the_lease()
     assert not second.done()
     assert not passed
     await second
+
+
+async def test_a_request_that_hangs_does_not_use_up_the_lease() -> None:
+    for operation in ("renew", "complete"):
+        layer, till, listener = PlannedLayer().plan(operation, Fault(gate=asyncio.Event())), Till(), Listener()
+        till.seconds = 60
+        assert await made_idempotent(till.charge, layer, hooks=(listener,))(ORDER) == {"receipt": 1}
+        assert listener.kinds == [EventKind.PERSISTENCE_ERROR, EventKind.EXECUTED]
+
+
+@pytest.mark.parametrize("on_abandoned", ["run_again", "raise"])
+async def test_a_store_slower_than_the_lease_is_an_error_and_leaves_nothing(on_abandoned: Any) -> None:
+    layer, till, listener = PlannedLayer(latency_seconds=1.2), Till(), Listener()
+    layer.plan("release", Fault(before_seconds=-1.0))  # which alone answers within its bound
+    charge = made_idempotent(
+        till.charge, layer, lease_seconds=1, wait_timeout_seconds=3, on_abandoned=on_abandoned, hooks=(listener,)
+    )
+    with pytest.raises(IdempotencyPersistenceConnectionError, match="later than a lease lasts; the function was not"):
+        await charge(ORDER)
+    assert not till.charges
+    assert not layer.inner._records
+    assert layer.calls == ["acquire", "renew", "release"]
+    assert listener.kinds == [EventKind.PERSISTENCE_ERROR]
+
+
+async def test_ensure_owned_on_a_store_slower_than_the_lease_is_an_error() -> None:
+    layer = PlannedLayer().plan("renew", *(Fault(before_seconds=0.6, after_seconds=0.6) for _ in range(9)))
+
+    async def body(order: Any) -> Any:
+        with pytest.raises(IdempotencyPersistenceConnectionError, match="later than the lease lasts"):
+            await current_execution().ensure_owned()
+        return 1
+
+    assert await made_idempotent(body, layer, lease_seconds=1, renew_lease=False)(ORDER) == 1
+
+
+@pytest.mark.parametrize("fault", ["cancelled", "fails", "lost"])
+async def test_what_interrupts_the_late_confirmation_leaves_no_claim(fault: str) -> None:
+    layer, till, listener = PlannedLayer().plan("acquire", Fault(after_seconds=31)), Till(), Listener()
+    layer.plan("renew", Fault(error=NO_ROUTE if fault == "fails" else None, before_seconds=5))
+    charge = made_idempotent(till.charge, layer, on_abandoned="raise", hooks=(listener,))
+    task = asyncio.ensure_future(charge(ORDER))
+    await asyncio.sleep(33)
+    if fault == "cancelled":
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+    elif fault == "fails":
+        with pytest.raises(IdempotencyPersistenceConnectionError, match="was not run"):
+            await task
+    else:
+        layer.inner._records.clear()
+        assert await task == {"receipt": 1}
+        assert listener.kinds == [EventKind.EXECUTED]
+    assert len(till.charges) == (fault == "lost")
+    assert [record.status for record in layer.inner._records.values()] == [RecordStatus.COMPLETED] * len(till.charges)
+
+
+async def test_two_blips_leave_no_doubt_about_what_never_ran() -> None:
+    layer, till = PlannedLayer(), Till()
+    layer.plan("acquire", Fault(error=NO_ROUTE, applied=True)).plan("release", Fault(error=NO_ROUTE))
+    with pytest.raises(IdempotencyPersistenceConnectionError):
+        await made_idempotent(till.charge, layer, on_abandoned="raise")(ORDER)
+    assert not layer.inner._records
+
+
+async def test_a_body_closed_during_a_renewal_is_in_doubt_at_once() -> None:
+    layer = PlannedLayer().plan("renew", Fault(before_seconds=1))
+
+    async def enter() -> None:
+        await block.__aenter__()
+        await asyncio.sleep(100)
+
+    config = IdempotencyConfig(on_abandoned="raise")
+    block: Any = idempotency(ORDER, persistence_store=layer, config=config, key_prefix="charge")
+    entered = asyncio.ensure_future(enter())
+    await asyncio.sleep(10.5)
+    assert layer.calls == ["acquire", "renew"]
+    await block.__aexit__(GeneratorExit, GeneratorExit(), None)
+    await asyncio.sleep(2)
+    with pytest.raises(IdempotencyInDoubtError):
+        await made_idempotent(Till().charge, layer)(ORDER)
+    entered.cancel()
+
+
+async def test_a_cancellation_that_was_withdrawn_does_not_come_back() -> None:
+    layer, till = PlannedLayer().plan("release", Fault(before_seconds=0.2)), Till()
+    till.error = ValueError("declined")
+    cleaned_up = False
+
+    async def swallows() -> None:
+        nonlocal cleaned_up
+        try:
+            await asyncio.sleep(100)
+        except asyncio.CancelledError:  # its clean-up has a timeout of its own
+            with pytest.raises(ValueError, match="declined"):
+                async with asyncio.timeout(0.1):
+                    await made_idempotent(till.charge, layer)(ORDER)
+            await asyncio.sleep(1)
+            cleaned_up = True
+            raise
+
+    task = asyncio.ensure_future(swallows())
+    await asyncio.sleep(1)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert cleaned_up
+
+
+async def test_a_pause_with_the_store_down_is_followed_by_one_renewal_and_not_by_many() -> None:
+    layer, till = PlannedLayer().plan("renew", *(Fault(error=NO_ROUTE) for _ in range(999))), Till()
+    till.seconds = 4000
+    task = asyncio.ensure_future(made_idempotent(till.charge, layer)(ORDER))
+    await asyncio.sleep(11)
+    loop: Any = asyncio.get_running_loop()
+    loop.jumping_selector.virtual_time += 3600  # the loop stood still
+    asked = layer.calls.count("renew")
+    await asyncio.sleep(1)
+    assert layer.calls.count("renew") - asked <= 1
+    task.cancel()
+
+
+@pytest.mark.parametrize("kind", [EventKind.TAKEN_OVER, EventKind.WAITED])
+@pytest.mark.parametrize("form", ["function", "block"])
+async def test_an_observer_that_ends_the_program_leaves_no_claim(kind: EventKind, form: str) -> None:
+    class Ending:
+        def on_event(self, event: Any) -> None:
+            if event.kind is kind:
+                raise SystemExit
+
+    layer, till = PlannedLayer(), Till()
+    till.seconds = 100
+    options: dict[str, Any] = {"lease_seconds": 5, "renew_lease": False}
+    vanished = asyncio.ensure_future(made_idempotent(till.charge, other_process(layer), **options)(ORDER))
+    await asyncio.sleep(1)
+    config = IdempotencyConfig(wait_timeout_seconds=60, hooks=(Ending(),))
+    block = idempotency(ORDER, persistence_store=layer, config=config, key_prefix="charge")
+    call = made_idempotent(Till().charge, layer, wait_timeout_seconds=60, hooks=(Ending(),))
+    with pytest.raises(SystemExit):
+        await (block.__aenter__() if form == "block" else call(ORDER))
+    assert not layer.inner._records
+    vanished.cancel()
+
+
+async def test_a_layer_that_finds_a_claim_too_large_has_failed() -> None:
+    too_large = IdempotencySerializationError("too large")
+    for operation in ("acquire", "renew", "release"):
+        layer, till, listener = PlannedLayer().plan(operation, Fault(error=too_large)), Till(), Listener()
+        till.seconds, till.error = 25, ValueError("declined")
+        expected = IdempotencyPersistenceLayerError if operation == "acquire" else ValueError
+        with pytest.raises(expected):
+            await made_idempotent(till.charge, layer, hooks=(listener,))(ORDER)
+        assert listener.kinds[0] is EventKind.PERSISTENCE_ERROR
+        assert not layer.inner._records

@@ -237,7 +237,13 @@ def test_a_late_owner_changes_nothing_and_hands_out_the_winners_outcome(world: W
 
 
 def test_a_completion_that_arrives_after_another_took_over_changes_nothing(world: World) -> None:
-    strike(world, "complete", Fault.HOLD_REQUEST, renew=False)
+    world.processes[0].faults["complete"] = Fault.HOLD_REQUEST
+    world.call(0, "a", config_of(renew=False))
+    world.settle()
+    world.end_body(world.bodies[0], "returned")
+    world.settle()
+    world.kill(0)  # or it would send the completion once more
+    world.pass_time(LEASE_SECONDS + 1)
     winner = world.call(1, "a", config_of())
     world.settle()
     [body] = world.bodies

@@ -808,7 +808,7 @@ def test_a_call_that_waits_for_too_long_is_told_that_the_loop_was_closed(layer: 
         wait_until(lambda: others.calls)
         sync.close()
         thread.join(PATIENCE_SECONDS)
-    assert "sync.close()" in str(errors[0])
+    assert "aidem.sync was closed" in str(errors[0])
 
 
 def test_closing_closes_clients_that_a_layer_keeps_in_async_generators() -> None:
@@ -847,3 +847,17 @@ def test_a_layer_that_raises_system_exit_does_not_stop_the_loop() -> None:
     threads = background_threads()
     assert charge(2) == {"receipt": 1}
     assert background_threads() == threads
+
+
+def test_a_block_that_was_never_left_gives_its_key_back_when_it_is_dropped(layer: MemoryPersistenceLayer) -> None:
+    sync.idempotency("a", persistence_store=layer).__enter__()
+    with sync.idempotency("a", persistence_store=layer) as execution:
+        assert not execution.replayed
+
+
+def test_a_block_that_is_dropped_after_the_loop_was_closed_starts_none(layer: MemoryPersistenceLayer) -> None:
+    block = sync.idempotency("a", persistence_store=layer)
+    block.__enter__()
+    sync.close()
+    del block
+    assert background_threads() == []

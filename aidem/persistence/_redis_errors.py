@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import ssl
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, cast
 
 import redis.exceptions
 
@@ -95,12 +95,7 @@ def failure_of(task: asyncio.Task[None]) -> IdempotencyPersistenceLayerError | N
     """Return why a task that connects failed; None: it did not."""
     if task.cancelled():
         return IdempotencyPersistenceConnectionError(CLOSED)
-    error = task.exception()
-    if error is None or isinstance(error, IdempotencyPersistenceLayerError):
-        return error
-    failure = IdempotencyPersistenceLayerError(f"connecting to Redis failed: {type(error).__name__}")
-    failure.__cause__ = error
-    return failure
+    return cast("IdempotencyPersistenceLayerError | None", task.exception())
 
 
 def copy_of(error: IdempotencyPersistenceLayerError) -> IdempotencyPersistenceLayerError:

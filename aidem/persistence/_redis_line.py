@@ -1,12 +1,13 @@
 """The line to one server from one event loop: it connects when it is needed, and again after the connection broke.
 
-An idle connection is written to at once, so one task alone pays no delay. While replies are outstanding, all that is
-asked in one turn of the loop goes out together.
+An idle connection is written to at once, so one task alone pays no delay. While replies are outstanding, commands
+collect, and go out together when the next replies have come.
 """
 
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from aidem.exceptions import IdempotencyPersistenceConnectionError
@@ -30,37 +31,38 @@ class Line:
         self._timeout_seconds = timeout_seconds
         self._wire: Wire | None = None
         self._waiting: list[Command[Any]] = []
+        self._is_flush_due = False
         self._connecting: asyncio.Task[None] | None = None
 
     def ask(self, command: Command[Any]) -> None:
         """Send a command as soon as that makes sense; its future is settled, whatever happens."""
         wire = self._wire
-        if wire is None or self._waiting:
+        if wire is None or wire.sent or self._is_flush_due:
             self.again(command)
-        elif wire.sent:
-            self._waiting.append(command)
-            self._loop.call_soon(self._flush)
-        elif self._loop.time() - wire.used_at > IDLE_SECONDS:
-            # Two turns of the loop tell whether the server has closed it meanwhile: the process may have been frozen.
-            self._waiting.append(command)
-            self._loop.call_soon(self._loop.call_soon, self._flush)
         else:
-            wire.send((command,))
+            self._waiting.append(command)
+            self._flush()
 
     def again(self, command: Command[Any]) -> None:
         """Send a command with what goes out next."""
         self._waiting.append(command)
         if self._wire is None:
+            command.future.give_up_at(command.asked_at + self._timeout_seconds)
             self._connect()
-        elif len(self._waiting) == 1:
+
+    def heard(self) -> None:
+        """Send what was collected, and what those who got the replies ask for now."""
+        if not self._is_flush_due:
+            self._is_flush_due = True
             self._loop.call_soon(self._flush)
 
     def lost(self, wire: Wire) -> None:
         """Use the wire no more."""
         if self._wire is wire:
             self._wire = None
-            if self._waiting:
-                self._connect()
+            waiting, self._waiting = self._waiting, []
+            for command in waiting:
+                self.again(command)
 
     async def aclose(self) -> None:
         """Finish what was asked so far, then close the connection; a later command opens it anew."""
@@ -82,13 +84,20 @@ class Line:
         sent = () if self._wire is None else self._wire.sent
         return [command.future for command in (*self._waiting, *sent) if not command.future.done()]
 
-    def _flush(self) -> None:
-        if self._wire is None:
+    def _flush(self, *, has_looked: bool = False) -> None:
+        wire = self._wire
+        if wire is not None and not has_looked and self._loop.time() - wire.used_at > IDLE_SECONDS:
+            # Two turns of the loop tell whether the server has closed it meanwhile: the process may have been frozen.
+            self._is_flush_due = True
+            self._loop.call_soon(self._loop.call_soon, partial(self._flush, has_looked=True))
+            return
+        self._is_flush_due = False
+        if wire is None:
             return  # it was lost in between: it all goes out when there is another
         waiting, self._waiting = self._waiting, []
         commands = [command for command in waiting if not command.future.done()]  # what was given up is never sent
         if commands:
-            self._wire.send(commands)
+            wire.send(commands)
 
     def _connect(self) -> None:
         if self._connecting is None:
@@ -98,15 +107,16 @@ class Line:
     async def _connected(self) -> None:
         wire = Wire(self, timeout_seconds=self._timeout_seconds)
         await self._server.connect(wire, timeout_seconds=self._timeout_seconds)
+        self._connecting = None
         self._wire = wire
+        for command in self._waiting:
+            command.asked_at = self._loop.time()  # its own timer bounds it; the connection has its time from now on
         self._flush()
 
     def _connecting_ended(self, task: asyncio.Task[None]) -> None:
-        self._connecting = None
         failure = failure_of(task)
         if failure is not None:
+            self._connecting = None
             waiting, self._waiting = self._waiting, []
             for command in waiting:
                 command.fail(copy_of(failure))
-        elif self._wire is None and self._waiting:
-            self._connect()  # it was lost at once

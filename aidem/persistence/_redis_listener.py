@@ -20,9 +20,6 @@ from aidem.persistence._redis_server import Taker
 if TYPE_CHECKING:
     from aidem.persistence._redis_server import Server
 
-LINGER_SECONDS: Final = 3.0
-"""How long a subscription is kept without listeners: longer than a waiter looks away."""
-
 _INCOMPLETE: Final = object()
 
 
@@ -46,12 +43,19 @@ class _Channel:
 
 
 class Listener(Taker):
-    """The subscriptions of one event loop."""
+    """The subscriptions of one event loop.
 
-    def __init__(self, server: Server, *, timeout_seconds: float) -> None:
+    Args:
+        server: Where to listen.
+        timeout_seconds: How long connecting may take.
+        linger_seconds: How long a subscription is kept without listeners: longer than a waiter looks away.
+    """
+
+    def __init__(self, server: Server, *, timeout_seconds: float, linger_seconds: float = 3.0) -> None:
         self._loop = asyncio.get_running_loop()
         self._server = server
         self._timeout_seconds = timeout_seconds
+        self._linger_seconds = linger_seconds
         self._channels: dict[str, _Channel] = {}
         self._transport: asyncio.Transport | None = None
         self._connecting: asyncio.Task[None] | None = None
@@ -104,7 +108,7 @@ class Listener(Taker):
         channel.told.clear()
         if channel.timer is not None:
             channel.timer.cancel()
-        channel.timer = self._loop.call_later(LINGER_SECONDS, self._forget, name, channel)
+        channel.timer = self._loop.call_later(self._linger_seconds, self._forget, name, channel)
 
     def _forget(self, name: str, channel: _Channel) -> None:
         if channel.listeners or self._channels.get(name) is not channel:
@@ -148,15 +152,12 @@ class Listener(Taker):
 
     def data_received(self, data: bytes) -> None:
         """Wake who listens."""
-        self._reader.feed(data)
-        while (reply := self._reader.gets()) is not _INCOMPLETE:
-            match reply:
-                case [b"message", bytes(name), _]:
-                    self._tell(name.decode())
-                case ReplyError():
-                    self._refused(reply)
-                case _:
-                    pass  # a subscription began or ended
+        try:
+            self._reader.feed(data)
+            while (reply := self._reader.gets()) is not _INCOMPLETE:
+                self._take(reply)
+        except hiredis.ProtocolError:
+            self._refused(ReplyError("NONSENSE"))
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Tell who listens that it hears nothing more; connect again for those who came while it was being ended."""
@@ -173,6 +174,15 @@ class Listener(Taker):
         if self._transport is not None:
             self._is_ending = True
             self._transport.abort()
+
+    def _take(self, reply: object) -> None:
+        match reply:
+            case [b"message", bytes(name), bytes()]:
+                self._tell(name.decode())
+            case ReplyError():
+                self._refused(reply)
+            case _:
+                pass  # a subscription began or ended
 
     def _refused(self, reply: ReplyError) -> None:
         if reply.code == "NOPERM":

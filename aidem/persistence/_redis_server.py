@@ -60,10 +60,11 @@ def _take_over(connection: Any, taker: Taker) -> None:
 
     The one place that looks inside a connection of redis-py, which offers no other way to share one.
     """
+    reader: asyncio.StreamReader = connection._reader  # noqa: SLF001
     stream: asyncio.StreamWriter = connection._writer  # noqa: SLF001
+    if reader.at_eof():
+        raise ConnectionResetError  # it would not be told to anyone else
     connection._reader = connection._writer = None  # noqa: SLF001 - or it would close them
     taker.stream = stream
     stream.transport.set_protocol(taker)
     taker.connection_made(stream.transport)
-    if stream.transport.is_closing():
-        raise ConnectionResetError

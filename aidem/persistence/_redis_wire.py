@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol, cast
 
 import hiredis
 
@@ -29,6 +29,9 @@ class Owner(Protocol):
 
     def again(self, command: Command[Any]) -> None:
         """Send a command once more: the server has forgotten its script."""
+
+    def heard(self) -> None:
+        """Take note that replies came: whoever waited for them goes on in the next turn of the loop."""
 
     def lost(self, wire: Wire) -> None:
         """Use the wire no more."""
@@ -51,38 +54,29 @@ class Wire(Taker):
         self._owner = owner
         self._timeout_seconds = timeout_seconds
         self._timer: asyncio.TimerHandle | None = None
-        self._transport: asyncio.Transport | None = None
+        self._transport: asyncio.Transport  # nobody has the wire before it is connected
         self._is_ending = False
         self._error: IdempotencyPersistenceConnectionError | None = None
         self._reader = hiredis.Reader(replyError=ReplyError, notEnoughData=_INCOMPLETE)
 
     def send(self, commands: Sequence[Command[Any]]) -> None:
         """Write commands, all at once."""
-        assert self._transport is not None  # noqa: S101 - nobody has the wire before it is connected
         self.sent.extend(commands)
         self.used_at = self._loop.time()
         if self._timer is None:
             self._watch()
         self._transport.write(b"".join([command.packed for command in commands]))
 
-    def end(self) -> None:
-        """Close it once the outstanding replies are there."""
-        self._is_ending = True
-        if not self.sent:
-            self.abort()
-
     def abort(self, error: IdempotencyPersistenceConnectionError | None = None) -> None:
         """Close it now; what is outstanding fails, and may have been applied."""
         self._error = self._error or error
-        if self._transport is not None:
-            self._transport.abort()
+        self._transport.abort()
 
     # --- Called by the event loop -----------------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Take over a connection whose handshake is done."""
-        assert isinstance(transport, asyncio.Transport)  # noqa: S101 - for the type
-        self._transport = transport
+        self._transport = cast("asyncio.Transport", transport)
 
     def data_received(self, data: bytes) -> None:
         """Hand out the replies that are complete."""
@@ -93,6 +87,7 @@ class Wire(Taker):
                 self._take(reply)
         except hiredis.ProtocolError:
             self._break("what answers is not Redis")
+        self._owner.heard()
         if self._is_ending and not self.sent:
             self.abort()
 

@@ -225,7 +225,9 @@ class RedisPersistenceLayer:
             return Blocked(_being_taken_over(key, until=now + stored), now / 1000)
         record = self._text.read(key, stored)
         if record is None:
-            raise IdempotencyPersistenceLayerError("Redis and aidem do not agree on what a record is")
+            raise IdempotencyPersistenceLayerError(
+                "the stored text is a record to Redis but not to JSON; see forget(key)"
+            )
         if verdict == Verdict.REFUSED:
             return Blocked(record, now / 1000)
         return Claimed(record, taken_over=verdict == Verdict.TAKEN_OVER)

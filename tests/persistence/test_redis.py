@@ -13,6 +13,7 @@ from aidem._state import Blocked, Claimed
 from aidem.exceptions import (
     IdempotencyInvalidStatusError,
     IdempotencyPersistenceConfigError,
+    IdempotencyPersistenceLayerError,
     IdempotencySerializationError,
 )
 from aidem.persistence import PersistenceLayer, SupportsWaitForChange
@@ -241,6 +242,14 @@ async def test_a_value_of_another_type_is_refused(layer: RedisPersistenceLayer, 
     await client.rpush("key", "value")
     with pytest.raises(IdempotencyPersistenceConfigError, match=r"WRONGTYPE: .* key_prefix or database"):
         await claimed(layer)
+
+
+async def test_a_text_that_only_redis_can_read_is_refused(layer: RedisPersistenceLayer, client: Any) -> None:
+    await client.set("key", '{"status": "INPROGRESS", "expiration": 0x7fffffffff}')
+    with pytest.raises(IdempotencyPersistenceLayerError, match=r"forget\(key\)"):
+        await claimed(layer)
+    await layer.forget("key")
+    assert (await claimed(layer)).owner == "ours"
 
 
 async def test_an_outcome_that_is_too_large_is_refused_before_it_is_sent(layer: RedisPersistenceLayer) -> None:

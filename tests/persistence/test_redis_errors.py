@@ -288,6 +288,7 @@ async def test_a_client_of_the_user_brings_its_own_certificates(
         ("rediss://payments:secret-word@127.0.0.1:{port}?ssl_ca_certs={ca}", "Config", "trust its certificate for"),
         ("rediss://payments:wrong-word@localhost:{port}?ssl_ca_certs={ca}", "Config", "username or the password"),
         ("rediss://localhost:{port}?ssl_ca_certs={ca}", "Config", "NOAUTH|username"),
+        ("rediss://payments:secret-word@localhost:{port}/1?ssl_ca_certs={ca}", "Config", "NOPERM|its ACL denies"),
         ("redis://payments:secret-word@localhost:{port}", "Connection", "expects TLS"),
     ],
 )
@@ -307,6 +308,18 @@ async def test_a_host_is_spoken_to_with_tls_unless_told_otherwise() -> None:
         with pytest.raises(
             IdempotencyPersistenceConnectionError, match=r"within 0\.3 s.* expects TLS .* if the layer does"
         ):
+            await layer.open()
+
+
+async def test_what_answers_a_tls_handshake_with_something_else_is_refused() -> None:
+    async def answer(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"-ERR Protocol error: expected TLS\r\n")
+        writer.close()
+
+    server = await asyncio.start_server(answer, "127.0.0.1", 0)
+    async with server:
+        layer = RedisPersistenceLayer(host="127.0.0.1", port=server.sockets[0].getsockname()[1])
+        with pytest.raises(IdempotencyPersistenceConfigError, match="does not speak TLS as the layer wants it"):
             await layer.open()
 
 
