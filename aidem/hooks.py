@@ -36,7 +36,7 @@ class IdempotencyEvent:
     Attributes:
         kind: What happened.
         key: The idempotency key; `""` where the call has none.
-        function: Module and qualified name of the function, or the key prefix of a block.
+        function: Module and qualified name of the function; of a block, `the block` and its key prefix.
         fence: The fence of the claim; 0 where nothing was claimed.
         duration_seconds: From the start of the call until now.
         error: What failed, for `PERSISTENCE_ERROR`, `CONFLICT` and `RESULT_UNAVAILABLE`.

@@ -47,7 +47,6 @@ class Line:
         """Send a command with what goes out next."""
         self._waiting.append(command)
         if self._wire is None:
-            command.future.give_up_at(command.asked_at + self._timeout_seconds)
             self._connect()
 
     def heard(self) -> None:
@@ -62,6 +61,7 @@ class Line:
             self._wire = None
             waiting, self._waiting = self._waiting, []
             for command in waiting:
+                command.future.give_up_at(command.asked_at + self._timeout_seconds)  # it has waited before
                 self.again(command)
 
     async def aclose(self) -> None:
@@ -110,7 +110,7 @@ class Line:
         self._connecting = None
         self._wire = wire
         for command in self._waiting:
-            command.asked_at = self._loop.time()  # its own timer bounds it; the connection has its time from now on
+            command.asked_at = self._loop.time()  # or a connection that took long would be given up at once
         self._flush()
 
     def _connecting_ended(self, task: asyncio.Task[None]) -> None:

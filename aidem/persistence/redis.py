@@ -55,7 +55,7 @@ class RedisPersistenceLayer:
         client: A client of `redis.asyncio` to take all of this from. The layer makes a connection of its own, as the
             client would make one, and never closes the client.
         shared_with_powertools: Whether AWS Powertools for Python may use the same keys: its lock is then respected.
-        timeout_seconds: How long an operation may take, connecting included.
+        timeout_seconds: How long connecting may take, and then how long an operation.
         clock: Answers epoch seconds, to judge by instead of the server's clock; for tests.
         expiry_attr: What the expiry of a record is called in its JSON; the other `_attr` options likewise.
 
