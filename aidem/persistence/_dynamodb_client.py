@@ -139,8 +139,11 @@ class _Place:
         try:
             await self._unused.wait()
         finally:
-            if self._holder is not None:
-                await self._holder.aclose()
+            await self._close()
+
+    async def _close(self) -> None:
+        if self._holder is not None:
+            await self._holder.aclose()
 
     async def _fill(self, connect: Connect, forget: Callable[[], Any]) -> None:
         async with self._lock:

@@ -51,9 +51,8 @@ class Line:
 
     def heard(self) -> None:
         """Send what was collected, and what those who got the replies ask for now."""
-        if not self._is_flush_due:
-            self._is_flush_due = True
-            self._loop.call_soon(self._flush)
+        self._is_flush_due = True
+        self._loop.call_soon(self._flush)
 
     def lost(self, wire: Wire) -> None:
         """Use the wire no more."""

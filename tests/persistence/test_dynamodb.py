@@ -16,7 +16,7 @@ from aidem.exceptions import (
 from aidem.persistence import PersistenceLayer, open_persistence_layer
 from aidem.persistence.dynamodb import DynamoDBPersistenceLayer
 from aidem.testing import FakeClock, PersistenceLayerConformance, claim_of, completed_of
-from tests.aws_servers import Database
+from tests.aws_servers import EMULATORS, Database
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(60, func_only=True)]
 
@@ -67,6 +67,7 @@ class OnlyKeys(DynamoDBPersistenceLayer):
         return found and found.replace(sort_key=None)
 
 
+@pytest.mark.parametrize("database", EMULATORS[-1:], indirect=True)
 class TestConformanceUnderACompositeKeyAndOtherNames(PersistenceLayerConformance):
     adds_clock_skew = True
 

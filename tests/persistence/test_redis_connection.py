@@ -466,7 +466,7 @@ async def test_a_connection_that_ended_with_its_handshake_is_not_taken_over() ->
 
 async def test_closing_waits_for_a_connection_that_is_being_made(server: RedisServer) -> None:
     layer = RedisPersistenceLayer(server.url)
-    operation = layer.get("key")
+    operation = layer.get("never stored")
     await layer.aclose()
     assert operation.result() is None
 
