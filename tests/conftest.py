@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import signal
+
 import pytest
 from hypothesis import settings
+
+# A job in the background of a shell ignores Ctrl-C, and its children inherit that; tests of it need the usual answer.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # How long an example takes depends on who else uses the machine; pytest-timeout bounds the whole test.
 settings.register_profile("aidem", deadline=None)

@@ -30,7 +30,7 @@ from tests.support import PlannedLayer, real_now
 
 ROOT = Path(__file__).parents[1]
 PATIENCE_SECONDS = 40.0
-MOMENTS_PER_STAGE = 25
+MOMENTS_PER_STAGE = 20
 
 
 class InterruptingLayer(PlannedLayer):
@@ -332,7 +332,7 @@ class Worker:
 
     def __init__(self, *options: str) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.sync_interrupted", *options],
+            [sys.executable, "-X", "faulthandler", "-m", "tests.sync_interrupted", *options],
             cwd=ROOT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -342,14 +342,23 @@ class Worker:
     def interrupt_one_call(self, delay_seconds: float) -> dict[str, Any]:
         """Return what happened, as the process tells it."""
         assert self._process.stdin is not None
-        assert self._process.stdout is not None
         self._process.stdin.write("go\n")
         self._process.stdin.flush()
-        assert self._process.stdout.readline() == "going\n"
+        assert self._next_line() == "going\n"
         time.sleep(delay_seconds)
         self._process.send_signal(signal.SIGINT)
-        report: dict[str, Any] = json.loads(self._process.stdout.readline())
+        report: dict[str, Any] = json.loads(self._next_line())
         return report
+
+    def _next_line(self) -> str:
+        """Wait for the next line; a process that hangs shows its stacks on stderr."""
+        assert self._process.stdout is not None
+        timer = threading.Timer(PATIENCE_SECONDS / 2, self._process.send_signal, (signal.SIGABRT,))
+        timer.start()
+        try:
+            return self._process.stdout.readline()
+        finally:
+            timer.cancel()
 
     def close(self) -> int:
         assert self._process.stdin is not None

@@ -139,18 +139,16 @@ class _Place:
         try:
             await self._unused.wait()
         finally:
-            await self._close()
-
-    async def _close(self) -> None:
-        if self._holder is not None:
-            await self._holder.aclose()
+            if self._holder is not None:
+                await self._holder.aclose()
 
     async def _fill(self, connect: Connect, forget: Callable[[], Any]) -> None:
         async with self._lock:
-            if self._client is None:
-                holder = _hold(connect, forget)
-                self._client = await anext(holder)
-                self._holder = holder
+            if self._client is not None:
+                return  # another has made it meanwhile
+            holder = _hold(connect, forget)
+            self._client = await anext(holder)
+            self._holder = holder
 
 
 _Places: TypeAlias = "dict[tuple[int, asyncio.AbstractEventLoop], _Place]"

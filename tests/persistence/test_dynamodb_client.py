@@ -313,6 +313,41 @@ def test_a_forked_child_makes_a_client_of_its_own_and_leaves_the_parents_alone(t
     assert (run.stdout, run.stderr) == ("done\n", "")
 
 
+FORKING_BETWEEN_RUNS = """
+import asyncio, os, sys
+from aiobotocore.session import get_session
+from aidem.persistence.dynamodb import DynamoDBPersistenceLayer
+
+class Session:
+    made = 0
+
+    def client(self, service, *, config):
+        self.made += 1
+        return get_session().create_client(service, config=config)
+
+session = Session()
+layer = DynamoDBPersistenceLayer(sys.argv[1], session=session)
+loop = asyncio.new_event_loop()
+loop.run_until_complete(layer.get("key"))
+child = os.fork()
+loop.run_until_complete(layer.get("key")) if not child else os.waitpid(child, 0)
+print(session.made, flush=True)
+os._exit(0)
+"""
+
+
+def test_a_forked_child_that_goes_on_with_the_loop_has_a_client_of_its_own(table: str, database: Database) -> None:
+    run = subprocess.run(
+        [sys.executable, "-W", "error", "-c", FORKING_BETWEEN_RUNS, table],
+        cwd=ROOT,
+        env=os.environ | database.environment,
+        capture_output=True,
+        text=True,
+        timeout=50,
+    )
+    assert (run.stdout, run.stderr) == ("2\n1\n", "")
+
+
 # --- Given ------------------------------------------------------------------------------------------------------------
 
 

@@ -13,7 +13,7 @@ from botocore.config import Config
 from aidem import IdempotencyConfig, idempotent_function
 from aidem._record import DataRecord
 from aidem._state import Claimed
-from aidem.exceptions import IdempotencyPersistenceConnectionError
+from aidem.exceptions import IdempotencyPersistenceConnectionError, IdempotencySerializationError
 from aidem.persistence.dynamodb import DynamoDBPersistenceLayer
 from aidem.testing import claim_of, completed_of
 from tests.aws_servers import Database
@@ -102,6 +102,19 @@ async def test_a_body_that_fails_is_a_claim_and_a_delete(layer: DynamoDBPersiste
 async def test_opening_a_layer_is_one_look_at_the_table(layer: DynamoDBPersistenceLayer, proxy: Proxy) -> None:
     await layer.open()
     assert operations(proxy) == ["DescribeTable"]
+
+
+async def test_a_look_at_a_record_sees_every_write_before_it(layer: DynamoDBPersistenceLayer, proxy: Proxy) -> None:
+    await layer.get("key")
+    assert b'"ConsistentRead": true' in b"".join(proxy.requests)
+
+
+async def test_a_result_that_cannot_fit_is_not_even_sent(layer: DynamoDBPersistenceLayer, proxy: Proxy) -> None:
+    record = await claimed(layer)
+    proxy.requests.clear()
+    with pytest.raises(IdempotencySerializationError, match="400 KB"):
+        await layer.complete(completed_of(record, now=NOW, response_data="x" * 409_601), now=NOW)
+    assert proxy.requests == []
 
 
 # --- Applied, and the reply lost: the client asks again by itself -----------------------------------------------------

@@ -31,11 +31,12 @@ def orders(table: str, tmp_path: Path) -> Orders:
         argument=f"dynamodb://{table}",
         log=f"{tmp_path}/log",
         keys=[f"key-{number}" for number in range(60)],
+        body_seconds=(0.1, 0.2),  # longer than a request takes, or they would hardly meet
     )
 
 
 def test_two_processes_at_once_are_one_execution_per_key_with_the_same_results(orders: Orders) -> None:
-    with Fleet(orders, 2) as fleet:
+    with Fleet(replace(orders, tasks=4), 2) as fleet:
         fleet.go()
         fleet.join(60)
         log = fleet.log()

@@ -299,6 +299,58 @@ async def test_the_fence_of_a_released_claim_is_remembered_for_seconds_at_most(
         assert 5_000 < await client.pttl("key") <= 10_000
 
 
+async def test_a_fence_of_more_digits_than_redis_writes_by_itself_is_counted_on_exactly(
+    layer: RedisPersistenceLayer, client: Any
+) -> None:
+    fence = 2**53 - 2
+    await client.set("key", json.dumps(json.loads(lapsed("earlier")) | {"fence": fence}))
+    assert (await claimed(layer)).fence == fence + 1
+
+
+# --- Whose it is, and since when ------------------------------------------------------------------------------------
+
+
+async def test_nobody_owns_a_record_whose_owner_is_empty(layer: RedisPersistenceLayer, client: Any) -> None:
+    await client.set("key", json.dumps({"status": "INPROGRESS", "expiration": int(time.time()) + 60, "owner": ""}))
+    nobody = claim_of("key", now=time.time(), owner=None)
+    assert isinstance(await layer.acquire(nobody, now=time.time()), Blocked)
+    assert not await completed(layer, nobody)
+    assert not await layer.release(nobody)
+    assert await layer.renew(nobody, now=time.time()) is None
+
+
+async def test_a_claim_of_ours_that_has_expired_is_made_anew(server: RedisServer, client: Any) -> None:
+    clock = FakeClock()
+    async with RedisPersistenceLayer(server.url, clock=clock) as layer:
+        first = await layer.acquire(claim_of("key", now=clock(), kept_seconds=60), now=clock())
+        clock.advance(120)  # the server still has it: its own clock goes on as ever
+        again = await layer.acquire(claim_of("key", now=clock()), now=clock())
+        assert isinstance(again, Claimed)
+        assert again.record.fence == first.record.fence + 1
+
+
+async def test_what_blocks_is_judged_by_the_clock_of_the_server_and_the_answer_says_so(
+    layer: RedisPersistenceLayer, client: Any
+) -> None:
+    await claimed(layer)
+    ahead = time.time() + 3600
+    answer = await layer.acquire(claim_of("key", now=ahead, owner="theirs"), now=ahead)
+    assert isinstance(answer, Blocked)
+    assert answer.now == pytest.approx((await client.time())[0], abs=30)
+
+
+async def test_an_outcome_is_stored_and_a_claim_released_though_nobody_may_be_told(
+    server: RedisServer, client: Any
+) -> None:
+    await client.acl_setuser(
+        "quiet", enabled=True, passwords=["+word"], keys=["*"], categories=["+@all"], commands=["-publish"]
+    )
+    async with RedisPersistenceLayer(f"redis://quiet:word@127.0.0.1:{server.port}") as layer:
+        assert await completed(layer, await claimed(layer))
+        assert await layer.release(await claimed(layer, "other"))
+        assert await client.exists("other") == 0
+
+
 # --- The lock of Powertools -----------------------------------------------------------------------------------------
 
 
