@@ -12,12 +12,14 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
-from aidem import IdempotencyConfig, current_execution, sync
+from aidem import IdempotencyConfig, _background, current_execution, sync
 from aidem.exceptions import IdempotencyLeaseLostError
+from aidem.persistence.memory import MemoryPersistenceLayer
 from aidem.persistence.sqlite import SQLitePersistenceLayer
+from tests.support import PlannedLayer
 
 PATH = os.environ.get("AIDEM_TEST_PATH") or sys.argv[-1]
 LEASE_SECONDS = 0.5
@@ -145,6 +147,50 @@ def forked_and_failing() -> None:
     forked(fails=True)
 
 
+def forked_while_asking() -> None:
+    """Fork while another thread is in the one section of the background loop that takes a lock."""
+    is_locked, has_forked = threading.Event(), threading.Event()
+
+    def ask() -> None:
+        with _background._process.lock:
+            is_locked.set()
+            has_forked.wait()
+
+    def call_in_child() -> None:
+        plain()
+        os._exit(0)
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    is_locked.wait()
+    fork(call_in_child)
+    has_forked.set()
+    thread.join()
+
+
+class ClientLayer(PlannedLayer):
+    """Keeps a client in an async generator, so that whoever closes the loop closes it."""
+
+    client: Any = None
+
+    async def _connect(self) -> AsyncIterator[None]:
+        try:
+            yield
+        finally:
+            say("closed")
+
+    async def _do(self, operation: str, apply: Any) -> Any:
+        if self.client is None:
+            self.client = self._connect()
+            await anext(self.client)
+        return await super()._do(operation, apply)
+
+
+def client() -> None:
+    client_layer = ClientLayer(inner=MemoryPersistenceLayer(), clock=time.time)
+    say(sync.idempotent_function(persistence_store=client_layer, key_prefix="client")(lambda: 1)())
+
+
 def multiprocessing_by(method: str) -> None:
     plain()
     context: Any = multiprocessing.get_context(method)
@@ -164,6 +210,8 @@ SCENES: dict[str, Callable[[], None]] = {
     "uncaught-interrupt": uncaught_interrupt,
     "forked": forked,
     "forked-and-failing": forked_and_failing,
+    "forked-while-asking": forked_while_asking,
+    "client": client,
     "multiprocessing-fork": lambda: multiprocessing_by("fork"),
     "multiprocessing-spawn": lambda: multiprocessing_by("spawn"),
 }

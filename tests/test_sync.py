@@ -34,7 +34,8 @@ PATIENCE_SECONDS = 20.0
 
 
 @pytest.fixture(autouse=True)
-def _close_afterwards() -> Iterator[None]:
+def _fresh_loop() -> Iterator[None]:
+    sync.close()
     yield
     sync.close()
 

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,12 @@ from aidem.persistence.sqlite import SQLitePersistenceLayer
 
 ROOT = Path(__file__).parents[1]
 PATIENCE_SECONDS = 40.0
+
+
+@pytest.fixture(autouse=True)
+def _fresh_loop() -> Iterator[None]:
+    yield
+    sync.close()
 
 
 @pytest.fixture
@@ -69,6 +76,14 @@ def test_a_child_forked_in_a_body_that_fails_does_not_give_the_parents_key_back(
         "parent gets the parent's",
         "a replay gets the parent's",
     ]
+
+
+def test_a_child_forked_while_another_thread_starts_a_call_can_make_calls(path: str) -> None:
+    assert play("forked-while-asking", path) == ["1", "child left with 0"]
+
+
+def test_a_client_of_the_background_loop_is_closed_at_exit(path: str) -> None:
+    assert play("client", path) == ["1", "closed"]
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])

@@ -64,6 +64,7 @@ class FakeServer:
         self.answer = answer
         self.port = 0
         self.commands: list[list[bytes]] = []
+        self.open_connections = 0
         self._writers: list[asyncio.StreamWriter] = []
 
     @property
@@ -77,6 +78,7 @@ class FakeServer:
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._writers.append(writer)
+        self.open_connections += 1
         with contextlib.suppress(OSError, asyncio.IncompleteReadError):
             while True:
                 command = await _command(reader)
@@ -85,6 +87,7 @@ class FakeServer:
                 if reply is not None:
                     writer.write(reply)
                     await writer.drain()
+        self.open_connections -= 1
         writer.close()
 
     def hang_up(self) -> None:

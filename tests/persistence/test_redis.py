@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import time
@@ -262,7 +263,7 @@ async def test_an_outcome_that_is_too_large_is_refused_before_it_is_sent(layer: 
 # --- Fences ---------------------------------------------------------------------------------------------------------
 
 
-async def test_the_fence_grows_over_a_release_within_the_same_millisecond(server: RedisServer, client: Any) -> None:
+async def test_the_fence_grows_over_a_release_though_the_clock_does_not(server: RedisServer, client: Any) -> None:
     clock = FakeClock()
     async with RedisPersistenceLayer(server.url, clock=clock) as layer:
         fences = list[int]()
@@ -271,10 +272,23 @@ async def test_the_fence_grows_over_a_release_within_the_same_millisecond(server
             assert isinstance(claim, Claimed)
             assert not claim.taken_over
             fences.append(claim.record.fence)
+            clock.advance(-3)  # the fence is remembered until the clock is past it
             assert await layer.release(claim.record)
-            assert await client.pexpire("key", 60_000)  # it is a text for some milliseconds, held here
             assert await layer.get("key") is None
     assert fences == [fences[0], fences[0] + 1, fences[0] + 2]
+
+
+async def test_a_release_within_the_millisecond_of_the_fence_remembers_it_for_that_millisecond(
+    server: RedisServer, client: Any
+) -> None:
+    clock = FakeClock()
+    async with RedisPersistenceLayer(server.url, clock=clock) as layer, client.monitor() as monitor:
+        claim = await layer.acquire(claim_of("key", now=clock()), now=clock())
+        assert await layer.release(claim.record)
+        async with asyncio.timeout(20):
+            while "aidem:released:" not in (command := (await monitor.next_command())["command"]):
+                pass
+    assert command == f"SET key aidem:released:{claim.record.fence} PX 1"
 
 
 async def test_a_release_leaves_nothing_behind_once_the_clock_is_past_its_fence(

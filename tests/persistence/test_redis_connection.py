@@ -296,14 +296,11 @@ async def test_a_server_that_does_not_answer_is_given_up_in_time(proxy: Proxy, c
 
 
 async def test_a_connection_that_took_long_to_make_has_its_time_from_then_on(proxy: Proxy) -> None:
-    layer = impatient(proxy)
-    proxy.hold()
-    operations = [layer.get("key")]
-    await asyncio.sleep(0.9 * IMPATIENT_SECONDS)
-    operations.extend(layer.get("key") for _ in range(3))
-    proxy.heal()
-    await asyncio.wait(operations)
-    assert [operation.result() for operation in operations[1:]] == [None] * 3
+    layer = RedisPersistenceLayer(f"redis://127.0.0.1:{proxy.port}", timeout_seconds=2 * IMPATIENT_SECONDS)
+    proxy.delay(0.35 * 2 * IMPATIENT_SECONDS)  # each way: for the handshake, and then for the command
+    started_at = time.monotonic()
+    assert await layer.get("key") is None
+    assert time.monotonic() - started_at > 2 * IMPATIENT_SECONDS
     assert proxy.connections == 1
     await layer.aclose()
 
@@ -395,11 +392,20 @@ async def test_a_replica_is_left_once_all_its_replies_are_there(
     fake: FakeServer, fake_layer: RedisPersistenceLayer, code: str
 ) -> None:
     await fake_layer.get("key")
-    fake.answer = lambda command: f"-{code} it is\r\n".encode() if command[1] == b"first" else b"$-1\r\n"
-    answers = await asyncio.gather(
-        *(fake_layer.get(key) for key in ("first", "second", "third")), return_exceptions=True
-    )
-    assert [type(answer) for answer in answers] == [IdempotencyPersistenceConnectionError, type(None), type(None)]
+    replies = {b"alone": b"$-1\r\n", b"first": f"-{code} it is\r\n".encode()}
+    fake.answer = lambda command: replies.get(command[1])
+    alone, first, *others = [fake_layer.get(key) for key in ("alone", "first", "second", "third")]
+    assert await alone is None
+    with pytest.raises(IdempotencyPersistenceConnectionError, match=code):
+        await first  # it went out together with the others
+    fake.say(b"$-1\r\n" * 2)
+    assert await asyncio.gather(*others) == [None] * 2
+    fake.answer = lambda _command: b"$-1\r\n"
+
+    async def was_left() -> bool:
+        return fake.open_connections == 0
+
+    await until(was_left)
     before = len(fake.commands)
     await fake_layer.get("key")
     assert fake.commands[before][0] == b"CLIENT"  # it shook hands anew

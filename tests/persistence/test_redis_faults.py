@@ -12,7 +12,7 @@ import pytest
 from redis.asyncio import Redis
 
 from aidem import IdempotencyConfig, current_execution, idempotent_function
-from aidem._state import Blocked
+from aidem._state import Blocked, Claimed
 from aidem.exceptions import IdempotencyLeaseLostError, IdempotencyPersistenceConnectionError
 from aidem.persistence.redis import RedisPersistenceLayer
 from tests.persistence.redis_support import acquired, claimed, client_of, completed, until
@@ -179,7 +179,8 @@ async def test_w2_an_owner_that_was_cut_off_past_its_lease_returns_what_the_winn
         key = record.idempotency_key
 
         async def has_lapsed() -> bool:
-            return not isinstance(await acquired(direct, key, "probe", lease_seconds=0), Blocked)
+            answer = await acquired(direct, key, "probe")
+            return isinstance(answer, Claimed) and await direct.release(answer.record)
 
         await until(has_lapsed)
         assert await winner(order=order) == "winner"
