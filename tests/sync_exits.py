@@ -22,7 +22,7 @@ from aidem.persistence.sqlite import SQLitePersistenceLayer
 from tests.support import PlannedLayer
 
 PATH = os.environ.get("AIDEM_TEST_PATH") or sys.argv[-1]
-LEASE_SECONDS = 0.5
+LEASE_SECONDS = 3.0
 HANGING_SECONDS = 3600.0
 
 
@@ -128,7 +128,7 @@ def fork_in_body(fails: bool) -> str:
         execution = current_execution()
         assert isinstance(execution, sync.Execution)
         execution.ensure_owned()
-        time.sleep(2 * LEASE_SECONDS)  # it is renewed here all the time
+        time.sleep(1.2 * LEASE_SECONDS)  # it is renewed here all the time
     return "the child's" if is_child() else "the parent's"
 
 

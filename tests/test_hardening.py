@@ -26,7 +26,7 @@ from aidem.exceptions import (
 )
 from aidem.hooks import EventKind
 from aidem.persistence import Blocked
-from tests.support import VIRTUAL_TIME, Fault, Listener, PlannedLayer, SettlingLayer, Till
+from tests.support import VIRTUAL_TIME, Fault, Listener, PlannedLayer, SettlingLayer, Till, VirtualTimeLoop
 
 ORDER = {"id": 7}
 NO_ROUTE = IdempotencyPersistenceConnectionError("no route")
@@ -773,3 +773,19 @@ async def test_a_layer_that_finds_a_claim_too_large_has_failed() -> None:
             await made_idempotent(till.charge, layer, hooks=(listener,))(ORDER)
         assert listener.kinds[0] is EventKind.PERSISTENCE_ERROR
         assert not layer.inner._records
+
+
+def test_a_coroutine_closed_after_its_loop_leaves_the_task_of_its_renewal_alone() -> None:
+    layer, till = PlannedLayer(), Till()
+    till.seconds = 60
+    loop = VirtualTimeLoop()
+    task = loop.create_task(made_idempotent(till.charge, layer)(ORDER))
+    loop.run_until_complete(asyncio.sleep(15))
+    assert layer.calls == ["acquire", "renew"]
+    left = asyncio.all_tasks(loop)
+    assert len(left) == 2
+    loop.close()
+    for pending in left:
+        pending._log_destroy_pending = False  # type: ignore[attr-defined]
+    coroutine: Any = task.get_coro()
+    coroutine.close()
