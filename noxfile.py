@@ -14,7 +14,7 @@ nox.needs_version = ">=2025.5.1"
 nox.options.default_venv_backend = "uv|virtualenv"
 nox.options.download_python = "never"
 nox.options.reuse_existing_virtualenvs = True
-nox.options.sessions = ["lint", "demo", "docs", "typing", "tests", "aiobotocore"]
+nox.options.sessions = ["lint", "demo", "docs", "typing", "tests"]
 
 SUPPORTED = ("3.11", "3.12", "3.13")
 MAIN = f"{sys.version_info.major}.{sys.version_info.minor}"
