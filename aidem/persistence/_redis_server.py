@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 # What a pool tells its connections and a line does in its own way, or not at all.
 _LEFT_OUT: Final = ("retry", "maint_", "oss_cluster_maint_", "health_check_interval")
-_OURS: Final[dict[str, Any]] = {"protocol": 2, "decode_responses": False, "socket_timeout": None}
+_OURS: Final[dict[str, Any]] = {"protocol": 2, "socket_timeout": None}
 
 
 class Taker(asyncio.Protocol):
