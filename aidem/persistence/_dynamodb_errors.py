@@ -189,7 +189,8 @@ def _meaning(error: Exception) -> _Meaning | None:
     code = code_of(error)
     if code:
         return None if code == CONDITION_FAILED else _meaning_of_answer(code, response_of(error))
-    if isinstance(error, HTTPClientError) and isinstance(error.kwargs.get("error"), RuntimeError | AttributeError):
+    wrapped: dict[str, Any] = getattr(error, "kwargs", {})
+    if isinstance(error, HTTPClientError) and isinstance(wrapped.get("error"), RuntimeError | AttributeError):
         return _CLOSED  # what asyncio says of another loop, and aiobotocore of a client that was closed
     return next((meaning for types, meaning in _BY_TYPE if isinstance(error, types)), None)
 
