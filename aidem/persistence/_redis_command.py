@@ -55,7 +55,7 @@ class Command(Generic[T]):
             return False
         self.packed = pack(("EVAL", script.source, *self._script_arguments))
         self._script = None
-        return not self.future.done()
+        return True
 
     def answer(self, reply: object) -> None:
         """Settle it with the reply of the server."""

@@ -1,7 +1,8 @@
 """The line to one server from one event loop: it connects when it is needed, and again after the connection broke.
 
 An idle connection is written to at once, so one task alone pays no delay. While replies are outstanding, commands
-collect, and go out together when the next replies have come.
+collect, and go out together when the next replies have come, or when there are enough of them to keep the server busy
+while we go on.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
 
 IDLE_SECONDS: Final = 1.0
 """After how long a connection is looked at before it is written to."""
+
+COLLECTED_AT_MOST: Final = 16
+"""How many commands collect while replies are outstanding."""
 
 
 class Line:
@@ -48,6 +52,8 @@ class Line:
         self._waiting.append(command)
         if self._wire is None:
             self._connect()
+        elif len(self._waiting) >= COLLECTED_AT_MOST and not self._has_been_idle(self._wire):
+            self._write(self._wire)
 
     def heard(self) -> None:
         """Send what was collected, and what those who got the replies ask for now."""
@@ -85,14 +91,19 @@ class Line:
 
     def _flush(self, *, has_looked: bool = False) -> None:
         wire = self._wire
-        if wire is not None and not has_looked and self._loop.time() - wire.used_at > IDLE_SECONDS:
+        if wire is not None and not has_looked and self._has_been_idle(wire):
             # Two turns of the loop tell whether the server has closed it meanwhile: the process may have been frozen.
             self._is_flush_due = True
             self._loop.call_soon(self._loop.call_soon, partial(self._flush, has_looked=True))
             return
         self._is_flush_due = False
-        if wire is None:
-            return  # it was lost in between: it all goes out when there is another
+        if wire is not None:  # else it was lost in between: it all goes out when there is another
+            self._write(wire)
+
+    def _has_been_idle(self, wire: Wire) -> bool:
+        return self._loop.time() - wire.used_at > IDLE_SECONDS
+
+    def _write(self, wire: Wire) -> None:
         waiting, self._waiting = self._waiting, []
         commands = [command for command in waiting if not command.future.done()]  # what was given up is never sent
         if commands:

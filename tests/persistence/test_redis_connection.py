@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +23,7 @@ from aidem.exceptions import (
     IdempotencyPersistenceLayerError,
 )
 from aidem.persistence._redis_client import server_of
-from aidem.persistence._redis_line import IDLE_SECONDS
+from aidem.persistence._redis_line import COLLECTED_AT_MOST, IDLE_SECONDS
 from aidem.persistence._redis_listener import Listener
 from aidem.persistence._redis_server import Taker, _take_over
 from aidem.persistence.redis import RedisPersistenceLayer
@@ -124,41 +125,81 @@ def shake_hands(listener: socket.socket) -> socket.socket:
     return connection
 
 
-async def test_an_idle_connection_is_written_to_at_once_and_a_busy_one_when_the_next_replies_have_come() -> None:
+class Bystander:
+    """A server whose replies are sent when the test says so."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+
+    def received(self) -> int:
+        """Return how many GETs are there, without giving the loop a turn."""
+        count = 0
+        self._connection.setblocking(False)
+        with suppress(BlockingIOError):
+            while True:
+                count += self._connection.recv(65536).count(b"GET")
+        return count
+
+    def reply(self, count: int) -> None:
+        self._connection.sendall(b"$-1\r\n" * count)
+
+
+@asynccontextmanager
+async def bystander() -> AsyncGenerator[tuple[Bystander, RedisPersistenceLayer]]:
+    """Give a server and a layer that is connected to it."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         layer = RedisPersistenceLayer(f"redis://127.0.0.1:{listener.getsockname()[1]}")
         connecting = asyncio.ensure_future(asyncio.to_thread(shake_hands, listener))
         await layer.get("first")
-        with await connecting as server:
+        with await connecting as connection:
             await asyncio.sleep(0)  # the turn in which the first reply came is over
-            operations = [layer.get(f"key {number}") for number in range(100)]
-            assert server.recv(65536).count(b"GET") == 1  # the loop has not had a turn yet
-            server.sendall(b"$-1\r\n")
-            assert await operations[0] is None
-            assert (await asyncio.to_thread(server.recv, 65536)).count(b"GET") == 99
-            server.sendall(b"$-1\r\n" * 100)
-            assert await asyncio.gather(*operations) == [None] * 100
+            yield Bystander(connection), layer
+
+
+async def test_an_idle_connection_is_written_to_at_once_and_a_busy_one_when_the_next_replies_have_come() -> None:
+    async with bystander() as (server, layer):
+        operations = [layer.get(f"key {number}") for number in range(10)]
+        assert server.received() == 1  # the loop has not had a turn yet
+        for _ in range(5):
+            await asyncio.sleep(0)
+        assert server.received() == 0
+        server.reply(1)
+        assert await operations[0] is None
+        await asyncio.sleep(0)
+        assert server.received() == 9
+        server.reply(9)
+        assert await asyncio.gather(*operations) == [None] * 10
+
+
+async def test_a_busy_connection_is_written_to_when_enough_has_collected() -> None:
+    async with bystander() as (server, layer):
+        operations = [layer.get(f"key {number}") for number in range(1 + 2 * COLLECTED_AT_MOST + 5)]
+        assert server.received() == 1 + 2 * COLLECTED_AT_MOST
+        server.reply(1 + 2 * COLLECTED_AT_MOST)
+        await operations[0]
+        await asyncio.sleep(0)
+        assert server.received() == 5
+        server.reply(5)
+        await asyncio.gather(*operations)
 
 
 async def test_who_asks_again_on_a_reply_goes_out_together_with_the_others() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        layer = RedisPersistenceLayer(f"redis://127.0.0.1:{listener.getsockname()[1]}")
-        connecting = asyncio.ensure_future(asyncio.to_thread(shake_hands, listener))
-        await layer.get("first")
+    async def ask_twice(layer: RedisPersistenceLayer) -> None:
+        await layer.get("key")
+        await layer.get("again")
 
-        async def ask_twice(number: int) -> None:
-            await layer.get(f"key {number}")
-            await layer.get(f"again {number}")
+    async with bystander() as (server, layer):
+        asking = asyncio.gather(*(ask_twice(layer) for _ in range(10)))
+        for expected in (1, 10, 9):  # one at once; the other nine, and what the first asks then; what the nine ask
 
-        with await connecting as server:
-            asking = asyncio.gather(*(ask_twice(number) for number in range(32)))
-            counts = list[int]()
-            while sum(counts) < 64:
-                received = await asyncio.to_thread(server.recv, 65536)
-                counts.append(received.count(b"GET"))
-                server.sendall(b"$-1\r\n" * counts[-1])
-            await asking
-            assert counts == [1, 32, 31]
+            async def has_arrived(expected: int = expected) -> bool:
+                count = server.received()
+                assert count in {0, expected}
+                return count == expected
+
+            await until(has_arrived)
+            server.reply(expected)
+        await asking
 
 
 async def test_a_thousand_tasks_share_one_connection_and_all_have_their_turn(
@@ -276,6 +317,17 @@ async def test_each_caller_gets_an_error_of_its_own(fake: FakeServer, fake_layer
     assert errors[1] is not errors[2]
 
 
+async def test_an_operation_that_nobody_waits_for_may_fail_in_silence(
+    fake: FakeServer, fake_layer: RedisPersistenceLayer
+) -> None:
+    fake.answer = lambda _command: b"-OOM command not allowed\r\n"
+    with no_complaints():
+        fake_layer.get("key")  # type: ignore[unused-awaitable]
+        with pytest.raises(IdempotencyPersistenceConnectionError):
+            await fake_layer.get("key")
+        gc.collect()
+
+
 async def test_a_server_that_does_not_answer_is_given_up_in_time(proxy: Proxy, client: Any) -> None:
     layer = impatient(proxy)
     async with layer:
@@ -340,13 +392,17 @@ async def test_a_server_that_cannot_be_reached_says_what_to_look_at(proxy: Proxy
     await layer.aclose()
 
 
-async def test_a_connection_that_was_closed_while_the_process_slept_is_not_used(server: RedisServer) -> None:
+@pytest.mark.parametrize("count", [1, 2 * COLLECTED_AT_MOST])
+async def test_a_connection_that_was_closed_while_the_process_slept_is_not_used(
+    server: RedisServer, count: int
+) -> None:
     layer = RedisPersistenceLayer(server.url)
     await layer.get("key")
     kill = "import redis, sys; redis.Redis(port=int(sys.argv[1])).execute_command('CLIENT KILL TYPE normal')"
     time.sleep(IDLE_SECONDS)  # noqa: ASYNC251 - the process is frozen
     subprocess.run([sys.executable, "-c", kill, str(server.port)], check=True)  # noqa: ASYNC221
-    assert (await claimed(layer, "after the kill")).owner == "ours"
+    records = await asyncio.gather(*(claimed(layer, f"{count} after the kill, {n}") for n in range(count)))
+    assert [record.owner for record in records] == ["ours"] * count
     await layer.aclose()
 
 
@@ -620,6 +676,9 @@ async def test_waiting_ends_after_its_time_and_listens_on_for_a_while(
     await until_subscribed(client)
     await completed(layer, record)  # nobody waits just now
     await asyncio.wait_for(layer.wait_for_change("key", 50), 20)
+    started_at = time.monotonic()
+    await layer.wait_for_change("key", 0.2)  # what was told is told once
+    assert time.monotonic() - started_at > 0.15
 
 
 def listener_of(url: str, *, linger_seconds: float) -> Listener:

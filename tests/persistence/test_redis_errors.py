@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 from redis.asyncio import Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import ConstantBackoff
 
 from aidem.exceptions import (
     IdempotencyPersistenceConfigError,
@@ -164,6 +166,15 @@ async def test_what_the_server_does_not_show_is_not_asked_for_again(
     assert caplog.records == []
 
 
+async def test_a_server_that_cannot_remember_a_script_nor_take_it_in_full_is_not_asked_for_ever(
+    fake: FakeServer, layer: RedisPersistenceLayer
+) -> None:
+    fake.answer = lambda _command: b"-NOSCRIPT No matching script.\r\n"
+    with pytest.raises(IdempotencyPersistenceLayerError, match="NOSCRIPT"):
+        await claimed(layer)
+    assert [command[0] for command in fake.commands if command[0] != b"CLIENT"] == [b"EVALSHA", b"EVAL"]
+
+
 async def test_opening_fails_where_nothing_works(fake: FakeServer, layer: RedisPersistenceLayer) -> None:
     fake.answer = lambda _command: b"-NOAUTH Authentication required.\r\n"
     with pytest.raises(IdempotencyPersistenceConfigError, match="username and password"):
@@ -196,6 +207,15 @@ async def test_a_listener_whose_connection_breaks_is_told_so(fake: FakeServer, l
         await layer.wait_for_change("key", 20)
 
 
+async def test_a_client_that_would_try_again_and_again_does_not_keep_an_error_back() -> None:
+    client = Redis(port=free_port(), retry=Retry(ConstantBackoff(60), 5))
+    layer = RedisPersistenceLayer(client=client, timeout_seconds=50)
+    with pytest.raises(IdempotencyPersistenceConnectionError, match=r"cannot be reached \(ConnectionError\)"):
+        await asyncio.wait_for(layer.get("key"), 20)
+    await layer.aclose()
+    await client.aclose()
+
+
 async def test_a_listener_that_cannot_connect_is_told_so() -> None:
     layer = RedisPersistenceLayer(f"redis://127.0.0.1:{free_port()}")
     with pytest.raises(IdempotencyPersistenceConnectionError, match="cannot be reached"):
@@ -226,11 +246,11 @@ class Certificates:
 def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
     made = Certificates(tmp_path_factory.mktemp("certificates"))
     for command in (
-        "req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=ca -keyout ca.key -out ca.pem",
+        "req -x509 -newkey rsa:2048 -nodes -subj /CN=ca -keyout ca.key -out ca.pem -addext keyUsage=keyCertSign",
         "req -newkey rsa:2048 -nodes -subj /CN=localhost -keyout server.key -out server.csr",
         "x509 -req -in server.csr -CA ca.pem -CAkey ca.key -CAcreateserial -days 2 -extfile names -out server.pem",
     ):
-        (made.directory / "names").write_text("subjectAltName=DNS:localhost\n")
+        (made.directory / "names").write_text("subjectAltName=DNS:localhost\nauthorityKeyIdentifier=keyid\n")
         subprocess.run(["openssl", *command.split()], cwd=made.directory, check=True, capture_output=True)
     return made
 
