@@ -109,3 +109,10 @@ def mutate(session: nox.Session) -> None:
     session.run("mutmut", "run", *session.posargs)
     if survivors := session.run("mutmut", "results", silent=True):
         session.error(f"No test fails with these changes; see one with `mutmut show NAME`.\n{survivors}")
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """Measure against other libraries and print one table of ratios; see docs/benchmarks.md."""
+    _install(session, "bench")
+    session.run("python", "-m", "benchmarks", *session.posargs)
