@@ -313,20 +313,30 @@ def test_a_forked_child_makes_a_client_of_its_own_and_leaves_the_parents_alone(t
     assert (run.stdout, run.stderr) == ("done\n", "")
 
 
+# Threads do not survive a fork, so a loop that does has lost those that AWS's own client hands work to.
 FORKING_BETWEEN_RUNS = """
-import asyncio, os, sys
-from aiobotocore.session import get_session
+import asyncio, os
 from aidem.persistence.dynamodb import DynamoDBPersistenceLayer
+
+class Client:
+    async def __aenter__(self):
+        return self
+
+    async def __aexit__(self, *error):
+        pass
+
+    async def get_item(self, **request):
+        return {}
 
 class Session:
     made = 0
 
     def client(self, service, *, config):
         self.made += 1
-        return get_session().create_client(service, config=config)
+        return Client()
 
 session = Session()
-layer = DynamoDBPersistenceLayer(sys.argv[1], session=session)
+layer = DynamoDBPersistenceLayer("table", session=session)
 loop = asyncio.new_event_loop()
 loop.run_until_complete(layer.get("key"))
 child = os.fork()
@@ -336,11 +346,10 @@ os._exit(0)
 """
 
 
-def test_a_forked_child_that_goes_on_with_the_loop_has_a_client_of_its_own(table: str, database: Database) -> None:
+def test_a_forked_child_that_goes_on_with_the_loop_has_a_client_of_its_own() -> None:
     run = subprocess.run(
-        [sys.executable, "-W", "error", "-c", FORKING_BETWEEN_RUNS, table],
+        [sys.executable, "-W", "error", "-c", FORKING_BETWEEN_RUNS],
         cwd=ROOT,
-        env=os.environ | database.environment,
         capture_output=True,
         text=True,
         timeout=50,
