@@ -8,8 +8,8 @@ Wall time and CPU time of this process are both taken. The CPU time is judged wh
 it leaves out what other processes take (`cpu`). Where a server, a disk or a second thread takes part, waiting is part
 of what a caller pays, and the wall time is judged (`wall`).
 
-Garbage is collected before each lap, and what is then alive is left out of the collections within it; these stay on,
-as they are part of what a call costs.
+Garbage is collected before each lap, so that no lap pays for what another has left. Collections within it stay on: they
+are part of what a call costs.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ import gc
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import count, islice
 from statistics import median
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 
 from benchmarks._rows import Row
 
@@ -29,7 +30,12 @@ if TYPE_CHECKING:
 
     from benchmarks._rows import Target
 
+Call: TypeAlias = "Callable[[str], Awaitable[object]]"
+"""A call with a key."""
+
 OURS = "aidem"
+
+_numbers = count()
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,11 +70,9 @@ class Stopwatch:
     def lap(self, name: str, *, calls: int) -> Iterator[None]:
         """Time a block that makes so many calls."""
         gc.collect()
-        gc.freeze()
         cpu, wall = time.process_time(), time.perf_counter()
         yield
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-        gc.unfreeze()
         self.laps[name] = Lap(wall / calls, cpu / calls)
 
 
@@ -131,15 +135,42 @@ def race(contenders: Mapping[str, Callable[[Stopwatch], None]], *, rounds: int) 
     return Race(laps)
 
 
-async def spread(call: Callable[[int], Awaitable[object]], numbers: Iterable[int], *, tasks: int) -> None:
-    """Make a call for each number, so many at a time."""
-    remaining = iter(numbers)
+async def first_and_replay(stopwatch: Stopwatch, call: Call, *, calls: int, tasks: Iterable[int]) -> None:
+    """Time first calls with fresh keys and then their replays, under names such as `first/32` for 32 at a time."""
+    for at_once in tasks:
+        keys = fresh_keys(calls if at_once > 1 else calls // 4 + 1)
+        for name in ("first", "replay"):
+            with stopwatch.lap(f"{name}/{at_once}", calls=len(keys)):
+                await spread(call, keys, tasks=at_once)
+
+
+def one_after_another(call: Callable[[str], object], *, calls: int) -> Callable[[Stopwatch], None]:
+    """Return the contender that does the same with a blocking call."""
+
+    def contender(stopwatch: Stopwatch) -> None:
+        keys = fresh_keys(calls // 4 + 1)
+        for name in ("first", "replay"):
+            with stopwatch.lap(f"{name}/1", calls=len(keys)):
+                for key in keys:
+                    call(key)
+
+    return contender
+
+
+async def spread(call: Call, keys: Iterable[str], *, tasks: int) -> None:
+    """Make a call for each key, so many at a time."""
+    remaining = iter(keys)
 
     async def work() -> None:
-        for number in remaining:
-            await call(number)
+        for key in remaining:
+            await call(key)
 
     await asyncio.gather(*(work() for _ in range(tasks)))
+
+
+def fresh_keys(count: int) -> list[str]:
+    """Return texts that no call in this process had as its key before."""
+    return [f"order-{number}" for number in islice(_numbers, count)]
 
 
 def _microseconds(lap: Lap) -> Lap:

@@ -1,0 +1,48 @@
+"""The servers that benchmarks talk to, each a process of its own on a free port."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+import urllib.request
+from collections import Counter
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tests import aws_servers, servers
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+@contextmanager
+def redis_server() -> Iterator[servers.RedisServer]:
+    """Run Redis as the docs want it: with an append-only file, and evicting nothing."""
+    with servers.started("redis", "--appendonly", "yes", "--maxmemory-policy", "noeviction") as server:
+        yield server
+
+
+@contextmanager
+def instant_dynamodb() -> Iterator[str]:
+    """Run the stub of `_instant_dynamodb`, point the AWS environment of this process at it, and return its URL."""
+    port = servers.free_port()
+    command = [sys.executable, str(Path(__file__).with_name("_instant_dynamodb.py")), str(port)]
+    with aws_servers.started(command, port) as url:
+        os.environ.update(aws_servers.Database(url).environment)
+        yield url
+
+
+def requests_so_far(url: str) -> Counter[str]:
+    """Return how many requests of each kind the stub has had."""
+    with urllib.request.urlopen(url) as answer:
+        return Counter(json.load(answer))
+
+
+@contextmanager
+def directory_on_disk() -> Iterator[Path]:
+    """Make a directory for databases; set TMPDIR where temporary files do not lie on a disk."""
+    with tempfile.TemporaryDirectory(prefix="aidem-benchmark-") as name:
+        yield Path(name)
