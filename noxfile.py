@@ -13,10 +13,18 @@ nox.needs_version = ">=2025.5.1"
 nox.options.default_venv_backend = "uv|virtualenv"
 nox.options.download_python = "never"
 nox.options.reuse_existing_virtualenvs = True
-nox.options.sessions = ["lint", "demo", "docs", "typing", "tests", "aiobotocore"]
+nox.options.sessions = ["lint", "demo", "docs", "typing", "tests", "aiobotocore", "lowest"]
 
 SUPPORTED = ("3.11", "3.12", "3.13")
 MAIN = f"{sys.version_info.major}.{sys.version_info.minor}"
+
+# What depends on the version of a client; a second server, Powertools and many processes do not.
+DYNAMODB_CLIENT = [f"tests/persistence/test_dynamodb{part}.py" for part in ("", "_client")]
+DYNAMODB_FAULTS = [f"tests/persistence/test_dynamodb{part}.py" for part in ("_errors", "_faults")]
+REDIS_CLIENT = [f"tests/persistence/test_redis{part}.py" for part in ("", "_conformance", "_connection", "_errors")]
+PYDANTIC = [f"tests/test_{part}.py" for part in ("payloads", "results", "serialization")]
+HTTP = ["tests/http"]
+ONE_SERVER = ["-k", "not moto and not valkey"]
 
 
 def _reveal_pyenv_versions() -> None:
@@ -97,10 +105,22 @@ def tests(session: nox.Session) -> None:
 def aiobotocore(session: nox.Session) -> None:
     """Run the DynamoDB suite on the newest aiobotocore, without aioboto3, which pins an old one."""
     session.install("-e", ".[aiobotocore]", *nox.project.dependency_groups(PROJECT, "test"))
-    # What speaks to the client, on one emulator: the other, Powertools and many processes are not about its version.
-    parts = ("", "_client", "_errors", "_faults")
-    files = [f"tests/persistence/test_dynamodb{part}.py" for part in parts]
-    session.run("pytest", "-k", "not moto", *files, *session.posargs)
+    session.run("pytest", *ONE_SERVER, *DYNAMODB_CLIENT, *DYNAMODB_FAULTS, *session.posargs)
+
+
+@nox.session
+def lowest(session: nox.Session) -> None:
+    """Run what speaks to other packages on the lowest versions of them that are supported."""
+    project = PROJECT["project"]
+    session.install("-e", ".", *_floors(project["dependencies"]))
+    session.run("python", "docs/examples/payment.py")  # pytest's plugin is anyio's, and takes a newer one
+    extras = [needed for extra in project["optional-dependencies"].values() for needed in extra]
+    session.install("-e", ".[all]", *_floors(extras), *nox.project.dependency_groups(PROJECT, "test"))
+    session.run("pytest", *ONE_SERVER, *DYNAMODB_CLIENT, *REDIS_CLIENT, *PYDANTIC, *HTTP, *session.posargs)
+
+
+def _floors(requirements: list[str]) -> list[str]:
+    return [needed.replace(">=", "==") for needed in requirements if ">=" in needed]
 
 
 @nox.session
