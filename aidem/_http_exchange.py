@@ -1,0 +1,226 @@
+"""One claimed request while the app answers it: its response is recorded before the client has all of it.
+
+What the app sends goes through `send` until the call has ended, and from then on past it:
+
+    start, not to be stored      the key is given back, then it goes out
+    start, to be stored          goes out; from here on the key is never given back
+    … and says how long it is    held until the first message of the body, so that a failure can still be told
+    body                         goes out at once; a bounded copy is kept
+    the last of the body         recorded, then it goes out
+    the copy grows too large     recorded as done, without the response
+    broken off                   recorded as done, without the response; before the start: the key is given back
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from functools import partial
+from typing import TYPE_CHECKING, Final
+
+from aidem import _http_answers as answers
+from aidem._cancellation import in_background
+from aidem._engine import Phase
+from aidem._execution import Execution, running
+from aidem._http_response import Recorder, text_of
+from aidem._record import OutcomeKind
+from aidem.exceptions import (
+    IdempotencyLeaseLostError,
+    IdempotencyPersistenceLayerError,
+)
+from aidem.hooks import EventKind
+from aidem.serialization import UNAVAILABLE_TEXT
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from aidem._engine import Call
+    from aidem._http_options import HttpOptions
+    from aidem._http_request import RequestBody
+    from aidem._http_types import ASGIApp, Message, Scope, Send
+
+logger = logging.getLogger("aidem")
+
+_TAKEN_OUT: Final = ("http.response.pathsend", "http.response.zerocopysend", "http.response.trailers")
+"""Extensions by which a response would pass unseen: files by name or descriptor, and what follows the body."""
+
+
+class NotStoredError(Exception):
+    """The response is not one to keep, or there was none: why a key is given back although nothing was raised."""
+
+
+class Exchange:
+    """Runs the app for one claimed request; its `receive` and `send` are the app's."""
+
+    __slots__ = (
+        "_call",
+        "_execution",
+        "_has_started",
+        "_held_start",
+        "_is_replaced",
+        "_is_settled",
+        "_options",
+        "_recorder",
+        "_request",
+        "_send",
+    )
+
+    def __init__(self, call: Call, request: RequestBody, send: Send, options: HttpOptions) -> None:
+        self._call = call
+        self._execution = Execution(call)
+        self._request = request
+        self._send = send
+        self._options = options
+        self._recorder: Recorder | None = None
+        self._held_start: Message | None = None
+        self._has_started = False
+        self._is_replaced = False
+        self._is_settled = asyncio.Event()  # nothing is recorded any more
+
+    async def run(self, app: ASGIApp, scope: Scope) -> None:
+        """Run the app to its end, and settle the claim if its response has not."""
+        try:
+            with running(self._execution):
+                await app(_without_extensions(scope), self.receive, self.send)
+        except BaseException as error:
+            await self._break_off(error)
+            raise
+        await self._break_off(NotStoredError())
+
+    # --- What the app sees --------------------------------------------------------------------------------------------
+
+    async def receive(self) -> Message:
+        """Hand out the request; keep it from the app that the client is gone, until the response is recorded.
+
+        Starlette breaks off a streaming response when the client goes, and when the response is complete.
+        """
+        if self._request.is_handed_out:
+            await self._is_settled.wait()
+        return await self._request.receive()
+
+    async def send(self, message: Message) -> None:
+        """Take the next message of the response."""
+        kind = message["type"]
+        if self._call.phase is not Phase.CLAIMED:
+            await self._pass(message)
+        elif kind == "http.response.start" and not self._has_started:
+            await self._start(message)
+        elif kind == "http.response.body" and self._recorder is not None:
+            await self._continue(message, self._recorder)
+        else:
+            await self._pass(message)
+
+    async def _start(self, message: Message) -> None:
+        recorder = Recorder(message, limit=self._options.max_response_bytes)
+        if not self._is_stored(recorder):
+            await self._give_back(NotStoredError())
+        else:
+            self._recorder = recorder
+            if recorder.is_too_large:
+                await self._record_without_response()
+            elif recorder.is_declared:
+                self._held_start = message
+                return
+        await self._pass(message)
+
+    async def _continue(self, message: Message, recorder: Recorder) -> None:
+        recorder.add(message)
+        if recorder.is_too_large:
+            await self._record_without_response()
+        elif recorder.is_complete:
+            await self._record(text_of(recorder.response(store_set_cookie=self._options.store_set_cookie)))
+        if self._held_start is not None:
+            start, self._held_start = self._held_start, None
+            await self._pass(start)
+        await self._pass(message)
+
+    async def _pass(self, message: Message) -> None:
+        if self._is_replaced:
+            return  # the client has got another answer
+        if message["type"] == "http.response.start":
+            self._has_started = True  # though sending it may be interrupted
+        await self._send(message)
+
+    def _is_stored(self, recorder: Recorder) -> bool:
+        try:
+            return self._options.store_if(recorder.status, recorder.headers)
+        except Exception:
+            logger.exception("store_if of %s failed; the response is stored", self._call.plan.function)
+            return True  # or the request would run again
+
+    # --- How the claim ends -------------------------------------------------------------------------------------------
+
+    async def _record(self, text: str, outcome: OutcomeKind | None = None) -> None:
+        """Record the response; what counts goes out in its place if it is another, or if that is not known."""
+        try:
+            is_ours = await self._call.complete(text, outcome)
+        except IdempotencyLeaseLostError:
+            await self._replace(partial(self._answer, answers.OUTCOME_UNKNOWN))
+        except IdempotencyPersistenceLayerError as failure:
+            await self._recording_failed(failure)
+        else:
+            if not is_ours:
+                await self._replace(self._hand_out)
+            elif self._call.held_record().outcome is OutcomeKind.UNAVAILABLE:
+                self._report(EventKind.RESULT_UNAVAILABLE)
+        finally:
+            self._is_settled.set()
+
+    async def _record_without_response(self) -> None:
+        await self._record(UNAVAILABLE_TEXT, OutcomeKind.UNAVAILABLE)
+
+    async def _recording_failed(self, failure: IdempotencyPersistenceLayerError) -> None:
+        logger.error("a response of %s was not recorded: %s", self._call.plan.function, failure)
+        self._report(EventKind.PERSISTENCE_ERROR, failure)
+        if not self._has_started:
+            await self._replace(partial(self._answer, answers.NOT_RECORDED))
+
+    async def _replace(self, send: Callable[[], Awaitable[None]]) -> None:
+        """Send something else than the app's response, which does not count.
+
+        Raises:
+            IdempotencyLeaseLostError: Some of it has gone out; without the rest, no client takes it for whole.
+        """
+        if self._has_started:
+            reason = "another call took it over, and a retry will get that one's response"
+            raise IdempotencyLeaseLostError(key=self._call.key.text, record=self._call.record, reason=reason)
+        self._is_replaced = True
+        await send()
+
+    async def _break_off(self, error: BaseException) -> None:
+        """Settle a claim whose response did not come to its end."""
+        if self._call.phase is not Phase.CLAIMED:
+            return
+        if not self._has_started:
+            await self._give_back(error)
+        elif isinstance(error, GeneratorExit):  # nothing may be awaited any more
+            in_background(self._record_without_response)
+        else:
+            with contextlib.suppress(IdempotencyLeaseLostError):  # what broke it off goes first
+                await self._record_without_response()
+
+    async def _give_back(self, error: BaseException) -> None:
+        try:
+            await self._call.fail(error)
+        finally:
+            self._is_settled.set()
+
+    # --- In place of the app's response -------------------------------------------------------------------------------
+
+    async def _answer(self, problem: answers.Problem) -> None:
+        await answers.answer(self._send, problem, documentation_url=self._options.documentation_url)
+
+    async def _hand_out(self) -> None:
+        await answers.hand_out(self._call, self._send, documentation_url=self._options.documentation_url)
+
+    def _report(self, kind: EventKind, error: BaseException | None = None) -> None:
+        self._call.reporter.report(kind, fence=self._call.fence, error=error)
+
+
+def _without_extensions(scope: Scope) -> Scope:
+    extensions = scope.get("extensions")
+    if not extensions or not any(name in extensions for name in _TAKEN_OUT):
+        return scope
+    left = {name: value for name, value in extensions.items() if name not in _TAKEN_OUT}
+    return {**scope, "extensions": left}

@@ -1,0 +1,146 @@
+"""The gate that every request comes to: it passes, is refused, gets a recorded response, or runs under a claim."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from typing import TYPE_CHECKING
+
+from aidem import _http_answers as answers
+from aidem._engine import Call, Phase
+from aidem._execution import Execution, require_asyncio, running
+from aidem._http_exchange import Exchange
+from aidem._http_fingerprint import Fingerprint, lookup_key
+from aidem._http_key import MalformedKeyError, parse_key
+from aidem._http_request import BodyTooLargeError, ClientGoneError, RequestBody
+from aidem._http_types import header_values
+from aidem._plan import Key, Plan, is_disabled
+from aidem.config import default_persistence_store
+from aidem.exceptions import IdempotencyError, IdempotencyPersistenceLayerError, IdempotencyUsageError
+
+if TYPE_CHECKING:
+    from aidem._http_options import HttpOptions
+    from aidem._http_types import ASGIApp, Receive, Scope, Send
+    from aidem.persistence import PersistenceLayer
+
+logger = logging.getLogger("aidem")
+
+KEY_HEADER = b"idempotency-key"
+
+
+class Gate:
+    """Serves the requests of one app or route; it holds nothing of any of them.
+
+    Attributes:
+        options: What it was told.
+    """
+
+    __slots__ = ("_function", "_plan", "options")
+
+    def __init__(self, options: HttpOptions) -> None:
+        self.options = options
+        self._function = f"the HTTP layer {options.key_prefix!r}"
+        self._plan: Plan | None = None
+
+    @property
+    def layer(self) -> PersistenceLayer:
+        """Where records are kept."""
+        layer = self.options.persistence_store
+        return default_persistence_store() if layer is None else layer
+
+    async def serve(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve a request; whatever is none, or has no key, goes to the app as it is."""
+        is_concerned = scope["type"] == "http" and scope["method"] in self.options.methods
+        values = header_values(scope["headers"], KEY_HEADER) if is_concerned else []
+        if not (is_concerned and (values or self.options.required)) or is_disabled(self._function):
+            await app(scope, receive, send)
+        elif not values:
+            await self._answer(send, answers.KEY_MISSING)
+        else:
+            await self._serve_with_key(values, app, scope, receive, send)
+
+    async def _serve_with_key(
+        self, values: list[bytes], app: ASGIApp, scope: Scope, receive: Receive, send: Send
+    ) -> None:
+        require_asyncio()
+        try:
+            key = parse_key(values, strict=self.options.strict)
+        except MalformedKeyError as error:
+            await self._answer(send, answers.KEY_MALFORMED, because=str(error))
+            return
+        space = await self._space_of(scope)
+        if space == "":
+            await app(scope, receive, send)
+            return
+        hash_function = self.options.settings.hash_function
+        fingerprint, request = Fingerprint(scope, hash_function), RequestBody(receive)
+        try:
+            await request.read(scope, fingerprint, limit=self.options.max_request_bytes)
+        except BodyTooLargeError:
+            await self._answer(send, answers.BODY_TOO_LARGE)
+            return
+        except ClientGoneError:
+            return  # nobody waits for an answer, and half a request must not run
+        text = lookup_key(self.options.key_prefix, space=space, key=key, hash_function=hash_function)
+        await self._serve_call(
+            Call(self._current_plan(), Key(text, fingerprint.hexdigest())), app, scope, request, send
+        )
+
+    async def _serve_call(self, call: Call, app: ASGIApp, scope: Scope, request: RequestBody, send: Send) -> None:
+        try:
+            await call.begin()
+        except answers.REFUSED as error:
+            await self._refuse(send, error)
+        except BaseException as error:
+            await call.fail(error)  # of an observer, when the key was claimed already
+            raise
+        else:
+            await self._serve_begun(call, app, scope, request, send)
+
+    async def _serve_begun(self, call: Call, app: ASGIApp, scope: Scope, request: RequestBody, send: Send) -> None:
+        if call.phase is Phase.REPLAYED:
+            await answers.hand_out(call, send, documentation_url=self.options.documentation_url)
+        elif call.phase is Phase.CLAIMED:
+            await Exchange(call, request, send, self.options).run(app, scope)
+        else:
+            execution = Execution(call)
+            with running(execution):
+                await app(scope, request.receive, send)
+
+    async def _space_of(self, scope: Scope) -> str | None:
+        """Return whose key it is; None: everybody's; `""`: nobody's, so that the request passes."""
+        if self.options.scope is None:
+            return None
+        space = self.options.scope(scope)
+        if inspect.isawaitable(space):
+            space = await space
+        if space is None:
+            return ""
+        if not isinstance(space, str):  # pyright: ignore[reportUnnecessaryIsInstance] - of whatever type it is
+            raise IdempotencyUsageError("scope(request_scope) must return a string, or None for a request without one")
+        return space
+
+    def _current_plan(self) -> Plan:
+        plan, layer = self._plan, self.layer
+        if plan is None or plan.layer is not layer:
+            options = self.options
+            plan = Plan(layer=layer, config=options.settings, function=self._function, prefix=options.key_prefix)
+            self._plan = plan
+        return plan
+
+    async def _refuse(self, send: Send, error: IdempotencyError) -> None:
+        if isinstance(error, IdempotencyPersistenceLayerError):
+            logger.error("%s refuses a request: %s", self._function, error)
+        problem = answers.problem_of(error)
+        await self._answer(send, problem, retry_after_seconds=error.retry_after_seconds)
+
+    async def _answer(
+        self, send: Send, problem: answers.Problem, *, because: str = "", retry_after_seconds: float | None = None
+    ) -> None:
+        await answers.answer(
+            send,
+            problem,
+            documentation_url=self.options.documentation_url,
+            because=because,
+            retry_after_seconds=retry_after_seconds,
+        )

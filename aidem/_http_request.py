@@ -1,0 +1,62 @@
+"""The body of a request: read and hashed before its key is claimed, then handed on as it came."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import TYPE_CHECKING
+
+from aidem._http_types import declared_length
+
+if TYPE_CHECKING:
+    from aidem._http_fingerprint import Fingerprint
+    from aidem._http_types import Message, Receive, Scope
+
+
+class BodyTooLargeError(Exception):
+    """The body is larger than it may be."""
+
+
+class ClientGoneError(Exception):
+    """The client went before all of the body had come."""
+
+
+class RequestBody:
+    """A body that was read; `receive` hands its messages out again, and after them whatever comes."""
+
+    __slots__ = ("_messages", "_receive")
+
+    def __init__(self, receive: Receive) -> None:
+        self._receive = receive
+        self._messages: deque[Message] = deque()
+
+    async def read(self, scope: Scope, fingerprint: Fingerprint, *, limit: int) -> None:
+        """Read all of it into memory.
+
+        Raises:
+            BodyTooLargeError: It is larger than `limit` bytes.
+            ClientGoneError: It will never be complete.
+        """
+        if (declared_length(scope["headers"]) or 0) > limit:
+            raise BodyTooLargeError  # before the client is told to go on sending
+        received = 0
+        more_body = True
+        while more_body:
+            message = await self._receive()
+            if message["type"] != "http.request":
+                raise ClientGoneError
+            chunk = message.get("body", b"")
+            received += len(chunk)
+            if received > limit:
+                raise BodyTooLargeError
+            fingerprint.update(chunk)
+            self._messages.append(message)
+            more_body = message.get("more_body", False)
+
+    @property
+    def is_handed_out(self) -> bool:
+        """Whether the app has got all of it."""
+        return not self._messages
+
+    async def receive(self) -> Message:
+        """Return the next message."""
+        return self._messages.popleft() if self._messages else await self._receive()

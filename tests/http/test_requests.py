@@ -1,0 +1,502 @@
+"""Which requests are touched, what is read of them, whose key it is, and what is refused."""
+
+from __future__ import annotations
+
+import asyncio
+import warnings
+from typing import Any
+
+import pytest
+
+import aidem
+from aidem import IdempotencyConfig, current_execution
+from aidem.asgi import IdempotencyMiddleware, by_header
+from aidem.exceptions import IdempotencyPersistenceConnectionError, IdempotencyUsageError, IdempotencyWarning
+from aidem.hooks import EventKind
+from aidem.persistence.memory import MemoryPersistenceLayer
+from tests.http.client import JSON, KEY, Connection, Shop, front_of, request, scope_of
+from tests.support import VIRTUAL_TIME, Fault, PlannedLayer
+
+DOWN = IdempotencyPersistenceConnectionError("down")
+
+
+@pytest.fixture
+def anyio_backend() -> Any:
+    return VIRTUAL_TIME
+
+
+# --- What is touched --------------------------------------------------------------------------------------------------
+
+
+async def test_a_request_with_a_key_runs_once_and_its_response_is_replayed() -> None:
+    shop = Shop()
+    front = front_of(shop)
+    first = await request(front, body=b'{"amount": 42}')
+    second = await request(front, body=b'{"amount": 42}')
+    assert shop.bodies == [b'{"amount": 42}']
+    assert not first.is_replay
+    assert second.is_replay
+    assert first.status == second.status == 201
+    assert first.body == second.body == b'{"paid": 42}'
+    assert front.listener.kinds == [EventKind.EXECUTED, EventKind.REPLAYED]
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD", "OPTIONS", "PUT", "DELETE"])
+async def test_other_methods_stream_through_untouched(method: str) -> None:
+    shop = Shop()
+    front = front_of(shop)
+    connection, scope = Connection([b"{}"]), scope_of(method)
+    receive, send = connection.receive, connection.send
+    await front(scope, receive, send)
+    assert (shop.scopes[0], shop.receive, shop.send) == (scope, receive, send)
+    assert shop.scopes[0] is scope
+    assert front.layer.calls == []
+
+
+async def test_a_request_without_a_key_streams_through_untouched() -> None:
+    shop = Shop()
+    front = front_of(shop)
+    connection, scope = Connection([b"{}"]), scope_of(key=None)
+    receive, send = connection.receive, connection.send
+    await front(scope, receive, send)
+    assert shop.scopes[0] is scope
+    assert (shop.receive, shop.send) == (receive, send)
+    assert front.layer.calls == []
+
+
+@pytest.mark.parametrize("kind", ["websocket", "another"])
+async def test_what_is_not_http_streams_through_untouched(kind: str) -> None:
+    seen: list[Any] = []
+
+    async def app(*given: Any) -> None:
+        seen.extend(given)
+
+    scope = {"type": kind, "headers": [(b"idempotency-key", KEY)]}
+    connection = Connection([])
+    receive, send = connection.receive, connection.send
+    await front_of(app, required=True)(scope, receive, send)
+    assert seen == [scope, receive, send]
+
+
+async def test_the_methods_are_those_that_were_chosen() -> None:
+    shop = Shop()
+    front = front_of(shop, methods=["delete"])
+    for method in ("DELETE", "DELETE", "POST", "POST"):
+        await request(front, method)
+    assert [scope["method"] for scope in shop.scopes] == ["DELETE", "POST", "POST"]
+
+
+@pytest.mark.parametrize("method", ["POST", "PATCH"])
+async def test_by_default_the_methods_are_post_and_patch(method: str) -> None:
+    shop = Shop()
+    front = front_of(shop)
+    await request(front, method)
+    assert (await request(front, method)).is_replay
+
+
+async def test_the_name_of_the_header_counts_in_any_case() -> None:
+    shop = Shop()
+    front = front_of(shop)
+    for _ in range(2):
+        await request(front, key=None, headers=[JSON, (b"Idempotency-Key", KEY)])
+    assert shop.runs == 1
+
+
+# --- The key ----------------------------------------------------------------------------------------------------------
+
+
+async def test_a_missing_key_is_refused_where_it_is_required() -> None:
+    shop = Shop()
+    front = front_of(shop, required=True)
+    response = await request(front, key=None)
+    assert response.status == 400
+    assert response.problem["title"] == "Idempotency-Key is missing"
+    assert (await request(front, "GET", key=None)).status == 201
+    assert (await request(front)).status == 201
+    assert shop.runs == 2
+
+
+@pytest.mark.parametrize("key", [b"", b'""', b"a,b", b'"a";p', b"k" * 256, b"\xff", b'"\0"'])
+async def test_a_malformed_key_is_refused_before_anything_is_read_or_stored(key: bytes) -> None:
+    shop = Shop()
+    front = front_of(shop)
+    connection = Connection([b"{}"])
+    await front(scope_of(key=key), connection.receive, connection.send)
+    assert connection.response.status == 400
+    assert connection.response.problem["title"] == "Idempotency-Key is malformed"
+    assert (shop.runs, front.layer.calls, connection.received) == (0, [], 0)
+
+
+async def test_two_keys_are_refused() -> None:
+    shop = Shop()
+    response = await request(front_of(shop), headers=[JSON, (b"idempotency-key", KEY)])
+    assert response.status == 400
+    assert "more than once" in response.problem["detail"]
+    assert shop.runs == 0
+
+
+async def test_a_bare_key_is_the_same_as_a_quoted_one_unless_the_layer_is_strict() -> None:
+    shop = Shop()
+    front, strict = front_of(shop), front_of(shop, strict=True)
+    await request(front, key=b'"order-7"')
+    assert (await request(front, key=b"order-7")).is_replay
+    assert (await request(strict, key=b"order-7")).status == 400
+    assert (await request(strict, key=b'"order-7"')).status == 201
+
+
+# --- Whose key it is --------------------------------------------------------------------------------------------------
+
+
+async def test_another_caller_with_the_same_key_is_another_request() -> None:
+    shop = Shop()
+    front = front_of(shop, scope=by_header("authorization"))
+    for caller in (b"ann", b"bob", b"ann"):
+        await request(front, headers=[JSON, (b"authorization", caller)])
+    assert shop.runs == 2
+
+
+async def test_a_scope_function_may_be_async_and_gets_the_scope_of_the_request() -> None:
+    seen: list[Any] = []
+
+    async def tenant(scope: Any) -> str:
+        await asyncio.sleep(1)
+        seen.append(scope)
+        return str(scope["state"]["tenant"])
+
+    shop = Shop()
+    front = front_of(shop, scope=tenant)
+    for name in ("a", "b", "a"):
+        await request(front, state={"tenant": name})
+    assert shop.runs == 2
+    assert seen[0]["path"] == "/payments"
+
+
+@pytest.mark.parametrize("nobody", [None, ""])
+async def test_a_request_of_nobody_passes_untouched(nobody: str | None) -> None:
+    shop = Shop()
+    front = front_of(shop, scope=lambda _scope: nobody, required=True)
+    connection, scope = Connection([b"{}"]), scope_of()
+    receive = connection.receive
+    await front(scope, receive, connection.send)
+    assert shop.scopes[0] is scope
+    assert shop.receive == receive
+    assert front.layer.calls == []
+
+
+async def test_the_shared_space_is_nobody_elses() -> None:
+    shop = Shop()
+    layer = PlannedLayer()
+    await request(front_of(shop, layer=layer, scope=None))
+    await request(front_of(shop, layer=layer, scope=lambda _scope: "None"))
+    assert shop.runs == 2
+
+
+async def test_a_scope_that_is_no_text_is_a_mistake_that_is_named() -> None:
+    shop = Shop()
+    with pytest.raises(IdempotencyUsageError, match="must return a string"):
+        await request(front_of(shop, scope=lambda _scope: 7))
+    assert shop.runs == 0
+
+
+async def test_two_services_with_one_store_do_not_meet() -> None:
+    shop, layer = Shop(), PlannedLayer()
+    for prefix in ("shop", "bank", "shop"):
+        await request(front_of(shop, layer=layer, key_prefix=prefix))
+    assert shop.runs == 2
+    assert sorted(key.partition("#")[0] for key in layer.inner._records) == ["bank", "shop"]
+
+
+# --- What must not change ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"body": b'{"amount": 43}'},
+        {"query": b"dry_run=1"},
+        {"path": "/refunds"},
+        {"method": "PATCH"},
+        {"headers": [(b"content-type", b"text/plain")]},
+    ],
+    ids=lambda other: next(iter(other)),
+)
+async def test_another_request_under_the_same_key_is_refused(other: dict[str, Any]) -> None:
+    shop = Shop()
+    front = front_of(shop)
+    await request(front, body=b'{"amount": 42}')
+    response = await request(front, **{"body": b'{"amount": 42}'} | other)
+    assert response.status == 422
+    assert response.problem["title"] == "Idempotency-Key was used for another request"
+    assert response.header(b"retry-after") is None
+    assert shop.runs == 1
+
+
+async def test_another_request_is_refused_also_while_the_first_one_runs() -> None:
+    shop = Shop(seconds=5)
+    front = front_of(shop)
+    running = asyncio.create_task(request(front))
+    await asyncio.sleep(1)
+    assert (await request(front, body=b"another")).status == 422
+    assert (await running).status == 201
+
+
+async def test_a_multipart_request_is_replayed_under_another_boundary() -> None:
+    shop = Shop()
+    front = front_of(shop)
+    for boundary in (b"aaa", b"bbbb"):
+        body = b"--%b\r\n\r\nfile\r\n--%b--\r\n" % (boundary, boundary)
+        last = await request(
+            front, body=body, headers=[(b"content-type", b"multipart/form-data; boundary=" + boundary)]
+        )
+    assert shop.runs == 1
+    assert last.is_replay
+
+
+# --- The body ---------------------------------------------------------------------------------------------------------
+
+
+async def test_the_body_is_handed_on_unchanged() -> None:
+    shop = Shop()
+    messages: list[Any] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        messages.extend([await receive() for _ in range(3)])
+        await shop(scope, Connection([b""]).receive, send)
+
+    await request(front_of(app), body=[b"one", b"", b"two"])
+    assert messages == [
+        {"type": "http.request", "body": b"one", "more_body": True},
+        {"type": "http.request", "body": b"", "more_body": True},
+        {"type": "http.request", "body": b"two", "more_body": False},
+    ]
+
+
+async def test_a_message_without_body_or_more_body_is_an_empty_last_one() -> None:
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request"}
+
+    shop = Shop()
+    connection = Connection([])
+    await front_of(shop)(scope_of(), receive, connection.send)
+    assert shop.bodies == [b""]
+    assert connection.response.status == 201
+
+
+@pytest.mark.parametrize("body", [[b"12345", b"6"], [b"123456"]])
+async def test_a_body_that_is_too_large_is_refused_before_anything_is_stored(body: list[bytes]) -> None:
+    shop = Shop()
+    front = front_of(shop, max_request_bytes=5)
+    response = await request(front, body=body)
+    assert response.status == 413
+    assert response.problem["title"] == "The body is too large for a request with an Idempotency-Key"
+    assert (shop.runs, front.layer.calls) == (0, [])
+    assert (await request(front, body=b"12345")).status == 201
+
+
+async def test_a_length_that_is_too_large_is_refused_before_the_client_is_told_to_go_on() -> None:
+    shop = Shop()
+    front = front_of(shop, max_request_bytes=5)
+    connection = Connection([b"123456"])
+    await front(scope_of(headers=[(b"content-length", b"6")]), connection.receive, connection.send)
+    assert connection.response.status == 413
+    assert connection.received == 0
+
+
+@pytest.mark.parametrize("length", [b"x", b"-1", b"9" * 5000])
+async def test_a_length_that_is_none_is_not_believed(length: bytes) -> None:
+    shop = Shop()
+    assert (await request(front_of(shop), headers=[(b"content-length", length)])).status == 201
+
+
+async def test_a_request_without_a_key_may_be_of_any_size() -> None:
+    shop = Shop()
+    assert (await request(front_of(shop, max_request_bytes=5), key=None, body=b"123456")).status == 201
+
+
+async def test_half_a_request_does_not_run() -> None:
+    shop = Shop()
+    front = front_of(shop)
+    connection = Connection([b"{"])
+
+    async def receive() -> dict[str, Any]:
+        if connection.chunks:
+            return {"type": "http.request", "body": connection.chunks.pop(), "more_body": True}
+        return {"type": "http.disconnect"}
+
+    await front(scope_of(), receive, connection.send)
+    assert (shop.runs, front.layer.calls, connection.messages) == (0, [], [])
+
+
+# --- While another one runs -------------------------------------------------------------------------------------------
+
+
+async def test_a_request_that_still_runs_is_a_conflict_with_retry_after() -> None:
+    shop = Shop(seconds=50)
+    front = front_of(shop)
+    running = asyncio.create_task(request(front))
+    await asyncio.sleep(40)  # longer than its lease, which is renewed
+    response = await request(front)
+    assert response.status == 409
+    assert response.header(b"retry-after") == b"1"
+    assert response.problem["title"] == "A request with this Idempotency-Key is in progress"
+    assert (await running).status == 201
+    assert shop.runs == 1
+
+
+async def test_whoever_waits_gets_the_response() -> None:
+    shop = Shop(seconds=50)
+    front = front_of(shop, settings={"wait_timeout_seconds": 60})
+    responses = await asyncio.gather(*(request(front) for _ in range(5)))
+    assert shop.runs == 1
+    assert [response.is_replay for response in responses] == [False, True, True, True, True]
+    assert {response.body for response in responses} == {b'{"paid": 42}'}
+
+
+async def test_whoever_waits_takes_over_from_one_that_failed() -> None:
+    shop = Shop(seconds=5, error=ValueError("no"))
+    front = front_of(shop, settings={"wait_timeout_seconds": 60})
+    failing = asyncio.create_task(request(front))
+    await asyncio.sleep(1)
+    waiting = asyncio.create_task(request(front))
+    with pytest.raises(ValueError, match="no"):
+        await failing
+    shop.error = None
+    assert (await waiting).status == 201
+    assert shop.runs == 2
+
+
+async def test_a_request_in_doubt_is_a_conflict_without_retry_after() -> None:
+    shop = Shop()
+    front = front_of(shop, settings={"on_abandoned": "raise"})
+    shop.error = asyncio.CancelledError()
+    with pytest.raises(asyncio.CancelledError):
+        await request(front)
+    response = await request(front)
+    assert response.status == 409
+    assert response.header(b"retry-after") is None
+    assert response.problem["title"] == "Whether the request was done is not known"
+
+
+# --- When the store is down -------------------------------------------------------------------------------------------
+
+
+async def test_when_the_store_is_down_nothing_runs(caplog: pytest.LogCaptureFixture) -> None:
+    shop = Shop()
+    front = front_of(shop, layer=PlannedLayer().plan("acquire", Fault(DOWN)))
+    response = await request(front, body=b"secret")
+    assert response.status == 503
+    assert response.header(b"retry-after") == b"1"
+    assert response.problem["title"] == "Idempotency cannot be guaranteed at the moment"
+    assert shop.runs == 0
+    assert EventKind.PERSISTENCE_ERROR in front.listener.kinds
+    assert "the HTTP layer 'shop' refuses a request" in caplog.text
+    assert "secret" not in caplog.text
+    assert KEY.decode().strip('"') not in caplog.text
+
+
+async def test_by_option_a_request_runs_unprotected_when_the_store_is_down() -> None:
+    shop = Shop()
+    layer = PlannedLayer().plan("acquire", Fault(DOWN))
+    front = front_of(shop, layer=layer, settings={"on_persistence_error": "run"})
+    connection, scope = Connection([b"{}"]), scope_of(extensions={"http.response.pathsend": {}})
+    send = connection.send
+    await front(scope, connection.receive, send)
+    assert connection.response.status == 201
+    assert shop.scopes[0] is scope
+    assert shop.send == send
+    assert shop.bodies == [b"{}"]
+    assert (await shop.receive())["type"] == "http.disconnect"
+    assert front.listener.kinds == [EventKind.PERSISTENCE_ERROR, EventKind.BYPASSED]
+
+
+async def test_cancelled_while_it_claims_a_request_leaves_the_key_free() -> None:
+    shop = Shop()
+    front = front_of(shop, layer=PlannedLayer().plan("acquire", Fault(before_seconds=1)))
+    claiming = asyncio.create_task(request(front))
+    await asyncio.sleep(0.5)
+    claiming.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await claiming
+    assert shop.runs == 0
+    assert (await request(front)).status == 201
+
+
+class Interrupting:
+    """An observer that is hit by Ctrl-C."""
+
+    def on_event(self, event: Any) -> None:
+        if event.kind is EventKind.WAITED:
+            raise KeyboardInterrupt
+
+
+async def test_a_claim_whose_observer_is_interrupted_is_given_back() -> None:
+    shop = Shop()
+    layer = PlannedLayer()
+    config = IdempotencyConfig(hooks=(Interrupting(),), wait_timeout_seconds=60)
+    front = IdempotencyMiddleware(shop, persistence_store=layer, config=config, key_prefix="shop", scope=None)
+    shop.seconds, shop.error = 5, ValueError("no")
+    failing = asyncio.create_task(request(front))
+    await asyncio.sleep(1)
+    with pytest.raises(KeyboardInterrupt):
+        await request(front)
+    with pytest.raises(ValueError, match="no"):
+        await failing
+    assert layer.inner._records == {}
+
+
+# --- In the handler, and around it ------------------------------------------------------------------------------------
+
+
+async def test_the_handler_has_the_execution_and_keys_for_downstream_services() -> None:
+    keys: list[str] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        keys.append(current_execution().key_for("bank"))
+        await Shop()(scope, receive, send)
+
+    async def unfinished(scope: Any, receive: Any, send: Any) -> None:
+        keys.append(current_execution().key_for("bank"))
+
+    layer = PlannedLayer()
+    await request(front_of(unfinished, layer=layer))
+    await request(front_of(app, layer=layer))
+    layer.plan("acquire", Fault(DOWN))
+    await request(front_of(app, layer=layer, settings={"on_persistence_error": "run"}))
+    assert len(keys) == 3
+    assert len(set(keys)) == 1
+
+
+async def test_a_switch_for_tests_lets_every_request_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AIDEM_IDEMPOTENCY_DISABLED", "1")
+    shop = Shop()
+    front = front_of(shop, required=True)
+    with pytest.warns(IdempotencyWarning, match="the HTTP layer 'shop' runs without idempotency"):
+        await asyncio.gather(request(front), request(front), request(front, key=None))
+    assert shop.runs == 3
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        await request(front, "GET")
+
+
+async def test_without_a_layer_that_of_configure_is_used_as_it_is_at_the_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shop = Shop()
+    front = IdempotencyMiddleware(shop, key_prefix="shop", scope=None)
+    for layer in (MemoryPersistenceLayer(), MemoryPersistenceLayer()):
+        aidem.configure(persistence_store=layer)
+        try:
+            await request(front)
+            assert (await request(front)).is_replay
+        finally:
+            aidem.configure()
+    assert shop.runs == 2
+
+
+async def test_the_local_cache_replays_without_the_store() -> None:
+    shop = Shop()
+    front = front_of(shop, settings={"use_local_cache": True})
+    await request(front)
+    calls = list(front.layer.calls)
+    assert (await request(front)).is_replay
+    assert front.layer.calls == calls

@@ -1,0 +1,385 @@
+"""What is recorded of a response, when, and what a replay is."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from aidem import RecordStatus
+from aidem._http_response import RESPONSES, StoredResponse, text_of
+from aidem.hooks import EventKind
+from tests.http.client import JSON, Connection, Front, Shop, front_of, request, scope_of
+from tests.support import VIRTUAL_TIME
+
+COOKIE = (b"set-cookie", b"session=1")
+
+
+@pytest.fixture
+def anyio_backend() -> Any:
+    return VIRTUAL_TIME
+
+
+def records_of(front: Front) -> list[Any]:
+    return list(front.layer.inner._records.values())
+
+
+# --- What is recorded -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"", b"{}", b"\0\xff\x80", "Grüße".encode(), bytes(range(256)), b'"\\ \x7f\x00'],
+    ids=["empty", "json", "binary", "utf-8", "every byte", "awkward ASCII"],
+)
+async def test_a_body_is_replayed_as_it_was(body: bytes) -> None:
+    shop = Shop(body=[body], headers=[(b"content-type", b"application/octet-stream")])
+    front = front_of(shop)
+    first, second = await request(front), await request(front)
+    assert second.is_replay
+    assert first.body == second.body == body
+
+
+@pytest.mark.parametrize("status", [200, 201, 202, 204, 205, 206, 301, 303, 304, 307])
+async def test_every_kind_of_success_is_replayed(status: int) -> None:
+    shop = Shop(status=status, headers=[(b"location", b"/1")], body=[b""])
+    front = front_of(shop)
+    await request(front)
+    again = await request(front)
+    assert (again.status, again.body, again.is_replay) == (status, b"", True)
+
+
+async def test_headers_are_replayed_in_their_order_and_several_of_a_name_stay_several() -> None:
+    headers = [(b"X-Late", b"\xe9"), (b"link", b"<a>"), (b"content-type", b"text/plain"), (b"link", b"<b>")]
+    shop = Shop(headers=headers)
+    front = front_of(shop)
+    first, second = await request(front), await request(front)
+    assert first.headers == headers
+    assert second.headers == [*headers, (b"idempotent-replayed", b"true")]
+
+
+async def test_a_replay_is_otherwise_the_same() -> None:
+    front = front_of(Shop())
+    first, second = await request(front), await request(front)
+    second.start["headers"].remove((b"idempotent-replayed", b"true"))
+    assert (first.status, first.headers, first.body) == (second.status, second.headers, second.body)
+
+
+async def test_what_belongs_to_one_connection_and_the_date_are_not_replayed() -> None:
+    dropped = [
+        (b"Connection", b"close, X-Hop"),
+        (b"x-hop", b"1"),
+        (b"keep-alive", b"timeout=5"),
+        (b"proxy-authenticate", b"Basic"),
+        (b"te", b"trailers"),
+        (b"trailer", b"x"),
+        (b"transfer-encoding", b"chunked"),
+        (b"upgrade", b"h2c"),
+        (b"DATE", b"Sun, 22 Nov 2026 00:00:00 GMT"),
+    ]
+    front = front_of(Shop(headers=[JSON, *dropped]))
+    first, second = await request(front), await request(front)
+    assert first.headers == [JSON, *dropped]
+    assert second.headers == [JSON, (b"idempotent-replayed", b"true")]
+
+
+async def test_an_inner_layers_mark_of_a_replay_is_not_recorded() -> None:
+    front = front_of(Shop(headers=[JSON, (b"idempotent-replayed", b"true")]))
+    await request(front)
+    assert (await request(front)).headers == [JSON, (b"idempotent-replayed", b"true")]
+
+
+async def test_cookies_are_not_replayed_unless_asked_for() -> None:
+    shop = Shop(headers=[COOKIE, JSON, (b"Set-Cookie", b"b=2")])
+    front, keeping = front_of(shop), front_of(shop, store_set_cookie=True)
+    assert COOKIE in (await request(front)).headers
+    assert (await request(front)).headers == [JSON, (b"idempotent-replayed", b"true")]
+    await request(keeping)
+    assert (await request(keeping)).headers == [*shop.headers, (b"idempotent-replayed", b"true")]
+
+
+async def test_a_response_without_headers_or_body_is_one_too() -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200})
+        await send({"type": "http.response.body"})
+
+    front = front_of(app)
+    await request(front)
+    again = await request(front)
+    assert again.headers == [(b"idempotent-replayed", b"true")]
+    assert again.body == b""
+
+
+async def test_what_an_app_sends_may_be_any_bytes_like_object() -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        headers = [[bytearray(b"x-a"), bytearray(b"b")]]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": memoryview(b"one"), "more_body": True})
+        await send({"type": "http.response.body", "body": bytearray(b"two")})
+
+    front = front_of(app)
+    await request(front)
+    again = await request(front)
+    assert again.headers == [(b"x-a", b"b"), (b"idempotent-replayed", b"true")]
+    assert again.body == b"onetwo"
+
+
+# --- The stored form --------------------------------------------------------------------------------------------------
+
+
+async def test_a_record_is_json_with_ascii_text_as_it_is() -> None:
+    front = front_of(Shop(headers=[JSON]))
+    await request(front)
+    [record] = records_of(front)
+    assert record.status is RecordStatus.COMPLETED
+    assert record.response_data == (
+        '{"body": "{\\"paid\\": 42}", "headers": [["content-type", "application/json"]], "status": 201}'
+    )
+
+
+async def test_a_record_keeps_every_other_body_as_base64() -> None:
+    front = front_of(Shop(headers=[], body=[b"\xff\x00"]))
+    await request(front)
+    [record] = records_of(front)
+    assert json.loads(record.response_data) == {"base64": "/wA=", "headers": [], "status": 201}
+
+
+@given(
+    status=st.integers(200, 599),
+    headers=st.lists(st.tuples(st.binary(), st.binary())),
+    body=st.binary() | st.text().map(str.encode),
+)
+def test_every_response_comes_back_from_its_text(status: int, headers: list[tuple[bytes, bytes]], body: bytes) -> None:
+    response = StoredResponse(status, headers, body)
+    assert RESPONSES.from_dict(json.loads(text_of(response))) == response
+
+
+@pytest.mark.parametrize(
+    "text", ["null", "[]", "{}", "7", "no JSON", '{"status": 200, "headers": [], "base64": "?"}', '{"body": ""}', None]
+)
+async def test_a_record_that_is_no_response_is_done_and_not_run_again(text: str | None) -> None:
+    shop = Shop()
+    front = front_of(shop)
+    await request(front)
+    [record] = records_of(front)
+    front.layer.inner._records[record.idempotency_key] = record.replace(response_data=text)
+    response = await request(front)
+    assert response.status == 409
+    assert response.header(b"retry-after") is None
+    assert response.problem["title"] == "The request is done, its response was not kept"
+    assert shop.runs == 1
+
+
+# --- Which responses are recorded -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("status", [400, 402, 404, 405, 406, 409, 410, 412, 418, 451])
+async def test_a_final_refusal_is_recorded(status: int) -> None:
+    shop = Shop(status=status)
+    front = front_of(shop)
+    await request(front)
+    again = await request(front)
+    assert (again.status, again.is_replay, shop.runs) == (status, True, 1)
+
+
+@pytest.mark.parametrize("status", [401, 403, 408, 422, 425, 429, 500, 502, 503, 504])
+async def test_what_may_be_another_the_next_time_is_not_recorded(status: int) -> None:
+    shop = Shop(status=status)
+    front = front_of(shop)
+    for _ in range(2):
+        response = await request(front)
+        assert (response.status, response.is_replay, response.body) == (status, False, b'{"paid": 42}')
+    assert shop.runs == 2
+    assert records_of(front) == []
+    assert front.listener.kinds == [EventKind.RELEASED, EventKind.RELEASED]
+
+
+async def test_whether_to_record_may_be_said_by_status_and_headers() -> None:
+    asked: list[Any] = []
+
+    def store_if(status: int, headers: list[tuple[bytes, bytes]]) -> bool:
+        asked.append((status, headers))
+        return status == 503
+
+    shop = Shop(headers=[JSON])
+    front = front_of(shop, store_if=store_if)
+    await request(front)
+    shop.status = 503
+    await request(front)
+    assert (await request(front)).is_replay
+    assert asked == [(201, [JSON]), (503, [JSON])]
+
+
+async def test_a_store_if_that_fails_records(caplog: pytest.LogCaptureFixture) -> None:
+    shop = Shop()
+    front = front_of(shop, store_if=lambda status, headers: 1 / 0)
+    assert (await request(front)).status == 201
+    assert (await request(front)).is_replay
+    assert "store_if of the HTTP layer 'shop' failed" in caplog.text
+
+
+async def test_a_response_that_is_not_recorded_gives_the_key_back_before_it_goes_out() -> None:
+    shop = Shop(status=503, body=[b"one", b"two"])
+    front = front_of(shop)
+    connection = Connection([b"{}"])
+    seen: list[Any] = []
+
+    async def look(message: Any) -> None:
+        seen.append((message["type"], records_of(front)))
+
+    connection.on_send = look
+    await front(scope_of(), connection.receive, connection.send)
+    assert seen == [("http.response.start", []), ("http.response.body", []), ("http.response.body", [])]
+
+
+# --- When it is recorded ----------------------------------------------------------------------------------------------
+
+
+async def statuses_when_sent(front: Front) -> list[tuple[bytes, str]]:
+    """Return every piece of the body as it goes out, with the status of the record at that time."""
+    connection = Connection([b"{}"])
+    seen: list[tuple[bytes, str]] = []
+
+    async def look(message: Any) -> None:
+        if message["type"] == "http.response.body":
+            [record] = records_of(front)
+            seen.append((message.get("body", b""), str(record.status)))
+
+    connection.on_send = look
+    await front(scope_of(), connection.receive, connection.send)
+    return seen
+
+
+async def test_a_response_is_recorded_before_the_last_of_it_goes_out() -> None:
+    front = front_of(Shop(headers=[JSON], body=[b"one", b"two", b""]))
+    assert await statuses_when_sent(front) == [(b"one", "INPROGRESS"), (b"two", "INPROGRESS"), (b"", "COMPLETED")]
+
+
+async def test_a_response_with_a_length_is_recorded_before_the_last_byte_of_it_goes_out() -> None:
+    """Whoever has as many bytes as were promised does not wait for the message that ends them."""
+    front = front_of(Shop(headers=[(b"content-length", b"6")], body=[b"one", b"two", b""]))
+    assert await statuses_when_sent(front) == [(b"one", "INPROGRESS"), (b"two", "COMPLETED"), (b"", "COMPLETED")]
+    assert (await request(front)).body == b"onetwo"
+
+
+async def test_a_response_without_a_body_is_recorded_before_its_head_goes_out() -> None:
+    front = front_of(Shop(status=204, headers=[], body=[b""]))
+    connection = Connection([b"{}"])
+    seen: list[str] = []
+
+    async def look(message: Any) -> None:
+        seen.extend(str(record.status) for record in records_of(front))
+
+    connection.on_send = look
+    await front(scope_of(), connection.receive, connection.send)
+    assert seen == ["COMPLETED", "COMPLETED"]
+
+
+async def test_whoever_has_the_response_can_retry_at_once() -> None:
+    shop = Shop(headers=[JSON], body=[b"one", b"two"])
+    front = front_of(shop)
+    retries: list[Any] = []
+
+    async def retry(message: Any) -> None:
+        if message["type"] == "http.response.body" and not message.get("more_body"):
+            retries.append(await request(front))
+
+    connection = Connection([b"{}"], on_send=retry)
+    await front(scope_of(), connection.receive, connection.send)
+    assert [retry.is_replay for retry in retries] == [True]
+
+
+# --- After it is recorded ---------------------------------------------------------------------------------------------
+
+
+async def test_a_background_task_that_fails_does_not_give_the_key_back() -> None:
+    async def fail() -> None:
+        await asyncio.sleep(100)
+        raise ValueError("mail server")
+
+    shop = Shop(background=fail)
+    front = front_of(shop)
+    connection = Connection([b"{}"])
+    with pytest.raises(ValueError, match="mail server"):
+        await front(scope_of(), connection.receive, connection.send)
+    assert connection.response.is_complete
+    assert (await request(front)).is_replay
+    assert shop.runs == 1
+
+
+async def test_a_replay_starts_no_background_task() -> None:
+    started: list[int] = []
+
+    async def background() -> None:
+        started.append(1)
+
+    front = front_of(Shop(background=background))
+    await request(front)
+    await request(front)
+    assert started == [1]
+
+
+async def test_a_background_task_is_outside_the_claim() -> None:
+    renewed: list[int] = []
+
+    async def background() -> None:
+        await asyncio.sleep(1000)
+        renewed.append(front.layer.calls.count("renew"))
+
+    front = front_of(Shop(background=background))
+    await request(front)
+    assert renewed == [0]
+
+
+async def test_what_is_sent_after_the_response_goes_where_it_went_before() -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await Shop()(scope, receive, send)
+        await send({"type": "http.response.trailers", "headers": []})
+
+    response = await request(front_of(app))
+    assert response.messages[-1]["type"] == "http.response.trailers"
+
+
+# --- The layer's own answers ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        (None, "about:blank"),
+        ("https://shop.example/errors", "https://shop.example/errors#key-missing"),
+        ("https://shop.example/errors/", "https://shop.example/errors/key-missing"),
+        ("https://shop.example/errors#", "https://shop.example/errors#key-missing"),
+    ],
+)
+async def test_the_type_of_an_answer_is_under_the_documentation_url(url: str | None, expected: str) -> None:
+    response = await request(front_of(Shop(), required=True, documentation_url=url), key=None)
+    assert response.problem["type"] == expected
+    assert response.header(b"content-length") == str(len(response.body)).encode()
+
+
+async def test_every_answer_has_the_url() -> None:
+    url = "https://shop.example/errors"
+    shop = Shop(seconds=5)
+    front = front_of(shop, documentation_url=url, max_request_bytes=9, max_response_bytes=3)
+    running = asyncio.create_task(request(front))
+    await asyncio.sleep(1)
+    answers = [
+        await request(front),
+        await request(front, body=b"another"),
+        await request(front, body=b"more than nine"),
+        await request(front, key=b""),
+    ]
+    await running
+    answers.append(await request(front))
+    assert [(answer.status, answer.problem["type"].removeprefix(url)) for answer in answers] == [
+        (409, "#in-progress"),
+        (422, "#key-reused"),
+        (413, "#body-too-large"),
+        (400, "#key-malformed"),
+        (409, "#response-not-kept"),
+    ]
