@@ -57,7 +57,8 @@ class BlockingCall(Call):
 
     def __init__(self, plan: Plan, key: Key, *, bypassed: bool = False) -> None:
         super().__init__(plan, key, bypassed=bypassed)
-        self.is_body_alive = threading.current_thread().is_alive
+        thread = threading.current_thread()
+        self.has_body_ended = lambda: not thread.is_alive()
 
     async def begin(self) -> None:
         """Claim the key or find its outcome; one in the local cache is found without the background loop."""
@@ -130,7 +131,10 @@ def _run(call: Call, function: Callable[..., Any], args: tuple[Any, ...], kwargs
         if drive(partial(call.fail, error)):
             raise
         return drive(partial(replayed_value, call))  # the error would have been the outcome, but another call's counts
-    return drive(partial(recording.store, call))
+    if not drive(partial(call.complete, recording.text, recording.kind)):
+        return drive(partial(replayed_value, call))
+    recording.warn_if_unavailable(call)
+    return recording.value
 
 
 def settled(call: Call, action: Callable[[], T]) -> T:

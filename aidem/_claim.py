@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from functools import partial
 from typing import TYPE_CHECKING, Final, TypeVar
 
 from aidem import _state
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
     from aidem._flights import Flight
     from aidem._plan import Key, Plan
     from aidem._record import DataRecord
-    from aidem._renewal import Renewals
+    from aidem._shared import LoopState
     from aidem._state import Blocked
     from aidem.hooks import Reporter
 
@@ -74,6 +73,7 @@ class Claim:
         "_flight",
         "_is_lost",
         "_lease",
+        "_loop_state",
         "_plan",
         "_process",
         "_renewal",
@@ -83,14 +83,15 @@ class Claim:
         "record",
     )
 
-    def __init__(self, plan: Plan, key: Key, *, flight: Flight, reporter: Reporter) -> None:
+    def __init__(self, plan: Plan, key: Key, *, flight: Flight, loop_state: LoopState, reporter: Reporter) -> None:
         self._plan = plan
         self._flight = flight
+        self._loop_state = loop_state
         self._reporter = reporter
         self._renewal: Renewal | None = None
         self._is_lost = False
         self._process = _process
-        self._asked_at = asyncio.get_running_loop().time()  # before the request goes out: the lease counts from here
+        self._asked_at = loop_state.time()  # before the request goes out: the lease counts from here
         self._lease, self._renews = plan.lease()
         seconds = self._lease.lease_seconds
         self.lease_deadline = None if seconds is None else self._asked_at + seconds
@@ -129,7 +130,7 @@ class Claim:
 
     async def _renew_late(self, held_off: HeldOff) -> bool:
         """Renew a claim whose answer came after its lease, before anything runs; False: it is not ours any more."""
-        asked_at = asyncio.get_running_loop().time()
+        asked_at = self._loop_state.time()
         record = await ask(self._renewed_record, held_off=held_off, key=self._key, effect=NOTHING_RUN)
         if record is None:
             return False
@@ -156,19 +157,21 @@ class Claim:
 
     # --- Held -------------------------------------------------------------------------------------------------------
 
-    def hold(self, *, taken_over: bool, renewals: Renewals, is_body_alive: Callable[[], bool] | None) -> None:
+    def hold(self, *, taken_over: bool, has_body_ended: Callable[[], bool] | None) -> None:
         """Hold the claim that was acquired, and see to its renewal."""
         self._publish()
         if self._renews:
-            task = asyncio.current_task()
-            is_body_alive = is_body_alive or (lambda: task is None or not task.done())
-            self._renewal = Renewal(self, renewals, is_body_alive=is_body_alive)
+            if has_body_ended is None:
+                task = asyncio.current_task()
+                has_body_ended = bool if task is None else task.done
+            renewals, at = self._loop_state.renewals, self.next_renewal_at()
+            self._renewal = Renewal(self, renewals, at=at, has_body_ended=has_body_ended)
         if taken_over:
             self._reporter.report(EventKind.TAKEN_OVER, fence=self.record.fence)
 
     def has_lapsed(self) -> bool:
         """Whether its lease has passed, by our own clock."""
-        return self.lease_deadline is not None and asyncio.get_running_loop().time() >= self.lease_deadline
+        return self.lease_deadline is not None and self._loop_state.time() >= self.lease_deadline
 
     def is_of_this_process(self) -> bool:
         """Whether it was made here, and not by the process that this one is a fork of."""
@@ -182,15 +185,15 @@ class Claim:
 
     def next_renewal_at(self) -> float:
         """Return when to renew, in seconds of the loop's clock; sooner while the layer fails to answer."""
-        return self._asked_at + self._renewal_interval()
+        return self._asked_at + self._interval()
 
-    def _renewal_interval(self) -> float:
+    def _interval(self) -> float:
         return (self._lease.lease_seconds or 0.0) / RENEWALS_PER_LEASE
 
     async def renew(self, held_off: HeldOff) -> bool:
         """Renew once, and take note of the answer; False: it is not ours any more, or the body has ended meanwhile."""
-        asked_at = asyncio.get_running_loop().time()
-        held_off.deadline = asked_at + max(self._renewal_interval(), SHORTEST_REQUEST_SECONDS)
+        asked_at = self._loop_state.time()
+        held_off.deadline = asked_at + max(self._interval(), SHORTEST_REQUEST_SECONDS)
         if self.lease_deadline is not None and not self.has_lapsed():
             held_off.deadline = min(held_off.deadline, self.lease_deadline)
         try:
@@ -215,7 +218,7 @@ class Claim:
         """
         self.check_process()
         for _ in range(2):
-            asked_at = asyncio.get_running_loop().time()
+            asked_at = self._loop_state.time()
             with HeldOff() as held_off:
                 record = await ask(self._renewed_record, held_off=held_off, key=self._key, effect=RUNNING)
             if record is None:
@@ -243,8 +246,8 @@ class Claim:
             return
         logger.warning("the lease of %s could not be renewed: %s", self._plan.function, failure)
         self._reporter.report(EventKind.PERSISTENCE_ERROR, fence=self.record.fence, error=failure)
-        interval = self._renewal_interval()  # the next try comes after a third of it, also after a long pause
-        self._asked_at = asyncio.get_running_loop().time() - interval + interval / RENEWALS_PER_LEASE
+        interval = self._interval()  # the next try comes after a third of it, also after a long pause
+        self._asked_at = self._loop_state.time() - interval + interval / RENEWALS_PER_LEASE
         if self.has_lapsed():
             self.note_loss()
 
@@ -265,7 +268,7 @@ class Claim:
 
     def completion_deadline(self) -> float:
         """Return how long to try to complete it, in seconds of the loop's clock: while the lease is held."""
-        now = asyncio.get_running_loop().time()
+        now = self._loop_state.time()
         if self.lease_deadline is None:
             return now + RETRIES_WITHOUT_LEASE_SECONDS
         return max(self.lease_deadline, now + CLEANUP_SECONDS)  # once at least, though we come late
@@ -277,25 +280,24 @@ class Claim:
             IdempotencyPersistenceLayerError: It could not be stored.
         """
         plan, now = self._plan, self._plan.clock()
-        while True:
-            record = _state.completed(
-                self.record,
-                response_data=text,
-                outcome=outcome,
-                expires_after_seconds=plan.config.expires_after_seconds,
-                now=now,
+        record = _state.completed(
+            self.record,
+            response_data=text,
+            outcome=outcome,
+            expires_after_seconds=plan.config.expires_after_seconds,
+            now=now,
+        )
+        try:
+            is_stored = await self._ask_persistently(
+                lambda: plan.layer.complete(record, now=now), held_off=held_off, effect=EFFECT_HAPPENED
             )
-            store = partial(plan.layer.complete, record, now=now)
-            try:
-                is_stored = await self._ask_persistently(store, held_off=held_off, effect=EFFECT_HAPPENED)
-            except IdempotencySerializationError as error:
-                if outcome is OutcomeKind.UNAVAILABLE:
-                    message = f"the layer finds even a mark too large; {EFFECT_HAPPENED}"
-                    raise IdempotencyPersistenceLayerError(message, key=self._key) from error
-                logger.error("the result of %s cannot be stored: %s", plan.function, error)  # noqa: TRY400 - no trace: it may show the result
-                text, outcome = UNAVAILABLE_TEXT, OutcomeKind.UNAVAILABLE
-            else:
-                return record if is_stored else None
+        except IdempotencySerializationError as error:
+            if outcome is OutcomeKind.UNAVAILABLE:
+                message = f"the layer finds even a mark too large; {EFFECT_HAPPENED}"
+                raise IdempotencyPersistenceLayerError(message, key=self._key) from error
+            logger.error("the result of %s cannot be stored: %s", plan.function, error)  # noqa: TRY400 - no trace: it may show the result
+            return await self.complete(UNAVAILABLE_TEXT, OutcomeKind.UNAVAILABLE, held_off=held_off)
+        return record if is_stored else None
 
     async def undo(self, *, is_failure: bool, held_off: HeldOff, renewing: asyncio.Task[None] | None) -> None:
         """Give the key back, or leave it in doubt where the body may have had its effect and must not run again."""
@@ -324,8 +326,8 @@ class Claim:
     def _key(self) -> str:
         return self.record.idempotency_key
 
-    async def _ask_persistently(self, start: Callable[[], Awaitable[T]], *, held_off: HeldOff, effect: str) -> T:
-        return await ask_persistently(start, held_off=held_off, key=self._key, effect=effect, reporter=self._reporter)
+    def _ask_persistently(self, start: Callable[[], Awaitable[T]], *, held_off: HeldOff, effect: str) -> Awaitable[T]:
+        return ask_persistently(start, held_off=held_off, key=self._key, effect=effect, reporter=self._reporter)
 
     def _acquisition(self) -> Awaitable[Claimed | Blocked]:
         plan = self._plan

@@ -63,7 +63,7 @@ class Call:
         record: The claim as stored, or the record that is replayed or counts; None: it runs unprotected.
         reporter: Tells the hooks.
         supersedes: Whether to take the claim of an earlier attempt from its owner (a durable function's replay).
-        is_body_alive: Whether what runs the body still exists; None: the task that awaits `begin` runs it.
+        has_body_ended: Whether what runs the body is gone; None: the task that awaits `begin` runs it.
     """
 
     __slots__ = (
@@ -71,7 +71,7 @@ class Call:
         "_flight",
         "_loop_state",
         "_patience",
-        "is_body_alive",
+        "has_body_ended",
         "key",
         "phase",
         "plan",
@@ -92,9 +92,9 @@ class Call:
         if plan.config.hooks:
             self.reporter = Reporter(plan.config.hooks, key=key.text, function=plan.function)
         self.supersedes = False
-        self.is_body_alive: Callable[[], bool] | None = None
+        self.has_body_ended: Callable[[], bool] | None = None
         self._claim: Claim | None = None
-        self._patience = Patience(plan, key)
+        self._patience: Patience | None = None
 
     @property
     def fence(self) -> int:
@@ -134,7 +134,7 @@ class Call:
         except IdempotencyError as conflict:
             self.reporter.report(EventKind.CONFLICT, error=conflict)
             raise
-        if self._patience.has_waited:
+        if self._patience is not None and self._patience.has_waited:
             self.reporter.report(EventKind.WAITED, fence=self.fence)
 
     def _may_run_unprotected(self, failure: IdempotencyPersistenceLayerError) -> bool:
@@ -149,37 +149,37 @@ class Call:
                 self._replay(cached)
                 return
         self._loop_state = self.plan.shared.of(asyncio.get_running_loop())
-        flights = self._loop_state.flights
-        polls = 0
+        flight = self._flight = Flight()
         if config.wait_timeout_seconds > 0 and not self.supersedes:
-            while (flight := flights.get(self.key.text)) is not None:
-                ending = await self._patience.follow(flight)
-                self._forget(flight)
-                if ending is not None and not _state.is_expired(ending, now=self.plan.clock()):
-                    self._replay(ending)
-                    return
-                polls = flight.polls
-        await self._lead(Flight(polls=polls))
-
-    async def _lead(self, flight: Flight) -> None:
-        """Ask the store until the key is ours, has an outcome, or the time is over."""
-        self._flight = flight
+            await self._follow_others()
+            if self.phase is Phase.REPLAYED:
+                return
         # One who does not wait may find another's flight under the key, and leaves it.
         self._loop_state.flights.setdefault(self.key.text, flight)
         try:
-            while self.phase is Phase.NEW:
+            while self.phase is Phase.NEW:  # ask until the key is ours, has an outcome, or the time is over
                 await self._ask(flight)
         except BaseException as error:
             if self.phase is Phase.NEW:  # else the claim is held, and `fail` gives it back
                 self._end(error if isinstance(error, IdempotencyPersistenceLayerError) else None)
             raise
 
+    async def _follow_others(self) -> None:
+        """Wait while other calls of this loop are at the store, and take the outcome that one of them found."""
+        flights = self._loop_state.flights
+        while self.phase is Phase.NEW and (flight := flights.get(self.key.text)) is not None:
+            ending = await self._waiting().follow(flight)
+            self._forget(flight)
+            if ending is not None and not _state.is_expired(ending, now=self.plan.clock()):
+                self._replay(ending)
+            self._flight.polls = flight.polls
+
     async def _ask(self, flight: Flight) -> None:
-        claim = Claim(self.plan, self.key, flight=flight, reporter=self.reporter)
+        claim = Claim(self.plan, self.key, flight=flight, loop_state=self._loop_state, reporter=self.reporter)
         try:
             answer = await claim.acquire()
         except IdempotencyPersistenceConnectionError:
-            if flight.record is None or self._patience.remaining_seconds() <= 0:
+            if flight.record is None or self._waiting().remaining_seconds() <= 0:
                 raise
             await self._pause(flight.record, flight, now=self.plan.clock())  # one poll in vain, of several
             return
@@ -189,8 +189,7 @@ class Call:
             self._claim = claim
             self.record = claim.record
             self.phase = Phase.CLAIMED
-            renewals = self._loop_state.renewals
-            claim.hold(taken_over=answer.taken_over, renewals=renewals, is_body_alive=self.is_body_alive)
+            claim.hold(taken_over=answer.taken_over, has_body_ended=self.has_body_ended)
 
     async def _consider(self, answer: Blocked, flight: Flight) -> None:
         """Act on the record that blocks us: replay it, raise, or pause before asking again."""
@@ -216,14 +215,19 @@ class Call:
         """Take the claim from the attempt that a durable function replays, once, so that one of two replays wins."""
         self.supersedes = False
         if record.owner is None:
-            raise self._patience.in_progress(record, now=now)  # nobody could tell whose it is
+            raise self._waiting().in_progress(record, now=now)  # nobody could tell whose it is
         release = self.plan.layer.release
         with HeldOff() as held_off:
             await ask(lambda: release(record), held_off=held_off, key=self.key.text, effect=NOTHING_RUN)
 
     async def _pause(self, record: DataRecord, flight: Flight, *, now: float) -> None:
-        await self._patience.pause(record, polls=flight.polls, now=now)
+        await self._waiting().pause(record, polls=flight.polls, now=now)
         flight.polls += 1
+
+    def _waiting(self) -> Patience:
+        if self._patience is None:
+            self._patience = Patience(self.plan, self.key)
+        return self._patience
 
     def _replay(self, record: DataRecord) -> None:
         if _state.differs(record, self.key.payload_hash):

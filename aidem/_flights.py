@@ -41,14 +41,16 @@ class Flight:
         """Tell the followers which record is there now."""
         self.record = record
         self.lease_deadline = lease_deadline
-        self._wake()
+        if self._changed is not None:
+            self._wake(self._changed)
 
     def end(self, ending: Ending) -> None:
         """Tell the followers how it ended; only the first end counts."""
         if not self.is_over:
             self.is_over = True
             self.ending = ending
-            self._wake()
+            if self._changed is not None:
+                self._wake(self._changed)
 
     async def change(self, *, timeout_seconds: float) -> None:
         """Wait for the next change, but no longer than the timeout."""
@@ -57,7 +59,7 @@ class Flight:
         # asyncio.wait leaves the future alone when it times out or is cancelled: others wait for it too.
         await asyncio.wait([self._changed], timeout=timeout_seconds)
 
-    def _wake(self) -> None:
-        changed, self._changed = self._changed, None
-        if changed is not None and not changed.get_loop().is_closed():
+    def _wake(self, changed: asyncio.Future[None]) -> None:
+        self._changed = None
+        if not changed.get_loop().is_closed():
             changed.set_result(None)

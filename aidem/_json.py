@@ -21,7 +21,7 @@ from operator import attrgetter, methodcaller
 from typing import TYPE_CHECKING, Any, Final, TypeGuard, cast
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
     from decimal import Decimal
 
 ENCODABLE: Final = (
@@ -50,7 +50,7 @@ def encode(value: Any) -> str:
         NotEncodableError: The value, or something in it, is of another type, circular or too deep.
     """
     try:
-        return _encode(value)
+        return "".join(_chunks(value, 0))
     except Exception as error:
         raise explain(value, error) from error
 
@@ -112,8 +112,37 @@ def _find_replacement(cls: type) -> Callable[[Any], Any] | None:
 
 
 _replacement: Final[Callable[[type], Callable[[Any], Any] | None]] = lru_cache(maxsize=1024)(_find_replacement)
-_encode: Final = json.JSONEncoder(sort_keys=True, default=plain).encode
-decode: Final[Callable[[str], Any]] = json.JSONDecoder().decode
+
+
+def make_chunks() -> Callable[[Any, int], Iterable[str]]:
+    """Return what encodes a value in pieces; `JSONEncoder.encode` would make the one in C anew for every value."""
+    encoder = json.JSONEncoder(sort_keys=True, default=plain)
+    make = getattr(json.encoder, "c_make_encoder", None)
+    if make is None:
+        return lambda value, _indent: encoder.iterencode(value)
+    quoted = json.encoder.encode_basestring_ascii
+    # Without a dict of markers it does not look for cycles, but ends in a RecursionError, which is explained.
+    chunks: Callable[[Any, int], Iterable[str]] = make(None, plain, quoted, None, ": ", ", ", True, False, True)  # noqa: FBT003 - in C
+    return chunks
+
+
+_chunks: Final = make_chunks()
+_decoder: Final = json.JSONDecoder()
+_scan: Final[Callable[[str, int], tuple[Any, int]]] = vars(_decoder)["scan_once"]
+
+
+def decode(text: str) -> Any:
+    """Return the value of a JSON text.
+
+    Raises:
+        ValueError: It is not JSON.
+        RecursionError: It is too deep.
+    """
+    try:
+        value, end = _scan(text, 0)
+    except StopIteration:
+        return _decoder.decode(text)
+    return value if end == len(text) else _decoder.decode(text)  # there is white space, or a fault to be told
 
 
 def explain(value: Any, error: Exception) -> NotEncodableError:

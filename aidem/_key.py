@@ -11,6 +11,8 @@ import dataclasses
 import hashlib
 from collections.abc import Sized
 from functools import cache, partial
+from itertools import repeat
+from operator import is_
 from typing import TYPE_CHECKING, Any, Final
 
 from aidem._json import ENCODABLE, NotEncodableError, encode, explain, is_array, is_dict
@@ -49,9 +51,9 @@ def _prepared(payload: Any) -> Any:
 def is_missing(selected: Any) -> bool:
     """Whether a value is no key: None, empty, or a container of nothing but None. `0` and `False` are keys."""
     if is_dict(selected):
-        return all(value is None for value in selected.values())
+        return all(map(is_, selected.values(), repeat(None)))
     if is_array(selected):
-        return all(value is None for value in selected)
+        return all(map(is_, selected, repeat(None)))
     return selected is None or (isinstance(selected, Sized) and len(selected) == 0)
 
 

@@ -7,7 +7,7 @@ import logging
 import random
 from typing import TYPE_CHECKING, Final, TypeVar
 
-from aidem._cancellation import CLEANUP_SECONDS
+from aidem._cancellation import CLEANUP_SECONDS, Settled
 from aidem.exceptions import (
     IdempotencyPersistenceConfigError,
     IdempotencyPersistenceConnectionError,
@@ -58,7 +58,11 @@ async def ask(
         IdempotencySerializationError: The layer cannot hold the record.
     """
     try:
-        return await held_off.settle(start(), within_seconds=within_seconds)
+        operation = start()
+        if isinstance(operation, Settled):  # as `settle` does, for less
+            answer: T = operation.answer
+            return answer
+        return await held_off.settle(operation, within_seconds=within_seconds)
     except Exception as error:
         if isinstance(error, IdempotencySerializationError) and effect == EFFECT_HAPPENED:
             raise  # the result does not fit; elsewhere it would be a fault of the layer

@@ -6,7 +6,7 @@ import dataclasses
 import os
 import time
 import warnings
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from aidem import _key
 from aidem._options import refused
@@ -28,10 +28,10 @@ MINIMUM_LAMBDA_LEASE_SECONDS: Final = 1.0
 SWITCHES: Final = ("AIDEM_IDEMPOTENCY_DISABLED", "POWERTOOLS_IDEMPOTENCY_DISABLED")
 TRUE: Final = ("true", "1", "t", "yes", "y", "on")
 FALSE: Final = ("", "false", "0", "f", "no", "n", "off")
+_ENCODED_SWITCHES: Final = tuple((switch, getattr(os.environ, "encodekey", str)(switch)) for switch in SWITCHES)
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Key:
+class Key(NamedTuple):
     """What names a call, fixed when it starts.
 
     Attributes:
@@ -91,11 +91,14 @@ class Plan:
             IdempotencyKeyError: There is no key and the config demands one, or the payload cannot be one.
         """
         config = self.config
-        prepared = _key.prepare(payload)
-        selected = _select(config.event_key_jmespath, prepared, config)
+        selected = prepared = _key.prepare(payload)
+        if config.event_key_jmespath:
+            selected = _select(config.event_key_jmespath, prepared, config)
         if _key.is_missing(selected):
             return self._missing()
-        return self.key_of(selected, self._validation_hash(prepared))
+        if config.payload_validation_jmespath:
+            return self.key_of(selected, self._validation_hash(prepared))
+        return self.key_of(selected)
 
     def key_of_arguments(self, arguments: dict[str, Any]) -> Key:
         """Return the key of all bound arguments; without an expression there always is one."""
@@ -171,8 +174,8 @@ def is_disabled(function: str) -> bool:
     Raises:
         IdempotencyConfigError: The switch is neither true nor false.
     """
-    for switch in SWITCHES:
-        value = os.environ.get(switch)
+    for switch in _switches_set():
+        value = os.environ[switch]
         if value and _is_true(switch, value):
             warnings.warn(
                 f"{switch} is set: {function} runs without idempotency; never set it in production",
@@ -181,6 +184,14 @@ def is_disabled(function: str) -> bool:
             )
             return True
     return False
+
+
+def _switches_set() -> list[str]:
+    """Return the switches that are in the environment."""
+    names = getattr(os.environ, "_data", None)  # os.environ takes a microsecond for every name that is not there
+    if names is None:  # somebody replaced it
+        return [switch for switch in SWITCHES if switch in os.environ]
+    return [switch for switch, encoded in _ENCODED_SWITCHES if encoded in names]
 
 
 def _is_true(switch: str, value: str) -> bool:

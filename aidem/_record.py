@@ -8,7 +8,7 @@ from __future__ import annotations
 import datetime
 import json
 from enum import StrEnum
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Self
 
 
 class RecordStatus(StrEnum):
@@ -26,24 +26,9 @@ class OutcomeKind(StrEnum):
     UNAVAILABLE = "unavailable"
 
 
-class DataRecord:
-    """One idempotency record: immutable, compared by value.
+class _Fields:
+    """The fields of a record that is being filled."""
 
-    Attributes:
-        idempotency_key: Prefix, `#` and hash.
-        status: `INPROGRESS` or `COMPLETED`.
-        expiry_timestamp: Epoch seconds after which the record counts as absent; None: never.
-        in_progress_expiry_timestamp: Epoch milliseconds after which another caller may take over; None: never.
-        lease_expiry_timestamp: Epoch milliseconds at which a claim that nobody may take over becomes in doubt.
-        response_data: The stored text of the outcome; None while there is none.
-        outcome: None for a result, else an `OutcomeKind`.
-        payload_hash: Hash of the validated part of the payload; `""`: not validated.
-        sort_key: The sort key of a composite key, where the store has one.
-        owner: Random token of the claim; None: written by another library.
-        fence: Grows with every new claim of the key; 0: written by another library.
-    """
-
-    # A plain slotted class: a frozen dataclass of eleven fields takes twice as long to build, and a call builds three.
     __slots__ = (
         "expiry_timestamp",
         "fence",
@@ -70,8 +55,28 @@ class DataRecord:
     owner: str | None
     fence: int
 
-    def __init__(
-        self,
+
+class DataRecord(_Fields):
+    """One idempotency record: immutable, compared by value.
+
+    Attributes:
+        idempotency_key: Prefix, `#` and hash.
+        status: `INPROGRESS` or `COMPLETED`.
+        expiry_timestamp: Epoch seconds after which the record counts as absent; None: never.
+        in_progress_expiry_timestamp: Epoch milliseconds after which another caller may take over; None: never.
+        lease_expiry_timestamp: Epoch milliseconds at which a claim that nobody may take over becomes in doubt.
+        response_data: The stored text of the outcome; None while there is none.
+        outcome: None for a result, else an `OutcomeKind`.
+        payload_hash: Hash of the validated part of the payload; `""`: not validated.
+        sort_key: The sort key of a composite key, where the store has one.
+        owner: Random token of the claim; None: written by another library.
+        fence: Grows with every new claim of the key; 0: written by another library.
+    """
+
+    __slots__ = ()
+
+    def __new__(
+        cls,
         *,
         idempotency_key: str,
         status: RecordStatus,
@@ -84,18 +89,23 @@ class DataRecord:
         sort_key: str | None = None,
         owner: str | None = None,
         fence: int = 0,
-    ) -> None:
-        _set_idempotency_key(self, idempotency_key)
-        _set_status(self, status)
-        _set_expiry_timestamp(self, expiry_timestamp)
-        _set_in_progress_expiry_timestamp(self, in_progress_expiry_timestamp)
-        _set_lease_expiry_timestamp(self, lease_expiry_timestamp)
-        _set_response_data(self, response_data)
-        _set_outcome(self, outcome)
-        _set_payload_hash(self, payload_hash)
-        _set_sort_key(self, sort_key)
-        _set_owner(self, owner)
-        _set_fence(self, fence)
+    ) -> Self:
+        # Filled first, then frozen: a frozen dataclass takes three times as long to build, and a call builds three.
+        fields = _Fields()
+        fields.idempotency_key = idempotency_key
+        fields.status = status
+        fields.expiry_timestamp = expiry_timestamp
+        fields.in_progress_expiry_timestamp = in_progress_expiry_timestamp
+        fields.lease_expiry_timestamp = lease_expiry_timestamp
+        fields.response_data = response_data
+        fields.outcome = outcome
+        fields.payload_hash = payload_hash
+        fields.sort_key = sort_key
+        fields.owner = owner
+        fields.fence = fence
+        record: Any = fields
+        record.__class__ = cls
+        return record  # type: ignore[no-any-return] # it is one now
 
     @property
     def is_expired(self) -> bool:
@@ -117,7 +127,7 @@ class DataRecord:
 
     def replace(self, **changes: Any) -> DataRecord:
         """Return a copy with some fields changed."""
-        return DataRecord(**{name: getattr(self, name) for name in self.__slots__} | changes)
+        return DataRecord(**{name: getattr(self, name) for name in _Fields.__slots__} | changes)
 
     def __setattr__(self, name: str, value: object) -> NoReturn:
         message = f"a DataRecord is immutable; use record.replace({name}=...)"
@@ -137,33 +147,16 @@ class DataRecord:
 
     def __repr__(self) -> str:
         # The result itself stays out: reprs end up in logs.
-        shown = (f"{name}={getattr(self, name)!r}" for name in self.__slots__ if name != "response_data")
+        shown = (f"{name}={getattr(self, name)!r}" for name in _Fields.__slots__ if name != "response_data")
         return f"DataRecord({', '.join(shown)})"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (_restore, ({name: getattr(self, name) for name in self.__slots__},))
+        return (_restore, ({name: getattr(self, name) for name in _Fields.__slots__},))
 
 
 def _values(record: DataRecord) -> tuple[object, ...]:
-    return tuple(getattr(record, name) for name in DataRecord.__slots__)
+    return tuple(getattr(record, name) for name in _Fields.__slots__)
 
 
 def _restore(fields: dict[str, Any]) -> DataRecord:
     return DataRecord(**fields)
-
-
-def _setter(name: str) -> Any:
-    return vars(DataRecord)[name].__set__
-
-
-_set_idempotency_key = _setter("idempotency_key")
-_set_status = _setter("status")
-_set_expiry_timestamp = _setter("expiry_timestamp")
-_set_in_progress_expiry_timestamp = _setter("in_progress_expiry_timestamp")
-_set_lease_expiry_timestamp = _setter("lease_expiry_timestamp")
-_set_response_data = _setter("response_data")
-_set_outcome = _setter("outcome")
-_set_payload_hash = _setter("payload_hash")
-_set_sort_key = _setter("sort_key")
-_set_owner = _setter("owner")
-_set_fence = _setter("fence")

@@ -38,15 +38,15 @@ class Renewable(Protocol):
 class Renewal:
     """Renews one claim."""
 
-    __slots__ = ("_claim", "_is_body_alive", "_is_stopped", "_renewals", "_task")
+    __slots__ = ("_claim", "_has_body_ended", "_is_stopped", "_renewals", "_task")
 
-    def __init__(self, claim: Renewable, renewals: Renewals, *, is_body_alive: Callable[[], bool]) -> None:
+    def __init__(self, claim: Renewable, renewals: Renewals, *, at: float, has_body_ended: Callable[[], bool]) -> None:
         self._claim = weakref.ref(claim)
         self._renewals = renewals
-        self._is_body_alive = is_body_alive
+        self._has_body_ended = has_body_ended
         self._is_stopped = False
         self._task: asyncio.Task[None] | None = None
-        renewals.watch(self, at=claim.next_renewal_at())
+        renewals.watch(self, at=at)
 
     def wake(self) -> None:
         """Begin to renew."""
@@ -66,7 +66,7 @@ class Renewal:
     def _find(self) -> Renewable | None:
         """Return the claim if it is held and its body runs in this process."""
         claim = self._claim()
-        if claim is None or self._is_stopped or not self._is_body_alive() or not claim.is_of_this_process():
+        if claim is None or self._is_stopped or self._has_body_ended() or not claim.is_of_this_process():
             return None
         return claim
 

@@ -21,13 +21,15 @@ class LoopState:
     Attributes:
         flights: The calls that are at the store, by key.
         renewals: The claims that are held.
+        time: The clock of the loop, in seconds.
     """
 
-    __slots__ = ("flights", "renewals")
+    __slots__ = ("flights", "renewals", "time")
 
-    def __init__(self) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.flights: dict[str, Flight] = {}
         self.renewals = Renewals()
+        self.time = loop.time
 
 
 class Shared:
@@ -50,7 +52,7 @@ class Shared:
             # Not a weak dictionary: timers hold their loop, so the values would keep the keys alive.
             for other in [other for other in list(self._loops) if other.is_closed()]:
                 self._loops.pop(other, None)  # another thread may do the same
-            state = self._loops.setdefault(loop, LoopState())
+            state = self._loops.setdefault(loop, LoopState(loop))
         return state
 
 

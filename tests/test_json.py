@@ -19,7 +19,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aidem._json import NotEncodableError, decode, encode, loaded, plain
+from aidem._json import NotEncodableError, decode, encode, loaded, make_chunks, plain
 
 Json = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
@@ -31,6 +31,23 @@ Json = st.recursive(
 @given(Json)
 def test_json_values_are_written_as_the_standard_library_writes_them(value: Any) -> None:
     assert encode(value) == json.dumps(value, sort_keys=True)
+
+
+def test_where_there_is_no_encoder_in_c_the_one_in_python_writes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(json.encoder, "c_make_encoder", None)
+    value = {"b": [1, 2.5, None, "é"], "a": Decimal(1)}
+    assert "".join(make_chunks()(value, 0)) == encode(value)
+
+
+@pytest.mark.parametrize("text", [' {"a": 1}', '{"a": 1}\n', "\t1 "])
+def test_white_space_around_a_value_is_read_over(text: str) -> None:
+    assert decode(text) == json.loads(text)
+
+
+@pytest.mark.parametrize("text", ["", " ", "{", '{"a": 1} 2', "nul", "1 2"])
+def test_what_is_not_json_is_a_value_error(text: str) -> None:
+    with pytest.raises(ValueError, match="char"):
+        decode(text)
 
 
 @given(Json)

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -216,3 +217,17 @@ async def test_an_exception_of_the_body_propagates(switch: str) -> None:
     with pytest.warns(IdempotencyWarning, match=switch), pytest.raises(LookupError) as caught:
         await charge()
     assert caught.value is error
+
+
+@pytest.mark.parametrize("name", SWITCHES)
+async def test_a_switch_works_in_an_environment_that_somebody_has_replaced(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "environ", {name: "1"})
+
+    @idempotent_function
+    async def charge(order: int) -> int:
+        return order
+
+    with pytest.warns(IdempotencyWarning, match=f"{name} is set"):
+        assert await charge(1) == 1
