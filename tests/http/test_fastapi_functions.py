@@ -7,14 +7,13 @@ import contextlib
 import itertools
 import pathlib
 from collections.abc import AsyncGenerator, Callable, Iterator
-from decimal import Decimal
 from typing import Annotated, Any
 
 import httpx
 import pytest
 from fastapi import BackgroundTasks, Body, Depends, FastAPI, Header, HTTPException, Path, Request, Response, status
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ConfigDict, Field, computed_field
+from pydantic import BaseModel, ConfigDict, computed_field
 from pydantic.alias_generators import to_camel
 
 from aidem import IdempotencyConfig, current_execution, idempotent_function
@@ -26,23 +25,7 @@ from aidem.exceptions import (
 )
 from aidem.persistence.memory import MemoryPersistenceLayer
 from aidem.persistence.sqlite import SQLitePersistenceLayer
-
-ORDER = {"id": "o-1", "amount": "12.50"}
-
-
-class Order(BaseModel):
-    id: str
-    amount: Decimal = Field(gt=0)
-    note: str | None = None
-
-
-class PublicReceipt(BaseModel):
-    order: Order
-    number: int
-
-
-class Receipt(PublicReceipt):
-    card_token: str
+from tests.http.fastapi_support import ORDER, Bank, Order, PublicReceipt, Receipt, same, served
 
 
 class Camel(BaseModel):
@@ -55,18 +38,6 @@ class Camel(BaseModel):
     @property
     def download_url(self) -> str:
         return f"/receipts/{self.receipt_number}"
-
-
-class Bank:
-    """Counts its charges."""
-
-    def __init__(self) -> None:
-        self.charges = list[str]()
-        self.users = list[str]()
-
-    def charge(self, order: Order) -> Receipt:
-        self.charges.append(order.id)
-        return Receipt(order=order, number=len(self.charges), card_token="secret")
 
 
 @pytest.fixture
@@ -84,27 +55,12 @@ def layer() -> MemoryPersistenceLayer:
     return MemoryPersistenceLayer()
 
 
-@contextlib.asynccontextmanager
-async def served(app: FastAPI, *, raises: bool = True) -> AsyncGenerator[httpx.AsyncClient]:
-    transport = httpx.ASGITransport(app, raise_app_exceptions=raises)
-    async with httpx.AsyncClient(transport=transport, base_url="http://shop") as client:
-        yield client
-
-
 async def twice(app: FastAPI, **request: Any) -> tuple[httpx.Response, httpx.Response]:
     """Send a request and repeat it."""
     async with served(app) as client:
         first = await client.post("/payments", **request)
         second = await client.post("/payments", **request)
     return first, second
-
-
-def same(first: httpx.Response, second: httpx.Response) -> bool:
-    return (first.status_code, first.headers.multi_items(), first.content) == (
-        second.status_code,
-        second.headers.multi_items(),
-        second.content,
-    )
 
 
 async def test_a_retry_gets_the_same_answer_and_the_body_runs_once(
