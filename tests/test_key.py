@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import enum
+import functools
 import hashlib
 import json
 import math
@@ -283,6 +284,10 @@ def test_other_payloads_are_prepared_as_they_are(payload: Any) -> None:
     assert _key.prepare(payload) is payload
 
 
+def nested(depth: int) -> list[Any]:
+    return functools.reduce(lambda inner, _: [inner], range(depth), [])
+
+
 class Broken:
     def model_dump(self, mode: str) -> None:
         raise OSError("secret")
@@ -293,8 +298,9 @@ class Broken:
     [
         (DC(1, [open]), r"\$\.b\[0\] is of type builtin_function_or_method"),
         (Broken(), r"\$ is a Broken that cannot be dumped: OSError"),
+        (DC(1, nested(10_000)), r"\$ is nested too deeply"),
     ],
-    ids=["dataclass", "model"],
+    ids=["dataclass", "model", "depth"],
 )
 def test_a_payload_that_cannot_be_prepared_is_refused(payload: Any, reason: str) -> None:
     with pytest.raises(IdempotencyKeyError, match=f"^the payload cannot be a key: {reason}; allowed"):
@@ -342,6 +348,16 @@ def test_a_hash_is_declared_not_to_be_for_security(monkeypatch: pytest.MonkeyPat
     _key.hash_text("x", "md5")
     _key._constructor.cache_clear()
     assert asked == [False]
+
+
+def test_a_hash_function_is_allowed_that_is_barred_from_security_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    def new(name: str, *, usedforsecurity: bool = True) -> Any:
+        if usedforsecurity is not False:
+            raise ValueError(f"[digital envelope routines] disabled for FIPS: {name}")
+        return hashlib.md5(usedforsecurity=False)
+
+    monkeypatch.setattr(hashlib, "new", new)
+    _key.check_hash_function("md5")
 
 
 def test_the_default_prefix_names_lambda_function_module_and_function() -> None:
