@@ -6,11 +6,11 @@ tell that it changed.
 
 from __future__ import annotations
 
-import threading
 from collections import OrderedDict
 from typing import TYPE_CHECKING
 
 from aidem import _state
+from aidem._fork import Guard
 from aidem._record import RecordStatus
 
 if TYPE_CHECKING:
@@ -20,15 +20,15 @@ if TYPE_CHECKING:
 class LocalCache:
     """Completed records by key; shared by the functions, loops and threads that use one layer."""
 
-    __slots__ = ("_lock", "_records")
+    __slots__ = ("_guard", "_records")
 
     def __init__(self) -> None:
         self._records: OrderedDict[str, DataRecord] = OrderedDict()
-        self._lock = threading.Lock()
+        self._guard = Guard()
 
     def get(self, key: str, *, now: float) -> DataRecord | None:
         """Return the record of a key unless it has expired."""
-        with self._lock:
+        with self._guard.lock:
             record = self._records.get(key)
             if record is None:
                 return None
@@ -42,7 +42,7 @@ class LocalCache:
         """Keep a completed record, and drop the least recently used ones beyond `max_items`."""
         if record.status is not RecordStatus.COMPLETED:
             return
-        with self._lock:
+        with self._guard.lock:
             self._records[record.idempotency_key] = record
             self._records.move_to_end(record.idempotency_key)
             while len(self._records) > max_items:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import threading
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Protocol, runtime_checkable
 
+from aidem._fork import Guard
 from aidem._options import check_options, check_settings, kind_of, refused
 from aidem.exceptions import IdempotencyPersistenceConfigError
 
@@ -152,7 +152,7 @@ class _Defaults:
 
 
 _defaults = _Defaults()
-_opening = threading.Lock()
+_opening = Guard()
 
 
 def configure(*, persistence_store: PersistenceLayer | None = None, config: IdempotencyConfig | None = None) -> None:
@@ -202,7 +202,7 @@ def default_persistence_store() -> PersistenceLayer:
 
 
 def _open_once(url: str) -> tuple[str, PersistenceLayer]:
-    with _opening:  # two threads with a layer each would not see each other's records, where those are in memory
+    with _opening.lock:  # two threads with a layer each would not see each other's records, where those are in memory
         opened = _defaults.from_environment
         if opened is None or opened[0] != url:
             opened = _defaults.from_environment = (url, _open(url))

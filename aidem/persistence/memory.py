@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from typing import TYPE_CHECKING, Final, Self
 
 from aidem import _state
 from aidem._cancellation import Settled
+from aidem._fork import Guard
 from aidem._state import Blocked, Claimed, Completion
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class MemoryPersistenceLayer:
         self._last_fence = 0  # of any key: remembers what release and expiry would forget, in bounded space
         self._acquires = 0
         self._unchecked: list[str] = []
-        self._lock = threading.Lock()
+        self._guard = Guard()
 
     def acquire(
         self,
@@ -51,7 +51,7 @@ class MemoryPersistenceLayer:
     ) -> Settled[Claimed | Blocked]:
         """Claim the key."""
         key = record.idempotency_key
-        with self._lock:
+        with self._guard.lock:
             own_now = self.clock()
             proposed = _state.shifted(record, seconds=own_now - now)
             found = self._records.get(key)
@@ -67,7 +67,7 @@ class MemoryPersistenceLayer:
     def complete(self, record: DataRecord, *, now: float) -> Settled[bool]:
         """Store the outcome."""
         key = record.idempotency_key
-        with self._lock:
+        with self._guard.lock:
             own_now = self.clock()
             decision = _state.complete(self._records.get(key), record, now=own_now)
             if decision is Completion.STORE:
@@ -77,7 +77,7 @@ class MemoryPersistenceLayer:
     def renew(self, record: DataRecord, *, now: float) -> Settled[DataRecord | None]:
         """Move the instants of the claim."""
         key = record.idempotency_key
-        with self._lock:
+        with self._guard.lock:
             proposed = _state.shifted(record, seconds=self.clock() - now)
             renewed = _state.renewed(self._records.get(key), proposed)
             if renewed is not None:
@@ -87,7 +87,7 @@ class MemoryPersistenceLayer:
     def release(self, record: DataRecord) -> Settled[bool]:
         """Delete the claim."""
         key = record.idempotency_key
-        with self._lock:
+        with self._guard.lock:
             held = _state.is_held_by(self._records.get(key), record.owner)
             if held:
                 del self._records[key]
@@ -95,12 +95,12 @@ class MemoryPersistenceLayer:
 
     def get(self, key: str) -> Settled[DataRecord | None]:
         """Look the record up."""
-        with self._lock:
+        with self._guard.lock:
             return Settled(self._records.get(key))
 
     def forget(self, key: str) -> Settled[None]:
         """Drop the record."""
-        with self._lock:
+        with self._guard.lock:
             self._records.pop(key, None)
         return Settled(None)
 

@@ -1,0 +1,33 @@
+"""A lock that a forked child can take, whichever thread of its parent held it."""
+
+from __future__ import annotations
+
+import os
+import threading
+from typing import Final
+from weakref import WeakSet
+
+
+class Guard:
+    """Has a lock, and in a forked child a fresh one: the thread that held the other does not exist there.
+
+    So hold it only over steps that leave what it guards usable wherever they stop.
+    """
+
+    __slots__ = ("__weakref__", "lock")
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        _all.add(self)
+
+
+_all: Final[WeakSet[Guard]] = WeakSet()
+
+
+def _after_fork_in_child() -> None:
+    for guard in _all:
+        guard.lock = threading.Lock()
+
+
+# Where there is no fork, there is no such function either.
+getattr(os, "register_at_fork", dict)(after_in_child=_after_fork_in_child)
