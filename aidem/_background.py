@@ -15,6 +15,7 @@ import time
 from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 
 from aidem._cancellation import CLEANUP_SECONDS
+from aidem._snapshots import BeforeSnapshot
 from aidem.exceptions import IdempotencyUsageError
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ def submit(step: Step[Any]) -> None:
             _process.loop = BackgroundLoop()
             _process.loop.start()
             atexit.register(close, is_exiting=True)  # so it runs before what layers have registered
+            _before_snapshot.arm()
         step.submit_to(_process.loop)
 
 
@@ -179,7 +181,6 @@ class BackgroundLoop:
         self._has_ended = False
         # A daemon, for nobody would end it before the interpreter waits for its threads.
         self._thread = threading.Thread(target=self._serve, name="aidem.sync", daemon=True)
-
         self.start = self._thread.start
         self.is_alive = self._thread.is_alive
 
@@ -231,14 +232,13 @@ async def _wait(tasks: set[asyncio.Task[Any]]) -> None:
 class _Process:
     """What this process has: the loop, and what is held to start, ask or end it."""
 
-    __slots__ = ("lock", "loop")
-
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.loop: BackgroundLoop | None = None
 
 
 _process = _Process()
+_before_snapshot: Final = BeforeSnapshot(close)
 
 
 def _forked() -> None:

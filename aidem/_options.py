@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
+from collections.abc import Collection
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 
@@ -66,6 +67,10 @@ def _is_layer_class(cls: type) -> bool:
 _has_operations: Final[Check] = lru_cache(maxsize=64)(_is_layer_class)
 
 
+def _are_layers(value: object) -> bool:
+    return isinstance(value, Collection) and all(map(_is_layer, _items(value)))
+
+
 def _is_serializer(value: object) -> bool:
     if isinstance(value, type):
         return hasattr(value, "instantiate")
@@ -85,6 +90,7 @@ _OPTIONS: Final[dict[str, tuple[Check, str]]] = {
         _is_layer,
         "a persistence layer that can be hashed and weakly referenced, such as SQLitePersistenceLayer(path)",
     ),
+    "warm": (_are_layers, "a list of persistence layers"),
     "output_serializer": (
         _is_serializer,
         "an object with to_dict() and from_dict(), or a class that makes one, such as PydanticSerializer",

@@ -1,0 +1,51 @@
+"""Ctrl-C and SIGTERM while an event loop runs: they cancel a task, which cleans up, instead of striking anywhere."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from typing import TYPE_CHECKING, Any, Final, Self
+
+if TYPE_CHECKING:
+    import asyncio
+    from types import FrameType
+
+_DEFAULTS: Final = ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL))
+
+
+class Interrupts:
+    """A section in which an interrupt cancels a task; leaving it delivers the interrupt, as an exception.
+
+    A second interrupt strikes at once. Signals that somebody else handles are left alone.
+
+    Args:
+        loop: The loop of the task.
+        task: What is cancelled.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, task: asyncio.Task[Any]) -> None:
+        self._loop = loop
+        self._task = task
+        self._taken: list[tuple[signal.Signals, Any]] = []
+        self._interrupt: BaseException | None = None
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():  # no other hears of signals
+            self._taken = [(number, default) for number, default in _DEFAULTS if signal.getsignal(number) is default]
+        for number, _ in self._taken:
+            signal.signal(number, self._interrupted)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, default in self._taken:
+            signal.signal(number, default)
+        if self._interrupt is not None:
+            raise self._interrupt
+
+    def _interrupted(self, number: int, _frame: FrameType | None) -> None:
+        interrupt = KeyboardInterrupt() if number == signal.SIGINT else SystemExit(128 + number)
+        if self._interrupt is not None:
+            raise interrupt
+        self._interrupt = interrupt
+        self._task.cancel()
+        self._loop.call_soon_threadsafe(lambda: None)  # it may be waiting, and looks only when it is woken

@@ -1,0 +1,96 @@
+"""Processes with an async Lambda handler that then end, or fork: `python -m tests.awslambda.scenes SCENE PATH`.
+
+Each works on the SQLite file PATH, says on stdout what it got, and has nothing to say on stderr.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+import warnings
+from collections.abc import AsyncGenerator, Callable
+
+from aidem import IdempotencyConfig, idempotent
+from aidem.awslambda import lambda_handler
+from aidem.persistence.sqlite import SQLitePersistenceLayer
+
+HANGING_SECONDS = 3600.0
+
+
+def say(line: object) -> None:
+    os.write(1, f"{line}\n".encode())
+
+
+layer = SQLitePersistenceLayer(sys.argv[-1])
+config = IdempotencyConfig(wait_timeout_seconds=30.0)
+clients: list[AsyncGenerator[None]] = []
+
+
+@lambda_handler(warm=[layer])
+@idempotent(persistence_store=layer, config=config)
+async def handler(event: int, context: None) -> int:
+    say(f"effect {event}")
+    return event
+
+
+@lambda_handler
+@idempotent(persistence_store=layer, config=config, key_prefix="hanging")
+async def hanging_handler(event: int, context: None) -> int:
+    say("in the handler")
+    await asyncio.sleep(HANGING_SECONDS)
+    return event
+
+
+async def client() -> AsyncGenerator[None]:
+    try:
+        yield
+    finally:
+        await asyncio.sleep(0)
+        say("closed")
+
+
+@lambda_handler
+async def connecting_handler(event: None, context: None) -> None:
+    clients.append(client())
+    await anext(clients[0])
+
+
+def plain() -> None:
+    say(handler(1, None))
+
+
+def client_open() -> None:
+    connecting_handler(None, None)
+
+
+def forked() -> None:
+    """Call before a fork, and after it in both."""
+    plain()
+    pid = os.fork()
+    say(handler(1, None))
+    if pid == 0:
+        say(handler(2, None))
+        sys.exit(0)
+    _, status = os.waitpid(pid, 0)
+    say(f"child left with {os.waitstatus_to_exitcode(status)}")
+    say(handler(2, None))
+
+
+def interrupted() -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    hanging_handler(1, None)
+
+
+SCENES: dict[str, Callable[[], None]] = {
+    "plain": plain,
+    "client-open": client_open,
+    "forked": forked,
+    "interrupted": interrupted,
+}
+
+if __name__ == "__main__":
+    warnings.simplefilter("error")  # only now, for tools that measure this process may warn while it starts
+    SCENES[sys.argv[1]]()

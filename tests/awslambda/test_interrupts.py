@@ -1,0 +1,196 @@
+"""Ctrl-C and SIGTERM during a handler: it is cancelled and gives its key back."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from aidem import _kept_loop, idempotent
+from aidem.awslambda import lambda_handler
+from tests.support import PlannedLayer
+
+HOUR = 3600.0
+SIGNALS = [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)]
+
+
+@pytest.fixture(autouse=True)
+def _defaults() -> Iterator[None]:
+    """Let SIGTERM do what it does by default: tools that measure this process may handle it."""
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGTERM, before)
+    _kept_loop.close()
+
+
+@pytest.fixture
+def layer() -> PlannedLayer:
+    return PlannedLayer()
+
+
+def handler_that_is_interrupted(layer: PlannedLayer, *numbers: signal.Signals) -> Any:
+    @lambda_handler
+    @idempotent(persistence_store=layer, key_prefix="handler")
+    async def handler(event: int, context: None) -> None:
+        for number in numbers:
+            signal.raise_signal(number)
+        await asyncio.sleep(HOUR)
+
+    return handler
+
+
+@lambda_handler
+async def nothing(event: None, context: None) -> None:
+    pass
+
+
+@pytest.mark.usefixtures("virtual_time")
+@pytest.mark.parametrize(("number", "error"), SIGNALS)
+def test_an_interrupt_cancels_the_handler_which_gives_its_key_back(
+    number: signal.Signals, error: type[BaseException], layer: PlannedLayer
+) -> None:
+    with pytest.raises(error):
+        handler_that_is_interrupted(layer, number)(1, None)
+    assert layer.calls == ["acquire", "release"]
+    assert nothing(None, None) is None
+
+
+def test_an_interrupt_wakes_a_handler_that_waits(layer: PlannedLayer) -> None:
+    asked = threading.Event()
+
+    @lambda_handler
+    async def handler(event: int, context: None) -> None:
+        asyncio.get_running_loop().call_soon(asked.set)
+        await asyncio.sleep(HOUR)
+
+    def interrupt() -> None:
+        asked.wait()
+        signal.pthread_kill(main, signal.SIGINT)
+
+    main = threading.get_ident()
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt):
+        handler(1, None)
+    thread.join()
+
+
+@pytest.mark.usefixtures("virtual_time")
+def test_sigterm_leaves_with_the_code_that_shells_expect(layer: PlannedLayer) -> None:
+    with pytest.raises(SystemExit) as caught:
+        handler_that_is_interrupted(layer, signal.SIGTERM)(1, None)
+    assert caught.value.code == 128 + signal.SIGTERM
+
+
+@pytest.mark.usefixtures("virtual_time")
+@pytest.mark.parametrize(("number", "error"), SIGNALS)
+def test_a_second_interrupt_strikes_at_once_and_the_key_is_given_back_too(
+    number: signal.Signals, error: type[BaseException], layer: PlannedLayer
+) -> None:
+    layer.latency_seconds = 1.0
+
+    @lambda_handler
+    @idempotent(persistence_store=layer, key_prefix="handler")
+    async def handler(event: int, context: None) -> None:
+        loop = asyncio.get_running_loop()
+        loop.call_later(1, signal.raise_signal, number)
+        loop.call_later(1.5, signal.raise_signal, number)  # while the key is being given back
+        await asyncio.sleep(HOUR)
+
+    with pytest.raises(error):
+        handler(1, None)
+    assert layer.calls == ["acquire", "release"]
+    assert layer.inner is not None
+    assert nothing(None, None) is None
+
+
+@pytest.mark.usefixtures("virtual_time")
+@pytest.mark.parametrize(("number", "error"), SIGNALS)
+def test_an_interrupt_that_the_handler_outlives_is_not_lost(number: signal.Signals, error: type[BaseException]) -> None:
+    @lambda_handler
+    async def handler(event: None, context: None) -> str:
+        signal.raise_signal(number)
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.sleep(HOUR)
+        return "done all the same"
+
+    with pytest.raises(error):
+        handler(None, None)
+
+
+@pytest.mark.parametrize(("number", "error"), SIGNALS)
+def test_signals_mean_what_they_meant_before_once_the_call_is_over(
+    number: signal.Signals, error: type[BaseException]
+) -> None:
+    before = signal.getsignal(number)
+    nothing(None, None)
+    assert signal.getsignal(number) is before
+
+
+@pytest.mark.usefixtures("virtual_time")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_that_somebody_else_handles_is_left_to_them(number: signal.Signals, layer: PlannedLayer) -> None:
+    class Theirs(BaseException):
+        pass
+
+    def theirs(number: int, frame: Any) -> None:
+        raise Theirs
+
+    before = signal.signal(number, theirs)
+    try:
+        with pytest.raises(Theirs):
+            handler_that_is_interrupted(layer, number)(1, None)
+    finally:
+        signal.signal(number, before)
+    assert layer.calls == ["acquire", "release"]
+
+
+@pytest.mark.usefixtures("virtual_time")
+def test_an_exit_that_stops_the_loop_gives_the_key_back(layer: PlannedLayer) -> None:
+    def leave() -> None:
+        raise SystemExit(3)
+
+    @lambda_handler
+    @idempotent(persistence_store=layer, key_prefix="handler")
+    async def handler(event: int, context: None) -> None:
+        asyncio.get_running_loop().call_later(1, leave)  # as a handler of signals does while the loop waits
+        await asyncio.sleep(HOUR)
+
+    with pytest.raises(SystemExit):
+        handler(1, None)
+    assert layer.calls == ["acquire", "release"]
+    assert nothing(None, None) is None
+
+
+@pytest.mark.usefixtures("virtual_time")
+def test_an_exit_in_the_handler_is_raised_and_asyncio_has_nothing_to_say(
+    layer: PlannedLayer, caplog: pytest.LogCaptureFixture
+) -> None:
+    @lambda_handler
+    @idempotent(persistence_store=layer, key_prefix="handler")
+    async def handler(event: int, context: None) -> None:
+        raise SystemExit(3)
+
+    with pytest.raises(SystemExit):
+        handler(1, None)
+    assert layer.calls == ["acquire", "release"]
+    assert caplog.records == []
+
+
+@pytest.mark.usefixtures("virtual_time")
+def test_other_threads_hear_of_no_signals_and_change_nothing() -> None:
+    seen = []
+
+    @lambda_handler
+    async def handler(event: None, context: None) -> None:
+        seen.append(signal.getsignal(signal.SIGINT))
+
+    thread = threading.Thread(target=handler, args=(None, None))
+    thread.start()
+    thread.join()
+    assert seen == [signal.default_int_handler]
