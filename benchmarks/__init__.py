@@ -19,6 +19,7 @@ A contender such as `ours(stopwatch)` is one round of its side, and names what i
   ours / theirs, so that more is better. A count or a size that needs no race is a `Row` of its own.
 - `effort.rounds(n)` and `effort.calls(n)` are small under `--quick`, which shows that a benchmark works, not how fast.
 - Coroutines are run by one `asyncio.Runner` per subject: connections stay open between rounds.
+- Every subject has a section in docs/benchmarks.md, which a test checks.
 - Every subject runs in a fresh interpreter, so it may set environment variables and import what it likes.
 - Servers come from `benchmarks._servers`, in `with` blocks.
 """

@@ -31,7 +31,10 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="see that it works; the figures mean nothing")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all rows and versions")
     parser.add_argument("--write-docs", action="store_true", help="put the table into docs/benchmarks.md")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.write_docs and (options.only or options.quick):
+        parser.error("--write-docs takes a whole run, without --only and --quick")
+    return options
 
 
 if __name__ == "__main__":

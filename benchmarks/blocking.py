@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import redis
 from aws_lambda_powertools.utilities import idempotency as powertools
-from aws_lambda_powertools.utilities.idempotency.persistence.redis import RedisCachePersistenceLayer
+from aws_lambda_powertools.utilities.idempotency.persistence.redis import CachePersistenceLayer
 
 from aidem import sync
 from aidem.persistence.memory import MemoryPersistenceLayer
@@ -35,7 +35,7 @@ def rows(effort: Effort) -> Iterator[Row]:
             {
                 "aidem": one_after_another(_ours(RedisPersistenceLayer(server.url)), calls=calls),
                 ON_REDIS: one_after_another(
-                    _theirs(RedisCachePersistenceLayer(client=redis.Redis.from_url(server.url))), calls=calls
+                    _theirs(CachePersistenceLayer(client=redis.Redis.from_url(server.url))), calls=calls
                 ),
             },
             rounds=rounds,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import idemkit
 import redis
 from aws_lambda_powertools.utilities import idempotency as powertools
-from aws_lambda_powertools.utilities.idempotency.persistence.redis import RedisCachePersistenceLayer
+from aws_lambda_powertools.utilities.idempotency.persistence.redis import CachePersistenceLayer
 from redis.asyncio import Redis
 
 from aidem import idempotent_function
@@ -122,7 +122,7 @@ async def _idemkit(server: RedisServer, stack: AsyncExitStack) -> Call:
 
 
 def _powertools(server: RedisServer) -> Callable[[str], object]:
-    layer = RedisCachePersistenceLayer(client=redis.Redis.from_url(server.url))
+    layer = CachePersistenceLayer(client=redis.Redis.from_url(server.url))
     config = powertools.IdempotencyConfig()
 
     @powertools.idempotent_function(data_keyword_argument="order", persistence_store=layer, config=config)
