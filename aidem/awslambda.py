@@ -1,4 +1,4 @@
-"""AWS Lambda: a plain handler, as Lambda's runtime calls it, from an async one."""
+"""AWS Lambda: a plain handler, as Lambda's runtime calls it, from an async one, and batches record by record."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Final, TypeVar, overload
 
 from aidem import _kept_loop, _snapshots
+from aidem._batch import process_batch
 from aidem._options import check_options
 from aidem.config import lambda_context_of, register_lambda_context
 from aidem.exceptions import IdempotencyUsageError
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from aidem.config import LambdaContext
     from aidem.persistence import PersistenceLayer
 
-__all__ = ["lambda_handler"]
+__all__ = ["lambda_handler", "process_batch"]
 
 logger = logging.getLogger("aidem")
 

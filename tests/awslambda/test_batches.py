@@ -18,7 +18,7 @@ import anyio
 import pytest
 
 from aidem import IdempotencyConfig, current_execution, idempotent_function, register_lambda_context
-from aidem._batch import process_batch
+from aidem.awslambda import process_batch
 from aidem.config import reset_lambda_context
 from aidem.exceptions import IdempotencyConfigError, IdempotencyUsageError
 from aidem.persistence.memory import MemoryPersistenceLayer
