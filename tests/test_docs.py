@@ -13,12 +13,19 @@ from typing import Any
 
 import pytest
 
-from aidem import IdempotencyConfig
+from aidem import IdempotencyConfig, _http_answers
 from aidem.hooks import EventKind
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-MODULES_WITH_PUBLIC_NAMES = ("aidem", "aidem.persistence", "aidem.serialization", "aidem.sync", "aidem.testing")
+MODULES_WITH_PUBLIC_NAMES = (
+    "aidem",
+    "aidem.asgi",
+    "aidem.persistence",
+    "aidem.serialization",
+    "aidem.sync",
+    "aidem.testing",
+)
 
 
 def page(name: str) -> str:
@@ -80,6 +87,14 @@ def test_no_setting_is_described_that_does_not_exist() -> None:
 
 def test_every_kind_of_event_is_described() -> None:
     assert sorted(re.findall(r"^\| `(\w+)` \|", page("observing.md"), re.MULTILINE)) == sorted(EventKind)
+
+
+def test_every_answer_of_the_http_layer_is_described() -> None:
+    row = r"^\| (\d+)( with `Retry-After`)? \| .* \| `([\w-]+)` \| (?:no|yes) \|$"
+    rows = re.findall(row, page("http.md"), re.MULTILINE)
+    answers = [value for value in vars(_http_answers).values() if isinstance(value, _http_answers.Problem)]
+    described = {(int(status), bool(retry_after), name) for status, retry_after, name in rows}
+    assert described == {(answer.status, answer.is_temporary, answer.name) for answer in answers}
 
 
 @pytest.mark.parametrize("module", MODULES_WITH_PUBLIC_NAMES)
