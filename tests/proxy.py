@@ -15,8 +15,9 @@ Faults hold for every connection, open or new, until `heal`:
 - `proxy.cut()`: end all open connections now, once; `proxy.refuse()`: and every new one too.
 - `proxy.cut_after_reply_is_dropped()`: throw away the next reply, then end its connection: applied, reply lost.
 
-`proxy.forwarded` and `proxy.dropped` count bytes (`.requests`, `.replies`) and `proxy.connections` counts connections
-made; `proxy.requests` holds each chunk a client wrote, in order, for tests that count what went over the wire.
+`proxy.forwarded` and `proxy.dropped` count bytes (`.requests`, `.replies`), `proxy.connections` counts connections
+made, and `proxy.open_connections` those that are open; `proxy.requests` holds each chunk a client wrote, in order, for
+tests that count what went over the wire.
 """
 
 from __future__ import annotations
@@ -79,6 +80,10 @@ class Proxy:
                 task.cancel()
             await asyncio.gather(*proxy._tasks, return_exceptions=True)
             await server.wait_closed()
+
+    @property
+    def open_connections(self) -> int:
+        return len(self._pairs)
 
     # --- Faults -----------------------------------------------------------------------------------------------------
 
