@@ -21,6 +21,7 @@ DOCS = ROOT / "docs"
 MODULES_WITH_PUBLIC_NAMES = (
     "aidem",
     "aidem.asgi",
+    "aidem.opentelemetry",
     "aidem.persistence",
     "aidem.serialization",
     "aidem.sync",

@@ -1,0 +1,116 @@
+"""A hook that tells OpenTelemetry what happens to calls: a counter, spans, and links from replays to executions.
+
+Names follow the semantic conventions: https://opentelemetry.io/docs/specs/semconv/
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Final
+
+try:
+    from opentelemetry import metrics, trace
+except ModuleNotFoundError as missing:
+    raise ImportError("aidem.opentelemetry needs the API of OpenTelemetry: pip install 'aidem[otel]'") from missing
+
+from aidem._fork import Guard
+from aidem.hooks import EventKind
+
+if TYPE_CHECKING:
+    from aidem.hooks import IdempotencyEvent
+
+__all__ = ["OpenTelemetryHook"]
+
+SCHEMA_URL: Final = "https://opentelemetry.io/schemas/1.33.0"
+"""Of the conventions in which `code.function.name` became stable."""
+
+LINKED_EXECUTIONS: Final = 4096
+"""How many executions are remembered, for their replays."""
+
+_ENDINGS: Final = frozenset({EventKind.EXECUTED, EventKind.REPLAYED, EventKind.CONFLICT, EventKind.RELEASED})
+
+
+class OpenTelemetryHook:
+    """Counts every event, and makes a span for each call that executes, replays, is refused or gives its key back.
+
+    A replay is linked to the span of the execution, if that was in this process and told to the same hook: so share
+    one among all configs. Keys, payloads and results are in no attribute.
+
+    Args:
+        tracer_provider: Makes the spans; by default the global one.
+        meter_provider: Makes the counter; by default the global one.
+    """
+
+    def __init__(
+        self,
+        *,
+        tracer_provider: trace.TracerProvider | None = None,
+        meter_provider: metrics.MeterProvider | None = None,
+    ) -> None:
+        self._tracer = trace.get_tracer("aidem", version("aidem"), tracer_provider, SCHEMA_URL)
+        meter = metrics.get_meter("aidem", version("aidem"), meter_provider, SCHEMA_URL)
+        self._events = meter.create_counter("aidem.events", unit="{event}", description="What happened to calls.")
+        self._executions = _Executions()
+
+    def on_event(self, event: IdempotencyEvent, /) -> None:
+        """Count the event, and make the span of a call that ends with it."""
+        attributes = _attributes_of(event)
+        self._events.add(1, attributes)
+        if event.kind in _ENDINGS:
+            span = self._span_of(event, attributes)
+            if event.kind is EventKind.EXECUTED:
+                self._executions.remember(event, span.get_span_context())
+
+    def _span_of(self, event: IdempotencyEvent, attributes: dict[str, str]) -> trace.Span:
+        """Return the span of a call, from its start until now."""
+        ended_at = time.time_ns()
+        original = self._executions.find(event)
+        span = self._tracer.start_span(
+            f"idempotent {_name_of(event)}",
+            attributes={**attributes, "aidem.fence": event.fence},
+            links=() if original is None else (trace.Link(original),),
+            start_time=ended_at - round(event.duration_seconds * 1e9),
+        )
+        if event.error is not None:
+            span.set_status(trace.StatusCode.ERROR)  # without its message, which has the key
+        span.end(ended_at)
+        return span
+
+
+class _Executions:
+    """The spans of the latest executions in this process, by key and fence."""
+
+    def __init__(self) -> None:
+        self._spans: OrderedDict[tuple[str, int], trace.SpanContext] = OrderedDict()
+        self._guard = Guard()
+
+    def remember(self, event: IdempotencyEvent, span: trace.SpanContext) -> None:
+        """Remember the span of an execution, and forget the oldest beyond `LINKED_EXECUTIONS`."""
+        with self._guard.lock:
+            self._spans[event.key, event.fence] = span
+            if len(self._spans) > LINKED_EXECUTIONS:
+                self._spans.popitem(last=False)
+
+    def find(self, event: IdempotencyEvent) -> trace.SpanContext | None:
+        """Return the span of the execution whose outcome this is, if it is remembered."""
+        with self._guard.lock:
+            return self._spans.get((event.key, event.fence))
+
+
+def _attributes_of(event: IdempotencyEvent) -> dict[str, str]:
+    """Return what both signals tell; it has few values, as each combination is a time series of its own."""
+    is_function = " " not in event.function
+    attributes = {
+        "aidem.event": str(event.kind),
+        "code.function.name" if is_function else "aidem.operation": _name_of(event),
+    }
+    if event.error is not None:
+        kind = type(event.error)
+        attributes["error.type"] = f"{kind.__module__}.{kind.__qualname__}"
+    return attributes
+
+
+def _name_of(event: IdempotencyEvent) -> str:
+    return event.function.removeprefix("the ")

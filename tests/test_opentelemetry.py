@@ -1,0 +1,292 @@
+"""`aidem.opentelemetry`: what a collector gets to see of calls."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from opentelemetry import trace
+from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.metrics.export import InMemoryMetricReader
+from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+from aidem import IdempotencyConfig, idempotency, idempotent_function, sync
+from aidem.exceptions import IdempotencyAlreadyInProgressError, IdempotencyError
+from aidem.hooks import EventKind, IdempotencyEvent, IdempotencyHook
+from aidem.opentelemetry import LINKED_EXECUTIONS, OpenTelemetryHook
+from aidem.persistence.memory import MemoryPersistenceLayer
+
+ROOT = Path(__file__).parents[1]
+
+
+class Collector:
+    """A tracer and a meter that keep what they are told."""
+
+    def __init__(self) -> None:
+        self._exporter = InMemorySpanExporter()
+        self._reader = InMemoryMetricReader()
+        self.tracers = TracerProvider(shutdown_on_exit=False)
+        self.tracers.add_span_processor(SimpleSpanProcessor(self._exporter))
+        self.meters = MeterProvider([self._reader], shutdown_on_exit=False)
+        self.tracer = self.tracers.get_tracer("the application")
+
+    def hook(self) -> OpenTelemetryHook:
+        return OpenTelemetryHook(tracer_provider=self.tracers, meter_provider=self.meters)
+
+    def close(self) -> None:
+        self.tracers.shutdown()
+        self.meters.shutdown()
+
+    @property
+    def all_spans(self) -> tuple[ReadableSpan, ...]:
+        return self._exporter.get_finished_spans()
+
+    @property
+    def spans(self) -> list[ReadableSpan]:
+        """Those of aidem, in the order in which they ended."""
+        return [span for span in self.all_spans if scope_of(span).name == "aidem"]
+
+    @property
+    def counts(self) -> dict[tuple[tuple[str, Any], ...], int]:
+        """What the counter counted, by its attributes in alphabetical order."""
+        data = self._reader.get_metrics_data()
+        assert data is not None
+        ((metric,),) = [scope.metrics for resource in data.resource_metrics for scope in resource.scope_metrics]
+        assert (metric.name, metric.unit) == ("aidem.events", "{event}")
+        points: Any = metric.data.data_points
+        return {tuple(sorted(point.attributes.items())): point.value for point in points}
+
+
+def scope_of(span: ReadableSpan) -> Any:
+    return span.instrumentation_scope
+
+
+def context_of(span: ReadableSpan) -> Any:
+    return span.context
+
+
+@pytest.fixture
+def collector() -> Iterator[Collector]:
+    collector = Collector()
+    yield collector
+    collector.close()
+
+
+@pytest.fixture
+def hook(collector: Collector) -> OpenTelemetryHook:
+    return collector.hook()
+
+
+@pytest.fixture
+def options(hook: OpenTelemetryHook) -> dict[str, Any]:
+    return {"persistence_store": MemoryPersistenceLayer(), "config": IdempotencyConfig(hooks=(hook,))}
+
+
+async def charge(order: str) -> str:
+    return f"receipt of {order}"
+
+
+NAME = f"{__name__}.charge"
+
+
+def event_of(kind: EventKind, **facts: Any) -> IdempotencyEvent:
+    defaults: dict[str, Any] = {"key": "key", "function": NAME, "fence": 1, "duration_seconds": 0.0}
+    return IdempotencyEvent(kind=kind, **defaults | facts)
+
+
+# --- Spans ------------------------------------------------------------------------------------------------------------
+
+
+async def test_an_execution_is_a_span_within_that_of_its_caller_beside_those_of_its_body(
+    collector: Collector, options: dict[str, Any]
+) -> None:
+    @idempotent_function(**options)
+    async def refund() -> None:
+        with collector.tracer.start_as_current_span("body"):
+            await asyncio.sleep(0)
+
+    with collector.tracer.start_as_current_span("caller"):
+        await refund()
+    body, execution, caller = collector.all_spans
+    assert execution.name == f"idempotent {__name__}.{refund.__qualname__}"
+    assert body.parent == execution.parent == context_of(caller)
+    assert execution.status.status_code is trace.StatusCode.UNSET
+
+
+def test_a_span_lasts_from_the_start_of_the_call_until_it_ended(collector: Collector) -> None:
+    before = time.time_ns()
+    collector.hook().on_event(event_of(EventKind.EXECUTED, duration_seconds=2.5))
+    (span,) = collector.spans
+    start, end = span.start_time or 0, span.end_time or 0
+    assert end - start == 2_500_000_000
+    assert before <= end <= time.time_ns()
+
+
+async def test_a_span_says_what_happened_to_which_function_under_which_fence(
+    collector: Collector, options: dict[str, Any]
+) -> None:
+    await idempotent_function(**options)(charge)("o-1")
+    (span,) = collector.spans
+    (record,) = options["persistence_store"]._records.values()
+    assert span.attributes == {"aidem.event": "executed", "code.function.name": NAME, "aidem.fence": record.fence}
+    assert scope_of(span).schema_url == "https://opentelemetry.io/schemas/1.33.0"
+    assert scope_of(span).version.startswith("0.")
+
+
+async def test_a_replay_is_linked_to_the_execution_in_another_trace(
+    collector: Collector, options: dict[str, Any]
+) -> None:
+    for _ in range(2):
+        with collector.tracer.start_as_current_span("caller"):
+            await idempotent_function(**options)(charge)("o-1")
+    execution, replay = collector.spans
+    assert replay.attributes is not None
+    assert replay.attributes["aidem.event"] == "replayed"
+    assert context_of(execution).trace_id != context_of(replay).trace_id
+    assert [link.context for link in replay.links] == [context_of(execution)]
+    assert not execution.links
+
+
+async def test_a_replay_of_one_key_is_not_linked_to_another_nor_to_an_earlier_execution(collector: Collector) -> None:
+    hook = collector.hook()
+    for key, fence in [("one", 1), ("two", 1), ("one", 2)]:
+        hook.on_event(event_of(EventKind.EXECUTED, key=key, fence=fence))
+    hook.on_event(event_of(EventKind.REPLAYED, key="one", fence=2))
+    *_, latest, replay = collector.spans
+    assert [link.context for link in replay.links] == [context_of(latest)]
+
+
+def test_a_replay_is_linked_across_event_loops_and_threads(collector: Collector, options: dict[str, Any]) -> None:
+    async_charge = idempotent_function(key_prefix="charge", **options)(charge)
+
+    @sync.idempotent_function(key_prefix="charge", **options)
+    def charge_here(order: str) -> Any: ...
+
+    asyncio.run(async_charge("o-1"))
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(charge_here, "o-1").result() == "receipt of o-1"
+    asyncio.run(async_charge("o-1"))
+    execution, *replays = collector.spans
+    assert [link.context for replay in replays for link in replay.links] == [context_of(execution)] * 2
+
+
+async def test_a_replay_of_what_was_executed_elsewhere_has_no_link(
+    collector: Collector, options: dict[str, Any]
+) -> None:
+    await idempotent_function(**options)(charge)("o-1")
+    elsewhere = options | {"config": IdempotencyConfig(hooks=(collector.hook(),))}
+    await idempotent_function(**elsewhere)(charge)("o-1")
+    _execution, replay = collector.spans
+    assert not replay.links
+
+
+def test_the_latest_executions_are_remembered_and_no_more(collector: Collector) -> None:
+    hook = collector.hook()
+    for number in range(LINKED_EXECUTIONS + 1):
+        hook.on_event(event_of(EventKind.EXECUTED, key=f"key-{number}"))
+    for number in range(2):
+        hook.on_event(event_of(EventKind.REPLAYED, key=f"key-{number}"))
+    *_, forgotten, remembered = collector.spans
+    assert (len(forgotten.links), len(remembered.links)) == (0, 1)
+
+
+async def test_a_refused_call_is_an_error_of_a_type_without_its_message(
+    collector: Collector, options: dict[str, Any]
+) -> None:
+    @idempotent_function(**options)
+    async def again(order: str) -> None:
+        await again(order)
+
+    with pytest.raises(IdempotencyAlreadyInProgressError):
+        await again("o-1")
+    conflict, released = collector.spans
+    assert conflict.status.status_code is trace.StatusCode.ERROR
+    assert conflict.status.description is None
+    assert not conflict.events
+    assert dict(conflict.attributes or {}) == {
+        "aidem.event": "conflict",
+        "code.function.name": f"{__name__}.{again.__qualname__}",
+        "aidem.fence": 0,
+        "error.type": "aidem.exceptions.IdempotencyAlreadyInProgressError",
+    }
+    assert (released.attributes or {})["aidem.event"] == "released"
+
+
+async def test_a_block_is_an_operation_and_no_function(collector: Collector, options: dict[str, Any]) -> None:
+    async with idempotency("key", key_prefix="charge", **options) as execution:
+        execution.result = await execution.run(charge, "o-1")
+    (span,) = collector.spans
+    assert span.name == "idempotent block 'charge'"
+    attributes = span.attributes or {}
+    assert attributes["aidem.operation"] == "block 'charge'"
+    assert "code.function.name" not in attributes
+
+
+# --- The counter ------------------------------------------------------------------------------------------------------
+
+ENDINGS = {EventKind.EXECUTED, EventKind.REPLAYED, EventKind.CONFLICT, EventKind.RELEASED}
+
+
+@pytest.mark.parametrize("kind", EventKind)
+def test_every_event_is_counted_and_one_that_ends_a_call_is_a_span(collector: Collector, kind: EventKind) -> None:
+    hook = collector.hook()
+    hook.on_event(event_of(kind))
+    hook.on_event(event_of(kind, key="other", fence=2, duration_seconds=3))
+    assert collector.counts == {(("aidem.event", kind.value), ("code.function.name", NAME)): 2}
+    assert len(collector.spans) == (2 if kind in ENDINGS else 0)
+
+
+def test_what_failed_is_counted_by_its_type(collector: Collector) -> None:
+    hook = collector.hook()
+    for error in (OSError("no route"), OSError("refused"), IdempotencyError("neither")):
+        hook.on_event(event_of(EventKind.PERSISTENCE_ERROR, error=error))
+    by_type = {dict(attributes)["error.type"]: count for attributes, count in collector.counts.items()}
+    assert by_type == {"builtins.OSError": 2, "aidem.exceptions.IdempotencyError": 1}
+
+
+# --- Both -------------------------------------------------------------------------------------------------------------
+
+
+async def test_neither_key_nor_payload_nor_result_is_told(collector: Collector, options: dict[str, Any]) -> None:
+    @idempotent_function(key_prefix="charge", **options)
+    async def again(order: str) -> str:
+        if order == "nested":
+            await again(order)
+        return "Ada Lovelace"
+
+    for order in ("4242 4242 4242 4242", "4242 4242 4242 4242", "nested"):
+        with collector.tracer.start_as_current_span("caller"):
+            try:
+                await again(order)
+            except IdempotencyAlreadyInProgressError as error:
+                digest = str(error.key).partition("#")[2]
+    told = "".join(span.to_json() for span in collector.spans) + repr(collector.counts)
+    assert "conflict" in told
+    assert "replayed" in told
+    keys = [key.partition("#")[2] for key in options["persistence_store"]._records]
+    for secret in ("4242", "Ada", digest, *keys):
+        assert secret not in told
+
+
+def test_it_is_a_hook_that_works_without_anything_set_up() -> None:
+    hook = OpenTelemetryHook()
+    assert isinstance(hook, IdempotencyHook)
+    hook.on_event(event_of(EventKind.EXECUTED))
+    hook.on_event(event_of(EventKind.REPLAYED))
+
+
+def test_what_is_missing_is_said_in_one_sentence() -> None:
+    code = "import sys; sys.modules['opentelemetry'] = None; import aidem.opentelemetry"
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=50)
+    assert run.stderr.endswith(
+        "ImportError: aidem.opentelemetry needs the API of OpenTelemetry: pip install 'aidem[otel]'\n"
+    )
