@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import TYPE_CHECKING, Any, Final
 
 from aidem._http_fingerprint import parts
 from aidem._http_types import header_values
@@ -104,7 +104,7 @@ def _check_config(config: IdempotencyConfig) -> None:
 def _are_methods(value: Any) -> bool:
     if isinstance(value, str) or not isinstance(value, Collection) or not value:
         return False
-    names = cast("Collection[Any]", value)  # of whatever the user has put there
+    names: Collection[Any] = value  # of whatever the user has put there
     if not all(isinstance(name, str) for name in names):
         return False
     return not _UNTOUCHED_METHODS & {name.upper() for name in names}
