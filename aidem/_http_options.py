@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeGuard
 
 from aidem._http_fingerprint import parts
 from aidem._http_types import header_values
@@ -101,13 +101,14 @@ def _check_config(config: IdempotencyConfig) -> None:
             raise refused(setting, repr(value), f"left out here: {reason}")
 
 
-def _are_methods(value: Any) -> bool:
-    if isinstance(value, str) or not isinstance(value, Collection) or not value:
+def _are_methods(value: object) -> bool:
+    if not _is_collection(value) or not value or not all(isinstance(name, str) for name in value):
         return False
-    names: Collection[Any] = value  # of whatever the user has put there
-    if not all(isinstance(name, str) for name in names):
-        return False
-    return not _UNTOUCHED_METHODS & {name.upper() for name in names}
+    return not _UNTOUCHED_METHODS & {name.upper() for name in value}
+
+
+def _is_collection(value: object) -> TypeGuard[Collection[Any]]:
+    return isinstance(value, Collection) and not isinstance(value, str)
 
 
 def _is_bool(value: Any) -> bool:
