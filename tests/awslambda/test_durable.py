@@ -115,17 +115,17 @@ class Steps:
         return f"done with {context.operations} operations"
 
 
-def by_lambda_handler(layer: Any, steps: Steps) -> Any:
+def by_lambda_handler(layer: Any, steps: Steps, config: IdempotencyConfig = CONFIG) -> Any:
     @lambda_handler
-    @idempotent(persistence_store=layer, config=CONFIG, key_prefix="durable")
+    @idempotent(persistence_store=layer, config=config, key_prefix="durable")
     async def handler(event: Any, context: DurableContext) -> str:
         return steps.run(context)
 
     return handler
 
 
-def by_sync(layer: Any, steps: Steps) -> Any:
-    @sync.idempotent(persistence_store=layer, config=CONFIG, key_prefix="durable")
+def by_sync(layer: Any, steps: Steps, config: IdempotencyConfig = CONFIG) -> Any:
+    @sync.idempotent(persistence_store=layer, config=config, key_prefix="durable")
     def handler(event: Any, context: DurableContext) -> str:
         return steps.run(context)
 
@@ -192,13 +192,14 @@ def test_another_first_attempt_is_no_replay_and_respects_the_claim(front: Any, s
 
 
 @both_fronts
-def test_a_replay_refuses_a_record_without_an_owner(front: Any, store: Store) -> None:
+def test_a_replay_refuses_a_record_without_an_owner_and_does_not_wait_for_it(front: Any, store: Store) -> None:
     abandon(store)
     store.disown()
     steps = Steps()
     left = stored(store)
+    patient = IdempotencyConfig(event_key_jmespath="id", wait_timeout_seconds=600)
     with pytest.raises(IdempotencyAlreadyInProgressError):
-        front(store.make_layer(), steps)(EVENT, REPLAY)
+        front(store.make_layer(), steps, patient)(EVENT, REPLAY)
     assert left.owner is None
     assert stored(store) == left
     assert steps.attempts == []
