@@ -24,6 +24,8 @@ URL_FORMS: Final = (
     "sqlite:////absolute/path",
     "redis://host:6379/0",
     "rediss://host:6379/0",
+    "redis+cluster://host:6379",
+    "redis+sentinel://host:26379/service/0",
     "dynamodb://table",
 )
 
@@ -132,7 +134,8 @@ def open_persistence_layer(url: str) -> PersistenceLayer:
 
     Args:
         url: `memory://`; `sqlite:///relative/path` or `sqlite:////absolute/path`, as SQLAlchemy writes them;
-            `redis://host:6379/0` or, with TLS, `rediss://…`, as redis-py understands them;
+            `redis://host:6379/0`, as redis-py understands it; `redis+cluster://host:6379,host2:6379`;
+            `redis+sentinel://host:26379,host2:26379/service/0`; with TLS `rediss…` instead of `redis…`;
             `dynamodb://table`, with region, endpoint and credentials from the AWS environment.
 
     Raises:
@@ -147,7 +150,7 @@ def open_persistence_layer(url: str) -> PersistenceLayer:
         from aidem.persistence.sqlite import SQLitePersistenceLayer
 
         return SQLitePersistenceLayer(rest[1:])
-    if scheme in {"redis", "rediss"} and rest:
+    if scheme.partition("+")[0] in {"redis", "rediss"} and rest:
         from aidem.persistence.redis import RedisPersistenceLayer
 
         return RedisPersistenceLayer(url)

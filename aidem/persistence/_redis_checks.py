@@ -9,27 +9,31 @@ from aidem.exceptions import IdempotencyPersistenceConfigError, IdempotencyPersi
 from aidem.persistence._redis_errors import ReplyError
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterator
+    from collections.abc import Awaitable, Iterable, Iterator
 
-    Ask = Callable[..., Awaitable[Any]]
+    from aidem.persistence._redis_line import Line
 
 OLDEST_VERSION: Final = (6, 2)
 
 
-async def problems(ask: Ask) -> list[str]:
-    """Say which settings of a server endanger records, as far as its ACL lets us look.
+async def problems(nodes: Iterable[Line], *, mode: str) -> list[str]:
+    """Say which settings of servers endanger records, as far as their ACL lets us look.
 
     Args:
-        ask: Sends a command and answers the reply.
+        nodes: The lines to them.
+        mode: How they keep records together.
 
     Raises:
-        IdempotencyPersistenceLayerError: It cannot be reached.
-        IdempotencyPersistenceConfigError: It is too old.
+        IdempotencyPersistenceLayerError: One cannot be reached.
+        IdempotencyPersistenceConfigError: One is too old.
     """
-    info = _info(await _if_allowed(ask("INFO")) or b"")
-    _check_version(info.get("redis_version", ""))
-    _, save = await _if_allowed(ask("CONFIG", "GET", "save")) or (b"save", b"unknown")
-    return list(_problems(info, save=save.decode()))
+    found = dict[str, None]()  # a set that keeps its order
+    for node in nodes:
+        info = _info(await _if_allowed(node.query("INFO")) or b"")
+        _check_version(info.get("redis_version", ""))
+        _, save = await _if_allowed(node.query("CONFIG", "GET", "save")) or (b"save", b"unknown")
+        found |= dict.fromkeys(_problems(info, save=save.decode(), mode=mode))
+    return list(found)
 
 
 async def _if_allowed(reply: Awaitable[Any]) -> Any:
@@ -54,7 +58,7 @@ def _check_version(version: str) -> None:
         raise IdempotencyPersistenceConfigError(f"this server is Redis {version}; aidem needs 6.2 or newer, or Valkey")
 
 
-def _problems(info: dict[str, str], *, save: str) -> Iterator[str]:
+def _problems(info: dict[str, str], *, save: str, mode: str) -> Iterator[str]:
     policy = info.get("maxmemory_policy", "noeviction")
     if policy != "noeviction" and info.get("maxmemory") != "0":
         yield (
@@ -65,4 +69,10 @@ def _problems(info: dict[str, str], *, save: str) -> Iterator[str]:
         yield (
             "appendonly is no and save is empty: when Redis restarts, all records are gone, and calls may run twice; "
             "set appendonly to yes"
+        )
+    # INFO tells how many good replicas there are only where that setting is on.
+    if mode == "sentinel" and "connected_slaves" in info and "min_slaves_good_slaves" not in info:
+        yield (
+            "min-replicas-to-write is 0: a primary that is cut off while another takes its place goes on acknowledging "
+            "records that are then gone, and calls may run twice; set it to 1 or more"
         )

@@ -6,12 +6,11 @@ from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar, cast
 
 import hiredis
 
-from aidem.persistence._redis_errors import ReplyError, translated
-
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from aidem._cancellation import SettlingFuture
+    from aidem.persistence._redis_errors import ReplyError
     from aidem.persistence._redis_scripts import Script
 
 T = TypeVar("T")
@@ -28,7 +27,7 @@ class Command(Generic[T]):
         asked_at: In seconds of the loop's clock.
     """
 
-    __slots__ = ("_read", "_script", "_script_arguments", "asked_at", "future", "packed")
+    __slots__ = ("_arguments", "_read", "_script", "asked_at", "future", "packed")
 
     def __init__(
         self,
@@ -42,26 +41,31 @@ class Command(Generic[T]):
         self.asked_at = future.get_loop().time()
         self._read = read
         self._script = script
-        self._script_arguments = arguments
+        self._arguments = arguments
         if script is None:
             self.packed = pack(arguments)
         else:
             self.packed = pack(("EVALSHA", script.sha, *arguments))
 
-    def wants_source(self, reply: object) -> bool:
+    @property
+    def key(self) -> str:
+        """The key that it is about; a script is told first how many there are."""
+        return str(self._arguments[1])
+
+    def wants_source(self, error: ReplyError) -> bool:
         """Whether the server has forgotten the script; `packed` then holds it in full."""
-        script = self._script
-        if script is None or not isinstance(reply, ReplyError) or reply.code != "NOSCRIPT":
+        return error.code == "NOSCRIPT" and self.in_full()
+
+    def in_full(self) -> bool:
+        """Let `packed` hold the script itself; answer whether it held only its digest."""
+        script, self._script = self._script, None
+        if script is None:
             return False
-        self.packed = pack(("EVAL", script.source, *self._script_arguments))
-        self._script = None
+        self.packed = pack(("EVAL", script.source, *self._arguments))
         return True
 
     def answer(self, reply: object) -> None:
         """Settle it with the reply of the server."""
-        if isinstance(reply, ReplyError):
-            self.fail(translated(reply))
-            return
         try:
             answer = self._read(reply)
         except Exception as error:  # noqa: BLE001 - it belongs to whoever asked
@@ -73,3 +77,15 @@ class Command(Generic[T]):
         """Settle it with an error; nobody may be there any more to look at it."""
         self.future.fail(error)
         self.future.exception()
+
+
+class Asking(Command[Any]):
+    """What lets the next command in at a node that is importing its slot; it succeeds or fails with that command."""
+
+    __slots__ = ()
+
+    def __init__(self, command: Command[Any]) -> None:
+        super().__init__(command.future, ("ASKING",), lambda reply: reply)
+
+    def answer(self, reply: object) -> None:
+        """Leave it to the reply that comes next."""

@@ -6,16 +6,39 @@ import asyncio
 import os
 import threading
 from contextlib import suppress
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final, Protocol
 from weakref import WeakSet
 
-from aidem.persistence._redis_line import Line
-from aidem.persistence._redis_listener import Listener
-
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable
+    from collections.abc import AsyncGenerator, Callable, Sequence
 
-    from aidem.persistence._redis_server import Server
+    from aidem.persistence._redis_command import Command
+    from aidem.persistence._redis_line import Line
+    from aidem.persistence._redis_listener import Listener
+
+
+class Lines(Protocol):
+    """What takes commands: the line to one server, or the lines to the nodes of a cluster."""
+
+    def ask(self, command: Command[Any]) -> None:
+        """Send a command to where its key is; its future is settled, whatever happens."""
+        ...
+
+    async def nodes(self) -> Sequence[Line]:
+        """Return the line to each server that takes writes.
+
+        Raises:
+            IdempotencyPersistenceLayerError: It is not known which they are.
+        """
+        ...
+
+    async def aclose(self) -> None:
+        """Finish what was asked so far, then close all connections."""
+        ...
+
+    async def abort(self) -> None:
+        """Close all connections now."""
+        ...
 
 
 class Connections:
@@ -28,9 +51,9 @@ class Connections:
 
     __slots__ = ("line", "listener")
 
-    def __init__(self, server: Server, *, timeout_seconds: float) -> None:
-        self.line = Line(server, timeout_seconds=timeout_seconds)
-        self.listener = Listener(server, timeout_seconds=timeout_seconds)
+    def __init__(self, line: Lines, listener: Listener) -> None:
+        self.line = line
+        self.listener = listener
 
     async def aclose(self) -> None:
         """Finish what was asked so far, then close them."""

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 CLOSED: Final = "the persistence layer was closed"
+LOST: Final = "the connection to Redis was lost"
+MAY_BE_APPLIED: Final = "the operation may have been applied"
 
 
 class ReplyError(Exception):
@@ -26,12 +28,15 @@ class ReplyError(Exception):
 
     Attributes:
         code: Its first word, such as `READONLY`. The rest may show what was sent, and is not kept.
+        address: With MOVED or ASK: host and port of the node to ask; no host means the one that says so.
     """
 
     def __init__(self, text: str) -> None:
         # A server before 7.0 wraps an error within a script: "ERR Error running script …: -OOM command not allowed".
         match = _WITHIN_SCRIPT.search(text)
         self.code = match.group(1) if match else text.partition(" ")[0]
+        elsewhere = _ELSEWHERE.match(text)
+        self.address = (elsewhere[1], int(elsewhere[2])) if elsewhere else None
         super().__init__(self.code)
 
     @property
@@ -40,6 +45,7 @@ class ReplyError(Exception):
         return self.code in {"READONLY", "MASTERDOWN"}
 
 
+_ELSEWHERE: Final = re.compile(r"(?:MOVED|ASK) \d+ \??(\S*):(\d+)$")
 _WITHIN_SCRIPT: Final = re.compile(r"^ERR Error running script.*(?:-| )([A-Z]{3,})\b")
 
 _TRY_AGAIN: Final = {
@@ -84,7 +90,7 @@ def connecting_failed(error: Exception, *, address: str, timeout_seconds: float)
         if problem is not None:
             return IdempotencyPersistenceConfigError(f"Redis at {address} cannot be used: {problem}")
         if isinstance(cause, TimeoutError | redis.exceptions.TimeoutError):
-            what = f"no answer within {timeout_seconds:g} s, which timeout_seconds allows"
+            what = f"no answer within {timeout_seconds:.3g} s, which timeout_seconds allows"
     return IdempotencyPersistenceConnectionError(
         f"Redis at {address} cannot be reached ({what}): see that it runs, that the network leads there, and that it "
         "expects TLS (rediss://, ssl=True) if the layer does, and else not (redis://, ssl=False)"

@@ -9,15 +9,20 @@ from __future__ import annotations
 
 import asyncio
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
+from aidem._cancellation import SettlingFuture
 from aidem.exceptions import IdempotencyPersistenceConnectionError
-from aidem.persistence._redis_errors import CLOSED, copy_of, failure_of
+from aidem.persistence._redis_command import Asking, Command
+from aidem.persistence._redis_errors import CLOSED, LOST, copy_of, failure_of
 from aidem.persistence._redis_wire import Wire
 
 if TYPE_CHECKING:
-    from aidem.persistence._redis_command import Command
-    from aidem.persistence._redis_server import Server
+    from collections.abc import Sequence
+
+    from aidem.exceptions import IdempotencyPersistenceLayerError
+    from aidem.persistence._redis_errors import ReplyError
+    from aidem.persistence._redis_server import Endpoint
 
 IDLE_SECONDS: Final = 1.0
 """After how long a connection is looked at before it is written to."""
@@ -26,12 +31,28 @@ COLLECTED_AT_MOST: Final = 16
 """How many commands collect while replies are outstanding."""
 
 
-class Line:
-    """Takes commands from anywhere in one event loop."""
+class Detours(Protocol):
+    """Knows what becomes of commands that one server of many does not serve."""
 
-    def __init__(self, server: Server, *, timeout_seconds: float) -> None:
+    def redirected(self, line: Line, command: Command[Any], error: ReplyError) -> bool:
+        """Whether a command that the server has refused goes on elsewhere."""
+        ...
+
+    def stranded(self, line: Line, commands: Sequence[Command[Any]], failure: IdempotencyPersistenceLayerError) -> None:
+        """Take what was not sent: there is no connection any more, or none could be made."""
+
+
+class Line:
+    """Takes commands from anywhere in one event loop.
+
+    Attributes:
+        server: Where they go.
+    """
+
+    def __init__(self, server: Endpoint, *, timeout_seconds: float, detours: Detours | None = None) -> None:
         self._loop = asyncio.get_running_loop()
-        self._server = server
+        self.server = server
+        self._detours = detours
         self._timeout_seconds = timeout_seconds
         self._wire: Wire | None = None
         self._waiting: list[Command[Any]] = []
@@ -47,6 +68,22 @@ class Line:
             self._waiting.append(command)
             self._flush()
 
+    def query(self, *arguments: str) -> SettlingFuture[Any]:
+        """Send a command; answer the reply as it comes."""
+        future: SettlingFuture[Any] = SettlingFuture(loop=self._loop)
+        self.ask(Command(future, arguments, lambda reply: reply))
+        return future
+
+    def ask_importing(self, command: Command[Any]) -> None:
+        """Send a command to a node that is importing its slot."""
+        command.in_full()  # if it was sent again because the node does not know the script, it would not be let in
+        self._waiting.append(Asking(command))
+        self.ask(command)
+
+    async def nodes(self) -> Sequence[Line]:
+        """Return all that records are kept behind: itself."""
+        return (self,)
+
     def again(self, command: Command[Any]) -> None:
         """Send a command with what goes out next."""
         self._waiting.append(command)
@@ -54,6 +91,13 @@ class Line:
             self._connect()
         elif len(self._waiting) >= COLLECTED_AT_MOST and not self._has_been_idle(self._wire):
             self._write(self._wire)
+
+    def goes_on(self, command: Command[Any], error: ReplyError) -> bool:
+        """Whether a command that was answered with an error is sent once more, here or elsewhere."""
+        if command.wants_source(error):
+            self.again(command)
+            return True
+        return self._detours is not None and self._detours.redirected(self, command, error)
 
     def heard(self) -> None:
         """Send what was collected, and what those who got the replies ask for now."""
@@ -65,13 +109,16 @@ class Line:
         if self._wire is wire:
             self._wire = None
             waiting, self._waiting = self._waiting, []
+            if self._detours is not None:
+                self._detours.stranded(self, waiting, IdempotencyPersistenceConnectionError(LOST))
+                return
             for command in waiting:
                 command.future.give_up_at(command.asked_at + self._timeout_seconds)  # it has waited before
                 self.again(command)
 
     async def aclose(self) -> None:
         """Finish what was asked so far, then close the connection; a later command opens it anew."""
-        while pending := self._pending():
+        while pending := self.pending():
             await asyncio.wait(pending)
         await self.abort()
 
@@ -85,7 +132,8 @@ class Line:
             wire.abort(IdempotencyPersistenceConnectionError(CLOSED))
             await wire.closed
 
-    def _pending(self) -> list[asyncio.Future[Any]]:
+    def pending(self) -> list[asyncio.Future[Any]]:
+        """Return what was asked and is not answered yet."""
         sent = () if self._wire is None else self._wire.sent
         return [command.future for command in (*self._waiting, *sent) if not command.future.done()]
 
@@ -116,7 +164,7 @@ class Line:
 
     async def _connected(self) -> None:
         wire = Wire(self, timeout_seconds=self._timeout_seconds)
-        await self._server.connect(wire, timeout_seconds=self._timeout_seconds)
+        await self.server.connect(wire, timeout_seconds=self._timeout_seconds)
         self._connecting = None
         self._wire = wire
         for command in self._waiting:
@@ -128,5 +176,8 @@ class Line:
         if failure is not None:
             self._connecting = None
             waiting, self._waiting = self._waiting, []
+            if self._detours is not None:
+                self._detours.stranded(self, waiting, failure)
+                return
             for command in waiting:
                 command.fail(copy_of(failure))

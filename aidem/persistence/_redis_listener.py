@@ -14,11 +14,11 @@ import hiredis
 
 from aidem.exceptions import IdempotencyPersistenceConnectionError, IdempotencyPersistenceLayerError
 from aidem.persistence._redis_command import pack
-from aidem.persistence._redis_errors import CLOSED, ReplyError, copy_of, failure_of, translated
+from aidem.persistence._redis_errors import CLOSED, LOST, ReplyError, copy_of, failure_of, translated
 from aidem.persistence._redis_server import Taker
 
 if TYPE_CHECKING:
-    from aidem.persistence._redis_server import Server
+    from aidem.persistence._redis_server import Endpoint
 
 _INCOMPLETE: Final = object()
 
@@ -51,7 +51,7 @@ class Listener(Taker):
         linger_seconds: How long a subscription is kept without listeners: longer than a waiter looks away.
     """
 
-    def __init__(self, server: Server, *, timeout_seconds: float, linger_seconds: float = 3.0) -> None:
+    def __init__(self, server: Endpoint, *, timeout_seconds: float, linger_seconds: float = 3.0) -> None:
         self._loop = asyncio.get_running_loop()
         self._server = server
         self._timeout_seconds = timeout_seconds
@@ -164,7 +164,7 @@ class Listener(Taker):
         self._transport = None
         self._closed.set_result(None)
         if not self._is_ending:
-            failure = IdempotencyPersistenceConnectionError("the connection to Redis was lost")
+            failure = IdempotencyPersistenceConnectionError(LOST)
             failure.__cause__ = exc
             self._break(failure)
         elif self._channels:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from aidem.persistence._redis_errors import connecting_failed
 
 if TYPE_CHECKING:
-    from redis.asyncio.connection import AbstractConnection, ConnectionPool
+    from collections.abc import Mapping
+
+    from redis.asyncio.connection import AbstractConnection
 
 # What a pool tells its connections and a line does in its own way, or not at all.
 _LEFT_OUT: Final = ("retry", "maint_", "oss_cluster_maint_", "health_check_interval")
@@ -25,18 +27,8 @@ class Taker(asyncio.Protocol):
     stream: object = None
 
 
-class Server:
-    """What redis-py needs to know of a server.
-
-    Attributes:
-        address: Where it is, to be shown.
-    """
-
-    def __init__(self, pool: ConnectionPool) -> None:
-        kwargs = {name: value for name, value in pool.connection_kwargs.items() if not name.startswith(_LEFT_OUT)}
-        self._class: type[AbstractConnection] = pool.connection_class
-        self._kwargs: dict[str, Any] = kwargs | _OURS
-        self.address = kwargs.get("path") or f"{kwargs.get('host', 'localhost')}:{kwargs.get('port', 6379)}"
+class Endpoint(Protocol):
+    """What can be connected to: a server, or whichever one it takes."""
 
     async def connect(self, taker: Taker, *, timeout_seconds: float) -> None:
         """Connect whoever takes the connection over.
@@ -44,7 +36,33 @@ class Server:
         Raises:
             IdempotencyPersistenceLayerError: It could not, in this time.
         """
-        connection: Any = self._class(**self._kwargs)
+
+
+class Server:
+    """What redis-py needs to know of a server.
+
+    Args:
+        connection_class: Which of its connections is made.
+        options: What that one is told.
+
+    Attributes:
+        host: Its name or address.
+        address: Where it is, to be shown.
+    """
+
+    def __init__(self, connection_class: type[AbstractConnection], options: Mapping[str, Any]) -> None:
+        self._class = connection_class
+        self._options = {name: value for name, value in options.items() if not name.startswith(_LEFT_OUT)} | _OURS
+        self.host: str = options.get("host", "localhost")
+        self.address: str = options.get("path") or f"{self.host}:{options.get('port', 6379)}"
+
+    def at(self, host: str, port: int) -> Server:
+        """Return a server that differs in nothing but its place."""
+        return Server(self._class, self._options | {"host": host, "port": port})
+
+    async def connect(self, taker: Taker, *, timeout_seconds: float) -> None:
+        """Connect."""
+        connection: Any = self._class(**self._options)
         try:
             async with asyncio.timeout(timeout_seconds):
                 await connection.connect()

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol, cast
 import hiredis
 
 from aidem.exceptions import IdempotencyPersistenceConnectionError
-from aidem.persistence._redis_errors import ReplyError
+from aidem.persistence._redis_errors import LOST, MAY_BE_APPLIED, ReplyError, translated
 from aidem.persistence._redis_server import Taker
 
 if TYPE_CHECKING:
@@ -27,8 +27,9 @@ _INCOMPLETE: Final = object()
 class Owner(Protocol):
     """Whoever uses a wire."""
 
-    def again(self, command: Command[Any]) -> None:
-        """Send a command once more: the server has forgotten its script."""
+    def goes_on(self, command: Command[Any], error: ReplyError) -> bool:
+        """Whether a command that was answered with an error is sent once more, here or elsewhere."""
+        ...
 
     def heard(self) -> None:
         """Take note that replies came: whoever waited for them goes on in the next turn of the loop."""
@@ -103,7 +104,7 @@ class Wire(Taker):
         if not self.closed.done():
             self.closed.set_result(None)
         while self.sent:
-            failure = IdempotencyPersistenceConnectionError(str(self._error or _LOST))
+            failure = IdempotencyPersistenceConnectionError(str(self._error or f"{LOST}; {MAY_BE_APPLIED}"))
             failure.__cause__ = exc
             self.sent.popleft().fail(failure)
 
@@ -114,13 +115,13 @@ class Wire(Taker):
             self._break("Redis said what nobody had asked for")
             return
         command = self.sent.popleft()
-        if command.wants_source(reply):
-            self._owner.again(command)
-            return
-        command.answer(reply)
-        if isinstance(reply, ReplyError) and reply.ends_connection:
-            self._owner.lost(self)
-            self._is_ending = True
+        if not isinstance(reply, ReplyError):
+            command.answer(reply)
+        elif not self._owner.goes_on(command, reply):
+            command.fail(translated(reply))
+            if reply.ends_connection:
+                self._owner.lost(self)
+                self._is_ending = True
 
     def _watch(self) -> None:
         """Break the connection when the oldest command has waited too long; replies come in order."""
@@ -136,7 +137,3 @@ class Wire(Taker):
     def _break(self, what: str) -> None:
         self._owner.lost(self)
         self.abort(IdempotencyPersistenceConnectionError(f"{what}; {MAY_BE_APPLIED}"))
-
-
-MAY_BE_APPLIED: Final = "the operation may have been applied"
-_LOST: Final = f"the connection to Redis was lost; {MAY_BE_APPLIED}"

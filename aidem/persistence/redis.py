@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import TYPE_CHECKING, Any, Final, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
 from aidem import _state
 from aidem._cancellation import SettlingFuture
@@ -14,9 +14,9 @@ from aidem.exceptions import IdempotencyPersistenceLayerError, IdempotencySerial
 
 try:
     from aidem.persistence import _redis_checks
-    from aidem.persistence._redis_client import server_of
+    from aidem.persistence._redis_client import Mode, deployment_of, is_lock_respected
     from aidem.persistence._redis_command import Command
-    from aidem.persistence._redis_connections import Connections, ConnectionsByLoop
+    from aidem.persistence._redis_connections import ConnectionsByLoop
 except ImportError as error:
     raise ImportError("RedisPersistenceLayer needs redis-py and hiredis: pip install 'aidem[redis]'") from error
 from aidem.persistence._redis_records import RecordText, durations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from types import TracebackType
 
-    from redis.asyncio import Redis
+    from redis.asyncio import Redis, RedisCluster
 
 __all__ = ["RedisCachePersistenceLayer", "RedisPersistenceLayer"]
 
@@ -41,20 +41,21 @@ class RedisPersistenceLayer:
     """Keeps records in Redis 6.2 or newer, or Valkey; what its settings must be like is in docs/redis.md.
 
     Every operation is one script on one key, judged by the server's clock. All operations of an event loop share one
-    connection; concurrent ones share its round trips.
+    connection to each server; concurrent ones share its round trips.
 
     Args:
-        url: `redis://`, `rediss://` (TLS) or `unix://`, as redis-py understands it; it goes before `host` and the rest.
+        url: `redis://`, `rediss://` (TLS) or `unix://`, as redis-py understands it; `redis+cluster://host,host2`;
+            `redis+sentinel://host,host2/service/0`. It goes before `host` and the rest.
         host: Name or address of the server.
         port: Its port.
         username: A user of its ACL; empty: the default user.
         password: The password of that user; empty: none.
         db_index: Number of the database.
-        mode: Only `"standalone"`.
+        mode: `"standalone"`, `"cluster"` or `"sentinel"`; some URLs, and a client, say it by themselves.
         ssl: Whether to use TLS with `host`; certificates are checked.
-        client: A client of `redis.asyncio` to take all of this from. The layer makes a connection of its own, as the
-            client would make one, and never closes the client.
-        shared_with_powertools: Whether AWS Powertools for Python may use the same keys: its lock is then respected.
+        client: A `Redis`, also of `Sentinel.master_for`, or a `RedisCluster` of `redis.asyncio` to take all of this
+            from. The layer connects by itself, as the client would, and never closes the client.
+        shared_with_powertools: Whether to respect the lock of AWS Powertools for Python; None: unless in a cluster.
         timeout_seconds: How long connecting may take, and then how long an operation.
         clock: Answers epoch seconds, to judge by instead of the server's clock; for tests.
         expiry_attr: What the expiry of a record is called in its JSON; the other `_attr` options likewise.
@@ -72,10 +73,10 @@ class RedisPersistenceLayer:
         username: str = "",
         password: str = "",
         db_index: int = 0,
-        mode: Literal["standalone", "cluster", "sentinel"] = "standalone",
+        mode: Mode = "standalone",
         ssl: bool = True,
-        client: Redis | None = None,
-        shared_with_powertools: bool = True,
+        client: Redis | RedisCluster | None = None,
+        shared_with_powertools: bool | None = None,
         timeout_seconds: float = 5.0,
         clock: Callable[[], float] | None = None,
         expiry_attr: str = "expiration",
@@ -88,13 +89,14 @@ class RedisPersistenceLayer:
         lease_expiry_attr: str = "lease_expiration",
         outcome_attr: str = "outcome",
     ) -> None:
-        server = server_of(
+        deployment = deployment_of(
             client, url=url, host=host, port=port, username=username, password=password, db=db_index, ssl=ssl, mode=mode
         )
         if clock is not None:
             self.clock = clock  # the engine asks for it by this name
         self._own_clock = clock
-        self._shared_with_powertools = shared_with_powertools
+        self._mode = deployment.mode
+        self._respects_lock = is_lock_respected(shared_with_powertools, mode=deployment.mode)
         names = AttributeNames(
             expiry=expiry_attr,
             in_progress_expiry=in_progress_expiry_attr,
@@ -109,7 +111,7 @@ class RedisPersistenceLayer:
         self._is_checked = False
         self._text = RecordText(names)
         self._scripts = Scripts(names)
-        self._connections = ConnectionsByLoop(lambda: Connections(server, timeout_seconds=timeout_seconds))
+        self._connections = ConnectionsByLoop(lambda: deployment.connections(timeout_seconds=timeout_seconds))
 
     # --- Operations -------------------------------------------------------------------------------------------------
 
@@ -122,7 +124,7 @@ class RedisPersistenceLayer:
     ) -> SettlingFuture[Claimed | Blocked]:
         """Store a claim unless a live record of somebody else is there."""
         key = record.idempotency_key
-        keys = (key, f"{key}:lock") if self._shared_with_powertools else (key,)
+        keys = (key, f"{key}:lock") if self._respects_lock else (key,)
         return self._ask(
             (len(keys), *keys, *self._judge(record), *durations(record, now=now), self._text.claim(record)),
             lambda reply: self._claim_answer(key, *reply),
@@ -185,7 +187,7 @@ class RedisPersistenceLayer:
         Raises:
             IdempotencyPersistenceLayerError: It cannot be reached or used.
         """
-        problems = await _redis_checks.problems(lambda *command: self._ask(command, lambda reply: reply))
+        problems = await _redis_checks.problems(await self._connections.here().line.nodes(), mode=self._mode)
         if not self._is_checked:
             self._is_checked = True
             for problem in problems:

@@ -126,3 +126,25 @@ def no_complaints() -> Iterator[list[dict[str, Any]]]:
     yield complaints
     loop.set_exception_handler(None)
     assert complaints == []
+
+
+FORKING = """
+import asyncio, os, sys
+from aidem.persistence._redis_urls import servers_of_url
+from aidem.persistence.redis import RedisPersistenceLayer
+from tests.persistence.redis_support import acquired
+
+layer = RedisPersistenceLayer(sys.argv[1])
+loop = asyncio.new_event_loop()
+loop.run_until_complete(acquired(layer, "parent"))
+for number in range(3):
+    child = os.fork()
+    if child == 0:
+        answers = asyncio.run(asyncio.wait_for(acquired(layer, f"child {number}", "child"), 20))
+        print(type(answers).__name__, flush=True)
+        sys.exit(0)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+    print(type(loop.run_until_complete(acquired(layer, f"child {number}", "parent"))).__name__, flush=True)
+loop.run_until_complete(layer.aclose())
+loop.close()
+"""

@@ -22,13 +22,14 @@ from aidem.exceptions import (
     IdempotencyPersistenceConnectionError,
     IdempotencyPersistenceLayerError,
 )
-from aidem.persistence._redis_client import server_of
 from aidem.persistence._redis_line import COLLECTED_AT_MOST, IDLE_SECONDS
 from aidem.persistence._redis_listener import Listener
 from aidem.persistence._redis_server import Taker, _take_over
+from aidem.persistence._redis_urls import servers_of_url
 from aidem.persistence.redis import RedisPersistenceLayer
 from aidem.testing import claim_of
 from tests.persistence.redis_support import (
+    FORKING,
     FakeServer,
     acquired,
     claimed,
@@ -580,27 +581,6 @@ async def test_loops_of_other_threads_have_connections_of_their_own(server: Redi
     await layer.aclose()
 
 
-FORKING = """
-import asyncio, os, sys
-from aidem.persistence.redis import RedisPersistenceLayer
-from tests.persistence.redis_support import acquired
-
-layer = RedisPersistenceLayer(sys.argv[1])
-loop = asyncio.new_event_loop()
-loop.run_until_complete(acquired(layer, "parent"))
-for number in range(3):
-    child = os.fork()
-    if child == 0:
-        answers = asyncio.run(asyncio.wait_for(acquired(layer, f"child {number}", "child"), 20))
-        print(type(answers).__name__, flush=True)
-        sys.exit(0)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-    print(type(loop.run_until_complete(acquired(layer, f"child {number}", "parent"))).__name__, flush=True)
-loop.run_until_complete(layer.aclose())
-loop.close()
-"""
-
-
 def test_a_forked_child_uses_a_connection_of_its_own(server: RedisServer) -> None:
     worker = subprocess.run(
         [sys.executable, "-W", "error", "-W", "ignore::DeprecationWarning", "-c", FORKING, server.url],
@@ -682,7 +662,7 @@ async def test_waiting_ends_after_its_time_and_listens_on_for_a_while(
 
 
 def listener_of(url: str, *, linger_seconds: float) -> Listener:
-    server = server_of(None, url=url, host="", ssl=False, mode="standalone")
+    (server,) = servers_of_url(url)
     return Listener(server, timeout_seconds=10, linger_seconds=linger_seconds)
 
 
