@@ -28,6 +28,12 @@ def return_annotation(function: Any) -> Any:
     return hints["return"]
 
 
+def name_of(function: Any) -> str:
+    """Return module and qualified name of the plain function behind a callable that has a return annotation."""
+    function = _underlying(function)
+    return f"{function.__module__}.{function.__qualname__}"
+
+
 def _underlying(function: Any) -> Any:
     """Return the plain function in a partial, a method, a classmethod or a callable object."""
     while not inspect.isfunction(function):

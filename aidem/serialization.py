@@ -7,9 +7,10 @@ keys. Without a serializer a replay returns plain JSON data.
 from __future__ import annotations
 
 import dataclasses
+import logging
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
-from aidem._annotations import parts, return_annotation
+from aidem._annotations import name_of, parts, return_annotation
 from aidem._dataclasses import DataclassSerializer
 from aidem._json import ENCODABLE, NotEncodableError, decode, encode
 from aidem._pydantic import PydanticSerializer, is_pydantic
@@ -30,6 +31,8 @@ __all__ = [
     "OutputSerializer",
     "PydanticSerializer",
 ]
+
+logger = logging.getLogger("aidem")
 
 UNAVAILABLE_TEXT: Final = "aidem:unavailable"
 _EXCEPTION_PREFIX: Final = "aidem:exception:"
@@ -119,7 +122,8 @@ def resolve(
 def _deduced(function: Callable[..., Any] | None) -> OutputSerializer:
     try:
         annotation = return_annotation(function)
-    except Exception:  # noqa: BLE001 - whatever evaluating an annotation raises
+    except Exception as error:  # noqa: BLE001 - whatever evaluating an annotation raises
+        _warn_once(name_of(function), error)
         return NoOpSerializer()
     classes = [] if annotation is None else list(parts(annotation))
     if any(map(is_pydantic, classes)):
@@ -127,6 +131,21 @@ def _deduced(function: Callable[..., Any] | None) -> OutputSerializer:
     if any(map(dataclasses.is_dataclass, classes)):
         return DataclassSerializer(annotation)
     return NoOpSerializer()
+
+
+_unresolved: Final[set[str]] = set()
+
+
+def _warn_once(name: str, error: Exception) -> None:
+    """Say that the results of a function will not be models, which may be meant: not every annotation names one."""
+    if name not in _unresolved:
+        _unresolved.add(name)
+        logger.warning(
+            "the return annotation of %s cannot be resolved: %s; callers get plain JSON data unless you import at run "
+            "time what it names, or pass an output_serializer",
+            name,
+            error,
+        )
 
 
 def result_text(result: Any, serializer: OutputSerializer) -> str:

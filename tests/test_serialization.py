@@ -685,6 +685,23 @@ def test_a_serializer_is_deduced_from_the_return_annotation(function: Any, expec
     assert type(resolve(None, function)) is expected
 
 
+def test_an_annotation_that_cannot_be_resolved_is_warned_of_once_for_each_function(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def one() -> OnlyForTypeCheckers: ...  # type: ignore[empty-body]
+    async def other() -> OnlyForTypeCheckers: ...  # type: ignore[empty-body]
+
+    for function in (one, functools.partial(one), other):
+        resolve(None, function)
+    assert {(record.name, record.levelname) for record in caplog.records} == {("aidem", "WARNING")}
+    assert [record.getMessage() for record in caplog.records] == [
+        f"the return annotation of {__name__}.{function.__qualname__} cannot be resolved: name 'OnlyForTypeCheckers' "
+        "is not defined; callers get plain JSON data unless you import at run time what it names, or pass an "
+        "output_serializer"
+        for function in (one, other)
+    ]
+
+
 class Service:
     async def method(self) -> Node: ...  # type: ignore[empty-body]
 
