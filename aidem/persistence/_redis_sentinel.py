@@ -70,9 +70,7 @@ class Primary:
             )
         return self._like.at(fields[b"ip"].decode(), int(fields[b"port"]))
 
-    def _refusal(
-        self, sentinel: Server, error: IdempotencyPersistenceLayerError
-    ) -> IdempotencyPersistenceLayerError:
+    def _refusal(self, sentinel: Server, error: IdempotencyPersistenceLayerError) -> IdempotencyPersistenceLayerError:
         if isinstance(error.__cause__, ReplyError) and error.__cause__.code in {"ERR", "IDONTKNOW"}:
             return IdempotencyPersistenceConfigError(
                 f"Redis at {sentinel.address} is not a sentinel that knows a service {self._service!r}"
