@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Awaitable  # noqa: TC003 - a user's tools resolve the protocol's annotations
 from typing import TYPE_CHECKING, Final, Protocol, Self, runtime_checkable
 
+from aidem._cancellation import Settled, SettlingFuture
+from aidem._record import OutcomeKind
 from aidem._state import Blocked, Claimed
 from aidem.exceptions import IdempotencyPersistenceConfigError
 
@@ -16,7 +18,16 @@ if TYPE_CHECKING:
 
     from aidem._record import DataRecord
 
-__all__ = ["Blocked", "Claimed", "PersistenceLayer", "SupportsWaitForChange", "open_persistence_layer"]
+__all__ = [
+    "Blocked",
+    "Claimed",
+    "OutcomeKind",
+    "PersistenceLayer",
+    "Settled",
+    "SettlingFuture",
+    "SupportsWaitForChange",
+    "open_persistence_layer",
+]
 
 URL_FORMS: Final = (
     "memory://",
@@ -44,8 +55,8 @@ class PersistenceLayer(Protocol):
     INPROGRESS. A record without an owner is never ours.
 
     **Cancellation.** Operations are usually `async def`; the engine then runs each as a task of its own, so that a
-    cancelled caller does not leave a write half-done. A layer may instead answer a
-    `aidem._cancellation.SettlingFuture`, which saves that task.
+    cancelled caller does not leave a write half-done. A layer may instead answer a `SettlingFuture`, or `Settled` where
+    it never has to wait, which saves that task.
 
     **Errors.** `IdempotencyPersistenceConnectionError` when the store cannot be reached, timed out or throttles (the
     operation may have been applied); `IdempotencyPersistenceConfigError` for a missing table, a wrong schema or denied
