@@ -80,13 +80,25 @@ def test_a_row_without_a_ratio_is_judged_by_its_figure_and_one_without_a_target_
 
 def test_the_table_is_aligned_and_says_what_is_met() -> None:
     rows = {
-        "memory": [Row(what="call", against="x", ours=1234.5, theirs=2, unit="µs", ratio=0.614, target=at_most(0.6))],
+        "memory": [
+            Row(
+                what="call",
+                against="x",
+                ours=1234.5,
+                theirs=2,
+                unit="µs",
+                ratio=0.614,
+                clock="cpu",
+                other_ratio=0.7,
+                target=at_most(0.6),
+            )
+        ],
         "waiting": [Row(what="requests", ours=0, unit="requests", target=exactly(0))],
     }
     lines = _report.table(rows).splitlines()
     assert [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]] == [
-        ["memory", "call", "x", "1,234 µs", "2 µs", "0.61", "", "≤ 0.6", "no"],
-        ["waiting", "requests", "", "0 requests", "", "", "", "= 0", "yes"],
+        ["memory", "call", "x", "1,234 µs", "2 µs", "0.61", "cpu", "0.70", "≤ 0.6", "no"],
+        ["waiting", "requests", "", "0 requests", "", "", "", "", "= 0", "yes"],
     ]
     assert len({len(line) for line in lines}) == 1
 
