@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import importlib.util
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -114,6 +115,17 @@ async def test_the_client_gives_up_with_what_it_got_last() -> None:
     script = Script([httpx.ReadTimeout("slow")] * 2)
     with pytest.raises(httpx.ReadTimeout):
         await script.post(attempts=2)
+
+
+# --- The page -------------------------------------------------------------------------------------------------------
+
+
+def test_what_the_page_quotes_is_in_the_examples() -> None:
+    quoted = re.findall(r"^```py\n(.*?)^```$", (EXAMPLES.parent / "fastapi.md").read_text(), re.DOTALL | re.MULTILINE)
+    assert len(quoted) == 3
+    examples = "".join((EXAMPLES / f"{name}.py").read_text() for name in ("service", "client"))
+    for block in quoted:
+        assert block in examples
 
 
 # --- Both together --------------------------------------------------------------------------------------------------
