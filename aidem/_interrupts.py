@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import threading
 from typing import TYPE_CHECKING, Any, Final, Self
@@ -33,11 +34,16 @@ class Interrupts:
         if threading.current_thread() is threading.main_thread():  # no other hears of signals
             self._taken = [(number, default) for number, default in _DEFAULTS if signal.getsignal(number) is default]
         for number, _ in self._taken:
+            # For the wake-up that comes with it: a signal may arrive when the loop has just made up its mind to wait.
+            with contextlib.suppress(NotImplementedError):  # where it is not needed
+                self._loop.add_signal_handler(number, _nothing)
             signal.signal(number, self._interrupted)
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, default in self._taken:
+            with contextlib.suppress(NotImplementedError):
+                self._loop.remove_signal_handler(number)
             signal.signal(number, default)
         if self._interrupt is not None:
             raise self._interrupt
@@ -48,4 +54,8 @@ class Interrupts:
             raise interrupt
         self._interrupt = interrupt
         self._task.cancel()
-        self._loop.call_soon_threadsafe(lambda: None)  # it may be waiting, and looks only when it is woken
+        self._loop.call_soon_threadsafe(_nothing)  # it may be waiting, and looks only when it is woken
+
+
+def _nothing() -> None:
+    """Do nothing."""

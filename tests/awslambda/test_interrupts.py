@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -60,24 +61,27 @@ def test_an_interrupt_cancels_the_handler_which_gives_its_key_back(
     assert nothing(None, None) is None
 
 
-def test_an_interrupt_wakes_a_handler_that_waits(layer: PlannedLayer) -> None:
-    asked = threading.Event()
+@pytest.mark.parametrize("attempt", range(30))  # there is a moment in which a signal wakes nobody by itself
+def test_an_interrupt_wakes_a_handler_that_waits(attempt: int) -> None:
+    is_about_to_wait = threading.Event()
 
     @lambda_handler
-    async def handler(event: int, context: None) -> None:
-        asyncio.get_running_loop().call_soon(asked.set)
-        await asyncio.sleep(HOUR)
+    async def handler(event: None, context: None) -> None:
+        asyncio.get_running_loop().call_soon(is_about_to_wait.set)
+        await asyncio.sleep(30)  # what wakes it otherwise
 
     def interrupt() -> None:
-        asked.wait()
+        is_about_to_wait.wait()
         signal.pthread_kill(main, signal.SIGINT)
 
     main = threading.get_ident()
     thread = threading.Thread(target=interrupt)
+    started_at = time.monotonic()
     thread.start()
     with pytest.raises(KeyboardInterrupt):
-        handler(1, None)
+        handler(None, None)
     thread.join()
+    assert time.monotonic() - started_at < 20
 
 
 @pytest.mark.usefixtures("virtual_time")
