@@ -7,6 +7,7 @@ import contextlib
 import functools
 import json
 import logging
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -17,11 +18,13 @@ from typing import Any
 import anyio
 import pytest
 
-from aidem import IdempotencyConfig, current_execution, idempotent_function, register_lambda_context
-from aidem.awslambda import process_batch
+from aidem import IdempotencyConfig, _kept_loop, current_execution, idempotent_function, register_lambda_context
+from aidem.awslambda import lambda_handler, process_batch
 from aidem.config import reset_lambda_context
 from aidem.exceptions import IdempotencyConfigError, IdempotencyUsageError
+from aidem.persistence.dynamodb import DynamoDBPersistenceLayer
 from aidem.persistence.memory import MemoryPersistenceLayer
+from aidem.persistence.sqlite import SQLitePersistenceLayer
 from tests.support import VIRTUAL_TIME
 
 EVENTS = Path(__file__).parents[1] / "data" / "events"
@@ -441,6 +444,68 @@ async def test_a_record_that_cancels_its_own_task_does_not_count_as_done() -> No
 
     with pytest.raises(asyncio.CancelledError):
         await process_batch(standard("a"), handle)
+
+
+# --- Under lambda_handler ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Minute:
+    """A Lambda context with a minute left by the clock of the machine."""
+
+    deadline: float = field(default_factory=lambda: time.time() + 60)
+
+    def get_remaining_time_in_millis(self) -> int:
+        return int((self.deadline - time.time()) * 1000)
+
+
+@pytest.fixture
+def _no_loop_is_left() -> Iterator[None]:
+    yield
+    _kept_loop.close()
+
+
+def deliver_twice(layer: Any) -> None:
+    """Deliver thirty messages of which three are poison, and then all of them again."""
+    poisoned, charged, leases = {"3", "5", "29"}, list[str](), list[int]()
+
+    @idempotent_function(
+        data_keyword_argument="record",
+        persistence_store=layer,
+        config=IdempotencyConfig(event_key_jmespath="messageId"),
+    )
+    async def charge(record: dict[str, Any]) -> None:
+        if record["messageId"] in poisoned:
+            raise PoisonError
+        charged.append(record["messageId"])
+        record_of_claim = current_execution().record
+        assert record_of_claim is not None
+        leases.append(record_of_claim.in_progress_expiry_timestamp or 0)
+
+    @lambda_handler
+    async def handler(event: Any, context: Any) -> Any:
+        return await process_batch(event, charge)
+
+    context = Minute()
+    event = standard(*map(str, range(30)))
+    assert handler(event, context) == failures("3", "5", "29")
+    poisoned.clear()
+    assert handler(event, context) == failures()
+    assert sorted(charged) == sorted(map(str, range(30)))
+    assert all(
+        abs(lease / 1000 - context.deadline) < 0.1 for lease in leases
+    )  # of every record, that of the invocation
+
+
+@pytest.mark.usefixtures("_no_loop_is_left")
+def test_under_lambda_handler_each_record_runs_once_and_is_held_until_the_deadline(tmp_path: Path) -> None:
+    deliver_twice(SQLitePersistenceLayer(tmp_path / "records.sqlite3"))
+
+
+@pytest.mark.server
+@pytest.mark.usefixtures("_no_loop_is_left", "database")
+def test_the_same_with_records_in_dynamodb(table: str) -> None:
+    deliver_twice(DynamoDBPersistenceLayer(table))
 
 
 # --- What is logged ---------------------------------------------------------------------------------------------------

@@ -83,7 +83,7 @@ def dynamodb_store(database: Database) -> Store:
     return Store(lambda: DynamoDBPersistenceLayer(table), disown)
 
 
-@pytest.fixture(params=["sqlite", *(pytest.param(name, marks=pytest.mark.server) for name in EMULATORS)])
+@pytest.fixture(params=["sqlite", pytest.param(EMULATORS[0], marks=pytest.mark.server)])
 def store(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
     if request.param == "sqlite":
         return sqlite_store(tmp_path / "records.sqlite3")
