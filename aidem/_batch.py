@@ -125,7 +125,7 @@ class _Batch:
     async def _run_in_order(self, row: list[_Item]) -> list[_Item]:
         await self.slots.acquire()
         done = 0
-        while done < len(row) and not self._time_is_over() and await self._succeeds(row[done]):
+        while done < len(row) and self._may_start() and await self._succeeds(row[done]):
             done += 1
         self.slots.release()  # not after an interruption: nothing is to start behind it
         return row[done:]
@@ -148,9 +148,11 @@ class _Batch:
         # No message and no traceback: they may show the record.
         logger.warning("record %s of %s failed: %s", item.identifier, item.source, type(error).__qualname__)
 
-    def _time_is_over(self) -> bool:
+    def _may_start(self) -> bool:
+        if _is_cancelled():  # the record before has swallowed it
+            return False
         context = self.context
-        return context is not None and context.get_remaining_time_in_millis() < self.time_reserve_seconds * 1000
+        return context is None or context.get_remaining_time_in_millis() >= self.time_reserve_seconds * 1000
 
 
 def _is_cancelled() -> bool:

@@ -409,6 +409,20 @@ async def test_a_cancelled_batch_cancels_its_records_and_leaves_nothing_behind()
     assert worker.started == ["a", "b"]
 
 
+async def test_behind_a_record_that_swallows_the_cancellation_nothing_is_started() -> None:
+    started: list[str] = []
+
+    async def handle(record: dict[str, Any]) -> None:
+        started.append(record["messageId"])
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.sleep(1000)
+
+    with leaving_no_task(), pytest.raises(TimeoutError):
+        async with asyncio.timeout(5):
+            await process_batch(fifo("a1", "a2", "b1", "b2"), handle, max_concurrency=1)
+    assert started == ["a1"]
+
+
 async def test_an_asyncio_timeout_around_a_batch_holds() -> None:
     worker = Worker(seconds=1000)
     with leaving_no_task(), pytest.raises(TimeoutError):
