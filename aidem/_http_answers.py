@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
     from aidem._http_types import Headers, Send
 
 RETRY_AFTER_SECONDS: Final = 1
-"""After how many seconds a client may try again, where nothing is known but that the store failed."""
+"""After how many seconds a client may try again: a request that runs may end at any moment, a store come back."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,14 +125,7 @@ def problem_of(error: IdempotencyError) -> Problem:
     return next(problem for kind, problem in _REFUSALS if isinstance(error, kind))
 
 
-async def answer(
-    send: Send,
-    problem: Problem,
-    *,
-    documentation_url: str | None,
-    because: str = "",
-    retry_after_seconds: float | None = None,
-) -> None:
+async def answer(send: Send, problem: Problem, *, documentation_url: str | None, because: str = "") -> None:
     """Send a problem as the response.
 
     Args:
@@ -141,7 +133,6 @@ async def answer(
         problem: What to say.
         documentation_url: What `type` starts with; None: there is nothing to point at.
         because: What in particular is wrong.
-        retry_after_seconds: When a retry makes sense, where that is known.
     """
     content = {
         "type": "about:blank" if documentation_url is None else _below(documentation_url, problem.name),
@@ -155,8 +146,7 @@ async def answer(
         (b"content-length", str(len(body)).encode()),
     ]
     if problem.is_temporary:
-        seconds = math.ceil(retry_after_seconds or RETRY_AFTER_SECONDS)
-        headers.append((b"retry-after", str(seconds).encode()))
+        headers.append((b"retry-after", str(RETRY_AFTER_SECONDS).encode()))
     await _send_response(send, problem.status, headers, body)
 
 

@@ -113,13 +113,12 @@ class Exchange:
 
     async def _start(self, message: Message) -> None:
         recorder = Recorder(message, limit=self._options.max_response_bytes)
+        message = {**message, "headers": recorder.headers}  # they may have been an iterator
         if not self._is_stored(recorder):
             await self._give_back(NotStoredError())
         else:
             self._recorder = recorder
-            if recorder.is_too_large:
-                await self._record_without_response()
-            elif recorder.is_declared:
+            if recorder.is_declared:
                 self._held_start = message
                 return
         await self._pass(message)
@@ -145,8 +144,9 @@ class Exchange:
     def _is_stored(self, recorder: Recorder) -> bool:
         try:
             return self._options.store_if(recorder.status, recorder.headers)
-        except Exception:
-            logger.exception("store_if of %s failed; the response is stored", self._call.plan.function)
+        except Exception as error:  # noqa: BLE001 - whatever a function of the user's raises
+            # No trace: it may show what is in the headers.
+            logger.error("store_if of %s raised %s", self._call.plan.function, type(error).__name__)  # noqa: TRY400
             return True  # or the request would run again
 
     # --- How the claim ends -------------------------------------------------------------------------------------------
@@ -165,6 +165,7 @@ class Exchange:
             elif self._call.held_record().outcome is OutcomeKind.UNAVAILABLE:
                 self._report(EventKind.RESULT_UNAVAILABLE)
         finally:
+            self._recorder = None  # the copy is not needed any more, and what follows may take long
             self._is_settled.set()
 
     async def _record_without_response(self) -> None:

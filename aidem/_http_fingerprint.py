@@ -20,6 +20,8 @@ MULTIPART: Final = b"multipart/"
 
 _PARAMETER: Final = re.compile(rb';[ \t]*([^=;"\s]+)=("(?:[^"\\]|\\.)*"|[^;"\s]*)')
 
+_UNSAFE: Final = re.compile(rb"[\0\r\n]")  # no boundary may hold it, and a delimiter could overlap itself or the mark
+
 
 def parts(*values: bytes) -> bytes:
     """Return a text that says which parts it is made of, whatever is in them."""
@@ -60,7 +62,7 @@ class Fingerprint:
             *content_types,
         )
         digest = _new(hash_function, head)
-        self._body = digest if boundary is None else _Multipart(digest, boundary, hash_function)
+        self._body = digest if boundary is None else _Multipart(digest, boundary)
 
     def update(self, chunk: bytes) -> None:
         """Take the next chunk of the body."""
@@ -73,32 +75,31 @@ class Fingerprint:
 
 
 class _Multipart:
-    """Hashes a multipart body as the list of what stands between its boundaries."""
+    """Hashes a multipart body with a mark in place of every boundary."""
 
-    __slots__ = ("_all", "_delimiter", "_hash_function", "_piece", "_rest")
+    __slots__ = ("_delimiter", "_digest", "_rest")
 
-    def __init__(self, digest: Any, boundary: bytes, hash_function: str) -> None:
-        self._all = digest
+    def __init__(self, digest: Any, boundary: bytes) -> None:
+        self._digest = digest
         self._delimiter = b"\r\n--" + boundary
-        self._hash_function = hash_function
-        self._piece = _new(hash_function)
         self._rest = b"\r\n"  # the first boundary stands at the start of the body, or on a line of its own
 
     def update(self, chunk: bytes) -> None:
-        *ended, rest = (self._rest + chunk).split(self._delimiter)
-        for piece in ended:
-            self._piece.update(piece)
-            self._all.update(self._piece.digest())
-            self._piece = _new(self._hash_function)
-        kept = len(self._delimiter) - 1  # it may be the start of a delimiter
-        self._piece.update(rest[:-kept])
-        self._rest = rest[-kept:]
+        text = self._rest + chunk
+        end = max(0, len(text) - len(self._delimiter) + 1)  # what follows may be the start of a delimiter
+        if (last := text.rfind(self._delimiter)) >= 0:
+            end = max(end, last + len(self._delimiter))
+        self._take(text[:end])
+        self._rest = text[end:]
 
     def hexdigest(self) -> str:
-        self._piece.update(self._rest)
-        self._all.update(self._piece.digest())
-        digest: str = self._all.hexdigest()
+        self._take(self._rest)
+        self._rest = b""
+        digest: str = self._digest.hexdigest()
         return digest
+
+    def _take(self, text: bytes) -> None:
+        self._digest.update(text.replace(b"\0", b"\0\0").replace(self._delimiter, b"\0\1"))
 
 
 def full_path(scope: Scope) -> str:
@@ -114,7 +115,7 @@ def _without_boundary(content_type: bytes) -> tuple[bytes, bytes | None]:
         for parameter in _PARAMETER.finditer(content_type):
             name, value = parameter.groups()
             boundary = _unquoted(value)
-            if name.lower() == b"boundary" and boundary:
+            if name.lower() == b"boundary" and boundary and not _UNSAFE.search(boundary):
                 return content_type[: parameter.start()] + content_type[parameter.end() :], boundary
     return content_type, None
 

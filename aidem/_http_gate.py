@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from aidem import _http_answers as answers
 from aidem._engine import Call, Phase
@@ -21,11 +21,12 @@ from aidem.exceptions import IdempotencyError, IdempotencyPersistenceLayerError,
 if TYPE_CHECKING:
     from aidem._http_options import HttpOptions
     from aidem._http_types import ASGIApp, Receive, Scope, Send
-    from aidem.persistence import PersistenceLayer
 
 logger = logging.getLogger("aidem")
 
-KEY_HEADER = b"idempotency-key"
+KEY_HEADER: Final = b"idempotency-key"
+SERVED: Final = "aidem.key"
+"""Where the scope of a request says under which key it is served."""
 
 
 class Gate:
@@ -41,12 +42,6 @@ class Gate:
         self.options = options
         self._function = f"the HTTP layer {options.key_prefix!r}"
         self._plan: Plan | None = None
-
-    @property
-    def layer(self) -> PersistenceLayer:
-        """Where records are kept."""
-        layer = self.options.persistence_store
-        return default_persistence_store() if layer is None else layer
 
     async def serve(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve a request; whatever is none, or has no key, goes to the app as it is."""
@@ -72,21 +67,30 @@ class Gate:
         if space == "":
             await app(scope, receive, send)
             return
-        hash_function = self.options.settings.hash_function
-        fingerprint, request = Fingerprint(scope, hash_function), RequestBody(receive)
+        request = RequestBody(receive)
         try:
-            await request.read(scope, fingerprint, limit=self.options.max_request_bytes)
+            named = await self._read(request, scope, space=space, key=key)
         except BodyTooLargeError:
             await self._answer(send, answers.BODY_TOO_LARGE)
-            return
         except ClientGoneError:
-            return  # nobody waits for an answer, and half a request must not run
-        text = lookup_key(self.options.key_prefix, space=space, key=key, hash_function=hash_function)
-        await self._serve_call(
-            Call(self._current_plan(), Key(text, fingerprint.hexdigest())), app, scope, request, send
-        )
+            pass  # nobody waits for an answer, and half a request must not run
+        else:
+            await self._serve_named(named, app, scope, request, send)
 
-    async def _serve_call(self, call: Call, app: ASGIApp, scope: Scope, request: RequestBody, send: Send) -> None:
+    async def _read(self, request: RequestBody, scope: Scope, *, space: str | None, key: str) -> Key:
+        """Read the body; return what names the request."""
+        hash_function = self.options.settings.hash_function
+        fingerprint = Fingerprint(scope, hash_function)
+        await request.read(scope, fingerprint, limit=self.options.max_request_bytes)
+        text = lookup_key(self.options.key_prefix, space=space, key=key, hash_function=hash_function)
+        return Key(text, fingerprint.hexdigest())
+
+    async def _serve_named(self, key: Key, app: ASGIApp, scope: Scope, request: RequestBody, send: Send) -> None:
+        if scope.get(SERVED) == key:  # a layer further out, with the same prefix, serves this request
+            await app(scope, request.receive, send)
+            return
+        scope[SERVED] = key
+        call = Call(self._current_plan(), key)
         try:
             await call.begin()
         except answers.REFUSED as error:
@@ -121,7 +125,9 @@ class Gate:
         return space
 
     def _current_plan(self) -> Plan:
-        plan, layer = self._plan, self.layer
+        plan, layer = self._plan, self.options.persistence_store
+        if layer is None:
+            layer = default_persistence_store()
         if plan is None or plan.layer is not layer:
             options = self.options
             plan = Plan(layer=layer, config=options.settings, function=self._function, prefix=options.key_prefix)
@@ -131,16 +137,7 @@ class Gate:
     async def _refuse(self, send: Send, error: IdempotencyError) -> None:
         if isinstance(error, IdempotencyPersistenceLayerError):
             logger.error("%s refuses a request: %s", self._function, error)
-        problem = answers.problem_of(error)
-        await self._answer(send, problem, retry_after_seconds=error.retry_after_seconds)
+        await self._answer(send, answers.problem_of(error))
 
-    async def _answer(
-        self, send: Send, problem: answers.Problem, *, because: str = "", retry_after_seconds: float | None = None
-    ) -> None:
-        await answers.answer(
-            send,
-            problem,
-            documentation_url=self.options.documentation_url,
-            because=because,
-            retry_after_seconds=retry_after_seconds,
-        )
+    async def _answer(self, send: Send, problem: answers.Problem, *, because: str = "") -> None:
+        await answers.answer(send, problem, documentation_url=self.options.documentation_url, because=because)

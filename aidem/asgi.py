@@ -84,7 +84,8 @@ class IdempotencyMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve a request, or the lifespan of the app."""
-        if scope["type"] == "lifespan":
-            await Lifespan(self._gate.layer, receive, send).run(self.app, scope)
+        layer = self._gate.options.persistence_store
+        if scope["type"] == "lifespan" and layer is not None:  # that of `configure` belongs to whoever called it
+            await Lifespan(layer, receive, send).run(self.app, scope)
         else:
             await self._gate.serve(self.app, scope, receive, send)

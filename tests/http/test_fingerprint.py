@@ -192,9 +192,17 @@ def test_a_boundary_is_found_wherever_the_chunks_are_cut() -> None:
         assert fingerprint(*chunks, content_type=FORM + b"aaa") == whole
 
 
+def test_a_boundary_that_no_client_may_send_is_none() -> None:
+    for boundary in (b'"a\0"', b'"a\r\n--a"', b'"a\n"'):
+        body = b"\0\0--a"
+        assert fingerprint(body, content_type=FORM + boundary) != fingerprint(body, content_type=FORM + b"a")
+        kept = fingerprint(body, content_type=FORM + boundary)
+        assert kept != fingerprint(body, content_type=FORM)
+
+
 @given(
     bodies=st.lists(
-        st.lists(st.sampled_from([b"\r\n--a", b"\r\n--", b"a", b"b", b"--a", b"\r\n"])).map(b"".join),
+        st.lists(st.sampled_from([b"\r\n--a", b"\r\n--", b"a", b"b", b"--a", b"\r\n", b"\0", b"\1"])).map(b"".join),
         min_size=2,
         max_size=2,
         unique=True,

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+import aidem
 from aidem.asgi import IdempotencyMiddleware
 from aidem.exceptions import IdempotencyPersistenceConfigError, IdempotencyPersistenceConnectionError
 from tests.support import PlannedLayer
@@ -41,7 +42,10 @@ def app_of(events: list[str], *, last: str = "lifespan.shutdown.complete") -> An
 
 async def live(app: Any, events: list[str], error: Exception | None = None) -> Any:
     layer = Noting(events, error)
-    middleware = IdempotencyMiddleware(app, persistence_store=layer, key_prefix="shop", scope=None)
+    return await run(IdempotencyMiddleware(app, persistence_store=layer, key_prefix="shop", scope=None), events)
+
+
+async def run(middleware: IdempotencyMiddleware, events: list[str]) -> Any:
     messages = [{"type": "lifespan.startup"}, {"type": "lifespan.shutdown"}]
     told: list[Any] = []
 
@@ -119,3 +123,14 @@ async def test_a_store_whose_settings_cannot_work_stops_the_server() -> None:
     with pytest.raises(IdempotencyPersistenceConfigError, match="the table is missing"):
         await live(app_of(events), events, error)
     assert events == ["open", "close", "lifespan.startup.failed"]
+
+
+async def test_the_layer_of_configure_is_left_to_whoever_called_it() -> None:
+    events: list[str] = []
+    aidem.configure(persistence_store=Noting(events))
+    try:
+        await run(IdempotencyMiddleware(app_of(events), key_prefix="shop", scope=None), events)
+    finally:
+        aidem.configure()
+    assert {"open", "close"}.isdisjoint(events)
+    assert len(events) == 4

@@ -7,6 +7,11 @@ import warnings
 from typing import Any
 
 import pytest
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Mount, Route
 
 import aidem
 from aidem import IdempotencyConfig, current_execution
@@ -142,6 +147,13 @@ async def test_a_bare_key_is_the_same_as_a_quoted_one_unless_the_layer_is_strict
     assert (await request(front, key=b"order-7")).is_replay
     assert (await request(strict, key=b"order-7")).status == 400
     assert (await request(strict, key=b'"order-7"')).status == 201
+
+
+def test_another_event_loop_than_asyncios_is_refused() -> None:
+    connection = Connection([b"{}"])
+    coroutine = front_of(Shop())(scope_of(), connection.receive, connection.send)
+    with pytest.raises(IdempotencyUsageError, match="aidem needs asyncio"):
+        coroutine.send(None)
 
 
 # --- Whose key it is --------------------------------------------------------------------------------------------------
@@ -464,6 +476,45 @@ async def test_the_handler_has_the_execution_and_keys_for_downstream_services() 
     await request(front_of(app, layer=layer, settings={"on_persistence_error": "run"}))
     assert len(keys) == 3
     assert len(set(keys)) == 1
+
+
+async def test_two_layers_of_one_prefix_around_one_request_are_one() -> None:
+    shop, layer = Shop(), PlannedLayer()
+    front = front_of(front_of(shop, layer=layer), layer=layer)
+    first, second = await request(front), await request(front)
+    assert (first.status, second.status, second.is_replay) == (201, 201, True)
+    assert shop.bodies == [b"{}"]
+
+
+async def test_another_request_under_the_same_key_is_refused_also_from_within() -> None:
+    inner: list[Any] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        inner.append(await request(front, body=b"another"))
+        await Shop()(scope, receive, send)
+
+    front = front_of(app)
+    await request(front)
+    assert [response.status for response in inner] == [422]
+
+
+async def test_it_can_be_around_one_route_of_starlette_mounted_anywhere() -> None:
+    runs: list[str] = []
+
+    async def pay(incoming: Request) -> Response:
+        runs.append(incoming.url.path)
+        return JSONResponse({"paid": (await incoming.json())["amount"]}, status_code=201)
+
+    once = Middleware(IdempotencyMiddleware, persistence_store=PlannedLayer(), key_prefix="shop", scope=None)
+    routes = [Route("/pay", pay, methods=["POST"], middleware=[once]), Route("/free", pay, methods=["POST"])]
+    app = Starlette(routes=[Mount("/v1", routes=routes), Mount("/v2", Starlette(routes=routes))])
+    body = b'{"amount": 42}'
+    first, again = await request(app, path="/v1/pay", body=body), await request(app, path="/v1/pay", body=body)
+    assert (first.status, first.body, again.body, again.is_replay) == (201, b'{"paid":42}', b'{"paid":42}', True)
+    assert (await request(app, path="/v2/pay", body=body)).status == 422
+    for _ in range(2):
+        await request(app, path="/v1/free", body=body)
+    assert runs == ["/v1/pay", "/v1/free", "/v1/free"]
 
 
 async def test_a_switch_for_tests_lets_every_request_pass(monkeypatch: pytest.MonkeyPatch) -> None:

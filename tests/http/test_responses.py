@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
+import tracemalloc
 from typing import Any
 
 import pytest
@@ -12,9 +14,10 @@ from hypothesis import strategies as st
 
 from aidem import RecordStatus
 from aidem._http_response import RESPONSES, StoredResponse, text_of
+from aidem.exceptions import IdempotencyPersistenceConnectionError
 from aidem.hooks import EventKind
 from tests.http.client import JSON, Connection, Front, Shop, front_of, request, scope_of
-from tests.support import VIRTUAL_TIME
+from tests.support import VIRTUAL_TIME, Fault, PlannedLayer
 
 COOKIE = (b"set-cookie", b"session=1")
 
@@ -112,6 +115,16 @@ async def test_a_response_without_headers_or_body_is_one_too() -> None:
     again = await request(front)
     assert again.headers == [(b"idempotent-replayed", b"true")]
     assert again.body == b""
+
+
+async def test_headers_may_be_an_iterator() -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": iter([JSON])})
+        await send({"type": "http.response.body"})
+
+    front = front_of(app)
+    assert (await request(front)).headers == [JSON]
+    assert (await request(front)).headers == [JSON, (b"idempotent-replayed", b"true")]
 
 
 async def test_what_an_app_sends_may_be_any_bytes_like_object() -> None:
@@ -215,11 +228,15 @@ async def test_whether_to_record_may_be_said_by_status_and_headers() -> None:
 
 
 async def test_a_store_if_that_fails_records(caplog: pytest.LogCaptureFixture) -> None:
+    def store_if(status: int, headers: Any) -> bool:
+        raise KeyError("secret")
+
     shop = Shop()
-    front = front_of(shop, store_if=lambda status, headers: 1 / 0)
+    front = front_of(shop, store_if=store_if)
     assert (await request(front)).status == 201
     assert (await request(front)).is_replay
-    assert "store_if of the HTTP layer 'shop' failed" in caplog.text
+    assert "store_if of the HTTP layer 'shop' raised KeyError" in caplog.text
+    assert "secret" not in caplog.text
 
 
 async def test_a_response_that_is_not_recorded_gives_the_key_back_before_it_goes_out() -> None:
@@ -234,6 +251,14 @@ async def test_a_response_that_is_not_recorded_gives_the_key_back_before_it_goes
     connection.on_send = look
     await front(scope_of(), connection.receive, connection.send)
     assert seen == [("http.response.start", []), ("http.response.body", []), ("http.response.body", [])]
+
+
+async def test_a_response_that_is_not_recorded_goes_out_though_the_key_cannot_be_given_back() -> None:
+    layer = PlannedLayer().plan("release", *[Fault(IdempotencyPersistenceConnectionError("down"))] * 50)
+    front = front_of(Shop(status=503), layer=layer)
+    response = await request(front)
+    assert (response.status, response.body) == (503, b'{"paid": 42}')
+    assert EventKind.PERSISTENCE_ERROR in front.listener.kinds
 
 
 # --- When it is recorded ----------------------------------------------------------------------------------------------
@@ -264,6 +289,12 @@ async def test_a_response_with_a_length_is_recorded_before_the_last_byte_of_it_g
     front = front_of(Shop(headers=[(b"content-length", b"6")], body=[b"one", b"two", b""]))
     assert await statuses_when_sent(front) == [(b"one", "INPROGRESS"), (b"two", "COMPLETED"), (b"", "COMPLETED")]
     assert (await request(front)).body == b"onetwo"
+
+
+async def test_a_response_that_says_that_it_is_too_large_is_recorded_before_anything_of_it_goes_out() -> None:
+    headers = [(b"content-length", b"6")]
+    front = front_of(Shop(headers=headers, body=[b"12", b"3456"]), max_response_bytes=5)
+    assert await statuses_when_sent(front) == [(b"12", "COMPLETED"), (b"3456", "COMPLETED")]
 
 
 async def test_a_response_without_a_body_is_recorded_before_its_head_goes_out() -> None:
@@ -342,6 +373,37 @@ async def test_what_is_sent_after_the_response_goes_where_it_went_before() -> No
 
     response = await request(front_of(app))
     assert response.messages[-1]["type"] == "http.response.trailers"
+
+
+async def memory_of(front: Front) -> tuple[int, int]:
+    """Serve a request; return how much memory is held in the app's background task, and how much was at most."""
+    held: list[int] = []
+
+    async def note() -> None:
+        gc.collect()
+        held.append(tracemalloc.get_traced_memory()[0])
+
+    front.app.background = note
+    connection = Connection([b"{}"], is_gone=True)
+    tracemalloc.start()
+    try:
+        await front(scope_of(), connection.receive, connection.send)
+        return held[0], tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+async def test_a_copy_is_not_kept_longer_than_it_takes_to_record_it() -> None:
+    front = front_of(Shop(headers=[JSON], body=[b"x" * 1_000_000]), max_response_bytes=1_000_000)
+    held, _ = await memory_of(front)
+    [record] = records_of(front)
+    assert len(record.response_data) < held < 2 * len(record.response_data)
+
+
+async def test_what_is_too_large_is_not_copied() -> None:
+    front = front_of(Shop(headers=[JSON], body=[b"x" * 1_000_000]), max_response_bytes=1000)
+    _, most = await memory_of(front)
+    assert most < 500_000
 
 
 # --- The layer's own answers ------------------------------------------------------------------------------------------

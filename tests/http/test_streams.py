@@ -166,6 +166,7 @@ async def test_files_pass_as_bytes(tmp_path: Any) -> None:
     extensions: dict[str, Any] = {
         "http.response.pathsend": {},
         "http.response.zerocopysend": {},
+        "http.response.trailers": {},
         "http.response.push": {},
     }
     front = front_of(app)
@@ -174,7 +175,7 @@ async def test_files_pass_as_bytes(tmp_path: Any) -> None:
     await front(given, connection.receive, connection.send)
     assert scopes[0]["extensions"] == {"http.response.push": {}}
     assert given["extensions"] is extensions
-    assert len(extensions) == 3
+    assert len(extensions) == 4
     assert (await request(front)).body == b"paid"
 
 
