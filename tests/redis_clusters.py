@@ -98,6 +98,26 @@ def _is_well(node: RedisServer) -> bool:
     return "cluster_state:ok" in told(node, "CLUSTER INFO")
 
 
+@contextlib.contextmanager
+def slot_moving(slot: int, source: RedisServer, target: RedisServer, *, nodes: Sequence[RedisServer]) -> Iterator[None]:
+    """Let a slot be on its way; when the block is left it has arrived, and all nodes say so."""
+    told(target, "CLUSTER", "SETSLOT", slot, "IMPORTING", told(source, "CLUSTER", "MYID"))
+    told(source, "CLUSTER", "SETSLOT", slot, "MIGRATING", told(target, "CLUSTER", "MYID"))
+    yield
+    while keys := told(source, "CLUSTER", "GETKEYSINSLOT", slot, 100):
+        told(source, "MIGRATE", "127.0.0.1", target.port, "", 0, 5000, "KEYS", *keys)
+    for node in (target, source):
+        told(node, "CLUSTER", "SETSLOT", slot, "NODE", told(target, "CLUSTER", "MYID"))
+    # Who moves a slot back before all have heard of it leaves a cluster behind whose nodes do not agree.
+    eventually(lambda: len({_view_of(node) for node in nodes}) == 1, what="the nodes do not agree")
+
+
+def _view_of(node: RedisServer) -> frozenset[tuple[str, ...]]:
+    """Return the id, epoch and slots of each node, as one of them sees it."""
+    lines = (line.split() for line in told(node, "CLUSTER NODES").splitlines())
+    return frozenset((line[0], line[6], *line[8:]) for line in lines)
+
+
 def is_replicating(node: RedisServer) -> bool:
     return "master_link_status:up" in told(node, "INFO", "replication")
 
@@ -202,7 +222,7 @@ class Pair:
         """Let the primary go on alone, for those that are connected to it."""
         with redis.Redis(port=self.primary.port) as client:
             client.config_set("requirepass", "nobody knows it")
-            client.client_kill_filter(_type="replica")
+            client.execute_command("CLIENT", "KILL", "TYPE", "replica")
         eventually(lambda: not is_replicating(self.replica), what="the replica is still connected")
 
     def await_failover(self) -> None:
