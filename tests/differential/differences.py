@@ -173,6 +173,13 @@ INTENDED = (
         "Aware, in UTC.",
         "A naive time is wrong on another machine.",
     ),
+    Intended(
+        "composite-keys",
+        "`idempotency_key` of the record that a response hook gets, in a table with a composite key",
+        "The value of the partition key; the key is in `sort_key`.",
+        "The key, which is in `sort_key` as well.",
+        "It names the call, wherever it is stored.",
+    ),
     # --- Claims ---
     Intended(
         "lease-without-context",
@@ -185,7 +192,7 @@ INTENDED = (
         "context-per-call",
         "The context that a handler was called with",
         "Stays in the config until another one comes.",
-        "Counts for this call and for what it calls.",
+        "Counts for this call, and for what it calls in its thread or task.",
         "A claim that is made later must not last as long as an invocation that is over.",
     ),
     Intended(

@@ -59,10 +59,6 @@ def pay_by_default(order: Any = "the default") -> Any:
     return act()
 
 
-def pay_anything(**arguments: Any) -> Any:
-    return act()
-
-
 def handle(event: Any, context: Any) -> Any:
     return act()
 
@@ -213,7 +209,7 @@ PAYLOADS: dict[str, Any] = {
         "nested": [Money(1), OrderModel(id=4)],
     },
     "text of many scripts": {"ä": "東京 🐙", "\x00": "\ud800"},
-    "numbers": [0, -1, 2**70, 1.5, 1e300, float("nan"), float("inf"), True, None],
+    "numbers": [0, -1, 2**70, 1.5, 1e300, float("nan"), float("inf"), decimal.Decimal("NaN"), True, None],
     "keys that are no strings": {1: "a", 2: "b"},
 }
 
@@ -302,8 +298,16 @@ def reading_hook(response: Any, record: Any) -> Any:
     }
 
 
+def keys_hook(response: Any, record: Any) -> Any:
+    return [key.partition("#")[0] for key in (record.idempotency_key, record.sort_key)]
+
+
 def timing_hook(response: Any, record: Any) -> Any:
     return "aware" if record.get_expiration_datetime().tzinfo else "naive"
+
+
+def silent_hook(response: Any, record: Any) -> None:
+    response.clear()  # every caller has an object of its own
 
 
 def failing_hook(response: Any, record: Any) -> Any:

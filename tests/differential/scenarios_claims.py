@@ -232,6 +232,14 @@ FAILURES = (
 
 STORE_FAILURES = (
     Scenario(
+        title="a database that cannot be reached",
+        feature=Feature.PERSISTENCE_ERRORS,
+        layer="boto_config",
+        environment={"AWS_ENDPOINT_URL_DYNAMODB": "http://127.0.0.1:9"},
+        steps=(Call(ORDER),),
+        stores=("dynamodb",),
+    ),
+    Scenario(
         title="a table that is not there",
         feature=Feature.PERSISTENCE_ERRORS,
         layer="missing",

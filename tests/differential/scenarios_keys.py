@@ -51,6 +51,23 @@ BY_JMESPATH = (
         {"body": PACKED},
         {"body": PACKED, "at": 1},
     ),
+    *(
+        selects(f"one field of {name} is the key", "id", PAYLOADS[name], {"id": identifier})
+        for name, identifier in {
+            "a dataclass": 1,
+            "a pydantic model": 3,
+            "an event wrapper": 7,
+            "an object with dict()": 8,
+        }.items()
+    ),
+    Scenario(
+        title="an event that is a list",
+        feature=Feature.KEY_BY_JMESPATH,
+        function=functions.handle,
+        handler=True,
+        config={"event_key_jmespath": "[0].id"},
+        steps=(Call([{"id": 1}, 2]), Call([{"id": 1}, 3])),
+    ),
     Scenario(
         title="jmespath_options replace the built-in functions",
         feature=Feature.KEY_BY_JMESPATH,
@@ -201,6 +218,13 @@ VALIDATION = (
         feature=Feature.VALIDATION,
         config=VALIDATED,
         steps=(Call(ORDER), Call(ORDER | {"note": "other"})),
+    ),
+    Scenario(
+        title="what is validated is in JSON in the body",
+        feature=Feature.VALIDATION,
+        config={"event_key_jmespath": "id", "payload_validation_jmespath": "powertools_json(body).order_id"},
+        steps=(Call({"id": 1, "body": BODY}), Call({"id": 1, "body": f" {BODY}"}), Call({"id": 1, "body": "{}"})),
+        stores=("dynamodb", "own"),
     ),
     Scenario(
         title="another payload while the first one runs",

@@ -264,6 +264,20 @@ HOOKS = (
         config={"response_hook": functions.reading_hook},
     ),
     Scenario(
+        title="a response hook reads the record of a composite key",
+        feature=Feature.HOOK,
+        layer="composite",
+        options={"key_prefix": "pay"},
+        config={"response_hook": functions.keys_hook},
+        differs=differ("composite-keys", ("answer", "returned ['payments', 'pay']", "returned ['pay', 'pay']", 2)),
+        stores=("dynamodb",),
+    ),
+    Scenario(
+        title="a response hook that returns nothing",
+        feature=Feature.HOOK,
+        config={"response_hook": functions.silent_hook},
+    ),
+    Scenario(
         title="a response hook asks when the record expires",
         differs=differ("aware-datetimes", ("answer", "returned 'naive'", "returned 'aware'", 2)),
         feature=Feature.HOOK,

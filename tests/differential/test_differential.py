@@ -68,9 +68,9 @@ def two_stores(kind: str, request: pytest.FixtureRequest) -> tuple[Store, Store]
 def test_both_do_the_same_but_for_what_is_meant(
     scenario: Scenario, kind: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    their_store, our_store = two_stores(kind, request)
     for name, value in scenario.environment.items():
         monkeypatch.setenv(name, value)
-    their_store, our_store = two_stores(kind, request)
     found = differences(Stage(POWERTOOLS, scenario, their_store).play(), Stage(AIDEM, scenario, our_store).play())
     if not any(differs.by == LEFT_LEASES for differs in scenario.differs):
         found = {difference for difference in found if difference.aspect != LEFT_LEASE}
