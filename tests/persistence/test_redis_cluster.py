@@ -174,6 +174,27 @@ async def test_a_script_that_a_node_does_not_know_is_sent_there_in_full_with_lea
         pass
 
 
+async def test_a_user_with_few_rights_follows_slots_that_move(nodes: list[RedisServer]) -> None:
+    rights = "~aidem* &aidem:* +evalsha +eval +get +set +del +pttl +publish +subscribe +unsubscribe +time"
+    for node in nodes:
+        told(node, "ACL", "SETUSER", "payments", "on", ">secret-word", *rights.split(), "+cluster|slots", "+asking")
+    key = key_on(1, prefix="aidem")
+    slot = key_slot(key.encode())
+    before = errors_of(nodes, "ASK"), errors_of(nodes, "MOVED")
+    url = f"redis+cluster://payments:secret-word@127.0.0.1:{nodes[2].port}"
+    async with RedisPersistenceLayer(url) as layer, RedisPersistenceLayer(url) as other:
+        with slot_moving(slot, nodes[1], nodes[0], nodes=nodes):
+            record = await claimed(layer, key)
+            assert errors_of(nodes, "ASK") == before[0] + 1
+        waiting = asyncio.ensure_future(other.wait_for_change(key, 50))
+        await other.wait_for_change("aidem", 1)
+        assert await completed(layer, record)
+        await asyncio.wait_for(waiting, 20)
+        assert errors_of(nodes, "MOVED") == before[1] + 1
+    with slot_moving(slot, nodes[0], nodes[1], nodes=nodes):
+        pass
+
+
 # --- Being told of changes ------------------------------------------------------------------------------------------
 
 

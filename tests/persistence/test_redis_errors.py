@@ -30,6 +30,7 @@ from tests.persistence.redis_support import (
     fake_server,
     stored,
 )
+from tests.redis_clusters import told
 from tests.servers import RedisServer, free_port, started
 
 pytestmark = pytest.mark.server
@@ -299,6 +300,33 @@ async def test_a_client_of_the_user_brings_its_own_certificates(
         RedisPersistenceLayer(client=client) as layer,
     ):
         assert (await claimed(layer, "aidem#own client")).owner == "ours"
+
+
+async def test_nodes_of_a_cluster_are_spoken_to_with_tls_by_the_names_that_they_have_for_each_other(
+    certificates: Certificates,
+) -> None:
+    plain, secure = free_port(), free_port()
+    with started(
+        "redis",
+        *("--cluster-enabled", "yes", "--cluster-port", str(free_port()), "--tls-cluster", "yes"),
+        *("--cluster-announce-hostname", "localhost", "--cluster-preferred-endpoint-type", "hostname"),
+        *("--cluster-announce-ip", "127.0.0.1"),
+        *("--port", str(plain), "--tls-port", str(secure), "--tls-auth-clients", "no"),
+        *("--tls-cert-file", certificates["server.pem"], "--tls-key-file", certificates["server.key"]),
+        *("--tls-ca-cert-file", certificates["ca.pem"]),
+        port=plain,
+    ) as server:
+        told(server, "CLUSTER", "ADDSLOTSRANGE", 0, 16383)
+        url = f"rediss+cluster://localhost:{secure}?ssl_ca_certs={certificates['ca.pem']}"
+        async with RedisPersistenceLayer(url, timeout_seconds=20) as layer:
+            assert (await claimed(layer)).owner == "ours"
+            (line,) = await layer._connections.here().line.nodes()
+            assert line.server.address == f"localhost:{secure}"  # type: ignore[attr-defined]
+        told(server, "CONFIG", "SET", "cluster-preferred-endpoint-type", "ip")
+        layer = RedisPersistenceLayer(url, timeout_seconds=20)
+        with pytest.raises(IdempotencyPersistenceConfigError, match=r"127\.0\.0\.1.* does not trust its certificate"):
+            await layer.open()
+        await layer.aclose()
 
 
 @pytest.mark.parametrize(
