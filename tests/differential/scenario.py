@@ -32,7 +32,7 @@ class Feature(StrEnum):
     EXCEPTIONS = "exceptions give the key back"
     PERSISTENCE_ERRORS = "persistence errors wrapped"
     DYNAMODB = "DynamoDB with simple and composite keys and configurable attribute names"
-    REDIS = "Redis stand-alone, TLS by default, own client, configurable attribute names"
+    REDIS = "Redis stand-alone and cluster, TLS by default, own client, configurable attribute names"
     BATCH = "batch processing per record"
     CONCURRENT = "concurrent executions refused"
     VALIDATION = "payload validation"

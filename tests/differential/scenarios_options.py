@@ -190,6 +190,18 @@ LAYERS = (
     Scenario(title="a configuration of botocore", feature=Feature.CLIENTS, layer="boto_config", stores=("dynamodb",)),
     Scenario(title="a session", feature=Feature.CLIENTS, layer="session", stores=("dynamodb",)),
     Scenario(title="a value in Redis", feature=Feature.REDIS, stores=("redis",)),
+    Scenario(
+        title="values in a Redis cluster",
+        feature=Feature.REDIS,
+        steps=tuple(Call({"id": number % 8}) for number in range(16)),
+        stores=("cluster",),
+    ),
+    Scenario(
+        title="a time-out in a Redis cluster",
+        feature=Feature.REDIS,
+        steps=(Call(ORDER), Change({"status": "INPROGRESS", "data": None, "in_progress_expiration": AGO}), Call(ORDER)),
+        stores=("cluster",),
+    ),
     Scenario(title="a Redis client of one's own", feature=Feature.REDIS, layer="client", stores=("redis",)),
     Scenario(title="other names in Redis", feature=Feature.REDIS, layer="names", stores=("redis",)),
     Scenario(

@@ -212,6 +212,19 @@ class Redis:
         raise NotImplementedError
 
 
+@dataclass
+class RedisCluster(Redis):
+    """A cluster has one database, so both sides share it, one after the other."""
+
+    @property
+    def client(self) -> Any:
+        return redis.RedisCluster(host="127.0.0.1", port=self.server.port, decode_responses=True)
+
+    def layer(self, side: str) -> Any:
+        make: Any = TheirRedis if side == "powertools" else RedisPersistenceLayer
+        return make(url=self.server.url, mode="cluster")
+
+
 def _decoded(text: str) -> dict[str, Any]:
     try:
         fields: dict[str, Any] = json.loads(text)

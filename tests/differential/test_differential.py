@@ -22,7 +22,8 @@ from tests.differential.scenarios import SCENARIOS
 from tests.differential.seen import LEFT_LEASE, Difference, differences
 from tests.differential.sides import AIDEM, POWERTOOLS
 from tests.differential.stage import Stage
-from tests.differential.stores import DynamoDB, Own, Redis, Store
+from tests.differential.stores import DynamoDB, Own, Redis, RedisCluster, Store
+from tests.redis_clusters import cluster
 from tests.servers import RedisServer, started
 
 pytestmark = pytest.mark.filterwarnings("ignore:Redis.* will be removed in v4:DeprecationWarning")
@@ -46,6 +47,12 @@ def redis_server() -> Iterator[RedisServer]:
         yield server
 
 
+@pytest.fixture(scope="module")
+def redis_cluster() -> Iterator[RedisServer]:
+    with cluster("redis") as nodes:
+        yield nodes[0]
+
+
 @pytest.fixture(scope="module", autouse=True)
 def background_loop() -> Iterator[None]:
     yield
@@ -60,6 +67,9 @@ def two_stores(kind: str, request: pytest.FixtureRequest) -> tuple[Store, Store]
         case "redis":
             server = request.getfixturevalue("redis_server")
             return Redis(server, 0), Redis(server, 1)
+        case "cluster":
+            node = request.getfixturevalue("redis_cluster")
+            return RedisCluster(node, 0), RedisCluster(node, 0)
         case _:
             return Own(), Own()
 
