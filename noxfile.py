@@ -23,7 +23,10 @@ DYNAMODB_CLIENT = [f"tests/persistence/test_dynamodb{part}.py" for part in ("", 
 DYNAMODB_FAULTS = [f"tests/persistence/test_dynamodb{part}.py" for part in ("_errors", "_faults")]
 REDIS_CLIENT = [f"tests/persistence/test_redis{part}.py" for part in ("", "_conformance", "_connection", "_errors")]
 PYDANTIC = [f"tests/test_{part}.py" for part in ("payloads", "results", "serialization")]
-OTHERS = ["tests/http", "tests/test_opentelemetry.py"]
+HTTP = [
+    f"tests/http/test_{part}.py" for part in ("fastapi_functions", "fastapi_openapi", "fastapi_route", "schemathesis")
+]
+OPENTELEMETRY = ["tests/test_opentelemetry.py"]
 ONE_SERVER = ["-k", "not moto and not valkey"]
 
 
@@ -116,7 +119,8 @@ def lowest(session: nox.Session) -> None:
     session.run("python", "docs/examples/payment.py")  # pytest's plugin is anyio's, and takes a newer one
     extras = [needed for extra in project["optional-dependencies"].values() for needed in extra]
     session.install("-e", ".[all]", *_floors(extras), *nox.project.dependency_groups(PROJECT, "test"))
-    session.run("pytest", *ONE_SERVER, *DYNAMODB_CLIENT, *REDIS_CLIENT, *PYDANTIC, *OTHERS, *session.posargs)
+    files = [*DYNAMODB_CLIENT, *REDIS_CLIENT, *PYDANTIC, *HTTP, *OPENTELEMETRY]
+    session.run("pytest", *ONE_SERVER, *files, *session.posargs)
 
 
 def _floors(requirements: list[str]) -> list[str]:

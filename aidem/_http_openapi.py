@@ -41,7 +41,8 @@ _PROBLEM_SCHEMA: Final = {
         "status": {"type": "integer"},
         "detail": {"type": "string"},
     },
-    "required": ["type", "title", "status", "detail"],
+    # No list: older versions of FastAPI merge into what routes share, each time anew, and would make it longer and longer.
+    "required": ("type", "title", "status", "detail"),
 }
 _REPLAYED: Final = {
     "description": "The response is that of an earlier request with the same key.",
