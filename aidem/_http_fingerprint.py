@@ -5,12 +5,11 @@ Everything hashed is made of parts with their lengths before them, so that no tw
 
 from __future__ import annotations
 
-import hashlib
 import re
 from typing import TYPE_CHECKING, Any, Final
 
 from aidem._http_types import header_values
-from aidem._key import idempotency_key
+from aidem._key import hash_constructor, idempotency_key
 
 if TYPE_CHECKING:
     from aidem._http_types import Scope
@@ -25,7 +24,7 @@ _UNSAFE: Final = re.compile(rb"[\0\r\n]")  # no boundary may hold it, and a deli
 
 def parts(*values: bytes) -> bytes:
     """Return a text that says which parts it is made of, whatever is in them."""
-    return b"".join(len(value).to_bytes(LENGTH_BYTES, "big") + value for value in values)
+    return b"".join([len(value).to_bytes(LENGTH_BYTES, "big") + value for value in values])
 
 
 def lookup_key(prefix: str, *, space: str | None, key: str, hash_function: str) -> str:
@@ -106,6 +105,8 @@ def full_path(scope: Scope) -> str:
     """Return the path as the client sees it: some frameworks take the prefix of a mounted app off, some do not."""
     path: str = scope["path"]
     root: str = scope.get("root_path", "").rstrip("/")
+    if not root:
+        return path
     return path if path == root or path.startswith(f"{root}/") else root + path
 
 
@@ -129,4 +130,4 @@ def _encoded(text: str) -> bytes:
 
 
 def _new(hash_function: str, start: bytes = b"") -> Any:
-    return hashlib.new(hash_function, start, usedforsecurity=False)
+    return hash_constructor(hash_function)(start, usedforsecurity=False)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 MAX_KEY_CHARACTERS: Final = 255
 
-_QUOTED: Final = re.compile(rb'"((?:[ !#-\[\]-~]|\\["\\])*)"')
+_QUOTED: Final = re.compile(rb'"([ !#-\[\]-~]*(?:\\["\\][ !#-\[\]-~]*)*)"')
 _BARE: Final = re.compile(rb"[!#-+\--:<-~]+")  # visible ASCII without `"`, `,` and `;`
 _ESCAPED: Final = re.compile(rb"\\(.)")
 
@@ -45,7 +45,8 @@ def parse_key(values: Sequence[bytes], *, strict: bool) -> str:
 
 def _unquoted(value: bytes, *, strict: bool) -> str:
     if quoted := _QUOTED.fullmatch(value):
-        return _ESCAPED.sub(rb"\1", quoted[1]).decode("ascii")
+        text = quoted[1]
+        return (_ESCAPED.sub(rb"\1", text) if b"\\" in text else text).decode("ascii")
     if not value:
         return ""
     if strict:

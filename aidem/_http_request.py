@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from typing import TYPE_CHECKING
 
-from aidem._http_types import declared_length
+from aidem._http_types import header_values, length_in
 
 if TYPE_CHECKING:
     from aidem._http_fingerprint import Fingerprint
@@ -36,7 +36,7 @@ class RequestBody:
             BodyTooLargeError: It is larger than `limit` bytes.
             ClientGoneError: It will never be complete.
         """
-        if (declared_length(scope["headers"]) or 0) > limit:
+        if (length_in(header_values(scope["headers"], b"content-length")) or 0) > limit:
             raise BodyTooLargeError  # before the client is told to go on sending
         received = 0
         more_body = True

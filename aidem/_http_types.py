@@ -20,12 +20,11 @@ StoreIf: TypeAlias = Callable[[int, Headers], bool]
 
 
 def header_values(headers: Any, name: bytes) -> list[bytes]:
-    """Return all values of a header, whose name is given in lower case."""
-    return [value for found, value in headers if found.lower() == name]
+    """Return all values of a header; ASGI writes names in lower case."""
+    return [value for found, value in headers if found == name]
 
 
-def declared_length(headers: Any) -> int | None:
-    """Return the length that the headers declare for the body, in bytes; None: they do not, or not plainly."""
-    values = header_values(headers, b"content-length")
+def length_in(values: list[bytes]) -> int | None:
+    """Return what the values of `content-length` say of the body, in bytes; None: nothing, or nothing plain."""
     is_plain = len(values) == 1 and values[0].isdigit() and len(values[0]) <= LONGEST_LENGTH
     return int(values[0]) if is_plain else None

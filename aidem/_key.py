@@ -76,12 +76,13 @@ def _refused(error: NotEncodableError) -> IdempotencyKeyError:
 
 def hash_text(text: str, hash_function: str) -> str:
     """Return the lower-case hex digest of a text in UTF-8."""
-    digest: str = _constructor(hash_function)(text.encode(), usedforsecurity=False).hexdigest()
+    digest: str = hash_constructor(hash_function)(text.encode(), usedforsecurity=False).hexdigest()
     return digest
 
 
 @cache
-def _constructor(hash_function: str) -> Callable[..., Any]:
+def hash_constructor(hash_function: str) -> Callable[..., Any]:
+    """Return what makes a hash."""
     if hash_function in hashlib.algorithms_guaranteed:  # their own constructors are the faster ones
         constructor: Callable[..., Any] = getattr(hashlib, hash_function)
         return constructor

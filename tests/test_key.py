@@ -344,9 +344,9 @@ def test_a_hash_is_declared_not_to_be_for_security(monkeypatch: pytest.MonkeyPat
         return hashlib.sha1(data, usedforsecurity=False)
 
     monkeypatch.setattr(hashlib, "md5", md5)
-    _key._constructor.cache_clear()
+    _key.hash_constructor.cache_clear()
     _key.hash_text("x", "md5")
-    _key._constructor.cache_clear()
+    _key.hash_constructor.cache_clear()
     assert asked == [False]
 
 

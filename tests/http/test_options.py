@@ -105,7 +105,7 @@ def test_methods_may_be_written_in_lower_case() -> None:
 
 
 def scope_with(*values: bytes) -> dict[str, Any]:
-    return scope_of(headers=[(b"Authorization", value) for value in values])
+    return scope_of(headers=[(b"authorization", value) for value in values])
 
 
 def test_by_header_tells_callers_apart_by_their_credential() -> None:

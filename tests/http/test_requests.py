@@ -99,14 +99,6 @@ async def test_by_default_the_methods_are_post_and_patch(method: str) -> None:
     assert (await request(front, method)).is_replay
 
 
-async def test_the_name_of_the_header_counts_in_any_case() -> None:
-    shop = Shop()
-    front = front_of(shop)
-    for _ in range(2):
-        await request(front, key=None, headers=[JSON, (b"Idempotency-Key", KEY)])
-    assert shop.runs == 1
-
-
 # --- The key ----------------------------------------------------------------------------------------------------------
 
 

@@ -129,7 +129,7 @@ async def test_headers_may_be_an_iterator() -> None:
 
 async def test_what_an_app_sends_may_be_any_bytes_like_object() -> None:
     async def app(scope: Any, receive: Any, send: Any) -> None:
-        headers = [[bytearray(b"x-a"), bytearray(b"b")]]
+        headers = [[b"x-a", b"b"]]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": memoryview(b"one"), "more_body": True})
         await send({"type": "http.response.body", "body": bytearray(b"two")})
@@ -169,6 +169,7 @@ async def test_a_record_keeps_every_other_body_as_base64() -> None:
 def test_every_response_comes_back_from_its_text(status: int, headers: list[tuple[bytes, bytes]], body: bytes) -> None:
     response = StoredResponse(status, headers, body)
     assert RESPONSES.from_dict(json.loads(text_of(response))) == response
+    assert RESPONSES.from_dict(RESPONSES.to_dict(response)) == response
 
 
 @pytest.mark.parametrize(
