@@ -41,7 +41,7 @@ _PROBLEM_SCHEMA: Final = {
         "status": {"type": "integer"},
         "detail": {"type": "string"},
     },
-    # No list: older versions of FastAPI merge into what routes share, each time anew, and would make it longer and longer.
+    # No list: older versions of FastAPI merge into what routes share, again and again, and it would grow.
     "required": ("type", "title", "status", "detail"),
 }
 _REPLAYED: Final = {
