@@ -42,13 +42,14 @@ class Primary:
         """Connect, once a failover is over if there is one."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + timeout_seconds
+        last_start = deadline - timeout_seconds / 4  # who has no time left learns less than is known by then
         while True:
             try:
                 primary = await first_of(self._sentinels, self._named_by, timeout_seconds=deadline - loop.time())
                 # A server that hangs leaves the sentinels time to name another.
                 await primary.connect(taker, timeout_seconds=(deadline - loop.time()) / 2)
             except IdempotencyPersistenceConnectionError:
-                if loop.time() + PAUSE_SECONDS > deadline:
+                if loop.time() + PAUSE_SECONDS > last_start:
                     raise
             else:
                 return

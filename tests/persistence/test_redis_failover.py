@@ -75,9 +75,7 @@ async def until_in_step(servers: Pair) -> None:
     ("mode", "kind", "loss"),
     [
         ("cluster", "redis", "killed"),
-        ("cluster", "valkey", "killed"),
         ("cluster", "valkey", "hung"),
-        ("sentinel", "redis", "killed"),
         ("sentinel", "valkey", "killed"),
         ("sentinel", "redis", "hung"),
     ],

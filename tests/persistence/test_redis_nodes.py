@@ -107,6 +107,8 @@ async def test_a_command_follows_where_it_is_sent_and_later_ones_go_there_at_onc
     await layer.get("key")
     await layer.get("key")
     assert (first.sent(), second.sent()) == ([b"GET"] * 2, [b"GET"] * 2)
+    places: Any = layer._connections.here().line
+    assert set(places._lines) == {("127.0.0.1", node.server.port) for node in nodes}
 
 
 def test_what_a_node_refers_to_is_read_as_servers_write_it() -> None:
@@ -153,6 +155,18 @@ async def test_where_no_node_can_be_reached_that_is_said_at_once_to_everyone() -
     await layer.aclose()
 
 
+async def test_a_node_that_is_gone_is_waited_for_and_then_said_to_be_gone(nodes: tuple[FakeNode, FakeNode]) -> None:
+    port = free_port()
+    nodes[0].shards = slots((0, 16383, ("127.0.0.1", port)))
+    layer = RedisPersistenceLayer(nodes[0].url, timeout_seconds=0.5)
+    with no_complaints():
+        errors = await asyncio.gather(layer.get("a"), layer.get("b"), return_exceptions=True)
+    assert [type(error) for error in errors] == [IdempotencyPersistenceConnectionError] * 2
+    assert errors[0] is not errors[1]
+    assert f"127.0.0.1:{port} cannot be reached" in str(errors[0])
+    await layer.aclose()
+
+
 async def test_a_user_who_may_not_ask_for_the_slots_is_told_so(
     nodes: tuple[FakeNode, FakeNode], layer: RedisPersistenceLayer
 ) -> None:
@@ -169,7 +183,23 @@ async def test_a_node_that_refuses_the_password_is_not_waited_for(nodes: tuple[F
     layer = RedisPersistenceLayer(f"redis+cluster://:word@127.0.0.1:{first.server.port}", timeout_seconds=50)
     with pytest.raises(IdempotencyPersistenceConfigError, match="does not accept the username or the password"):
         await asyncio.wait_for(layer.get("key"), 20)
+    assert [command[0] for command in first.server.commands].count(b"CLUSTER") == 1  # nor asked for anew before
     await layer.aclose()
+
+
+async def test_where_all_nodes_are_gone_those_that_the_user_named_are_asked_again(
+    nodes: tuple[FakeNode, FakeNode], layer: RedisPersistenceLayer
+) -> None:
+    first, _ = nodes
+    own, first.shards = first.shards, slots((0, 16383, ("127.0.0.1", free_port())))
+    asking = layer.get("key")
+
+    async def has_been_asked() -> bool:
+        return any(command[0] == b"CLUSTER" for command in first.server.commands)
+
+    await until(has_been_asked)
+    first.shards = own
+    assert await asking is None
 
 
 # --- Commands that are not served -----------------------------------------------------------------------------------
@@ -276,26 +306,60 @@ async def test_a_command_that_was_given_up_by_its_caller_is_not_sent_again(
 # --- Ends -----------------------------------------------------------------------------------------------------------
 
 
-async def test_closing_does_not_wait_for_connections_that_nobody_waits_for(nodes: tuple[FakeNode, FakeNode]) -> None:
+@pytest.fixture
+async def hung(nodes: tuple[FakeNode, FakeNode]) -> AsyncGenerator[None]:
+    """Let all slots be at a node that accepts connections and says nothing."""
+
     async def say_nothing(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await silent.wait()
+        await is_over.wait()
         writer.close()
 
-    silent = asyncio.Event()
-    async with await asyncio.start_server(say_nothing, "127.0.0.1", 0) as hung:
-        first, _ = nodes
-        first.shards = slots((0, 16383, ("127.0.0.1", hung.sockets[0].getsockname()[1])))
-        layer = RedisPersistenceLayer(first.url, timeout_seconds=50)
-        given_up = layer.get("key")
+    is_over = asyncio.Event()
+    async with await asyncio.start_server(say_nothing, "127.0.0.1", 0) as server:
+        nodes[0].shards = slots((0, 16383, ("127.0.0.1", server.sockets[0].getsockname()[1])))
+        yield
+        is_over.set()
 
-        async def has_looked() -> bool:
-            return layer._connections.here().line._line_of_slot[0] is not None  # type: ignore[attr-defined]
 
-        await until(has_looked)
-        given_up.fail(TimeoutError())
-        assert given_up.exception() is not None
-        await asyncio.wait_for(layer.aclose(), 20)
-        silent.set()
+async def until_looked(layer: RedisPersistenceLayer) -> Any:
+    lines: Any = layer._connections.here().line
+
+    async def has_looked() -> bool:
+        return lines._line_of_slot[0] is not None
+
+    await until(has_looked)
+
+
+async def test_closing_does_not_wait_for_connections_that_nobody_waits_for(
+    nodes: tuple[FakeNode, FakeNode], hung: None
+) -> None:
+    layer = RedisPersistenceLayer(nodes[0].url, timeout_seconds=50)
+    given_up = layer.get("key")
+    await until_looked(layer)
+    given_up.fail(TimeoutError())
+    assert given_up.exception() is not None
+    await asyncio.wait_for(layer.aclose(), 20)
+
+
+@pytest.mark.parametrize("state", ["looking", "connecting"])
+async def test_what_waits_when_all_is_closed_at_once_is_told_so_and_nothing_is_asked_any_more(
+    nodes: tuple[FakeNode, FakeNode], hung: None, state: str
+) -> None:
+    layer = RedisPersistenceLayer(nodes[0].url, timeout_seconds=50)
+    if state == "looking":
+        nodes[0].shards = None
+    operation = layer.get("key")
+    if state == "connecting":
+        await until_looked(layer)
+    else:
+        await asyncio.sleep(0.05)
+    before = len(nodes[0].server.commands)
+    await asyncio.wait_for(layer._connections.here().abort(), 20)
+    await asyncio.sleep(2 * PAUSE_SECONDS)
+    assert operation.done()
+    assert "closed" in str(operation.exception())
+    assert len(nodes[0].server.commands) == before
+    await layer.aclose()
 
 
 def test_what_was_asked_when_its_loop_ends_is_answered_with_that() -> None:
