@@ -46,8 +46,8 @@ class Settled(Generic[T]):
         self.answer = answer
 
     def __await__(self) -> Generator[Any, None, T]:
-        yield from ()
         return self.answer
+        yield  # which makes it a generator
 
 
 class SettlingFuture(asyncio.Future[T]):

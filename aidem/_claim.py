@@ -71,6 +71,7 @@ class Claim:
         "__weakref__",
         "_asked_at",
         "_flight",
+        "_has_body_ended",
         "_is_lost",
         "_lease",
         "_loop_state",
@@ -82,6 +83,8 @@ class Claim:
         "lease_deadline",
         "record",
     )
+
+    _has_body_ended: Callable[[], bool]
 
     def __init__(self, plan: Plan, key: Key, *, flight: Flight, loop_state: LoopState, reporter: Reporter) -> None:
         self._plan = plan
@@ -164,10 +167,14 @@ class Claim:
             if has_body_ended is None:
                 task = asyncio.current_task()
                 has_body_ended = bool if task is None else task.done
-            renewals, at = self._loop_state.renewals, self.next_renewal_at()
-            self._renewal = Renewal(self, renewals, at=at, has_body_ended=has_body_ended)
+            self._has_body_ended = has_body_ended
+            self._loop_state.renewals.watch(self, at=self.next_renewal_at())
         if taken_over:
             self._reporter.report(EventKind.TAKEN_OVER, fence=self.record.fence)
+
+    def begin_renewal(self) -> None:
+        """Renew from now on: the body lasts long enough to need it."""
+        self._renewal = Renewal(self, has_body_ended=self._has_body_ended)
 
     def has_lapsed(self) -> bool:
         """Whether its lease has passed, by our own clock."""
@@ -263,6 +270,7 @@ class Claim:
 
     def stop_renewal(self) -> asyncio.Task[None] | None:
         """Renew no more, as the body has ended; return the task that settles a renewal under way, if there is one."""
+        self._loop_state.renewals.forget(self)
         renewal, self._renewal = self._renewal, None
         return None if renewal is None else renewal.stop()
 

@@ -6,7 +6,7 @@ import inspect
 from typing import TYPE_CHECKING, Any, ClassVar, ParamSpec, TypeVar, cast
 
 from aidem._engine import Call, Phase
-from aidem._execution import Execution, Recording, hooked, outcome_of, replayed_value, require_asyncio, running
+from aidem._execution import Execution, Recording, hooked, outcome_of, replayed_value, running
 from aidem._plan import Plan, is_disabled, unprotected_call
 from aidem.config import check_call_options, default_config, default_persistence_store
 from aidem.exceptions import IdempotencyLeaseLostError, IdempotencyUsageError
@@ -295,7 +295,6 @@ class _AsyncBlock(Block):
     __slots__ = ()
 
     async def __aenter__(self) -> BlockExecution:
-        require_asyncio()
         self.prepare()
         return await self.enter()
 

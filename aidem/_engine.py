@@ -117,10 +117,12 @@ class Call:
             IdempotencyAlreadyInProgressError: Another execution did not end in time.
             IdempotencyInDoubtError: The owner of the claim vanished, and it must not be taken over.
             IdempotencyPersistenceLayerError: The layer failed; nothing was run.
+            IdempotencyUsageError: No asyncio event loop runs the call.
         """
         if self.phase is Phase.BYPASSED:
             self.reporter.report(EventKind.BYPASSED)
             return
+        self._loop_state = self.plan.shared.of(_running_loop())
         try:
             await self._find()
         except IdempotencyPersistenceLayerError as failure:
@@ -148,7 +150,6 @@ class Call:
             if cached is not None:
                 self._replay(cached)
                 return
-        self._loop_state = self.plan.shared.of(asyncio.get_running_loop())
         flight = self._flight = Flight()
         if config.wait_timeout_seconds > 0 and not self.supersedes:
             await self._follow_others()
@@ -369,3 +370,11 @@ class Call:
     def _cache(self, record: DataRecord) -> None:
         if self.plan.config.use_local_cache:
             self.plan.shared.cache.put(record, max_items=self.plan.config.local_cache_max_items)
+
+
+def _running_loop() -> asyncio.AbstractEventLoop:
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        message = "aidem needs asyncio, but no asyncio event loop runs this call; trio and others are not supported"
+        raise IdempotencyUsageError(message) from None

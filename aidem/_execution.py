@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import hashlib
 import inspect
@@ -125,24 +124,10 @@ class running:  # noqa: N801 - used like a function; a generator would cost four
             pass  # a coroutine that is closed from another context never changed the variable there
 
 
-def require_asyncio() -> None:
-    """Check that an asyncio event loop runs the call.
-
-    Raises:
-        IdempotencyUsageError: Another kind of loop does, or none.
-    """
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        message = "aidem needs asyncio, but no asyncio event loop runs this call; trio and others are not supported"
-        raise IdempotencyUsageError(message) from None
-
-
 async def execute(
     call: Call, function: Callable[..., Awaitable[Any]], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> Any:
     """Run a function under a call, or hand out what it returned before."""
-    require_asyncio()
     try:
         await call.begin()
         if call.phase is Phase.REPLAYED:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 from aidem import _http_answers as answers
 from aidem._engine import Call, Phase
-from aidem._execution import Execution, require_asyncio, running
+from aidem._execution import Execution, running
 from aidem._http_exchange import Exchange
 from aidem._http_fingerprint import Fingerprint, lookup_key
 from aidem._http_key import MalformedKeyError, parse_key
@@ -57,7 +57,6 @@ class Gate:
     async def _serve_with_key(
         self, values: list[bytes], app: ASGIApp, scope: Scope, receive: Receive, send: Send
     ) -> None:
-        require_asyncio()
         try:
             key = parse_key(values, strict=self.options.strict)
         except MalformedKeyError as error:

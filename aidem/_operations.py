@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from typing import TYPE_CHECKING, Final, TypeVar
+from typing import TYPE_CHECKING, Final, NoReturn, TypeVar
 
 from aidem._cancellation import CLEANUP_SECONDS, Settled
 from aidem.exceptions import (
@@ -36,14 +36,14 @@ FAILED: Final = "the function has failed, and its key was not given back"
 EFFECT_HAPPENED: Final = "the function has run and its effect has happened, its outcome is not recorded"
 
 
-async def ask(
+def ask(
     start: Callable[[], Awaitable[T]],
     *,
     held_off: HeldOff,
     key: str,
     effect: str,
     within_seconds: float | None = None,
-) -> T:
+) -> Awaitable[T]:
     """Ask the layer once.
 
     Args:
@@ -57,11 +57,26 @@ async def ask(
         IdempotencyPersistenceLayerError: It failed.
         IdempotencySerializationError: The layer cannot hold the record.
     """
+    operation = _started(start)
+    if isinstance(operation, Settled):
+        return operation  # there is nothing to wait for, and no coroutine to pay for
+    return _ask(operation, held_off, key, effect, within_seconds)
+
+
+def _started(start: Callable[[], Awaitable[T]]) -> Awaitable[T]:
+    """Start an operation; what fails at once fails as what fails later."""
     try:
-        operation = start()
-        if isinstance(operation, Settled):  # as `settle` does, for less
-            answer: T = operation.answer
-            return answer
+        return start()
+    except Exception as error:  # noqa: BLE001 - it is raised where the operation is awaited
+        return _raised(error)
+
+
+async def _raised(error: Exception) -> NoReturn:
+    raise error
+
+
+async def _ask(operation: Awaitable[T], held_off: HeldOff, key: str, effect: str, within_seconds: float | None) -> T:
+    try:
         return await held_off.settle(operation, within_seconds=within_seconds)
     except Exception as error:
         if isinstance(error, IdempotencySerializationError) and effect == EFFECT_HAPPENED:
@@ -69,7 +84,23 @@ async def ask(
         raise _failure(error, key, effect) from error
 
 
-async def ask_persistently(
+def ask_persistently(
+    start: Callable[[], Awaitable[T]],
+    *,
+    held_off: HeldOff,
+    key: str,
+    effect: str,
+    reporter: Reporter,
+) -> Awaitable[T]:
+    """Ask the layer again and again, with back-off, until the deadline of `held_off`: the operation can be repeated."""
+    operation = _started(start)
+    if isinstance(operation, Settled):
+        return operation
+    return _ask_persistently(operation, start, held_off=held_off, key=key, effect=effect, reporter=reporter)
+
+
+async def _ask_persistently(
+    operation: Awaitable[T],
     start: Callable[[], Awaitable[T]],
     *,
     held_off: HeldOff,
@@ -77,11 +108,10 @@ async def ask_persistently(
     effect: str,
     reporter: Reporter,
 ) -> T:
-    """Ask the layer again and again, with back-off, until the deadline of `held_off`: the operation can be repeated."""
     attempt = 0
     while True:
         try:
-            return await ask(start, held_off=held_off, key=key, effect=effect, within_seconds=CLEANUP_SECONDS)
+            return await _ask(operation, held_off, key, effect, CLEANUP_SECONDS)
         except IdempotencyPersistenceConfigError:
             raise
         except IdempotencyPersistenceLayerError as failure:
@@ -93,6 +123,7 @@ async def ask_persistently(
             reporter.report(EventKind.PERSISTENCE_ERROR, error=failure)
         attempt += 1
         await held_off.settle(asyncio.sleep(delay))
+        operation = _started(start)
 
 
 def backoff_seconds(attempt: int) -> float:

@@ -28,7 +28,7 @@ MINIMUM_LAMBDA_LEASE_SECONDS: Final = 1.0
 SWITCHES: Final = ("AIDEM_IDEMPOTENCY_DISABLED", "POWERTOOLS_IDEMPOTENCY_DISABLED")
 TRUE: Final = ("true", "1", "t", "yes", "y", "on")
 FALSE: Final = ("", "false", "0", "f", "no", "n", "off")
-_ENCODED_SWITCHES: Final = tuple((switch, getattr(os.environ, "encodekey", str)(switch)) for switch in SWITCHES)
+_AIDEM, _POWERTOOLS = map(getattr(os.environ, "encodekey", str), SWITCHES)
 
 
 class Key(NamedTuple):
@@ -174,8 +174,11 @@ def is_disabled(function: str) -> bool:
     Raises:
         IdempotencyConfigError: The switch is neither true nor false.
     """
-    for switch in _switches_set():
-        value = os.environ[switch]
+    names = getattr(os.environ, "_data", None)  # asking os.environ itself takes a microsecond for each name
+    if names is not None and _AIDEM not in names and _POWERTOOLS not in names:
+        return False
+    for switch in SWITCHES:
+        value = os.environ.get(switch)
         if value and _is_true(switch, value):
             warnings.warn(
                 f"{switch} is set: {function} runs without idempotency; never set it in production",
@@ -184,14 +187,6 @@ def is_disabled(function: str) -> bool:
             )
             return True
     return False
-
-
-def _switches_set() -> list[str]:
-    """Return the switches that are in the environment."""
-    names = getattr(os.environ, "_data", None)  # os.environ takes a microsecond for every name that is not there
-    if names is None:  # somebody replaced it
-        return [switch for switch in SWITCHES if switch in os.environ]
-    return [switch for switch, encoded in _ENCODED_SWITCHES if encoded in names]
 
 
 def _is_true(switch: str, value: str) -> bool:

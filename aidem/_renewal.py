@@ -1,13 +1,14 @@
 """Lease renewal: a claim is renewed at a third of its lease, while its body runs and not a moment longer.
 
 A short call pays for an entry in a dict: one timer serves all claims of an event loop, and only a body that lasts long
-enough gets a task that renews. Nothing renews a claim whose body is not running: claims are held weakly, and renewal
+enough gets a task that renews. Nothing renews a claim whose body is not running: that task holds the claim weakly, and
 ends when the call is over or gone, its task or thread is dead, or the process is a fork of the one that made it.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 import weakref
 from typing import TYPE_CHECKING, Protocol
 
@@ -26,6 +27,10 @@ class Renewable(Protocol):
         """Whether it was made here, and not by the process that this one is a fork of."""
         ...
 
+    def begin_renewal(self) -> None:
+        """Renew from now on: the body lasts long enough to need it."""
+        ...
+
     def next_renewal_at(self) -> float:
         """Return when to renew, in seconds of the loop's clock."""
         ...
@@ -38,26 +43,18 @@ class Renewable(Protocol):
 class Renewal:
     """Renews one claim."""
 
-    __slots__ = ("_claim", "_has_body_ended", "_is_stopped", "_renewals", "_task")
+    __slots__ = ("_claim", "_has_body_ended", "_is_stopped", "_task")
 
-    def __init__(self, claim: Renewable, renewals: Renewals, *, at: float, has_body_ended: Callable[[], bool]) -> None:
+    def __init__(self, claim: Renewable, *, has_body_ended: Callable[[], bool]) -> None:
         self._claim = weakref.ref(claim)
-        self._renewals = renewals
         self._has_body_ended = has_body_ended
         self._is_stopped = False
-        self._task: asyncio.Task[None] | None = None
-        renewals.watch(self, at=at)
-
-    def wake(self) -> None:
-        """Begin to renew."""
-        if self._find() is not None:
-            self._task = asyncio.get_running_loop().create_task(self._renew_repeatedly())
+        self._task = asyncio.get_running_loop().create_task(self._renew_repeatedly())
 
     def stop(self) -> asyncio.Task[None] | None:
         """Renew no more; return the task that still settles a renewal under way, if there is one."""
         self._is_stopped = True
-        self._renewals.forget(self)
-        if self._task is None or self._task.done():
+        if self._task.done():
             return None
         if not self._task.get_loop().is_closed():
             self._task.cancel()
@@ -89,31 +86,32 @@ class Renewal:
 class Renewals:
     """The claims of one event loop that are held, but not for so long that they need a renewal."""
 
-    __slots__ = ("_due", "_timer")
+    __slots__ = ("_due", "_timer", "_wakes_at")
 
     def __init__(self) -> None:
-        self._due: dict[Renewal, float] = {}
+        self._due: dict[Renewable, float] = {}
         self._timer: asyncio.TimerHandle | None = None
+        self._wakes_at = math.inf
 
-    def watch(self, renewal: Renewal, *, at: float) -> None:
-        """Wake the renewal then, in seconds of the loop's clock."""
-        self._due[renewal] = at
-        if self._timer is not None and at < self._timer.when():
-            self._timer.cancel()
-            self._timer = None
-        if self._timer is None:
+    def watch(self, claim: Renewable, *, at: float) -> None:
+        """Let the claim begin its renewal then, in seconds of the loop's clock."""
+        self._due[claim] = at
+        if at < self._wakes_at:
+            if self._timer is not None:
+                self._timer.cancel()
+            self._wakes_at = at
             self._timer = asyncio.get_running_loop().call_at(at, self._wake)
 
-    def forget(self, renewal: Renewal) -> None:
-        """Do not wake it."""
-        self._due.pop(renewal, None)
+    def forget(self, claim: Renewable) -> None:
+        """Do not let it."""
+        self._due.pop(claim, None)
 
     def _wake(self) -> None:
-        self._timer = None
+        self._timer, self._wakes_at = None, math.inf
         now = asyncio.get_running_loop().time()
         waiting, self._due = self._due, {}
-        for renewal, at in waiting.items():
+        for claim, at in waiting.items():
             if at > now:
-                self.watch(renewal, at=at)
+                self.watch(claim, at=at)
             else:
-                renewal.wake()
+                claim.begin_renewal()
