@@ -37,8 +37,8 @@ T = TypeVar("T")
 PATIENCE_SECONDS: Final = CLEANUP_SECONDS + 1.0
 """How long a call waits at most for what it has left behind; aidem's own writes are bounded a little shorter."""
 
-TURNS: Final = 4
-"""In how many turns of its loop a connection finds out that it was closed, with TLS too."""
+TURNS: Final = 8
+"""In how many turns of its loop a connection has found out that it was closed; with TLS it takes four."""
 
 
 def run(start: Callable[[], Coroutine[Any, Any, T]], *, patience: Callable[[], float]) -> T:
@@ -120,7 +120,6 @@ class KeptLoop:
 
     async def _end_what_is_left(self, patience: float) -> None:
         deadline = self._loop.time() + patience
-        await asyncio.sleep(0)  # what was dropped only now begins to be closed
         while left := self._left() | self._threads.drained():
             for task in left - writes:
                 if isinstance(task, asyncio.Task) and inspect.iscoroutine(task.get_coro()):  # what closes is none
@@ -182,8 +181,6 @@ def _take() -> KeptLoop:
     try:
         return _idle.pop()
     except IndexError:
-        atexit.unregister(close)
-        atexit.register(close)  # now, so that it runs before what layers have registered
         return KeptLoop()
 
 
@@ -192,6 +189,9 @@ def _give_back(loop: KeptLoop) -> None:
         _idle.append(loop)
     else:
         loop.close(patience=0.5)
+
+
+atexit.register(close)
 
 
 def _after_fork_in_child() -> None:

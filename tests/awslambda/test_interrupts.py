@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import signal
 import threading
 import time
@@ -93,23 +94,45 @@ def test_sigterm_leaves_with_the_code_that_shells_expect(layer: PlannedLayer) ->
 
 @pytest.mark.usefixtures("virtual_time")
 @pytest.mark.parametrize(("number", "error"), SIGNALS)
-def test_a_second_interrupt_strikes_at_once_and_the_key_is_given_back_too(
+def test_a_second_interrupt_does_not_wait_and_the_key_is_given_back_too(
     number: signal.Signals, error: type[BaseException], layer: PlannedLayer
 ) -> None:
-    layer.latency_seconds = 1.0
+    loops = []
 
     @lambda_handler
     @idempotent(persistence_store=layer, key_prefix="handler")
     async def handler(event: int, context: None) -> None:
-        loop = asyncio.get_running_loop()
-        loop.call_later(1, signal.raise_signal, number)
-        loop.call_later(1.5, signal.raise_signal, number)  # while the key is being given back
-        await asyncio.sleep(HOUR)
+        loops.append(asyncio.get_running_loop())
+        loops[0].call_later(1, signal.raise_signal, number)
+        loops[0].call_later(2, signal.raise_signal, number)
+        try:
+            await asyncio.sleep(HOUR)
+        finally:
+            await asyncio.sleep(HOUR)
 
     with pytest.raises(error):
         handler(1, None)
+    assert loops[0].time() < 1000 + HOUR
     assert layer.calls == ["acquire", "release"]
-    assert layer.inner is not None
+    assert nothing(None, None) is None
+
+
+@pytest.mark.usefixtures("virtual_time")
+def test_a_third_interrupt_does_not_wait_for_the_clean_up_and_the_loop_is_given_up(layer: PlannedLayer) -> None:
+    loops = []
+
+    @lambda_handler
+    async def handler(event: int, context: None) -> None:
+        loops.append(asyncio.get_running_loop())
+        for at in (1.0, 2.0, 2.5):
+            loops[0].call_later(at, signal.raise_signal, signal.SIGINT)
+        for _ in range(3):
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.sleep(3)
+
+    with pytest.raises(KeyboardInterrupt):
+        handler(1, None)
+    assert loops[0].is_closed()
     assert nothing(None, None) is None
 
 
@@ -180,9 +203,11 @@ def test_an_exit_in_the_handler_is_raised_and_asyncio_has_nothing_to_say(
     async def handler(event: int, context: None) -> None:
         raise SystemExit(3)
 
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as caught:
         handler(1, None)
     assert layer.calls == ["acquire", "release"]
+    del caught
+    gc.collect()
     assert caplog.records == []
 
 

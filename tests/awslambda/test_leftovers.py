@@ -303,7 +303,9 @@ def test_an_async_generator_that_is_held_stays_open_until_its_loop_is_closed(sai
 # --- Threads ----------------------------------------------------------------------------------------------------------
 
 
-def test_work_in_a_thread_is_waited_for(said: list[str], kept_alive: list[Any]) -> None:
+def test_work_in_a_thread_is_waited_for(
+    said: list[str], kept_alive: list[Any], caplog: pytest.LogCaptureFixture
+) -> None:
     begun = threading.Event()
 
     def work() -> None:
@@ -318,6 +320,7 @@ def test_work_in_a_thread_is_waited_for(said: list[str], kept_alive: list[Any]) 
 
     handler(None, None)
     assert said == ["done"]
+    assert caplog.records == []
 
 
 def test_work_that_has_not_begun_is_dropped(said: list[str], kept_alive: list[Any]) -> None:

@@ -7,6 +7,8 @@ import contextlib
 import itertools
 import json
 import signal
+import ssl
+import subprocess
 import time
 from collections.abc import AsyncGenerator, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager
@@ -16,6 +18,8 @@ from typing import Any
 
 import pytest
 
+from aidem import _kept_loop
+from aidem.awslambda import lambda_handler
 from tests.aws_servers import Database
 from tests.awslambda.runtime import Answer, Environment, environment
 from tests.proxy import Proxy
@@ -253,3 +257,55 @@ async def test_environments_restored_from_one_snapshot_have_connections_and_clai
         same = await asyncio.gather(*[lambda_.invoke({"order": order, "hangs_seconds": 0.3}) for _ in range(WORKERS)])
         assert len({answer.result["owner"] for answer in same}) == 1
     assert len(account.effects()) == 1 + WORKERS + 1
+
+
+# --- TLS --------------------------------------------------------------------------------------------------------------
+
+
+async def test_a_tls_connection_that_was_closed_while_the_loop_stood_still_is_found_out_before_it_is_used(
+    tmp_path: Path,
+) -> None:
+    command = "req -x509 -newkey rsa:2048 -nodes -subj /CN=localhost -keyout key.pem -out certificate.pem"
+    await asyncio.to_thread(
+        subprocess.run, ["openssl", *command.split()], cwd=tmp_path, check=True, capture_output=True
+    )
+    ours = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    ours.load_cert_chain(tmp_path / "certificate.pem", tmp_path / "key.pem")
+    accepted: asyncio.Queue[asyncio.StreamWriter] = asyncio.Queue()
+
+    async def accept(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        accepted.put_nowait(writer)
+
+    server = await asyncio.start_server(accept, "127.0.0.1", 0, ssl=ours)
+    client = TlsClient(server.sockets[0].getsockname()[1])
+    assert await asyncio.to_thread(client.call, None, None) is True
+    writer = await accepted.get()
+    writer.transport.abort()
+    with contextlib.suppress(OSError):
+        await writer.wait_closed()
+    assert await asyncio.to_thread(client.call, None, None) is False
+    server.close()
+    await asyncio.to_thread(_kept_loop.close)
+
+
+class TlsClient(asyncio.Protocol):
+    """Connects once, and says in each call whether it still is."""
+
+    def __init__(self, port: int) -> None:
+        self.port = port
+        self.is_connected = False
+        self.call = lambda_handler(self.look)
+
+    async def look(self, event: None, context: None) -> bool:
+        if not hasattr(self, "transport"):
+            theirs = ssl.create_default_context()
+            theirs.check_hostname, theirs.verify_mode = False, ssl.CERT_NONE
+            loop = asyncio.get_running_loop()
+            self.transport, _ = await loop.create_connection(lambda: self, "127.0.0.1", self.port, ssl=theirs)
+        return self.is_connected
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.is_connected = True
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.is_connected = False
