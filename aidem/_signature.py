@@ -119,6 +119,8 @@ def payload_finder(target: Target, *, data_keyword_argument: str | None, key: Ca
 
 def _named(signature: inspect.Signature, name: str, target: Target) -> FindKey:
     parameter = signature.parameters.get(name)
+    if parameter is None and any(each.kind is each.VAR_KEYWORD for each in signature.parameters.values()):
+        return lambda plan, _args, kwargs: plan.key(kwargs.get(name))
     if parameter is None:
         known = ", ".join(map(repr, signature.parameters)) or "none"
         message = f"data_keyword_argument={name!r} is not a parameter of {target.name}; its parameters are: {known}"

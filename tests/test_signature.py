@@ -113,6 +113,18 @@ def test_two_ways_to_say_what_the_payload_is_are_one_too_many(keys: Keys) -> Non
         keys.decorate(charge, data_keyword_argument="order", key=lambda order: order)
 
 
+async def test_a_named_payload_may_be_one_of_any_keyword_arguments(keys: Keys) -> None:
+    async def charge(shop: int, **details: Any) -> None: ...
+
+    charge = keys.decorate(charge, data_keyword_argument="order")
+    await charge(1, order=7, note="first")
+    await charge(2, order=7)
+    assert len(keys) == 1
+    with pytest.warns(IdempotencyWarning, match="no idempotency key was found for .*charge"):
+        await charge(3, note="without")
+    assert len(keys) == 1
+
+
 async def test_a_named_payload_that_is_missing_runs_without_idempotency_and_warns(keys: Keys) -> None:
     runs: list[Any] = []
 

@@ -53,6 +53,12 @@ FUNCTIONS = (
         function=functions.pay_with_note,
         steps=(Call(ORDER, args=("first",)), Call(ORDER, kwargs={"note": "second"})),
     ),
+    Scenario(
+        title="the payload among arbitrary keyword arguments",
+        feature=Feature.FUNCTION,
+        function=functions.pay_anything,
+        steps=(Call(ORDER, kwargs={"note": "first"}), Call(ORDER)),
+    ),
     Scenario(title="a method", feature=Feature.FUNCTION, build=builds.as_method),
     Scenario(title="a method of a class", feature=Feature.FUNCTION, build=builds.as_classmethod),
     Scenario(title="a static method", feature=Feature.FUNCTION, build=builds.as_staticmethod),
