@@ -193,6 +193,7 @@ def test_what_a_route_says_of_itself_stays() -> None:
     assert described["422"] == "Not payable"
     assert described["5XX"] == "Try later"
     assert operation["responses"]["409"].keys() == {"description", "headers", "content"}
+    assert operation["responses"]["409"]["headers"].keys() == {"Idempotent-Replayed", "Retry-After"}
     assert "headers" not in operation["responses"]["5XX"]
 
 
