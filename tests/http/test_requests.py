@@ -478,6 +478,12 @@ async def test_two_layers_of_one_prefix_around_one_request_are_one() -> None:
     assert shop.bodies == [b"{}"]
 
 
+async def test_two_layers_of_two_prefixes_around_one_request_both_record_it() -> None:
+    layer = PlannedLayer()
+    await request(front_of(front_of(Shop(), layer=layer, key_prefix="inner"), layer=layer, key_prefix="outer"))
+    assert sorted(key.partition("#")[0] for key in layer.inner._records) == ["inner", "outer"]
+
+
 async def test_another_request_under_the_same_key_is_refused_also_from_within() -> None:
     inner: list[Any] = []
 
