@@ -14,7 +14,7 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 
-from aidem._cancellation import CLEANUP_SECONDS
+from aidem._cancellation import CLEANUP_SECONDS, writes
 from aidem._snapshots import BeforeSnapshot
 from aidem.exceptions import IdempotencyUsageError
 
@@ -216,7 +216,7 @@ class BackgroundLoop:
         if not self.is_exiting:
             await _wait(self.steps)
         left = asyncio.all_tasks() - {self._ending}
-        for task in left:
+        for task in left - writes:
             task.cancel()
         await _wait(left)
         await _wait({self._loop.create_task(self._loop.shutdown_asyncgens())})

@@ -186,8 +186,11 @@ def _cancel_again(task: asyncio.Task[Any], requests: int, args: tuple[Any, ...])
         task.uncancel()  # it is the same request, not one more
 
 
-# Tasks that settle something: asyncio itself keeps only weak references to tasks.
-_tasks: set[asyncio.Task[Any]] = set()
+writes: Final[set[asyncio.Task[Any]]] = set()
+"""Operations that run as tasks of their own: whoever ends the tasks of a loop waits for these, and they are bounded.
+
+A strong reference, for asyncio itself keeps only weak ones.
+"""
 
 
 def _as_task(operation: Awaitable[T]) -> SettlingFuture[T]:
@@ -195,10 +198,10 @@ def _as_task(operation: Awaitable[T]) -> SettlingFuture[T]:
     loop = asyncio.get_running_loop()
     future: SettlingFuture[T] = SettlingFuture(loop=loop)
     task = loop.create_task(_await(operation), context=contextvars.copy_context())
-    _tasks.add(task)
+    writes.add(task)
 
     def task_done(task: asyncio.Task[T]) -> None:
-        _tasks.discard(task)
+        writes.discard(task)
         if task.cancelled():
             future.fail(IdempotencyPersistenceConnectionError("the operation of the persistence layer was cancelled"))
         elif (error := task.exception()) is not None:

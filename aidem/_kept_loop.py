@@ -21,8 +21,7 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-from aidem._cancellation import CLEANUP_SECONDS
-from aidem._cancellation import _tasks as writes  # pyright: ignore[reportPrivateUsage]
+from aidem._cancellation import CLEANUP_SECONDS, writes
 from aidem._interrupts import Interrupts
 from aidem._snapshots import BeforeSnapshot
 

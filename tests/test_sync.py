@@ -862,3 +862,19 @@ def test_a_block_that_is_dropped_after_the_loop_was_closed_starts_none(layer: Me
     sync.close()
     del block
     assert background_threads() == []
+
+
+def test_closing_lets_a_key_be_given_back_for_which_nobody_waits(layer: MemoryPersistenceLayer) -> None:
+    slow = PlannedLayer(inner=layer, clock=real_now).plan("release", Fault(before_seconds=0.2))
+
+    def steps() -> Iterator[int]:
+        with sync.idempotency("a", persistence_store=slow):
+            yield 1
+
+    running = steps()
+    next(running)
+    running.close()
+    sync.close()
+    assert slow.calls == ["acquire", "release"]
+    with sync.idempotency("a", persistence_store=layer) as execution:
+        assert not execution.replayed
