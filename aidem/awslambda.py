@@ -109,8 +109,8 @@ def _check_is_async(handler: object) -> None:
         return
     name = getattr(handler, "__qualname__", None) or repr(handler)
     raise TypeError(
-        f"{name} is not an async function, and Lambda calls plain ones as they are; to make it idempotent, decorate it "
-        "with aidem.sync.idempotent; decorators for plain handlers, such as those of Powertools, go above lambda_handler"
+        f"{name} is not an async function, and Lambda calls plain ones as they are; decorate it with "
+        "aidem.sync.idempotent; and decorators for plain handlers, such as those of Powertools, go above lambda_handler"
     )
 
 
