@@ -20,7 +20,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from aidem import _http_answers as answers
-from aidem._cancellation import in_background
+from aidem._cancellation import CLEANUP_SECONDS, in_background
 from aidem._engine import Phase
 from aidem._execution import Execution, running
 from aidem._http_response import Recorder, text_of
@@ -33,7 +33,7 @@ from aidem.hooks import EventKind
 from aidem.serialization import UNAVAILABLE_TEXT
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Generator
 
     from aidem._engine import Call
     from aidem._http_options import HttpOptions
@@ -81,8 +81,8 @@ class Exchange:
     async def run(self, app: ASGIApp, scope: Scope) -> None:
         """Run the app to its end, and settle the claim if its response has not."""
         try:
-            with running(self._execution):
-                await app(_without_extensions(scope), self.receive, self.send)
+            with running(self._execution), _without_extensions(scope):
+                await app(scope, self.receive, self.send)
         except BaseException as error:
             await self._break_off(error)
             raise
@@ -139,7 +139,11 @@ class Exchange:
             return  # the client has got another answer
         if message["type"] == "http.response.start":
             self._has_started = True  # though sending it may be interrupted
-        await self._send(message)
+        try:
+            await self._send(message)
+        except OSError:  # so do servers say that the client is gone
+            if self._call.phase is not Phase.CLAIMED:
+                raise
 
     def _is_stored(self, recorder: Recorder) -> bool:
         try:
@@ -198,8 +202,17 @@ class Exchange:
         elif isinstance(error, GeneratorExit):  # nothing may be awaited any more
             in_background(self._record_without_response)
         else:
-            with contextlib.suppress(IdempotencyLeaseLostError):  # what broke it off goes first
+            is_cancelled = isinstance(error, asyncio.CancelledError)
+            await self._mark_as_done(within_seconds=CLEANUP_SECONDS if is_cancelled else None)
+
+    async def _mark_as_done(self, *, within_seconds: float | None) -> None:
+        try:
+            async with asyncio.timeout(within_seconds):
                 await self._record_without_response()
+        except IdempotencyLeaseLostError:
+            pass  # what broke it off goes first
+        except TimeoutError:
+            logger.error("a response of %s was broken off, and could not be recorded in time", self._call.plan.function)  # noqa: TRY400 - no trace: it may show data
 
     async def _give_back(self, error: BaseException) -> None:
         try:
@@ -219,9 +232,15 @@ class Exchange:
         self._call.reporter.report(kind, fence=self._call.fence, error=error)
 
 
-def _without_extensions(scope: Scope) -> Scope:
+@contextlib.contextmanager
+def _without_extensions(scope: Scope) -> Generator[None]:
+    """Take them out of the scope itself: who is further out reads in it what the app has written, such as the route."""
     extensions = scope.get("extensions")
     if not extensions or not any(name in extensions for name in _TAKEN_OUT):
-        return scope
-    left = {name: value for name, value in extensions.items() if name not in _TAKEN_OUT}
-    return {**scope, "extensions": left}
+        yield
+        return
+    scope["extensions"] = {name: value for name, value in extensions.items() if name not in _TAKEN_OUT}
+    try:
+        yield
+    finally:
+        scope["extensions"] = extensions

@@ -26,7 +26,7 @@ logger = logging.getLogger("aidem")
 
 KEY_HEADER: Final = b"idempotency-key"
 SERVED: Final = "aidem.key"
-"""Where the scope of a request says under which key it is served."""
+"""Where the scope of a request says under which keys it is being served."""
 
 
 class Gate:
@@ -85,10 +85,17 @@ class Gate:
         return Key(text, fingerprint.hexdigest())
 
     async def _serve_named(self, key: Key, app: ASGIApp, scope: Scope, request: RequestBody, send: Send) -> None:
-        if scope.get(SERVED) == key:  # a layer further out, with the same prefix, serves this request
+        served = scope.get(SERVED, ())
+        if key in served:  # by a layer further out, with the same prefix
             await app(scope, request.receive, send)
             return
-        scope[SERVED] = key
+        scope[SERVED] = (*served, key)
+        try:
+            await self._serve_once(key, app, scope, request, send)
+        finally:
+            scope[SERVED] = served  # who is further out may try again with it
+
+    async def _serve_once(self, key: Key, app: ASGIApp, scope: Scope, request: RequestBody, send: Send) -> None:
         call = Call(self._current_plan(), key)
         try:
             await call.begin()

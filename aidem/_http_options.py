@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import inspect
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, TypeGuard
@@ -111,6 +112,11 @@ def _is_collection(value: object) -> TypeGuard[Collection[Any]]:
     return isinstance(value, Collection) and not isinstance(value, str)
 
 
+def _is_sync(value: Any) -> bool:
+    is_async = inspect.iscoroutinefunction(value) or inspect.iscoroutinefunction(getattr(value, "__call__", None))  # noqa: B004
+    return callable(value) and not is_async
+
+
 def _is_bool(value: Any) -> bool:
     return isinstance(value, bool)
 
@@ -126,7 +132,7 @@ _CHECKS: Final[dict[str, tuple[Callable[[Any], bool], str]]] = {
     "strict": (_is_bool, "True or False"),
     "max_request_bytes": (_is_size, "a whole number that is not negative"),
     "max_response_bytes": (_is_size, "a whole number that is not negative"),
-    "store_if": (callable, "a callable store_if(status, headers)"),
+    "store_if": (_is_sync, "a callable store_if(status, headers) that is not async"),
     "store_set_cookie": (_is_bool, "True or False"),
     "documentation_url": (lambda value: value is None or isinstance(value, str), "a URL as a string, or None"),
 }

@@ -172,12 +172,12 @@ async def test_a_return_without_the_last_of_the_body_never_gives_the_key_back() 
 
 async def test_a_start_that_may_have_gone_out_counts_as_gone_out() -> None:
     async def refuse(message: Any) -> None:
-        raise OSError("broken pipe")
+        raise RuntimeError("broken pipe")
 
     app = Breaking(1, end)
     front = front_of(app)
     connection = Connection([b"{}"], on_send=refuse)
-    with pytest.raises(OSError, match="broken pipe"):
+    with pytest.raises(RuntimeError, match="broken pipe"):
         await front(scope_of(), connection.receive, connection.send)
     assert await is_done_and_not_kept(front)
 

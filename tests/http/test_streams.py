@@ -159,7 +159,7 @@ async def test_files_pass_as_bytes(tmp_path: Any) -> None:
     scopes: list[Any] = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
-        scopes.append(scope)
+        scopes.append(dict(scope))
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await send({"type": "http.response.body", "body": path.read_bytes()})
 
