@@ -47,7 +47,11 @@ _TAKEN_OUT: Final = ("http.response.pathsend", "http.response.zerocopysend", "ht
 
 
 class NotStoredError(Exception):
-    """The response is not one to keep, or there was none: why a key is given back although nothing was raised."""
+    """The response is not one to keep: why a key is given back although nothing was raised."""
+
+
+class NoResponseError(BaseException):
+    """The app ended without a response; no `Exception`, as it did not say that it has failed."""
 
 
 class Exchange:
@@ -86,7 +90,7 @@ class Exchange:
         except BaseException as error:
             await self._break_off(error)
             raise
-        await self._break_off(NotStoredError())
+        await self._break_off(NoResponseError())
 
     # --- What the app sees --------------------------------------------------------------------------------------------
 

@@ -158,6 +158,21 @@ async def test_cancelled_while_the_store_is_away_a_response_that_has_begun_ends_
     assert "could not be recorded in time" in caplog.text
 
 
+@pytest.mark.parametrize("messages", [[], [{"type": "http.response.start", "headers": [(b"content-length", b"4")]}]])
+async def test_an_app_that_answers_nothing_is_in_doubt_where_it_must_not_run_again(messages: list[Any]) -> None:
+    runs: list[Any] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        runs.append(scope)
+        for message in messages:
+            await send(message | {"status": 201})
+
+    front = front_of(app, settings={"on_abandoned": "raise"})
+    assert (await request(front)).messages == []
+    assert (await request(front)).problem["title"] == "Whether the request was done is not known"
+    assert len(runs) == 1
+
+
 # --- Servers that say by an error that the client is gone -------------------------------------------------------------
 
 
