@@ -98,8 +98,7 @@ NOT_RECORDED: Final = Problem(
     name="not-recorded",
     status=503,
     title="The request is done, but that could not be recorded",
-    detail="Repeat the same request later, with the same Idempotency-Key, to learn what is known of it.",
-    is_temporary=True,
+    detail="Look its result up by other means: repeated later under the same Idempotency-Key, it may run again.",
 )
 OUTCOME_UNKNOWN: Final = Problem(
     name="outcome-unknown",

@@ -34,11 +34,12 @@ _WITHOUT_MEANING: Final = {
     "response_hook": "a replay is sent as it was recorded",
     "stored_exceptions": "responses are stored, not exceptions",
 }
-_NOT_STORED: Final = frozenset({401, 403, 408, 422, 425, 429})
+# 307 and 308 ask for the same request elsewhere, with the same key: it must not be taken by the one that was sent on.
+_NOT_STORED: Final = frozenset({307, 308, 401, 403, 408, 422, 425, 429})
 
 
 def store_by_default(status: int, headers: Headers) -> bool:  # noqa: ARG001 - a StoreIf
-    """Whether a response is final, so that a retry would get the same: 2xx, 3xx and most of 4xx."""
+    """Whether a response is final, so that a retry would get the same: 2xx, and most of 3xx and 4xx."""
     return 200 <= status < 500 and status not in _NOT_STORED  # noqa: PLR2004 - classes of status codes
 
 
@@ -126,7 +127,10 @@ def _is_size(value: Any) -> bool:
 
 
 _CHECKS: Final[dict[str, tuple[Callable[[Any], bool], str]]] = {
-    "scope": (lambda value: value is None or callable(value), "a callable scope(request_scope), or None"),
+    "scope": (
+        lambda value: value is None or (callable(value) and value is not by_header),
+        'a callable scope(request_scope), such as by_header("authorization"), or None',
+    ),
     "methods": (_are_methods, "a collection of methods that change something, such as ('POST', 'PATCH')"),
     "required": (_is_bool, "True or False"),
     "strict": (_is_bool, "True or False"),

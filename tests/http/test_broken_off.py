@@ -262,8 +262,8 @@ async def test_a_failure_to_record_before_the_start_went_out_is_503_done_not_rec
     front = front_of(shop, layer=PlannedLayer().plan("complete", Fault(DENIED)))
     response = await request(front)
     assert response.status == 503
-    assert response.header(b"retry-after") == b"1"
     assert response.problem["title"] == "The request is done, but that could not be recorded"
+    assert response.header(b"retry-after") is None  # it may run again
     assert response.is_complete
     assert front.listener.kinds == [EventKind.PERSISTENCE_ERROR]
     assert "a response of the HTTP layer 'shop' was not recorded: denied" in caplog.text

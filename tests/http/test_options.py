@@ -35,6 +35,7 @@ def test_prefix_and_scope_must_be_given(missing: str) -> None:
         ("key_prefix", ""),
         ("key_prefix", 7),
         ("scope", "authorization"),
+        ("scope", by_header),
         ("persistence_store", "redis://localhost"),
         ("persistence_store", MemoryPersistenceLayer),
         ("config", {"lease_seconds": 3}),
