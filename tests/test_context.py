@@ -387,6 +387,17 @@ async def test_a_block_that_handed_out_another_result_than_the_winners_raises(
             await take_over(layer, '"the winner\'s"')
 
 
+async def test_a_block_that_lost_its_claim_to_another_payload_has_no_result(
+    till: Till, layer: MemoryPersistenceLayer
+) -> None:
+    with pytest.raises(IdempotencyLeaseLostError, match="no outcome for this payload"):
+        async with idempotency("key", payload=ORDER) as execution:
+            assert not execution.replayed
+            execution.result = await till.charge(ORDER)
+            (record,) = stored(layer)
+            layer._records[record.idempotency_key] = record.replace(owner="winner", payload_hash="another")
+
+
 async def test_a_block_that_handed_out_the_winners_result_is_content(till: Till, layer: MemoryPersistenceLayer) -> None:
     async with idempotency("key") as execution:
         await execution.run(till.charge, ORDER)

@@ -7,7 +7,7 @@ import contextvars
 import functools
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Iterator
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -867,7 +867,7 @@ def test_a_block_that_is_dropped_after_the_loop_was_closed_starts_none(layer: Me
 def test_closing_lets_a_key_be_given_back_for_which_nobody_waits(layer: MemoryPersistenceLayer) -> None:
     slow = PlannedLayer(inner=layer, clock=real_now).plan("release", Fault(before_seconds=0.2))
 
-    def steps() -> Iterator[int]:
+    def steps() -> Generator[int]:
         with sync.idempotency("a", persistence_store=slow):
             yield 1
 

@@ -64,9 +64,7 @@ def completed_of(
 
 def timeless(record: DataRecord | None) -> DataRecord | None:
     """Return the record without what the store decides: its instants, its fence, and where it is kept."""
-    if record is None:
-        return None
-    return record.replace(
+    return record and record.replace(
         expiry_timestamp=None, in_progress_expiry_timestamp=None, lease_expiry_timestamp=None, fence=0, sort_key=None
     )
 
