@@ -66,8 +66,12 @@ def _loader(data_path: str | None) -> Any:
     """Return what reads the descriptions of services, once: they take most of the time that a client takes to make."""
     loader: Any = cast("Any", botocore.loaders).create_loader(data_path)
     # Whether a service is there is asked twice, and else answered by looking through some 400 folders.
-    loader.list_available_services = lambda type_name: ["dynamodb"]  # noqa: ARG005 - for every type
+    loader.list_available_services = _available_services
     return loader
+
+
+def _available_services(type_name: str) -> list[str]:  # noqa: ARG001 - there is one, for every type
+    return ["dynamodb"]
 
 
 class GivenClient:
