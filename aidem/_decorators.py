@@ -181,7 +181,7 @@ def idempotent_function(
 
     Args:
         function: The callable, where the decorator is used without options.
-        data_keyword_argument: The parameter that is the payload, however it is passed.
+        data_keyword_argument: The parameter that is the payload, however it is passed; or a name among `**kwargs`.
         key: Gets the bound arguments by name, and returns the payload; the alternative to `data_keyword_argument`.
             Without either, the payload is all arguments by name, without `self` and `cls`.
         persistence_store: Where records are kept; by default what `configure` says.

@@ -36,7 +36,8 @@ class IdempotencyEvent:
     Attributes:
         kind: What happened.
         key: The idempotency key; `""` where the call has none.
-        function: Module and qualified name of the function; of a block, `the block` and its key prefix.
+        function: Module and qualified name of the function; of a block or the HTTP layer, `the block` or
+            `the HTTP layer` and its key prefix.
         fence: The fence of the claim; 0 where nothing was claimed.
         duration_seconds: From the start of the call until now.
         error: What failed, for `PERSISTENCE_ERROR`, `CONFLICT` and `RESULT_UNAVAILABLE`.
