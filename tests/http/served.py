@@ -23,6 +23,9 @@ ROOT = Path(__file__).parents[2]
 DEADLINE_SECONDS = 30.0
 LEASE_SECONDS = 1.5
 WAIT_SECONDS = 30.0
+# More than a worker is stopped for, less than the deadline: uvicorn's supervisor, asking a worker that is killed before
+# it answers, waits this long before it starts another one or obeys a signal.
+HEALTH_CHECK_SECONDS = 15
 
 
 @dataclass
@@ -66,12 +69,12 @@ class Service:
             "--port",
             str(self.port),
         ]
-        quiet = ["--no-access-log", "--log-level", "warning", "--timeout-worker-healthcheck", "300"]
+        quiet = ["--no-access-log", "--log-level", "warning", "--timeout-worker-healthcheck", str(HEALTH_CHECK_SECONDS)]
         with (self.directory / "output.txt").open("ab") as output:
             self.process = subprocess.Popen(
                 [*command, *quiet, *self.options],
                 cwd=ROOT,
-                env=os.environ | {"SERVICE": json.dumps(settings)},
+                env=os.environ | {"SERVICE": json.dumps(settings), "PYTHONFAULTHANDLER": "1"},
                 stdout=output,
                 stderr=subprocess.STDOUT,
             )
@@ -100,8 +103,17 @@ class Service:
         while len(self.workers()) < 2:
             assert self.process is not None
             running = self.process.poll() is None and time.monotonic() < deadline
-            assert running, f"two workers did not come: {self.output[-2000:]}"
+            assert running, f"two workers did not come: {self.last_words(self.process)}"
             time.sleep(0.02)
+
+    def last_words(self, process: subprocess.Popen[bytes]) -> str:
+        """End the supervisor and its children, and return the end of what they wrote and where they were."""
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+            for pid in [*map(int, children), process.pid]:
+                os.kill(pid, signal.SIGABRT)
+                time.sleep(0.5)  # so that each is written as a whole
+        return self.output[-8000:]
 
     def events(self, name: str | None = None) -> list[dict[str, Any]]:
         try:

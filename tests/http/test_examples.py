@@ -20,6 +20,7 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.http.served import HEALTH_CHECK_SECONDS
 from tests.proxy import Proxy
 from tests.servers import RedisServer, free_port, started
 
@@ -149,7 +150,7 @@ class Service:
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
         environment = os.environ | ({} if self.redis is None else {"REDIS_URL": self.redis.url})
-        options = ["--port", str(self.port), "--workers", "2", "--timeout-worker-healthcheck", "300"]
+        options = [f"--port={self.port}", "--workers=2", f"--timeout-worker-healthcheck={HEALTH_CHECK_SECONDS}"]
         with (self.directory / "output.txt").open("ab") as output:
             process = subprocess.Popen(
                 [sys.executable, "-m", "uvicorn", "service:app", "--app-dir", str(EXAMPLES), *options],
