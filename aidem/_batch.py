@@ -18,7 +18,7 @@ import logging
 import math
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeGuard
+from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeGuard, cast
 
 from aidem._options import kind_of, refused
 from aidem.config import current_lambda_context, default_config
@@ -54,9 +54,10 @@ async def process_batch(
 ) -> BatchResponse:
     """Run a handler for each record of an SQS, Kinesis or DynamoDB stream event, and report which are to come again.
 
-    An `Exception` of the handler fails its record: it is logged by type and identifier, and the others go on. In a FIFO
-    message group and in a shard, records run in order, and none runs behind one that failed. Everything else that the
-    handler raises, and a cancellation, cancels the records that run, waits for them, and propagates as it is.
+    An `Exception` of the handler fails its record, and so does a cancellation of this record alone: it is logged by
+    type and identifier, and the others go on. In a FIFO message group and in a shard, records run in order, and none
+    runs behind one that failed. Everything else that the handler raises, and a cancellation of the batch, cancels the
+    records that run, waits for them, and propagates as it is.
 
     Args:
         event: The event as Lambda delivered it.
@@ -80,15 +81,17 @@ async def process_batch(
         time_reserve_seconds=time_reserve_seconds,
         context=current_lambda_context(default_config()),
         slots=asyncio.Semaphore(max_concurrency),
+        is_interrupted=_cancellation_of_this_task(),
     )
-    left = await batch.run(_rows_of(items))
-    if (not_run := sum(map(len, left)) - batch.failures) > 0:
+    rows = _rows_of(items)
+    await batch.run(rows)
+    if (not_run := sum(map(len, rows)) - batch.failures) > 0:
         logger.warning(
             "%d of %d records were not run: one before them failed, or the invocation is about to end",
             not_run,
             len(items),
         )
-    return {"batchItemFailures": [{"itemIdentifier": name} for row in left for name in _reported(row)]}
+    return {"batchItemFailures": [{"itemIdentifier": name} for row in rows for name in _reported(row)]}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,34 +112,34 @@ class _Batch:
     time_reserve_seconds: float
     context: LambdaContext | None
     slots: asyncio.Semaphore
+    is_interrupted: Callable[[], bool]
     failures: int = field(default=0, init=False)
 
-    async def run(self, rows: list[list[_Item]]) -> list[list[_Item]]:
-        """Return what is left of each row: the record that failed and those behind it, which have not run."""
+    async def run(self, rows: list[list[_Item]]) -> None:
+        """Take from the rows what succeeds; of each is left the record that failed and those behind it."""
         try:
             async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(self._run_in_order(row)) for row in rows]
+                for row in rows:
+                    group.create_task(self._run_in_order(row))
         except BaseExceptionGroup as errors:
             interruption = errors.exceptions[0]
         else:
-            return [task.result() for task in tasks]
+            return
         raise interruption  # no handler knows of the group: whoever waits for the interruption gets it alone
 
-    async def _run_in_order(self, row: list[_Item]) -> list[_Item]:
+    async def _run_in_order(self, row: list[_Item]) -> None:
         await self.slots.acquire()
-        done = 0
-        while done < len(row) and self._may_start() and await self._succeeds(row[done]):
-            done += 1
+        while row and self._may_start() and await self._succeeds(row[0]):
+            del row[0]
         self.slots.release()  # not after an interruption: nothing is to start behind it
-        return row[done:]
 
     async def _succeeds(self, item: _Item) -> bool:
         try:
             await self.record_handler(item.record)
         except asyncio.CancelledError as error:
-            if _is_cancelled():
+            if self.is_interrupted():
                 raise
-            self._note_failure(item, error)  # of something that the handler waited for: not a request to us
+            self._note_failure(item, error)  # of the record, or of something that it waited for: not of the batch
             return False
         except Exception as error:  # noqa: BLE001 - of whatever kind: the record comes again
             self._note_failure(item, error)
@@ -149,15 +152,17 @@ class _Batch:
         logger.warning("record %s of %s failed: %s", item.identifier, item.source, type(error).__qualname__)
 
     def _may_start(self) -> bool:
-        if _is_cancelled():  # the record before has swallowed it
+        if self.is_interrupted():  # the record before has swallowed it
             return False
         context = self.context
         return context is None or context.get_remaining_time_in_millis() >= self.time_reserve_seconds * 1000
 
 
-def _is_cancelled() -> bool:
-    task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0
+def _cancellation_of_this_task() -> Callable[[], bool]:
+    """Return what tells whether this task is cancelled from now on; a task group, too, cancels whoever waits for it."""
+    task = cast("asyncio.Task[Any]", asyncio.current_task())
+    before = task.cancelling()  # a request that was not withdrawn, as those of earlier task groups are in Python 3.11
+    return lambda: task.cancelling() > before
 
 
 def _reported(row: list[_Item]) -> list[str]:
