@@ -17,7 +17,8 @@ _DEFAULTS: Final = ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM
 class Interrupts:
     """A section in which an interrupt cancels a task; leaving it delivers the interrupt, as an exception.
 
-    A second interrupt strikes at once. Signals that somebody else handles are left alone.
+    A second interrupt strikes at once. Signals that somebody else handles are left alone, also those that somebody has
+    taken over meanwhile.
 
     Args:
         loop: The loop of the task.
@@ -42,9 +43,10 @@ class Interrupts:
 
     def __exit__(self, *_: object) -> None:
         for number, default in self._taken:
-            with contextlib.suppress(NotImplementedError):
-                self._loop.remove_signal_handler(number)
-            signal.signal(number, default)
+            if signal.getsignal(number) == self._interrupted:
+                with contextlib.suppress(NotImplementedError):
+                    self._loop.remove_signal_handler(number)
+                signal.signal(number, default)
         if self._interrupt is not None:
             raise self._interrupt
 

@@ -95,14 +95,13 @@ class KeptLoop:
     def run(self, start: Callable[[], Coroutine[Any, Any, T]], patience: Callable[[], float]) -> T:
         """Run a coroutine, and end what it has left behind."""
         task = self._loop.create_task(_thawed(start))
+        task.add_done_callback(_look_at)
         with Interrupts(self._loop, task):
             try:
                 return self._loop.run_until_complete(task)
             finally:
                 self._end(patience())
-                self._warn_of_what_is_left()
-                if task.done() and not task.cancelled():
-                    task.exception()  # or asyncio would say that nobody has looked at it
+                self._give_up_what_is_left()
 
     def close(self, *, patience: float) -> None:
         """Close it, and with it the clients that layers keep in async generators."""
@@ -131,11 +130,12 @@ class KeptLoop:
     def _left(self) -> set[asyncio.Future[Any]]:
         return {*asyncio.all_tasks(self._loop) - self._residents - {asyncio.current_task(self._loop)}}
 
-    def _warn_of_what_is_left(self) -> None:
+    def _give_up_what_is_left(self) -> None:
         for task in self._left():
             logger.warning("%s goes on although its call has ended: its event loop is given up", repr(task))
         if self._threads.unfinished:
             logger.warning("%d threads go on although their call has ended", len(self._threads.unfinished))
+            self._threads.unfinished.clear()  # or every later call would wait for them, too
 
 
 async def _thawed(start: Callable[[], Coroutine[Any, Any, T]]) -> T:
@@ -145,11 +145,16 @@ async def _thawed(start: Callable[[], Coroutine[Any, Any, T]]) -> T:
     return await start()
 
 
+def _look_at(task: asyncio.Task[Any]) -> None:
+    """Keep asyncio from saying that nobody has: an interrupt may be what its caller gets instead."""
+    _ = task.cancelled() or task.exception()
+
+
 class _Threads(ThreadPoolExecutor):
     """The threads of a loop.
 
     Attributes:
-        unfinished: What they have not done yet.
+        unfinished: What they have not done yet, and has not been given up.
     """
 
     def __init__(self) -> None:

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from aidem import _kept_loop, idempotent
-from aidem.awslambda import lambda_handler
+from aidem import _kept_loop, idempotent, idempotent_function
+from aidem.awslambda import lambda_handler, process_batch
 from tests.support import PlannedLayer
 
 HOUR = 3600.0
@@ -177,6 +177,27 @@ def test_a_signal_that_somebody_else_handles_is_left_to_them(number: signal.Sign
     assert layer.calls == ["acquire", "release"]
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_that_the_handler_itself_begins_to_handle_is_left_to_it_from_then_on(number: signal.Signals) -> None:
+    heard = list[int]()
+
+    @lambda_handler
+    async def handler(event: bool, context: None) -> None:
+        if event:
+            asyncio.get_running_loop().add_signal_handler(number, heard.append, number)
+        signal.raise_signal(number)
+        await asyncio.sleep(0.01)
+
+    before = signal.getsignal(number)
+    try:
+        handler(True, None)
+        handler(False, None)
+    finally:
+        _kept_loop.close()  # and with the loop what it handles
+        signal.signal(number, before)
+    assert heard == [number, number]
+
+
 @pytest.mark.usefixtures("virtual_time")
 def test_an_exit_that_stops_the_loop_gives_the_key_back(layer: PlannedLayer) -> None:
     def leave() -> None:
@@ -205,6 +226,27 @@ def test_an_exit_in_the_handler_is_raised_and_asyncio_has_nothing_to_say(
 
     with pytest.raises(SystemExit) as caught:
         handler(1, None)
+    assert layer.calls == ["acquire", "release"]
+    del caught
+    gc.collect()
+    assert caplog.records == []
+
+
+@pytest.mark.usefixtures("virtual_time")
+def test_an_exit_in_a_record_of_a_batch_is_raised_and_asyncio_has_nothing_to_say(
+    layer: PlannedLayer, caplog: pytest.LogCaptureFixture
+) -> None:
+    @idempotent_function(persistence_store=layer)
+    async def charge(record: dict[str, Any]) -> None:
+        raise SystemExit(3)
+
+    @lambda_handler
+    async def handler(event: Any, context: None) -> Any:
+        return await process_batch(event, charge)
+
+    record = {"eventSource": "aws:kinesis", "kinesis": {"sequenceNumber": "1"}}
+    with pytest.raises(SystemExit) as caught:
+        handler({"Records": [record]}, None)
     assert layer.calls == ["acquire", "release"]
     del caught
     gc.collect()

@@ -354,11 +354,18 @@ def test_a_thread_that_does_not_end_is_logged_and_the_loop_goes_on(
         begun.wait()
         return loop
 
+    @lambda_handler
+    async def later_handler(event: None, context: None) -> None:
+        pass
+
     try:
         loop = handler(None, None)
+        ended_at = loop.time()
+        later_handler(None, None)
         assert [(record.levelno, record.getMessage()) for record in caplog.records] == [
             (logging.WARNING, "1 threads go on although their call has ended")
         ]
+        assert loop.time() == pytest.approx(ended_at), "later calls do not wait for it again"
         assert not loop.is_closed()
     finally:
         go_on.set()
