@@ -8,11 +8,11 @@ import os
 from typing import TYPE_CHECKING, Final, TypeVar
 
 from aidem import _state
-from aidem._cancellation import CLEANUP_SECONDS, HeldOff, in_background
-from aidem._operations import EFFECT_HAPPENED, FAILED, NOTHING_RUN, RUNNING, ask, ask_persistently
+from aidem._cancellation import CLEANUP_SECONDS, HeldOff, Settled, in_background
+from aidem._operations import EFFECT_HAPPENED, FAILED, NOTHING_RUN, RUNNING, ask, ask_persistently, started
 from aidem._record import OutcomeKind
 from aidem._renewal import Renewal
-from aidem._state import Claimed
+from aidem._state import Blocked, Claimed
 from aidem.exceptions import (
     IdempotencyError,
     IdempotencyLeaseLostError,
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from aidem._plan import Key, Plan
     from aidem._record import DataRecord
     from aidem._shared import LoopState
-    from aidem._state import Blocked
     from aidem.hooks import Reporter
 
 logger = logging.getLogger("aidem")
@@ -114,15 +113,33 @@ class Claim:
         Raises:
             IdempotencyPersistenceLayerError: The layer failed, or answers later than the lease lasts.
         """
+        try:
+            operation = started(self._acquisition)
+            if isinstance(operation, Settled):
+                answer: Claimed | Blocked = operation.answer
+                if self._holds(answer):
+                    return answer
+        except BaseException:  # a signal handler raised
+            in_background(self._release)
+            raise
+        return await self._acquired(operation)
+
+    def _holds(self, answer: Claimed | Blocked) -> bool:
+        """Take note of the answer; False: it came after the lease that it gives."""
+        if isinstance(answer, Blocked):
+            return True
+        self.record = answer.record
+        return not self.has_lapsed()
+
+    async def _acquired(self, operation: Awaitable[Claimed | Blocked]) -> Claimed | Blocked | None:
         with HeldOff() as held_off:
             try:
-                answer = await ask(self._acquisition, held_off=held_off, key=self._key, effect=NOTHING_RUN)
-                if isinstance(answer, Claimed):
-                    self.record = answer.record
-                    if held_off.is_pending:
-                        await self._release_unused(held_off)
-                    elif self.has_lapsed() and not await self._renew_late(held_off):
-                        return None
+                answer = await ask(lambda: operation, held_off=held_off, key=self._key, effect=NOTHING_RUN)
+                holds = self._holds(answer)
+                if held_off.is_pending and isinstance(answer, Claimed):
+                    await self._release_unused(held_off)
+                elif not holds and not await self._renew_late(held_off):
+                    return None
             except IdempotencyError:
                 await self._release_unused(held_off)  # it may have been applied, and only the reply lost
                 raise

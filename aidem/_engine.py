@@ -151,12 +151,13 @@ class Call:
                 self._replay(cached)
                 return
         flight = self._flight = Flight()
-        if config.wait_timeout_seconds > 0 and not self.supersedes:
+        flights = self._loop_state.flights
+        if self.key.text in flights and config.wait_timeout_seconds > 0 and not self.supersedes:
             await self._follow_others()
             if self.phase is Phase.REPLAYED:
                 return
         # One who does not wait may find another's flight under the key, and leaves it.
-        self._loop_state.flights.setdefault(self.key.text, flight)
+        flights.setdefault(self.key.text, flight)
         try:
             while self.phase is Phase.NEW:  # ask until the key is ours, has an outcome, or the time is over
                 await self._ask(flight)
@@ -281,8 +282,9 @@ class Call:
             if ours is None:
                 claim.note_loss()
                 self._count(await winner(self.plan, self.key), EventKind.REPLAYED)
-        finally:
+        except BaseException:
             self._end(None)
+            raise
         return ours is not None
 
     async def fail(self, error: BaseException) -> bool:

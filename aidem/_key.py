@@ -11,15 +11,13 @@ import dataclasses
 import hashlib
 from collections.abc import Sized
 from functools import cache, partial
-from itertools import repeat
-from operator import is_
 from typing import TYPE_CHECKING, Any, Final
 
 from aidem._json import ENCODABLE, NotEncodableError, encode, explain, is_array, is_dict
 from aidem.exceptions import IdempotencyKeyError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
 _JSON_TYPES: Final = frozenset({dict, list, str, int, float, bool, type(None)})
 
@@ -51,10 +49,15 @@ def _prepared(payload: Any) -> Any:
 def is_missing(selected: Any) -> bool:
     """Whether a value is no key: None, empty, or a container of nothing but None. `0` and `False` are keys."""
     if is_dict(selected):
-        return all(map(is_, selected.values(), repeat(None)))
-    if is_array(selected):
-        return all(map(is_, selected, repeat(None)))
-    return selected is None or (isinstance(selected, Sized) and len(selected) == 0)
+        values: Iterable[Any] = selected.values()
+    elif is_array(selected):
+        values = selected
+    else:
+        return selected is None or (isinstance(selected, Sized) and len(selected) == 0)
+    for value in values:  # noqa: SIM110 - nearly always the first one decides, before `all` would have begun
+        if value is not None:
+            return False
+    return True
 
 
 def payload_digest(selected: Any, hash_function: str) -> str:

@@ -57,13 +57,13 @@ def ask(
         IdempotencyPersistenceLayerError: It failed.
         IdempotencySerializationError: The layer cannot hold the record.
     """
-    operation = _started(start)
+    operation = started(start)
     if isinstance(operation, Settled):
         return operation  # there is nothing to wait for, and no coroutine to pay for
     return _ask(operation, held_off, key, effect, within_seconds)
 
 
-def _started(start: Callable[[], Awaitable[T]]) -> Awaitable[T]:
+def started(start: Callable[[], Awaitable[T]]) -> Awaitable[T]:
     """Start an operation; what fails at once fails as what fails later."""
     try:
         return start()
@@ -93,7 +93,7 @@ def ask_persistently(
     reporter: Reporter,
 ) -> Awaitable[T]:
     """Ask the layer again and again, with back-off, until the deadline of `held_off`: the operation can be repeated."""
-    operation = _started(start)
+    operation = started(start)
     if isinstance(operation, Settled):
         return operation
     return _ask_persistently(operation, start, held_off=held_off, key=key, effect=effect, reporter=reporter)
@@ -123,7 +123,7 @@ async def _ask_persistently(
             reporter.report(EventKind.PERSISTENCE_ERROR, error=failure)
         attempt += 1
         await held_off.settle(asyncio.sleep(delay))
-        operation = _started(start)
+        operation = started(start)
 
 
 def backoff_seconds(attempt: int) -> float:

@@ -26,14 +26,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum, auto
 from math import ceil
+from typing import NamedTuple
 
 from aidem._record import DataRecord, OutcomeKind, RecordStatus
 
 # --- What layers answer ---------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Claimed:
+class Claimed(NamedTuple):
     """The key is ours.
 
     Attributes:
@@ -45,8 +45,7 @@ class Claimed:
     taken_over: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Blocked:
+class Blocked(NamedTuple):
     """A live record of somebody else is there.
 
     Attributes:

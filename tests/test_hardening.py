@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import anyio
 import pytest
@@ -26,7 +25,11 @@ from aidem.exceptions import (
 )
 from aidem.hooks import EventKind
 from aidem.persistence import Blocked
-from tests.support import VIRTUAL_TIME, Fault, Listener, PlannedLayer, SettlingLayer, Till, VirtualTimeLoop
+from aidem.persistence.memory import MemoryPersistenceLayer
+from tests.support import VIRTUAL_TIME, Fault, Listener, PlannedLayer, SettlingLayer, Till, VirtualTimeLoop, wall_clock
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 ORDER = {"id": 7}
 NO_ROUTE = IdempotencyPersistenceConnectionError("no route")
@@ -575,7 +578,7 @@ async def test_where_clients_clocks_judge_a_claim_is_in_doubt_only_after_the_ske
     class JudgedByClients(PlannedLayer):
         async def acquire(self, record: Any, *, now: float, max_clock_skew_seconds: float = 0.0) -> Any:
             answer = await super().acquire(record, now=now)
-            return replace(answer, now=None) if isinstance(answer, Blocked) else answer
+            return Blocked(answer.record) if isinstance(answer, Blocked) else answer
 
     layer, till = JudgedByClients(), Till()
     till.seconds = 100
@@ -761,6 +764,51 @@ async def test_an_observer_that_ends_the_program_leaves_no_claim(kind: EventKind
         await (block.__aenter__() if form == "block" else call(ORDER))
     assert not layer.inner._records
     vanished.cancel()
+
+
+class InMemory(MemoryPersistenceLayer):
+    """Answers at once, after something that a plan says."""
+
+    def __init__(self, *before_answers: Callable[[], object]) -> None:
+        super().__init__(clock=wall_clock)
+        self.before_answers = list(before_answers)
+        self.renewals = 0
+
+    def acquire(self, *args: Any, **options: Any) -> Any:
+        answer = super().acquire(*args, **options)
+        self.before_answers.pop(0)()
+        return answer
+
+    def renew(self, *args: Any, **options: Any) -> Any:
+        self.renewals += 1
+        return super().renew(*args, **options)
+
+
+def interrupt() -> None:
+    """Do what the handler of a signal does."""
+    raise KeyboardInterrupt
+
+
+def stand_still() -> None:
+    """Let time pass as it does for a process that is stopped."""
+    loop: Any = asyncio.get_running_loop()
+    loop.jumping_selector.virtual_time += 31
+
+
+async def test_an_interrupt_while_a_layer_answers_at_once_leaves_no_claim() -> None:
+    layer, till = InMemory(interrupt), Till()
+    with pytest.raises(KeyboardInterrupt):
+        await made_idempotent(till.charge, layer)(ORDER)
+    assert len(layer._records) == 1
+    await asyncio.sleep(0.1)
+    assert not layer._records
+    assert not till.charges
+
+
+async def test_a_body_does_not_start_on_a_lease_that_passed_while_a_layer_answered_at_once() -> None:
+    layer, till = InMemory(stand_still), Till()
+    assert await made_idempotent(till.charge, layer)(ORDER) == {"receipt": 1}
+    assert layer.renewals == 1
 
 
 async def test_a_layer_that_finds_a_claim_too_large_has_failed() -> None:
