@@ -11,7 +11,12 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias, cast
 
 import aiobotocore.session
 import botocore.loaders
+from aiobotocore.client import AioBaseClient
 from aiobotocore.config import AioConfig
+from aiobotocore.session import ClientCreatorContext
+from botocore.client import BaseClient
+
+from aidem.exceptions import IdempotencyPersistenceConfigError
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Callable
@@ -50,8 +55,7 @@ def connect_with(session: Any | None, boto_config: Any | None) -> Connect:
     def connect() -> AbstractAsyncContextManager[Any]:
         config = config_of(boto_config)
         if session is not None:
-            client: AbstractAsyncContextManager[Any] = session.client("dynamodb", config=config)
-            return client
+            return _client_of(session, config)
         own_session: Any = cast("Any", aiobotocore.session).get_session()
         loader = _loader(own_session.get_config_variable("data_path"))
         own_session.register_component("data_loader", loader)
@@ -59,6 +63,15 @@ def connect_with(session: Any | None, boto_config: Any | None) -> Connect:
         return own_client
 
     return connect
+
+
+def _client_of(session: Any, config: Any) -> AbstractAsyncContextManager[Any]:
+    client: Any = session.client("dynamodb", config=config) if hasattr(session, "client") else None
+    if not hasattr(client, "__aenter__"):
+        raise IdempotencyPersistenceConfigError(
+            "this session makes no asynchronous client; pass an aioboto3.Session, which takes the arguments of boto3's"
+        )
+    return cast("AbstractAsyncContextManager[Any]", client)
 
 
 @cache
@@ -78,6 +91,11 @@ class GivenClient:
     """A client that was passed in: never closed here."""
 
     def __init__(self, client: Any) -> None:
+        if isinstance(client, BaseClient | ClientCreatorContext) and not isinstance(client, AioBaseClient):
+            raise IdempotencyPersistenceConfigError(
+                "this client is one of boto3, or not open; pass what `async with aioboto3.Session().client('dynamodb')`"
+                " gives, or none, and the layer makes its own"
+            )
         self._client = client
 
     async def ask(self, action: Action) -> Any:

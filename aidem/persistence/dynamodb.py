@@ -81,7 +81,8 @@ class DynamoDBPersistenceLayer:
         clock: Answers epoch seconds.
 
     Raises:
-        IdempotencyPersistenceConfigError: Two attributes have one name, or a client comes with what would make one.
+        IdempotencyPersistenceConfigError: Two attributes have one name, or a client is not asynchronous, not open, or
+            comes with what would make one.
     """
 
     def __init__(

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+import boto3
 import pytest
 from aiobotocore.config import AioConfig
 from aiobotocore.session import get_session
@@ -367,6 +368,26 @@ async def test_a_client_that_was_passed_in_is_used_and_never_closed(table: str) 
 def test_a_client_takes_nothing_beside_it(options: dict[str, Any]) -> None:
     with pytest.raises(IdempotencyPersistenceConfigError, match="used as it is"):
         DynamoDBPersistenceLayer("table", client=object(), **options)
+
+
+@pytest.mark.usefixtures("database")
+def test_a_client_of_boto3_is_refused() -> None:
+    with pytest.raises(IdempotencyPersistenceConfigError, match="one of boto3, or not open; pass what `async with"):
+        DynamoDBPersistenceLayer("table", client=boto3.client("dynamodb"))
+
+
+async def test_a_client_that_is_not_open_is_refused(table: str) -> None:
+    context: Any = get_session().create_client("dynamodb")
+    with pytest.raises(IdempotencyPersistenceConfigError, match="one of boto3, or not open; pass what `async with"):
+        DynamoDBPersistenceLayer(table, client=context)
+    async with context as client:
+        assert await DynamoDBPersistenceLayer(table, client=client).get("key") is None
+
+
+@pytest.mark.parametrize("session", [boto3.Session, get_session])
+async def test_a_session_that_makes_no_asynchronous_client_is_refused(session: Any, table: str) -> None:
+    with pytest.raises(IdempotencyPersistenceConfigError, match=r"pass an aioboto3\.Session"):
+        await DynamoDBPersistenceLayer(table, session=session()).get("key")
 
 
 # --- Set up -----------------------------------------------------------------------------------------------------------
