@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import asyncio
 import atexit
-import inspect
 import logging
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -35,6 +34,9 @@ T = TypeVar("T")
 
 PATIENCE_SECONDS: Final = CLEANUP_SECONDS + 1.0
 """How long a call waits at most for what it has left behind; aidem's own writes are bounded a little shorter."""
+
+CLOSING: Final = "async_generator_athrow"
+"""The type, which has no public name, of what closes an async generator."""
 
 TURNS: Final = 8
 """In how many turns of its loop a connection has found out that it was closed; with TLS it takes four."""
@@ -120,7 +122,7 @@ class KeptLoop:
         deadline = self._loop.time() + patience
         while left := self._left() | self._threads.drained():
             for task in left - writes:
-                if isinstance(task, asyncio.Task) and inspect.iscoroutine(task.get_coro()):  # what closes is none
+                if isinstance(task, asyncio.Task) and type(task.get_coro()).__name__ != CLOSING:
                     task.cancel()
             remaining = deadline - self._loop.time()
             if remaining <= 0:

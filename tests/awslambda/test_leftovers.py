@@ -279,6 +279,29 @@ def test_an_async_generator_that_was_dropped_is_closed_and_its_clean_up_not_cut_
 
 
 @pytest.mark.usefixtures("virtual_time")
+def test_a_task_that_waits_for_the_next_item_of_an_async_generator_is_cancelled_like_others(
+    said: list[str], caplog: pytest.LogCaptureFixture, kept_alive: list[Any]
+) -> None:
+    async def rows() -> AsyncGenerator[int]:
+        try:
+            await asyncio.sleep(HOUR)
+            yield 1
+        finally:
+            said.append("closed")
+
+    @lambda_handler
+    async def handler(event: None, context: None) -> asyncio.AbstractEventLoop:
+        kept_alive.append(asyncio.ensure_future(anext(rows())))
+        await asyncio.sleep(0)
+        return asyncio.get_running_loop()
+
+    loop = handler(None, None)
+    assert said == ["closed"]
+    assert caplog.records == []
+    assert not loop.is_closed()
+
+
+@pytest.mark.usefixtures("virtual_time")
 def test_an_async_generator_that_is_held_stays_open_until_its_loop_is_closed(said: list[str]) -> None:
     async def client() -> AsyncGenerator[int]:
         try:
