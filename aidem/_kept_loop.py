@@ -55,7 +55,10 @@ def run(start: Callable[[], Coroutine[Any, Any, T]], *, patience: Callable[[], f
     try:
         return loop.run(start, patience)
     finally:
-        _give_back(loop)
+        if loop.is_clean:
+            _idle.append(loop)
+        else:
+            loop.close(patience=min(0.5, patience() / 4))  # which takes twice as long at most
 
 
 def prepare(start: Callable[[], Coroutine[Any, Any, T]]) -> T:
@@ -64,7 +67,7 @@ def prepare(start: Callable[[], Coroutine[Any, Any, T]]) -> T:
     try:
         return loop.prepare(start)
     finally:
-        _give_back(loop)
+        _idle.append(loop)
 
 
 def close() -> None:
@@ -188,13 +191,6 @@ def _take() -> KeptLoop:
         return _idle.pop()
     except IndexError:
         return KeptLoop()
-
-
-def _give_back(loop: KeptLoop) -> None:
-    if loop.is_clean:
-        _idle.append(loop)
-    else:
-        loop.close(patience=0.5)
 
 
 atexit.register(close)
