@@ -113,16 +113,33 @@ class Claim:
         Raises:
             IdempotencyPersistenceLayerError: The layer failed, or answers later than the lease lasts.
         """
+        held_off = HeldOff()
         try:
             operation = started(self._acquisition)
             if isinstance(operation, Settled):
                 answer: Claimed | Blocked = operation.answer
                 if self._holds(answer):
                     return answer
-        except BaseException:  # a signal handler raised
-            in_background(self._release)
+            with held_off:
+                return await self._acquired(operation, held_off)
+        except (IdempotencyError, asyncio.CancelledError):  # raised when the key was given back
             raise
-        return await self._acquired(operation)
+        except BaseException:  # a signal handler raised, or the coroutine is closed: nothing may be awaited any more
+            in_background(self._release, after=held_off.operation)
+            raise
+
+    async def _acquired(self, operation: Awaitable[Claimed | Blocked], held_off: HeldOff) -> Claimed | Blocked | None:
+        try:
+            answer = await ask(lambda: operation, held_off=held_off, key=self._key, effect=NOTHING_RUN)
+            holds = self._holds(answer)
+            if held_off.is_pending and isinstance(answer, Claimed):
+                await self._release_unused(held_off)
+            elif not holds and not await self._renew_late(held_off):
+                return None
+        except IdempotencyError:
+            await self._release_unused(held_off)  # it may have been applied, and only the reply lost
+            raise
+        return answer
 
     def _holds(self, answer: Claimed | Blocked) -> bool:
         """Take note of the answer; False: it came after the lease that it gives."""
@@ -130,23 +147,6 @@ class Claim:
             return True
         self.record = answer.record
         return not self.has_lapsed()
-
-    async def _acquired(self, operation: Awaitable[Claimed | Blocked]) -> Claimed | Blocked | None:
-        with HeldOff() as held_off:
-            try:
-                answer = await ask(lambda: operation, held_off=held_off, key=self._key, effect=NOTHING_RUN)
-                holds = self._holds(answer)
-                if held_off.is_pending and isinstance(answer, Claimed):
-                    await self._release_unused(held_off)
-                elif not holds and not await self._renew_late(held_off):
-                    return None
-            except IdempotencyError:
-                await self._release_unused(held_off)  # it may have been applied, and only the reply lost
-                raise
-            except BaseException:  # the coroutine is closed: nothing may be awaited any more
-                in_background(self._release, after=held_off.operation)
-                raise
-        return answer
 
     async def _renew_late(self, held_off: HeldOff) -> bool:
         """Renew a claim whose answer came after its lease, before anything runs; False: it is not ours any more."""
