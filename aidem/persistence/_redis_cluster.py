@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 from redis.crc import REDIS_CLUSTER_HASH_SLOTS, key_slot
 
 from aidem.exceptions import IdempotencyPersistenceConnectionError
-from aidem.persistence._redis_command import Asking
+from aidem.persistence._redis_command import Asking, Question
 from aidem.persistence._redis_errors import CLOSED, copy_of, failure_of, translated
 from aidem.persistence._redis_line import Line
 from aidem.persistence._redis_questions import first_of
@@ -121,6 +121,7 @@ class Cluster:
         if error.code not in {"MOVED", "ASK", "TRYAGAIN", "CLUSTERDOWN"}:
             return False
         stray = self._stray(command, translated(error))
+        command.asked_at = self._loop.time()  # or the next node would have but the rest of the time of this one
         if error.address is None or stray.detours > DETOURS_AT_MOST:
             self._hold(command)
             return True
@@ -140,11 +141,11 @@ class Cluster:
         for command in commands:
             if isinstance(command, Asking):
                 continue
-            if isinstance(failure, IdempotencyPersistenceConnectionError):
+            if isinstance(command, Question) or not isinstance(failure, IdempotencyPersistenceConnectionError):
+                command.fail(copy_of(failure))
+            else:
                 self._stray(command, failure)
                 self._hold(command)
-            else:
-                command.fail(copy_of(failure))
         self._look()
 
     def _stray(self, command: Command[Any], failure: IdempotencyPersistenceLayerError) -> _Stray:
@@ -192,8 +193,9 @@ class Cluster:
     def _looked(self, task: asyncio.Task[None]) -> None:
         self._looking = None
         failure = failure_of(task)
-        held, self._held = self._held, []
+        held, self._held = [command for command in self._held if not command.future.done()], []
         for command in held:
+            command.asked_at = self._loop.time()
             line = self._line_of_slot[key_slot(command.key.encode())]
             if failure is not None:
                 command.fail(copy_of(failure))

@@ -79,6 +79,12 @@ class Command(Generic[T]):
         self.future.exception()
 
 
+class Question(Command[Any]):
+    """What is asked of one server, and of no other that may take its place."""
+
+    __slots__ = ()
+
+
 class Asking(Command[Any]):
     """What lets the next command in at a node that is importing its slot; it succeeds or fails with that command."""
 

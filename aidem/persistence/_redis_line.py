@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from aidem._cancellation import SettlingFuture
 from aidem.exceptions import IdempotencyPersistenceConnectionError
-from aidem.persistence._redis_command import Asking, Command
+from aidem.persistence._redis_command import Asking, Command, Question
 from aidem.persistence._redis_errors import CLOSED, LOST, copy_of, failure_of
 from aidem.persistence._redis_wire import Wire
 
@@ -71,7 +71,7 @@ class Line:
     def query(self, *arguments: str) -> SettlingFuture[Any]:
         """Send a command; answer the reply as it comes."""
         future: SettlingFuture[Any] = SettlingFuture(loop=self._loop)
-        self.ask(Command(future, arguments, lambda reply: reply))
+        self.ask(Question(future, arguments, lambda reply: reply))
         return future
 
     def ask_importing(self, command: Command[Any]) -> None:

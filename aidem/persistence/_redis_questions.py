@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from aidem.exceptions import IdempotencyPersistenceConnectionError
 from aidem.persistence._redis_errors import CLOSED
@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from aidem.persistence._redis_server import Endpoint, Server
 
 T = TypeVar("T")
+
+SHARES_AT_MOST: Final = 4
+"""Among how many servers the time is divided, or each of many would have too little of it."""
 
 
 async def answer_of(server: Endpoint, *command: str, timeout_seconds: float) -> Any:
@@ -55,7 +58,7 @@ async def first_of(
     left = list(servers)
     failure = IdempotencyPersistenceConnectionError(CLOSED)
     while left:
-        share = max(0.0, deadline - loop.time()) / len(left)
+        share = max(0.0, deadline - loop.time()) / min(len(left), SHARES_AT_MOST)
         try:
             return await attempt(left.pop(0), share)
         except IdempotencyPersistenceConnectionError as error:

@@ -18,11 +18,13 @@ from aidem.persistence._redis_cluster import PAUSE_SECONDS
 from aidem.persistence._redis_errors import ReplyError
 from aidem.persistence.redis import RedisPersistenceLayer
 from tests.persistence.redis_support import FakeServer, claimed, fake_server, no_complaints, until
-from tests.servers import free_port
+from tests.proxy import Proxy
 
 pytestmark = pytest.mark.server
 
 NOTHING = b"$-1\r\n"
+KEYS = ("key 2", "key")
+"""One in the first half of the slots, and one in the other."""
 Node = tuple[str | None, int]
 
 
@@ -135,35 +137,55 @@ async def test_a_node_that_hangs_leaves_time_to_ask_another(nodes: tuple[FakeNod
     first, second = nodes
     first.shards = None
     url = f"redis+cluster://127.0.0.1:{first.server.port},127.0.0.1:{second.server.port}"
-    layer = RedisPersistenceLayer(url, timeout_seconds=1)
+    layer = RedisPersistenceLayer(url, timeout_seconds=4)
     assert await layer.get("key") is None
     assert first.server.commands[-1][0] == b"CLUSTER"
     await layer.aclose()
 
 
-async def test_where_no_node_can_be_reached_that_is_said_at_once_to_everyone() -> None:
-    port = free_port()
-    layer = RedisPersistenceLayer(f"redis+cluster://127.0.0.1:{port}", timeout_seconds=50)
+async def test_each_of_many_nodes_that_are_far_away_has_time_to_answer(nodes: tuple[FakeNode, FakeNode]) -> None:
+    async with Proxy.to(nodes[0].server.port) as far_away:
+        far_away.delay(0.1)
+        places = ",".join([f"127.0.0.1:{far_away.port}"] * 60)
+        layer = RedisPersistenceLayer(f"redis+cluster://{places}", timeout_seconds=6)
+        assert await layer.get("key") is None
+        await layer.aclose()
+
+
+async def test_where_no_node_can_be_reached_that_is_said_at_once_to_everyone(vacant_port: int) -> None:
+    layer = RedisPersistenceLayer(f"redis+cluster://127.0.0.1:{vacant_port}", timeout_seconds=50)
     with no_complaints():
         asked = asyncio.gather(layer.get("a"), layer.get("b"), layer.open(), return_exceptions=True)
         errors = await asyncio.wait_for(asked, 20)
     assert [type(error) for error in errors] == [IdempotencyPersistenceConnectionError] * 3
     assert errors[0] is not errors[1]
-    assert f"127.0.0.1:{port} cannot be reached" in str(errors[0])
+    assert f"127.0.0.1:{vacant_port} cannot be reached" in str(errors[0])
     with pytest.raises(IdempotencyPersistenceConnectionError, match="cannot be reached"):
         await layer.wait_for_change("key", 20)
     await layer.aclose()
 
 
-async def test_a_node_that_is_gone_is_waited_for_and_then_said_to_be_gone(nodes: tuple[FakeNode, FakeNode]) -> None:
-    port = free_port()
-    nodes[0].shards = slots((0, 16383, ("127.0.0.1", port)))
-    layer = RedisPersistenceLayer(nodes[0].url, timeout_seconds=0.5)
+async def test_opening_fails_at_once_where_a_node_is_gone(nodes: tuple[FakeNode, FakeNode], vacant_port: int) -> None:
+    first, _ = nodes
+    first.answer = lambda command: b"-NOPERM no\r\n" if command[0] in {b"INFO", b"CONFIG"} else NOTHING
+    first.shards = slots((0, 8191, ("127.0.0.1", first.server.port)), (8192, 16383, ("127.0.0.1", vacant_port)))
+    layer = RedisPersistenceLayer(first.url, timeout_seconds=50)
+    with no_complaints(), pytest.raises(IdempotencyPersistenceConnectionError, match=f"{vacant_port} cannot be"):
+        await asyncio.wait_for(layer.open(), 20)
+    assert await layer.get(KEYS[0]) is None
+    await layer.aclose()
+
+
+async def test_a_node_that_is_gone_is_waited_for_and_then_said_to_be_gone(
+    nodes: tuple[FakeNode, FakeNode], vacant_port: int
+) -> None:
+    nodes[0].shards = slots((0, 16383, ("127.0.0.1", vacant_port)))
+    layer = RedisPersistenceLayer(nodes[0].url, timeout_seconds=2)
     with no_complaints():
         errors = await asyncio.gather(layer.get("a"), layer.get("b"), return_exceptions=True)
     assert [type(error) for error in errors] == [IdempotencyPersistenceConnectionError] * 2
     assert errors[0] is not errors[1]
-    assert f"127.0.0.1:{port} cannot be reached" in str(errors[0])
+    assert f"127.0.0.1:{vacant_port} cannot be reached" in str(errors[0])
     await layer.aclose()
 
 
@@ -188,16 +210,12 @@ async def test_a_node_that_refuses_the_password_is_not_waited_for(nodes: tuple[F
 
 
 async def test_where_all_nodes_are_gone_those_that_the_user_named_are_asked_again(
-    nodes: tuple[FakeNode, FakeNode], layer: RedisPersistenceLayer
+    nodes: tuple[FakeNode, FakeNode], layer: RedisPersistenceLayer, vacant_port: int
 ) -> None:
     first, _ = nodes
-    own, first.shards = first.shards, slots((0, 16383, ("127.0.0.1", free_port())))
+    own, first.shards = first.shards, slots((0, 16383, ("127.0.0.1", vacant_port)))
     asking = layer.get("key")
-
-    async def has_been_asked() -> bool:
-        return any(command[0] == b"CLUSTER" for command in first.server.commands)
-
-    await until(has_been_asked)
+    await until_asked_for_slots(first)
     first.shards = own
     assert await asking is None
 
@@ -246,9 +264,9 @@ async def test_who_may_not_enter_is_told_so(nodes: tuple[FakeNode, FakeNode], la
 
 
 async def test_what_cannot_get_to_where_its_slot_goes_is_asked_for_where_it_came_from(
-    nodes: tuple[FakeNode, FakeNode], layer: RedisPersistenceLayer
+    nodes: tuple[FakeNode, FakeNode], layer: RedisPersistenceLayer, vacant_port: int
 ) -> None:
-    replies = [f"-ASK 1 127.0.0.1:{free_port()}\r\n".encode(), NOTHING]
+    replies = [f"-ASK 1 127.0.0.1:{vacant_port}\r\n".encode(), NOTHING]
     nodes[0].answer = lambda _command: replies.pop(0)
     assert await layer.get("key") is None
     assert replies == []
@@ -274,6 +292,43 @@ async def test_a_node_that_hangs_up_fails_what_it_got_and_the_rest_goes_where_th
     waiting.append(layer.get("key"))  # nor does what is asked from now on go where nobody may be
     assert await asyncio.gather(*waiting) == [None] * 10
     assert (len(first.sent()), second.sent()) == (2, [b"GET"] * 10)
+
+
+async def test_what_waited_for_a_node_that_hangs_has_its_time_where_the_slot_is_then(
+    nodes: tuple[FakeNode, FakeNode],
+) -> None:
+    first, second = nodes
+    own = [("127.0.0.1", node.server.port) for node in nodes]
+    first.shards = second.shards = slots((0, 8191, own[0]), (8192, 16383, own[1]))
+    layer = RedisPersistenceLayer(first.url, timeout_seconds=2)
+    await asyncio.gather(*(layer.get(key) for key in KEYS))
+    await asyncio.sleep(0)  # the turn in which the replies came is over
+    first.answer = lambda _command: None
+    sent, *waiting = [layer.get(KEYS[0]) for _ in range(4)]
+    first.shards = second.shards = slots((0, 16383, own[1]))
+    with pytest.raises(IdempotencyPersistenceConnectionError, match="did not answer within 2 s"):
+        await sent
+    assert await asyncio.gather(*waiting) == [None] * 3
+    assert second.sent() == [b"GET"] * 4
+    await layer.aclose()
+
+
+async def test_who_gave_up_a_slot_that_nobody_serves_is_not_asked_for_any_more(
+    nodes: tuple[FakeNode, FakeNode],
+) -> None:
+    first, _ = nodes
+    first.shards = slots((0, 8191, ("127.0.0.1", first.server.port)))
+    layer = RedisPersistenceLayer(first.url, timeout_seconds=0.5)
+    with pytest.raises(IdempotencyPersistenceConnectionError, match="no node of the Redis cluster serves the slot"):
+        await layer.get(KEYS[1])
+    lines: Any = layer._connections.here().line
+
+    async def is_at_rest() -> bool:
+        return lines._looking is None
+
+    await until(is_at_rest)
+    assert lines._held == []
+    await layer.aclose()
 
 
 async def test_a_script_is_sent_in_full_where_a_node_does_not_know_it(
@@ -321,6 +376,13 @@ async def hung(nodes: tuple[FakeNode, FakeNode]) -> AsyncGenerator[None]:
         is_over.set()
 
 
+async def until_asked_for_slots(node: FakeNode) -> None:
+    async def has_been_asked() -> bool:
+        return any(command[0] == b"CLUSTER" for command in node.server.commands)
+
+    await until(has_been_asked)
+
+
 async def until_looked(layer: RedisPersistenceLayer) -> None:
     lines: Any = layer._connections.here().line
 
@@ -353,7 +415,7 @@ async def test_what_waits_when_all_is_closed_at_once_is_told_so_and_nothing_is_a
     if state == "connecting":
         await until_looked(layer)
     else:
-        await asyncio.sleep(0.05)
+        await until_asked_for_slots(nodes[0])
     before = len(nodes[0].server.commands)
     await asyncio.wait_for(layer._connections.here().abort(), 20)
     await asyncio.sleep(2 * PAUSE_SECONDS)
