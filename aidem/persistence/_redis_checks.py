@@ -9,8 +9,9 @@ from aidem.exceptions import IdempotencyPersistenceConfigError, IdempotencyPersi
 from aidem.persistence._redis_errors import ReplyError
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Iterable, Iterator
+    from collections.abc import Iterable, Iterator
 
+    from aidem._cancellation import SettlingFuture
     from aidem.persistence._redis_line import Line
 
 OLDEST_VERSION: Final = (6, 2)
@@ -36,10 +37,11 @@ async def problems(nodes: Iterable[Line], *, mode: str) -> list[str]:
     return list(found)
 
 
-async def _if_allowed(reply: Awaitable[Any]) -> Any:
+async def _if_allowed(reply: SettlingFuture[Any]) -> Any:
     """Return the reply; None where the ACL, or whoever runs the server, has forbidden the command."""
     try:
-        return await reply
+        await reply.waiter()  # which can be cancelled at once, as the reply cannot
+        return reply.result()
     except IdempotencyPersistenceLayerError as error:
         if isinstance(error.__cause__, ReplyError) and error.__cause__.code in {"NOPERM", "ERR"}:
             return None

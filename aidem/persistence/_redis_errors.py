@@ -46,7 +46,7 @@ class ReplyError(Exception):
 
 
 _ELSEWHERE: Final = re.compile(r"(?:MOVED|ASK) \d+ \??(\S*):(\d+)$")
-_WITHIN_SCRIPT: Final = re.compile(r"^ERR Error running script.*(?:-| )([A-Z]{3,})\b")
+_WITHIN_SCRIPT: Final = re.compile(r"^ERR Error running script.*?: -?([A-Z]{3,})\b")
 
 _TRY_AGAIN: Final = {
     "LOADING": "it is loading its data set after a start; try again when it is done",

@@ -29,6 +29,7 @@ from tests.persistence.redis_support import (
     completed,
     fake_server,
     stored,
+    until,
 )
 from tests.redis_clusters import told
 from tests.servers import RedisServer, free_port, started
@@ -86,15 +87,20 @@ async def test_an_error_of_the_server_is_one_clear_sentence(
 
 
 @pytest.mark.parametrize(
-    "reply",
+    ("reply", "code"),
     [
-        "OOM command not allowed when used memory > 'maxmemory'. script: 1234, on @user_script:5.",
-        "ERR Error running script (call to f_1234): @user_script:5: @user_script: 5: -OOM command not allowed",
-        "ERR Error running script (call to f_1234): @user_script:5: OOM command not allowed when used memory",
+        ("OOM command not allowed when used memory > 'maxmemory'. script: 1234, on @user_script:5.", "OOM"),
+        ("ERR Error running script (call to f_1): @user_script:5: @user_script: 5: -OOM command not allowed", "OOM"),
+        ("ERR Error running script (call to f_1): @user_script:5: OOM command not allowed when used memory", "OOM"),
+        (
+            "ERR Error running script (call to f_1): @user_script:5: @user_script: 5: -MISCONF Redis saves RDB files",
+            "MISCONF",
+        ),
+        ("ERR Error running script (call to f_1): @user_script:5: Script attempted to access the AOF", "ERR"),
     ],
 )
-def test_an_error_within_a_script_is_found_as_old_and_new_servers_say_it(reply: str) -> None:
-    assert ReplyError(reply).code == "OOM"
+def test_an_error_within_a_script_is_found_as_old_and_new_servers_say_it(reply: str, code: str) -> None:
+    assert ReplyError(reply).code == code
 
 
 # --- What a server says of itself -----------------------------------------------------------------------------------
@@ -180,6 +186,21 @@ async def test_opening_fails_where_nothing_works(fake: FakeServer, layer: RedisP
     fake.answer = lambda _command: b"-NOAUTH Authentication required.\r\n"
     with pytest.raises(IdempotencyPersistenceConfigError, match="username and password"):
         await layer.open()
+
+
+async def test_opening_ends_at_once_when_it_is_cancelled(fake: FakeServer) -> None:
+    layer = RedisPersistenceLayer(fake.url, timeout_seconds=50)
+    fake.answer = lambda _command: None
+    opening = asyncio.ensure_future(layer.open())
+
+    async def was_asked() -> bool:
+        return any(command[0] == b"INFO" for command in fake.commands)
+
+    await until(was_asked)
+    opening.cancel()
+    await asyncio.wait([opening], timeout=20)
+    assert opening.cancelled()
+    await layer._connections.here().abort()
 
 
 async def test_a_server_that_refuses_to_be_listened_to_is_not_asked_again(
