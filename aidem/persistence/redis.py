@@ -167,9 +167,9 @@ class RedisPersistenceLayer:
         """Return the record of a key as it is stored now."""
         return self._ask(("GET", key), lambda reply: self._text.read(key, reply))
 
-    def forget(self, key: str) -> SettlingFuture[None]:
+    async def forget(self, key: str) -> None:
         """Drop any record of the key."""
-        return self._ask(("DEL", key), lambda _reply: None)
+        await self._ask(("DEL", key), lambda _reply: None)
 
     async def wait_for_change(self, key: str, timeout_seconds: float) -> None:
         """Return when the record was completed or released, or after the timeout.

@@ -565,6 +565,13 @@ async def test_a_layer_that_is_dropped_closes_its_connection(server: RedisServer
     await until_connections(client, "dropped", 0)
 
 
+async def test_a_layer_that_nobody_holds_finishes_what_it_was_asked(server: RedisServer, client: Any) -> None:
+    await client.set("key", "stuck")
+    await RedisPersistenceLayer(server.url).forget("key")
+    assert await client.exists("key") == 0
+    assert await RedisPersistenceLayer(server.url).get("key") is None
+
+
 async def test_loops_of_other_threads_have_connections_of_their_own(server: RedisServer, client: Any) -> None:
     layer = RedisPersistenceLayer(f"{server.url}?client_name=threads")
     seen = list[int]()
