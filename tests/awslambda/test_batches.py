@@ -431,6 +431,21 @@ async def test_behind_a_record_that_swallows_the_cancellation_nothing_is_started
     assert started == ["a1"]
 
 
+async def test_nor_where_another_record_ends_the_batch() -> None:
+    started: list[str] = []
+
+    async def handle(record: dict[str, Any]) -> None:
+        started.append(record["messageId"])
+        if record["messageId"] == "b1":
+            raise Suspended
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.sleep(1000)
+
+    with leaving_no_task(), pytest.raises(Suspended):
+        await process_batch(fifo("a1", "b1", "a2", "b2", "c1"), handle, max_concurrency=2)
+    assert started == ["a1", "b1"]
+
+
 async def test_an_asyncio_timeout_around_a_batch_holds() -> None:
     worker = Worker(seconds=1000)
     with leaving_no_task(), pytest.raises(TimeoutError):
