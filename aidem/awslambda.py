@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import inspect
-import logging
 
 # The public one raises where there is none.
 from asyncio import _get_running_loop as running_loop  # pyright: ignore[reportPrivateUsage]
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, TypeVar, overload
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from aidem import _kept_loop, _snapshots
 from aidem._batch import process_batch
 from aidem._options import check_options
+from aidem._warming import open_all
 from aidem.config import lambda_context_of, register_lambda_context
 from aidem.exceptions import IdempotencyUsageError
 
@@ -26,14 +25,9 @@ if TYPE_CHECKING:
 
 __all__ = ["lambda_handler", "process_batch"]
 
-logger = logging.getLogger("aidem")
-
 R = TypeVar("R")
 EventT = TypeVar("EventT")
 ContextT = TypeVar("ContextT")
-
-WARM_SECONDS: Final = 5.0
-"""How long opening layers may hold up a start; Lambda allows 10 s for an init, and for what follows a restore."""
 
 
 @overload
@@ -128,16 +122,4 @@ def _refuse_event_loop(async_handler: Callable[..., Any]) -> None:
 
 def _open(layers: Collection[PersistenceLayer]) -> None:
     if running_loop() is None:
-        _kept_loop.prepare(partial(_open_all, layers))
-
-
-async def _open_all(layers: Collection[PersistenceLayer]) -> None:
-    await asyncio.gather(*map(_open_one, layers))
-
-
-async def _open_one(layer: PersistenceLayer) -> None:
-    try:
-        async with asyncio.timeout(WARM_SECONDS):
-            await layer.open()
-    except Exception as error:  # noqa: BLE001 - an init that fails is repeated by every invocation
-        logger.warning("%s could not be opened yet, its first use will: %r", type(layer).__name__, error)
+        _kept_loop.prepare(partial(open_all, layers))

@@ -15,7 +15,7 @@ import inspect
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Concatenate, ParamSpec, TypeVar, cast, overload
 
-from aidem import _background, _context
+from aidem import _background, _context, _snapshots
 from aidem._blocking import (
     BlockingBinding,
     BlockingCall,
@@ -28,7 +28,9 @@ from aidem._blocking import (
 )
 from aidem._decorators import key_of_event
 from aidem._engine import Phase
+from aidem._options import check_options
 from aidem._signature import Target, check_takes_event, payload_finder
+from aidem._warming import open_all
 from aidem.config import check_call_options, lambda_context_of, register_lambda_context, reset_lambda_context
 
 if TYPE_CHECKING:
@@ -41,7 +43,7 @@ if TYPE_CHECKING:
     from aidem.persistence import PersistenceLayer
     from aidem.serialization import ModelSerializer, OutputSerializer
 
-__all__ = ["BlockExecution", "Execution", "close", "idempotency", "idempotent", "idempotent_function"]
+__all__ = ["BlockExecution", "Execution", "close", "idempotency", "idempotent", "idempotent_function", "warm"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -235,6 +237,22 @@ class _Block(_context.Block):
 
 
 # --- The background loop ----------------------------------------------------------------------------------------------
+
+
+def warm(*persistence_stores: PersistenceLayer) -> None:
+    """Open layers now, so that the first call need not: for the init of a Lambda function, and again after a restore.
+
+    One that cannot be opened within 5 seconds is logged, and opened at its first use.
+
+    Raises:
+        IdempotencyConfigError: One of them is no persistence layer.
+        IdempotencyUsageError: An event loop runs on this thread, and would stand still.
+    """
+    check_options(warm=persistence_stores)
+    refuse_event_loop("use `await asyncio.to_thread(sync.warm, layer)`")
+    open_them = partial(_background.run, partial(open_all, persistence_stores))
+    open_them()
+    _snapshots.after_restore(open_them)
 
 
 def close() -> None:

@@ -18,7 +18,9 @@ from aidem import DataRecord, IdempotencyConfig, current_execution, sync
 from aidem.config import current_lambda_context
 from aidem.exceptions import (
     IdempotencyAlreadyInProgressError,
+    IdempotencyConfigError,
     IdempotencyLeaseLostError,
+    IdempotencyPersistenceConnectionError,
     IdempotencyResultUnavailableError,
     IdempotencyUsageError,
     IdempotencyValidationError,
@@ -810,6 +812,45 @@ def test_a_call_that_waits_for_too_long_is_told_that_the_loop_was_closed(layer: 
         sync.close()
         thread.join(PATIENCE_SECONDS)
     assert "aidem.sync was closed" in str(errors[0])
+
+
+class OpenedLayer(PlannedLayer):
+    """Takes note of the thread that opens it; some cannot be opened."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        super().__init__(inner=MemoryPersistenceLayer(), clock=real_now)
+        self.error = error
+        self.opened_by: list[str] = []
+
+    async def open(self) -> None:
+        self.opened_by.append(threading.current_thread().name)
+        if self.error is not None:
+            raise self.error
+
+
+def test_layers_can_be_opened_before_the_first_call(caplog: pytest.LogCaptureFixture) -> None:
+    layers = OpenedLayer(), OpenedLayer(IdempotencyPersistenceConnectionError("the store is down"))
+    sync.warm(*layers)
+    assert [layer.opened_by for layer in layers] == [["aidem.sync"], ["aidem.sync"]]
+    assert "OpenedLayer could not be opened yet" in caplog.text
+    assert "the store is down" in caplog.text
+    assert sync.idempotent_function(persistence_store=layers[1], key_prefix="charge")(lambda: 1)() == 1
+
+
+def test_only_layers_can_be_opened_before_the_first_call() -> None:
+    opened = OpenedLayer()
+    with pytest.raises(IdempotencyConfigError, match="it must be a list of persistence layers"):
+        sync.warm(opened, "redis://localhost")  # type: ignore[arg-type]
+    assert not opened.opened_by
+
+
+async def test_a_thread_that_runs_an_event_loop_cannot_open_layers() -> None:
+    opened = OpenedLayer()
+    with pytest.raises(IdempotencyUsageError, match=r"asyncio\.to_thread"):
+        sync.warm(opened)
+    assert not opened.opened_by
+    await asyncio.to_thread(sync.warm, opened)
+    assert opened.opened_by == ["aidem.sync"]
 
 
 def test_closing_closes_clients_that_a_layer_keeps_in_async_generators() -> None:

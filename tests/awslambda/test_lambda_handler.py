@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 
 from aidem import IdempotencyConfig, _kept_loop, current_execution, idempotent, idempotent_function
-from aidem.awslambda import WARM_SECONDS, lambda_handler
+from aidem._warming import WARM_SECONDS
+from aidem.awslambda import lambda_handler
 from aidem.config import current_lambda_context
 from aidem.exceptions import IdempotencyConfigError, IdempotencyPersistenceConnectionError, IdempotencyUsageError
 from aidem.persistence.memory import MemoryPersistenceLayer

@@ -97,6 +97,17 @@ def test_clients_of_warm_layers_are_closed_before_the_snapshot_and_made_anew_aft
     assert handler(None, None) == 1
 
 
+def test_clients_of_layers_that_blocking_code_warms_are_treated_in_the_same_way(layer: ClientLayer) -> None:
+    sync.warm(layer)
+    assert layer.said == ["connected"]
+    take_snapshot()
+    assert layer.connected == 0
+    restore()
+    assert layer.connected == 1
+    call_blocking(layer)()
+    assert layer.said == ["connected", "closed", "connected"]
+
+
 def test_a_loop_is_made_anew_after_the_snapshot() -> None:
     @lambda_handler
     async def handler(event: None, context: None) -> asyncio.AbstractEventLoop:

@@ -45,6 +45,10 @@ sync.idempotent(output_serializer=NoOpSerializer())  # type: ignore[call-overloa
 handler_type: Callable[[Event, LambdaContext], int] = bare_handler
 
 
+sync.warm(MemoryPersistenceLayer(), MemoryPersistenceLayer())
+sync.warm("redis://localhost")  # type: ignore[arg-type]
+
+
 # --- idempotent_function ----------------------------------------------------------------------------------------------
 
 
