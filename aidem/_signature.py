@@ -78,10 +78,14 @@ def check_takes_event(target: Target) -> None:
     """Check that a handler can be called with event and context.
 
     Raises:
-        TypeError: It cannot.
+        TypeError: It cannot, or it is a method, whose first argument is not the event.
     """
+    signature = target.signature()
+    if next(iter(signature.parameters), None) in BOUND_BY_CALL:
+        message = f"{target.name} is a method; decorate it with idempotent_function(data_keyword_argument='event')"
+        raise TypeError(message)
     try:
-        target.signature().bind_partial(None, None)
+        signature.bind_partial(None, None)
     except TypeError as exc:
         message = f"{target.name} cannot be called as handler(event, context); decorate it with idempotent_function"
         raise TypeError(message) from exc

@@ -24,6 +24,7 @@ from aidem import (
     idempotency,
     idempotent,
     idempotent_function,
+    sync,
 )
 from aidem.config import current_lambda_context
 from aidem.exceptions import (
@@ -505,6 +506,30 @@ def test_what_is_no_function_is_refused_by_name(decorator: Any, thing: Any) -> N
 def test_a_handler_without_event_and_context_is_refused(handler: Any) -> None:
     with pytest.raises(TypeError, match=r"\(event, context\).*idempotent_function"):
         idempotent(handler)
+
+
+@dataclass
+class TenantHandler:
+    """A method under `idempotent` would take the object for the event, and a dataclass is a payload."""
+
+    tenant: str
+
+    async def handle(self, event: Any, context: Any) -> Any:
+        return event
+
+    def handle_plainly(self, event: Any, context: Any) -> Any:
+        return event
+
+
+def test_a_method_is_refused_as_a_handler_since_its_first_argument_is_not_the_event() -> None:
+    for decorator, method in ((idempotent, TenantHandler.handle), (sync.idempotent, TenantHandler.handle_plainly)):
+        with pytest.raises(TypeError, match=r"is a method.*idempotent_function\(data_keyword_argument='event'\)"):
+            decorator(method)
+
+
+async def test_a_bound_method_is_a_handler() -> None:
+    handle = idempotent(TenantHandler("a").handle)
+    assert [await handle({"id": number}, None) for number in (1, 2)] == [{"id": 1}, {"id": 2}]
 
 
 @pytest.mark.parametrize("decorator", [idempotent, idempotent_function])
