@@ -1,15 +1,19 @@
-"""The body of a request: read and hashed before its key is claimed, then handed on as it came."""
+"""The body of a request: read and hashed before its key is claimed, then handed on."""
 
 from __future__ import annotations
 
 from collections import deque
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from aidem._http_types import header_values, length_in
 
 if TYPE_CHECKING:
     from aidem._http_fingerprint import Fingerprint
     from aidem._http_types import Message, Receive, Scope
+
+
+PIECE_BYTES: Final = 64 * 1024
+"""Smaller chunks are joined up to this: each is a message, and a client that sends single bytes must cost no more."""
 
 
 class BodyTooLargeError(Exception):
@@ -21,13 +25,13 @@ class ClientGoneError(Exception):
 
 
 class RequestBody:
-    """A body that was read; `receive` hands its messages out again, and after them whatever comes."""
+    """A body that was read; `receive` hands it out again, and after it whatever comes."""
 
-    __slots__ = ("_messages", "_receive")
+    __slots__ = ("_pieces", "_receive")
 
     def __init__(self, receive: Receive) -> None:
         self._receive = receive
-        self._messages: deque[Message] = deque()
+        self._pieces: deque[bytearray] = deque()
 
     async def read(self, scope: Scope, fingerprint: Fingerprint, *, limit: int) -> None:
         """Read all of it into memory.
@@ -49,14 +53,23 @@ class RequestBody:
             if received > limit:
                 raise BodyTooLargeError
             fingerprint.update(chunk)
-            self._messages.append(message)
+            self._keep(chunk)
             more_body = message.get("more_body", False)
+
+    def _keep(self, chunk: bytes) -> None:
+        if self._pieces and len(self._pieces[-1]) < PIECE_BYTES:
+            self._pieces[-1] += chunk
+        else:
+            self._pieces.append(bytearray(chunk))
 
     @property
     def is_handed_out(self) -> bool:
         """Whether the app has got all of it."""
-        return not self._messages
+        return not self._pieces
 
     async def receive(self) -> Message:
         """Return the next message."""
-        return self._messages.popleft() if self._messages else await self._receive()
+        if not self._pieces:
+            return await self._receive()
+        piece = bytes(self._pieces.popleft())
+        return {"type": "http.request", "body": piece, "more_body": bool(self._pieces)}

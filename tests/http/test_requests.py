@@ -15,6 +15,7 @@ from starlette.routing import Mount, Route
 
 import aidem
 from aidem import IdempotencyConfig, current_execution
+from aidem._http_request import PIECE_BYTES
 from aidem.asgi import IdempotencyMiddleware, by_header
 from aidem.exceptions import IdempotencyPersistenceConnectionError, IdempotencyUsageError, IdempotencyWarning
 from aidem.hooks import EventKind
@@ -259,20 +260,31 @@ async def test_a_multipart_request_is_replayed_under_another_boundary() -> None:
 # --- The body ---------------------------------------------------------------------------------------------------------
 
 
-async def test_the_body_is_handed_on_unchanged() -> None:
+@pytest.mark.parametrize(
+    "chunks",
+    [
+        [b""],
+        [b"one", b"", b"two"],
+        [b"x"] * 10_000,
+        [b"a" * 70_000, b"b", b"c" * 70_000, b"d" * 70_000, b""],
+    ],
+    ids=["empty", "three", "bytes", "large"],
+)
+async def test_the_body_is_handed_on_unchanged_in_no_more_messages_than_needed(chunks: list[bytes]) -> None:
     shop = Shop()
     messages: list[Any] = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
-        messages.extend([await receive() for _ in range(3)])
+        while not messages or messages[-1]["more_body"]:
+            messages.append(await receive())
         await shop(scope, Connection([b""]).receive, send)
 
-    await request(front_of(app), body=[b"one", b"", b"two"])
-    assert messages == [
-        {"type": "http.request", "body": b"one", "more_body": True},
-        {"type": "http.request", "body": b"", "more_body": True},
-        {"type": "http.request", "body": b"two", "more_body": False},
-    ]
+    body = b"".join(chunks)
+    await request(front_of(app), body=chunks.copy())
+    assert b"".join(message["body"] for message in messages) == body
+    assert {message["type"] for message in messages} == {"http.request"}
+    assert [message["more_body"] for message in messages] == [True] * (len(messages) - 1) + [False]
+    assert len(messages) <= 1 + len(body) // PIECE_BYTES
 
 
 async def test_a_message_without_body_or_more_body_is_an_empty_last_one() -> None:
