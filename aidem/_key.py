@@ -96,7 +96,7 @@ def check_hash_function(name: str) -> None:
     """Check that a hash function exists and has digests of one length.
 
     Raises:
-        ValueError: It does not, or they are not.
+        ValueError: It does not, or they are not; the message names what it must be.
     """
     try:
         digest_size = hashlib.new(name, usedforsecurity=False).digest_size
@@ -104,7 +104,7 @@ def check_hash_function(name: str) -> None:
         digest_size = 0
     if digest_size == 0:
         allowed = ", ".join(sorted(known for known in hashlib.algorithms_guaranteed if not known.startswith("shake_")))
-        raise ValueError(f"hash_function must name a hash of fixed length in hashlib, not {name!r}; such as {allowed}")
+        raise ValueError(f"a hash of fixed length in hashlib, such as {allowed}")
 
 
 def default_prefix(lambda_function_name: str | None, module: str, qualname: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import weakref
 from collections.abc import Collection
@@ -77,6 +78,10 @@ def _is_serializer(value: object) -> bool:
     return hasattr(value, "to_dict") and hasattr(value, "from_dict")
 
 
+def _is_plain_callable(value: object) -> bool:
+    return callable(value) and not inspect.iscoroutinefunction(value)
+
+
 def _is_text(value: object) -> bool:
     return isinstance(value, str)
 
@@ -97,7 +102,10 @@ _OPTIONS: Final[dict[str, tuple[Check, str]]] = {
     ),
     "key_prefix": (_is_text, "a string"),
     "data_keyword_argument": (_is_text, "the name of a parameter, as a string"),
-    "key": (callable, "a callable that takes the arguments of the function and returns the payload"),
+    "key": (
+        _is_plain_callable,
+        "a callable that is not async, takes the arguments of the function and returns the payload",
+    ),
     "lambda_context": (_is_lambda_context, "an object with get_remaining_time_in_millis()"),
 }
 
@@ -185,7 +193,7 @@ def _is_exception_type(value: object) -> bool:
 
 
 def _is_hook(value: object) -> bool:
-    return isinstance(value, IdempotencyHook) and not isinstance(value, type)
+    return isinstance(value, IdempotencyHook) and not isinstance(value, type) and _is_plain_callable(value.on_event)
 
 
 _SETTINGS: Final[dict[str, tuple[Check, str]]] = {
@@ -205,7 +213,7 @@ _SETTINGS: Final[dict[str, tuple[Check, str]]] = {
     "on_abandoned": _one_of(OnAbandoned),
     "on_persistence_error": _one_of(OnPersistenceError),
     "stored_exceptions": (_is_tuple_of(_is_exception_type), "a tuple of subclasses of Exception"),
-    "hooks": (_is_tuple_of(_is_hook), "a tuple of objects with a method on_event(event)"),
+    "hooks": (_is_tuple_of(_is_hook), "a tuple of objects with a method on_event(event) that is not async"),
     "response_hook": (lambda value: value is None or callable(value), "a callable hook(response, record)"),
     "lambda_context": (lambda value: value is None or _is_lambda_context(value), _OPTIONS["lambda_context"][1]),
 }

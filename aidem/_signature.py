@@ -67,7 +67,10 @@ def _check_kind(function: object, *, decorator: str, is_async: bool) -> None:
         message = f"{decorator} cannot replay a generator; let {_name(function)} return a list"
         raise TypeError(message)
     if is_async and not inspect.iscoroutinefunction(called):
-        message = f"{_name(function)} is not an async function; decorate it with aidem.sync.{decorator} instead"
+        hint = f"decorate it with aidem.sync.{decorator} instead"
+        if inspect.iscoroutinefunction(inspect.unwrap(called)):
+            hint = f"a decorator below has made a plain one of it: put {decorator} right above `async def`"
+        message = f"{_name(function)} is not an async function; {hint}"
         raise TypeError(message)
     if not is_async and inspect.iscoroutinefunction(called):
         message = f"{_name(function)} is an async function; decorate it with aidem.{decorator} instead"
@@ -118,7 +121,7 @@ def payload_finder(target: Target, *, data_keyword_argument: str | None, key: Ca
         return _named(signature, data_keyword_argument, target)
     if key is not None:
         return _computed(signature, key, target)
-    return _all_arguments(signature)
+    return _all_arguments(signature, target)
 
 
 def _named(signature: inspect.Signature, name: str, target: Target) -> FindKey:
@@ -139,7 +142,7 @@ def _named(signature: inspect.Signature, name: str, target: Target) -> FindKey:
             return plan.key(kwargs[name])
         if parameter.default is not parameter.empty:
             return plan.key(parameter.default)
-        return plan.key(_bound(signature, args, kwargs)[name])  # *args or **kwargs, or a TypeError
+        return plan.key(_bound(target, signature, args, kwargs)[name])  # *args or **kwargs, or a TypeError
 
     return find_key
 
@@ -155,16 +158,16 @@ def _computed(signature: inspect.Signature, key: Callable[..., Any], target: Tar
         raise IdempotencyConfigError(message) from exc
 
     def find_key(plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Key:
-        return plan.key(key(**_bound(signature, args, kwargs)))
+        return plan.key(key(**_bound(target, signature, args, kwargs)))
 
     return find_key
 
 
-def _all_arguments(signature: inspect.Signature) -> FindKey:
+def _all_arguments(signature: inspect.Signature, target: Target) -> FindKey:
     bound_by_call = next(iter(signature.parameters), None)
 
     def find_key(plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Key:
-        arguments = _bound(signature, args, kwargs)
+        arguments = _bound(target, signature, args, kwargs)
         if bound_by_call in BOUND_BY_CALL:
             del arguments[bound_by_call]
         return plan.key_of_arguments(arguments)
@@ -172,7 +175,12 @@ def _all_arguments(signature: inspect.Signature) -> FindKey:
     return find_key
 
 
-def _bound(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    bound = signature.bind(*args, **kwargs)
+def _bound(
+    target: Target, signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    try:
+        bound = signature.bind(*args, **kwargs)
+    except TypeError as exc:
+        raise TypeError(f"{target.name}(): {exc}") from None
     bound.apply_defaults()
     return bound.arguments

@@ -91,6 +91,10 @@ def test_a_config_is_frozen_keyword_only_and_has_no_other_fields() -> None:
         IdempotencyConfig("id")  # type: ignore[call-arg]
 
 
+class AsyncListener:
+    async def on_event(self, event: Any) -> None: ...
+
+
 @dataclasses.dataclass
 class UnhashableHook:
     """Dataclasses that can be compared cannot be hashed; hooks and contexts are written that way."""
@@ -144,7 +148,7 @@ def test_a_config_can_be_hashed_compared_and_copied_whatever_is_in_it() -> None:
         ("local_cache_max_items", 0, "positive whole number"),
         ("local_cache_max_items", 2.5, "positive whole number"),
         ("local_cache_max_items", True, "positive whole number"),
-        ("hash_function", "shake_128", "sha256"),
+        ("hash_function", "shake_128", "it must be a hash of fixed length in hashlib, such as .*sha256"),
         ("hash_function", "nonsense", "sha256"),
         ("hash_function", hashlib.sha256, "sha256"),
         ("response_hook", "hook", r"hook\(response, record\)"),
@@ -166,6 +170,7 @@ def test_a_config_can_be_hashed_compared_and_copied_whatever_is_in_it() -> None:
         ("hooks", [Listener()], "tuple of objects with a method on_event"),
         ("hooks", (print,), "tuple of objects with a method on_event"),
         ("hooks", (Listener,), "tuple of objects with a method on_event"),
+        ("hooks", (AsyncListener(),), "that is not async"),
     ],
 )
 def test_a_wrong_setting_is_refused_at_once_with_its_name_and_what_is_allowed(

@@ -96,9 +96,13 @@ def test_a_name_for_a_function_without_parameters_is_refused(keys: Keys) -> None
         keys.decorate(charge, data_keyword_argument="order")
 
 
+async def fetch_key(**_: Any) -> str:
+    return "key"
+
+
 @pytest.mark.parametrize(
     ("option", "value", "allowed"),
-    [("data_keyword_argument", 3, "name of a parameter"), ("key", "order.id", "callable")],
+    [("data_keyword_argument", 3, "name of a parameter"), ("key", "order.id", "callable"), ("key", fetch_key, "not async")],
 )
 def test_a_payload_option_of_another_type_is_refused(option: str, value: Any, allowed: str) -> None:
     options: Any = {option: value}
@@ -312,3 +316,18 @@ async def test_self_and_cls_are_left_out_only_where_they_come_first(keys: Keys) 
     await charge(1, 1)
     await charge(1, 2)
     assert len(keys) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [((), "missing a required argument: 'order'"), ((1, 2), "too many positional arguments")],
+)
+@pytest.mark.parametrize("options", [{}, {"key": lambda order: order}])
+async def test_a_call_that_does_not_suit_the_signature_is_refused_with_the_name_of_the_function(
+    arguments: Any, reason: str, options: Any, keys: Keys
+) -> None:
+    async def charge(order: int) -> None:
+        pytest.fail("the function ran")
+
+    with pytest.raises(TypeError, match=f"charge\\(\\): {reason}$"):
+        await keys.decorate(charge, **options)(*arguments)

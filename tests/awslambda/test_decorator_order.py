@@ -337,6 +337,11 @@ def test_a_plain_decorator_on_an_async_handler_is_refused_at_import(ours: Any, p
         ours(plain(async_handler))
 
 
+def test_idempotent_above_lambda_handler_is_refused_and_told_its_place() -> None:
+    with pytest.raises(TypeError, match=r"async_handler is not an async function.*put idempotent right above `async def`"):
+        idempotent(lambda_handler(async_handler))  # type: ignore[arg-type]
+
+
 def test_one_under_aidem_sync_is_refused_when_it_is_called_and_its_body_does_not_run() -> None:
     handler: Any = sync.idempotent(persistence_store=MemoryPersistenceLayer())(validator(async_handler))
     with pytest.raises(TypeError, match="returned a coroutine"):
