@@ -102,7 +102,11 @@ async def fetch_key(**_: Any) -> str:
 
 @pytest.mark.parametrize(
     ("option", "value", "allowed"),
-    [("data_keyword_argument", 3, "name of a parameter"), ("key", "order.id", "callable"), ("key", fetch_key, "not async")],
+    [
+        ("data_keyword_argument", 3, "name of a parameter"),
+        ("key", "order.id", "callable"),
+        ("key", fetch_key, "not async"),
+    ],
 )
 def test_a_payload_option_of_another_type_is_refused(option: str, value: Any, allowed: str) -> None:
     options: Any = {option: value}

@@ -338,7 +338,9 @@ def test_a_plain_decorator_on_an_async_handler_is_refused_at_import(ours: Any, p
 
 
 def test_idempotent_above_lambda_handler_is_refused_and_told_its_place() -> None:
-    with pytest.raises(TypeError, match=r"async_handler is not an async function.*put idempotent right above `async def`"):
+    with pytest.raises(
+        TypeError, match=r"async_handler is not an async function.*put idempotent right above `async def`"
+    ):
         idempotent(lambda_handler(async_handler))  # type: ignore[arg-type]
 
 
