@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import threading
 from typing import TYPE_CHECKING, Any, Final, Self
@@ -11,7 +12,7 @@ if TYPE_CHECKING:
     import asyncio
     from types import FrameType
 
-_DEFAULTS: Final = ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL))
+_DEFAULTS: Final[dict[int, Any]] = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
 
 
 class Interrupts:
@@ -28,13 +29,14 @@ class Interrupts:
     def __init__(self, loop: asyncio.AbstractEventLoop, task: asyncio.Task[Any]) -> None:
         self._loop = loop
         self._task = task
-        self._taken: list[tuple[signal.Signals, Any]] = []
+        self._pid = os.getpid()
+        self._taken: list[int] = []
         self._interrupt: BaseException | None = None
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():  # no other hears of signals
-            self._taken = [(number, default) for number, default in _DEFAULTS if signal.getsignal(number) is default]
-        for number, _ in self._taken:
+            self._taken = [number for number, default in _DEFAULTS.items() if signal.getsignal(number) is default]
+        for number in self._taken:
             # For the wake-up that comes with it: a signal may arrive when the loop has just made up its mind to wait.
             with contextlib.suppress(NotImplementedError):  # where it is not needed
                 self._loop.add_signal_handler(number, _nothing)
@@ -42,15 +44,22 @@ class Interrupts:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, default in self._taken:
+        for number in self._taken:
             if signal.getsignal(number) == self._interrupted:
                 with contextlib.suppress(NotImplementedError):
                     self._loop.remove_signal_handler(number)
-                signal.signal(number, default)
+                signal.signal(number, _DEFAULTS[number])
         if self._interrupt is not None:
             raise self._interrupt
 
     def _interrupted(self, number: int, _frame: FrameType | None) -> None:
+        if os.getpid() == self._pid:
+            self._interrupt_task(number)
+        else:  # a child that was forked meanwhile, by multiprocessing for example: the task is its parent's
+            signal.signal(number, _DEFAULTS[number])
+            signal.raise_signal(number)
+
+    def _interrupt_task(self, number: int) -> None:
         interrupt = KeyboardInterrupt() if number == signal.SIGINT else SystemExit(128 + number)
         if self._interrupt is not None:
             raise interrupt

@@ -6,17 +6,21 @@ Each works on the SQLite file PATH, says on stdout what it got, and has nothing 
 from __future__ import annotations
 
 import asyncio
+import multiprocessing
 import os
 import signal
 import sys
+import time
 import warnings
 from collections.abc import AsyncGenerator, Callable
+from multiprocessing.connection import Connection
 
 from aidem import IdempotencyConfig, idempotent
 from aidem.awslambda import lambda_handler
 from aidem.persistence.sqlite import SQLitePersistenceLayer
 
 HANGING_SECONDS = 3600.0
+CHILD_SECONDS = 20.0
 
 
 def say(line: object) -> None:
@@ -86,11 +90,35 @@ def interrupted() -> None:
     hanging_handler(1, None)
 
 
+def hang(is_ready: Connection) -> None:
+    is_ready.send(None)
+    time.sleep(HANGING_SECONDS)
+
+
+@lambda_handler
+async def forking_handler(event: None, context: None) -> None:
+    ready, is_ready = multiprocessing.Pipe(duplex=False)
+    child = multiprocessing.get_context("fork").Process(target=hang, args=(is_ready,))
+    child.start()
+    ready.recv()
+    child.terminate()
+    child.join(CHILD_SECONDS)
+    say(f"child left with {child.exitcode}")
+    child.kill()
+    child.join()
+
+
+def forking() -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    forking_handler(None, None)
+
+
 SCENES: dict[str, Callable[[], None]] = {
     "plain": plain,
     "client-open": client_open,
     "forked": forked,
     "interrupted": interrupted,
+    "forking": forking,
 }
 
 if __name__ == "__main__":

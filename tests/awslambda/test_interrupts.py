@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import os
 import signal
 import threading
 import time
@@ -196,6 +197,21 @@ def test_a_signal_that_the_handler_itself_begins_to_handle_is_left_to_it_from_th
         _kept_loop.close()  # and with the loop what it handles
         signal.signal(number, before)
     assert heard == [number, number]
+
+
+@pytest.mark.usefixtures("virtual_time")
+def test_in_a_forked_child_an_interrupt_does_what_it_does_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    tasks = list[Any]()
+
+    @lambda_handler
+    async def handler(event: None, context: None) -> None:
+        tasks.append(asyncio.current_task())
+        with monkeypatch.context() as child, pytest.raises(KeyboardInterrupt):
+            child.setattr(os, "getpid", lambda: -1)
+            signal.raise_signal(signal.SIGINT)
+
+    handler(None, None)
+    assert tasks[0].cancelling() == 0
 
 
 @pytest.mark.usefixtures("virtual_time")

@@ -50,6 +50,10 @@ def test_a_forked_child_gets_a_loop_of_its_own_and_leaves_that_of_its_parent_alo
     assert said[-1] == "2"
 
 
+def test_a_child_that_a_handler_forks_can_be_terminated(path: str) -> None:
+    assert play("forking", path) == ["child left with -15"]
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, -signal.SIGINT), (signal.SIGTERM, 128 + signal.SIGTERM)])
 def test_an_interrupted_process_leaves_no_claim(number: signal.Signals, code: int, path: str) -> None:
     command = [sys.executable, "-m", "tests.awslambda.scenes", "interrupted", path]
