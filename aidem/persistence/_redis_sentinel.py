@@ -42,15 +42,18 @@ class Primary:
         """Connect, once a failover is over if there is one."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + timeout_seconds
-        last_start = deadline - timeout_seconds / 4  # who has no time left learns less than is known by then
+        last_start = deadline - timeout_seconds / 4
+        failure: IdempotencyPersistenceConnectionError | None = None
         while True:
             try:
                 primary = await first_of(self._sentinels, self._named_by, timeout_seconds=deadline - loop.time())
                 # A server that hangs leaves the sentinels time to name another.
                 await primary.connect(taker, timeout_seconds=(deadline - loop.time()) / 2)
-            except IdempotencyPersistenceConnectionError:
+            except IdempotencyPersistenceConnectionError as error:
+                if failure is None or loop.time() < deadline:
+                    failure = error  # who runs out of time learns less than is known by then
                 if loop.time() + PAUSE_SECONDS > last_start:
-                    raise
+                    raise failure from failure.__cause__
             else:
                 return
             await asyncio.sleep(PAUSE_SECONDS)

@@ -229,8 +229,8 @@ async def test_a_listener_whose_connection_breaks_is_told_so(fake: FakeServer, l
         await layer.wait_for_change("key", 20)
 
 
-async def test_a_client_that_would_try_again_and_again_does_not_keep_an_error_back() -> None:
-    client = Redis(port=free_port(), retry=Retry(ConstantBackoff(60), 5))
+async def test_a_client_that_would_try_again_and_again_does_not_keep_an_error_back(vacant_port: int) -> None:
+    client = Redis(port=vacant_port, retry=Retry(ConstantBackoff(60), 5))
     layer = RedisPersistenceLayer(client=client, timeout_seconds=50)
     with pytest.raises(IdempotencyPersistenceConnectionError, match=r"cannot be reached \(ConnectionError\)"):
         await asyncio.wait_for(layer.get("key"), 20)
@@ -238,8 +238,8 @@ async def test_a_client_that_would_try_again_and_again_does_not_keep_an_error_ba
     await client.aclose()
 
 
-async def test_a_listener_that_cannot_connect_is_told_so() -> None:
-    layer = RedisPersistenceLayer(f"redis://127.0.0.1:{free_port()}")
+async def test_a_listener_that_cannot_connect_is_told_so(vacant_port: int) -> None:
+    layer = RedisPersistenceLayer(f"redis://127.0.0.1:{vacant_port}")
     with pytest.raises(IdempotencyPersistenceConnectionError, match="cannot be reached"):
         await layer.wait_for_change("key", 20)
     await layer.aclose()

@@ -25,7 +25,6 @@ from aidem.persistence.redis import RedisPersistenceLayer
 from aidem.testing import FakeClock, PersistenceLayerConformance
 from tests.persistence.redis_support import FORKING, FakeServer, claimed, completed, fake_server, no_complaints, until
 from tests.redis_clusters import SERVICE, Watched, told, watched
-from tests.servers import free_port
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(120)]
 ROOT = Path(__file__).parents[2]
@@ -60,8 +59,8 @@ async def until_connections(service: Watched, name: str, count: int) -> None:
 # --- How it is named ------------------------------------------------------------------------------------------------
 
 
-async def test_a_url_names_sentinels_of_which_some_may_be_gone(service: Watched) -> None:
-    url = service.url.replace("redis+sentinel://", f"redis+sentinel://127.0.0.1:{free_port()},").replace("/0", "/2")
+async def test_a_url_names_sentinels_of_which_some_may_be_gone(service: Watched, vacant_port: int) -> None:
+    url = service.url.replace("redis+sentinel://", f"redis+sentinel://127.0.0.1:{vacant_port},").replace("/0", "/2")
     layer: Any = open_persistence_layer(f"{url}?client_name=named")
     async with layer:
         key = "named by a URL"
@@ -113,8 +112,10 @@ def test_a_server_is_not_a_sentinel(options: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("is_used", [False, True])
-async def test_a_client_of_the_user_is_taken_as_a_pattern_and_left_alone(service: Watched, is_used: bool) -> None:
-    places = [("127.0.0.1", free_port()), ("127.0.0.1", service.sentinels[0].port)]
+async def test_a_client_of_the_user_is_taken_as_a_pattern_and_left_alone(
+    service: Watched, is_used: bool, vacant_port: int
+) -> None:
+    places = [("127.0.0.1", vacant_port), ("127.0.0.1", service.sentinels[0].port)]
     sentinel = Sentinel(places, sentinel_kwargs={"retry": Retry(NoBackoff(), 0)})
     client = sentinel.master_for(SERVICE, client_name="pattern", decode_responses=True)
     if is_used:
@@ -228,14 +229,17 @@ class FakeSentinel:
         self.named = named
         self.reply: bytes | None = None
         self.asked = 0
+        self.falls_silent_after: int | None = None
         server.answer = self._answer
 
     @property
     def url(self) -> str:
         return f"redis+sentinel://127.0.0.1:{self.port}/records"
 
-    def _answer(self, command: list[bytes]) -> bytes:
+    def _answer(self, command: list[bytes]) -> bytes | None:
         assert command == [b"SENTINEL", b"MASTER", b"records"]
+        if self.asked == self.falls_silent_after:
+            return None
         self.asked += 1
         if self.reply is not None:
             return self.reply
@@ -301,6 +305,14 @@ async def test_a_primary_that_stays_down_is_an_error_that_says_who_sees_it_so(se
     await layer.aclose()
 
 
+async def test_what_was_known_before_the_time_ran_out_is_what_is_said(sentinel: FakeSentinel) -> None:
+    layer = RedisPersistenceLayer(sentinel.url, timeout_seconds=1.5)
+    sentinel.flags, sentinel.falls_silent_after = "master,s_down", 1
+    with pytest.raises(IdempotencyPersistenceConnectionError, match=r"sees the primary of 'records' down; wait"):
+        await layer.get("key")
+    await layer.aclose()
+
+
 async def test_a_service_that_no_sentinel_knows_is_said_at_once(sentinel: FakeSentinel) -> None:
     layer = RedisPersistenceLayer(sentinel.url, timeout_seconds=50)
     sentinel.reply = b"-ERR No such master with that name\r\n"
@@ -309,9 +321,10 @@ async def test_a_service_that_no_sentinel_knows_is_said_at_once(sentinel: FakeSe
     await layer.aclose()
 
 
-async def test_sentinels_that_cannot_be_reached_are_named() -> None:
-    port = free_port()
-    layer = RedisPersistenceLayer(f"redis+sentinel://127.0.0.1:{port}/records", timeout_seconds=1.5)
-    with pytest.raises(IdempotencyPersistenceConnectionError, match=rf"sentinel 127\.0\.0\.1:{port}: .*cannot be"):
+async def test_sentinels_that_cannot_be_reached_are_named(vacant_port: int) -> None:
+    layer = RedisPersistenceLayer(f"redis+sentinel://127.0.0.1:{vacant_port}/records", timeout_seconds=1.5)
+    with pytest.raises(
+        IdempotencyPersistenceConnectionError, match=rf"sentinel 127\.0\.0\.1:{vacant_port}: .*cannot be"
+    ):
         await layer.get("key")
     await layer.aclose()
