@@ -78,7 +78,7 @@ def _adapter(model: Any) -> TypeAdapter[Any]:
     try:
         from pydantic import TypeAdapter
     except ImportError as error:
-        raise IdempotencyUsageError("PydanticSerializer needs pydantic: pip install aidem[pydantic]") from error
+        raise IdempotencyUsageError("PydanticSerializer needs pydantic: pip install 'aidem[pydantic]'") from error
     try:
         adapter = TypeAdapter[Any](model)
         adapter.rebuild()  # pydantic puts off what it cannot resolve; better now than after the effect

@@ -71,6 +71,12 @@ async def test_a_failure_never_shows_a_result() -> None:
         assert isinstance(trial, Trial)
 
 
+def test_without_pytest_one_sentence_says_what_is_needed() -> None:
+    code = "import sys; sys.modules['pytest'] = None; import aidem.testing"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
+    assert done.stderr.endswith("ImportError: aidem.testing needs pytest: pip install pytest\n")
+
+
 def test_the_suite_needs_nothing_but_pytest(tmp_path: Path) -> None:
     (tmp_path / "test_theirs.py").write_text(THEIR_TESTS)
     command = [sys.executable, "-m", "pytest", "-q", "-W", "error", "-c", "/dev/null", "--rootdir", str(tmp_path)]

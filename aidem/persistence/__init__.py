@@ -6,7 +6,7 @@ A layer stores and compares. It never decides, sleeps, retries or hashes: that i
 from __future__ import annotations
 
 from collections.abc import Awaitable  # noqa: TC003 - a user's tools resolve the protocol's annotations
-from typing import TYPE_CHECKING, Final, Protocol, Self, runtime_checkable
+from typing import TYPE_CHECKING, Final, Protocol, Self, cast, runtime_checkable
 
 from aidem._cancellation import Settled, SettlingFuture
 from aidem._record import OutcomeKind
@@ -152,6 +152,8 @@ def open_persistence_layer(url: str) -> PersistenceLayer:
     Raises:
         IdempotencyPersistenceConfigError: The URL is none of these.
     """
+    if not isinstance(cast("object", url), str):
+        raise _names_no_layer(f"open_persistence_layer takes a URL as text, not {type(url).__name__}")
     scheme, separator, rest = url.partition("://")
     if scheme == "memory" and separator and not rest:
         from aidem.persistence.memory import MemoryPersistenceLayer
@@ -170,7 +172,8 @@ def open_persistence_layer(url: str) -> PersistenceLayer:
 
         return DynamoDBPersistenceLayer(rest)
     # A URL may hold a password: only what stands before the colon is shown.
-    raise IdempotencyPersistenceConfigError(
-        f"this URL of scheme {scheme if separator else ''!r} names no persistence layer; "
-        f"write {', '.join(URL_FORMS[:-1])} or {URL_FORMS[-1]}"
-    )
+    raise _names_no_layer(f"this URL of scheme {scheme if separator else ''!r} names no persistence layer")
+
+
+def _names_no_layer(what: str) -> IdempotencyPersistenceConfigError:
+    return IdempotencyPersistenceConfigError(f"{what}; write {', '.join(URL_FORMS[:-1])} or {URL_FORMS[-1]}")

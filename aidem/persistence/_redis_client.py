@@ -143,7 +143,11 @@ def _server_of(pool: Any, *, without: str = "") -> Server:
     return Server(pool.connection_class, options)
 
 
-def _of_url(url: str, *, mode: Mode) -> Deployment:
+def _of_url(url: Any, *, mode: Mode) -> Deployment:
+    if not isinstance(url, str):
+        raise IdempotencyPersistenceConfigError(
+            "url must be text, such as redis://host:6379/0; a client is passed as client="
+        )
     kind = url.partition("://")[0].partition("+")[2]
     if kind == "sentinel":
         sentinels, service, like = sentinels_of_url(url)

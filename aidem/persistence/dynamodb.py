@@ -81,8 +81,8 @@ class DynamoDBPersistenceLayer:
         clock: Answers epoch seconds.
 
     Raises:
-        IdempotencyPersistenceConfigError: Two attributes have one name, or a client is not asynchronous, not open, or
-            comes with what would make one.
+        IdempotencyPersistenceConfigError: No table is named, two attributes have one name, or a client is not
+            asynchronous, not open, or comes with what would make one.
     """
 
     def __init__(
@@ -106,6 +106,10 @@ class DynamoDBPersistenceLayer:
         client: Any | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
+        if not table_name:
+            raise IdempotencyPersistenceConfigError(
+                f"table_name={table_name!r} names no DynamoDB table; give its name or its ARN"
+            )
         if client is not None and (session is not None or boto_config is not None):
             raise IdempotencyPersistenceConfigError(
                 "a client is used as it is: pass no session or boto_config beside it"

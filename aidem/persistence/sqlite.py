@@ -44,6 +44,8 @@ class SQLitePersistenceLayer:
         IdempotencyPersistenceConfigError: The path is `:memory:`.
     """
 
+    _thread: RecordThread | None = None  # here, since a layer that could not be made is dropped, too
+
     def __init__(
         self,
         path: str | os.PathLike[str],
@@ -51,7 +53,6 @@ class SQLitePersistenceLayer:
         clock: Callable[[], float] = time.time,
         busy_timeout_seconds: float = 4.0,
     ) -> None:
-        self._thread: RecordThread | None = None
         self.clock = clock
         self._file = DatabaseFile(path, busy_timeout_seconds=busy_timeout_seconds)
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+try:
+    import pytest  # noqa: F401 # pyright: ignore[reportUnusedImport]
+except ImportError as error:
+    raise ImportError("aidem.testing needs pytest: pip install pytest") from error
 from aidem.testing._clock import FakeClock
 from aidem.testing._conformance import PersistenceLayerConformance
 from aidem.testing._trial import Trial, claim_of, completed_of

@@ -3,6 +3,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -58,6 +59,14 @@ def test_a_url_of_no_layer_is_answered_with_those_that_are_allowed(url: str) -> 
     assert str(refused.value).endswith(
         f"write {', '.join(URL_FORMS[:-1])} or {URL_FORMS[-1]}",
     )
+
+
+@pytest.mark.parametrize("url", [None, Path("records.sqlite3")])
+def test_what_is_no_text_is_answered_with_the_urls_that_are_allowed(url: Any) -> None:
+    with pytest.raises(
+        IdempotencyPersistenceConfigError, match=rf"takes a URL as text, not {type(url).__name__}; write"
+    ):
+        open_persistence_layer(url)
 
 
 @pytest.mark.parametrize("url", ["amqp://user:secret@host", "secret", "memory://secret", "sqlite://secret"])

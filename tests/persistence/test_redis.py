@@ -475,6 +475,7 @@ class NotAClient:
         ({}, "needs a server: give it url, host or client"),
         ({"url": "http://user:secret@host"}, r"names no Redis server; write redis://"),
         ({"url": "redis://user:secret@host:port/0"}, r"names no Redis server; write redis://"),
+        ({"url": NotAClient()}, r"url must be text, such as redis://host:6379/0; a client is passed as client="),
         ({"client": NotAClient()}, r"redis\.asyncio\.Redis or RedisCluster, not .*NotAClient"),
     ],
 )

@@ -492,4 +492,6 @@ async def test_a_layer_that_is_dropped_ends_its_thread_and_closes_its_file(path:
 def test_a_layer_that_could_not_be_made_is_dropped_quietly() -> None:
     with pytest.raises(IdempotencyPersistenceConfigError, match="MemoryPersistenceLayer"):
         SQLitePersistenceLayer(":memory:")
+    with pytest.raises(TypeError, match="path"):
+        SQLitePersistenceLayer()  # type: ignore[call-arg]
     gc.collect()
