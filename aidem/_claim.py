@@ -327,7 +327,7 @@ class Claim:
     async def undo(self, *, is_failure: bool, held_off: HeldOff, renewing: asyncio.Task[None] | None) -> None:
         """Give the key back, or leave it in doubt where the body may have had its effect and must not run again."""
         if is_failure or self._lease.may_be_taken_over:
-            is_ours = await self._ask_persistently(self._release, held_off=held_off, effect=FAILED)
+            is_ours = await self._released(held_off)
             if is_ours:
                 self._reporter.report(EventKind.RELEASED, fence=self.record.fence)
         else:
@@ -336,6 +336,19 @@ class Claim:
             is_ours = await self._ask_persistently(self._abandon, held_off=held_off, effect=FAILED) is not None
         if not is_ours:
             self.note_loss()
+
+    async def _released(self, held_off: HeldOff) -> bool:
+        """Release it; False: it is not ours any more."""
+        tries = 0
+
+        def release() -> Awaitable[bool]:
+            nonlocal tries
+            tries += 1
+            return self._release()
+
+        is_ours = await self._ask_persistently(release, held_off=held_off, effect=FAILED)
+        # After a failed try, a claim that is gone within its lease is one that this try has released.
+        return is_ours or (tries > 1 and not self.has_lapsed())
 
     def undo_in_background(self, renewing: asyncio.Task[None] | None) -> None:
         """Undo the claim of a body that is being closed, without waiting."""

@@ -151,6 +151,7 @@ class Plan:
             expires_after_seconds=self.config.expires_after_seconds,
             lease_seconds=lease_seconds,
             may_be_taken_over=self.config.on_abandoned == "run_again",
+            max_clock_skew_seconds=self.config.max_clock_skew_seconds,
         )
 
 

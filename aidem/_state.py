@@ -187,23 +187,25 @@ class Lease:
         expires_after_seconds: How long its outcome is kept.
         lease_seconds: How long it holds without being renewed; None: until it expires.
         may_be_taken_over: Whether a lapsed claim goes to the next caller (at least once) or is in doubt.
+        max_clock_skew_seconds: How much longer others hold it for held.
     """
 
     expires_after_seconds: float
     lease_seconds: float | None
     may_be_taken_over: bool
+    max_clock_skew_seconds: float = 0.0
 
     def instants(self, *, now: float) -> tuple[int, int | None, int | None]:
         """Return expiry (seconds), in-progress expiry and lease expiry (milliseconds) of a claim made or renewed now.
 
-        A held lease is never past its record's expiry.
+        A lease that is held, or that others hold for held, is never past its record's expiry.
         """
         expiry = int(now + self.expires_after_seconds)
         if self.lease_seconds is None:
             return expiry, None, None
         end = int((now + self.lease_seconds) * 1000)
-        if expiry * 1000 < end:
-            expiry = -(-end // 1000)
+        held_until = int((now + self.lease_seconds + self.max_clock_skew_seconds) * 1000)
+        expiry = max(expiry, -(-held_until // 1000))
         return (expiry, end, None) if self.may_be_taken_over else (expiry, None, end)
 
 

@@ -811,6 +811,48 @@ async def test_a_body_does_not_start_on_a_lease_that_passed_while_a_layer_answer
     assert layer.renewals == 1
 
 
+async def test_a_claim_does_not_expire_while_others_still_hold_its_lease_for_held() -> None:
+    layer, till = PlannedLayer(), Till()
+    till.seconds = 1
+    settings = {"expires_after_seconds": 35, "lease_seconds": 30, "max_clock_skew_seconds": 10}
+    running = asyncio.ensure_future(made_idempotent(till.charge, layer, **settings)(ORDER))
+    await asyncio.sleep(0.5)
+    claim = only_record(layer)
+    assert claim.expiry_timestamp * 1000 >= claim.in_progress_expiry_timestamp + 10_000
+    await running
+
+
+async def test_a_release_whose_reply_was_lost_is_no_lost_lease() -> None:
+    layer, till, listener = PlannedLayer().plan("release", Fault(error=NO_ROUTE, applied=True)), Till(), Listener()
+    till.error = ValueError("declined")
+    with pytest.raises(ValueError, match="declined"):
+        await made_idempotent(till.charge, layer, hooks=(listener,))(ORDER)
+    assert layer.calls == ["acquire", "release", "release"]
+    assert EventKind.RELEASED in listener.kinds
+    assert EventKind.LEASE_LOST not in listener.kinds
+
+
+async def test_a_release_that_finds_another_claim_after_the_lease_has_lost_it() -> None:
+    layer, till, listener = (
+        PlannedLayer().plan("release", Fault(error=NO_ROUTE, before_seconds=0.5)),
+        Till(),
+        Listener(),
+    )
+    other = Till()
+    till.seconds, till.error, other.seconds = 0.8, ValueError("declined"), 20
+    late = asyncio.ensure_future(
+        made_idempotent(till.charge, layer, lease_seconds=1, renew_lease=False, hooks=(listener,))(ORDER)
+    )
+    await asyncio.sleep(1.1)
+    successor = asyncio.ensure_future(made_idempotent(other.charge, other_process(layer))(ORDER))
+    with pytest.raises(ValueError, match="declined"):
+        await late
+    assert layer.calls.count("release") == 2
+    assert EventKind.LEASE_LOST in listener.kinds
+    assert EventKind.RELEASED not in listener.kinds
+    assert await successor == {"receipt": 1}
+
+
 async def test_a_layer_that_finds_a_claim_too_large_has_failed() -> None:
     too_large = IdempotencySerializationError("too large")
     for operation in ("acquire", "renew", "release"):

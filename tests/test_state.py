@@ -265,6 +265,14 @@ def test_what_is_not_ours_is_not_renewed(found: DataRecord | None) -> None:
             (NOW_S + 11, NOW_MS + 9501, None),
         ),
         (Lease(expires_after_seconds=1, lease_seconds=9.4, may_be_taken_over=True), (NOW_S + 10, NOW_MS + 9400, None)),
+        (
+            Lease(expires_after_seconds=60, lease_seconds=30, may_be_taken_over=True, max_clock_skew_seconds=10),
+            (NOW_S + 60, NOW_MS + 30_000, None),
+        ),
+        (
+            Lease(expires_after_seconds=35, lease_seconds=30, may_be_taken_over=False, max_clock_skew_seconds=10),
+            (NOW_S + 41, None, NOW_MS + 30_000),
+        ),
     ],
 )
 def test_the_instants_of_a_lease(lease: Lease, expected: tuple[int, int | None, int | None]) -> None:
