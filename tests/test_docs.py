@@ -21,8 +21,12 @@ DOCS = ROOT / "docs"
 MODULES_WITH_PUBLIC_NAMES = (
     "aidem",
     "aidem.asgi",
+    "aidem.awslambda",
     "aidem.opentelemetry",
     "aidem.persistence",
+    "aidem.persistence.dynamodb",
+    "aidem.persistence.redis",
+    "aidem.persistence.sqlite",
     "aidem.serialization",
     "aidem.sync",
     "aidem.testing",
@@ -45,6 +49,17 @@ def pages_in(navigation: Any) -> Iterator[str]:
 def test_every_page_is_in_the_navigation() -> None:
     config = tomllib.loads((ROOT / "zensical.toml").read_text(encoding="utf-8"))
     assert sorted(pages_in(config["project"]["nav"])) == sorted(path.name for path in DOCS.glob("*.md"))
+
+
+def test_the_first_page_leads_to_every_other() -> None:
+    pages = {path.name for path in DOCS.glob("*.md")} - {"index.md"}
+    assert pages == set(re.findall(r"\]\(([\w-]+\.md)\)", page("index.md")))
+
+
+@pytest.mark.parametrize("front", [ROOT / "README.md", DOCS / "index.md"], ids=lambda path: path.name)
+def test_every_extra_is_named_where_a_user_begins(front: Path) -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    assert {f"`{extra}`" for extra in extras} <= set(re.findall(r"`\w+`", front.read_text(encoding="utf-8")))
 
 
 def test_every_test_that_the_docs_name_exists() -> None:

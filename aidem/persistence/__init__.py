@@ -43,7 +43,7 @@ URL_FORMS: Final = (
 
 @runtime_checkable
 class PersistenceLayer(Protocol):
-    """Five operations, each one atomic step at the store; prove yours with `aidem.testing.PersistenceLayerConformance`.
+    """Six operations, each one atomic step at the store; prove yours with `aidem.testing.PersistenceLayerConformance`.
 
     **Instants and clocks.** `now` is the caller's clock in epoch seconds, and the instants of a proposed record count
     from it. A layer whose store has a clock judges by that one, and moves the instants accordingly; it then answers
