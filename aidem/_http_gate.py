@@ -14,7 +14,7 @@ from aidem._http_fingerprint import Fingerprint, lookup_key
 from aidem._http_key import MalformedKeyError, parse_key
 from aidem._http_request import BodyTooLargeError, ClientGoneError, RequestBody
 from aidem._http_types import header_values
-from aidem._plan import Key, Plan, is_disabled
+from aidem._plan import Key, Plan, is_disabled, unprotected_call
 from aidem.config import default_persistence_store
 from aidem.exceptions import IdempotencyError, IdempotencyPersistenceLayerError, IdempotencyUsageError
 
@@ -47,12 +47,38 @@ class Gate:
         """Serve a request; whatever is none, or has no key, goes to the app as it is."""
         is_concerned = scope["type"] == "http" and scope["method"] in self.options.methods
         values = header_values(scope["headers"], KEY_HEADER) if is_concerned else []
-        if not (is_concerned and (values or self.options.required)) or is_disabled(self._function):
+        if not (is_concerned and (values or self.options.required)):
             await app(scope, receive, send)
+        elif is_disabled(self._function):
+            await self._serve_switched_off(values, app, scope, receive, send)
         elif not values:
             await self._answer(send, answers.KEY_MISSING)
         else:
             await self._serve_with_key(values, app, scope, receive, send)
+
+    async def _serve_switched_off(
+        self, values: list[bytes], app: ASGIApp, scope: Scope, receive: Receive, send: Send
+    ) -> None:
+        """Run the app unprotected; its handlers have an execution all the same, for the keys that it derives."""
+        found = await self._key_if_any(values, scope)
+        plan, key = unprotected_call(
+            lambda _: found, config=self.options.settings, function=self._function, prefix=self.options.key_prefix
+        )
+        call = Call(plan, key, bypassed=True)
+        await call.begin()
+        await self._serve_begun(call, app, scope, RequestBody(receive), send)
+
+    async def _key_if_any(self, values: list[bytes], scope: Scope) -> Key:
+        try:
+            key = parse_key(values, strict=self.options.strict)
+            space = await self._space_of(scope)
+            return Key("") if space == "" else self._lookup_key(key, space=space)
+        except Exception:  # noqa: BLE001 - a request that is not made idempotent needs no key, so nothing is wrong with it
+            return Key("")
+
+    def _lookup_key(self, key: str, *, space: str | None, payload_hash: str = "") -> Key:
+        hash_function = self.options.settings.hash_function
+        return Key(lookup_key(self.options.key_prefix, space=space, key=key, hash_function=hash_function), payload_hash)
 
     async def _serve_with_key(
         self, values: list[bytes], app: ASGIApp, scope: Scope, receive: Receive, send: Send
@@ -78,11 +104,9 @@ class Gate:
 
     async def _read(self, request: RequestBody, scope: Scope, *, space: str | None, key: str) -> Key:
         """Read the body; return what names the request."""
-        hash_function = self.options.settings.hash_function
-        fingerprint = Fingerprint(scope, hash_function)
+        fingerprint = Fingerprint(scope, self.options.settings.hash_function)
         await request.read(scope, fingerprint, limit=self.options.max_request_bytes)
-        text = lookup_key(self.options.key_prefix, space=space, key=key, hash_function=hash_function)
-        return Key(text, fingerprint.hexdigest())
+        return self._lookup_key(key, space=space, payload_hash=fingerprint.hexdigest())
 
     async def _serve_named(self, key: Key, app: ASGIApp, scope: Scope, request: RequestBody, send: Send) -> None:
         served = scope.get(SERVED, ())

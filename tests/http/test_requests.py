@@ -539,6 +539,26 @@ async def test_a_switch_for_tests_lets_every_request_pass(monkeypatch: pytest.Mo
         await request(front, "GET")
 
 
+@pytest.mark.parametrize("nobody", [False, True])
+async def test_under_the_switch_a_handler_has_its_execution_and_the_same_keys(
+    monkeypatch: pytest.MonkeyPatch, nobody: bool
+) -> None:
+    keys: list[str] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        keys.append(current_execution().key)
+        await Shop()(scope, receive, send)
+
+    front = front_of(app, scope=lambda scope: None if nobody and len(keys) == 1 else "ann", required=True)
+    await request(front)
+    monkeypatch.setenv("AIDEM_IDEMPOTENCY_DISABLED", "1")
+    for key in (KEY, None, b'"malformed'):
+        with pytest.warns(IdempotencyWarning):
+            await request(front, key=key)
+    assert keys == [keys[0], "" if nobody else keys[0], "", ""]
+    assert keys[0]
+
+
 async def test_without_a_layer_that_of_configure_is_used_as_it_is_at_the_time(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
