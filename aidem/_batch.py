@@ -72,7 +72,7 @@ async def process_batch(
     Raises:
         IdempotencyUsageError: The event is no such batch. Nothing was run.
         IdempotencyConfigError: An option has a value that cannot work.
-        TypeError: The handler is not async.
+        TypeError: The handler is not an async function of one record.
     """
     _check(record_handler, max_concurrency=max_concurrency, time_reserve_seconds=time_reserve_seconds)
     items = _items_of(event)
@@ -239,6 +239,10 @@ def _check(record_handler: Any, *, max_concurrency: Any, time_reserve_seconds: A
     if not is_async:
         message = f"record_handler={kind_of(record_handler)} is not async; write `async def record_handler(record)`"
         raise TypeError(message)
+    try:
+        inspect.signature(record_handler).bind(None)
+    except TypeError as error:
+        raise TypeError(f"record_handler={kind_of(record_handler)} is not of one record: {error}") from None
     if type(max_concurrency) is not int or max_concurrency < 1:
         raise refused("max_concurrency", repr(max_concurrency), "a positive whole number")
     if type(time_reserve_seconds) not in {int, float} or not 0 <= time_reserve_seconds < math.inf:

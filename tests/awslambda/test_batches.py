@@ -684,6 +684,20 @@ async def test_a_handler_that_is_not_async_is_refused_before_anything_runs(handl
         await process_batch(standard("a"), handler)
 
 
+async def of_record_and_context(record: Any, lambda_context: Any) -> None:
+    raise AssertionError
+
+
+async def of_nothing() -> None:
+    raise AssertionError
+
+
+@pytest.mark.parametrize("handler", [of_record_and_context, of_nothing])
+async def test_a_handler_that_does_not_take_a_record_alone_is_refused_before_anything_runs(handler: Any) -> None:
+    with pytest.raises(TypeError, match=r"record_handler=<function> is not of one record: (missing|too many)"):
+        await process_batch(standard("a"), handler)
+
+
 class Callables:
     def __init__(self) -> None:
         self.handled: list[str] = []
