@@ -155,7 +155,8 @@ INTENDED = (
         "deduced-serializers",
         "A function that is annotated to return a dataclass or a pydantic model, without `output_serializer`",
         "A replay returns a dict.",
-        "A replay returns the dataclass or the model.",
+        "A replay returns the dataclass or the model. A result that does not fit it, such as `None` in a field that is "
+        "annotated `str`, cannot be stored, see above.",
         "The annotation says what callers get.",
     ),
     Intended(
