@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 
 from aidem import _state
 from aidem._cancellation import CLEANUP_SECONDS, HeldOff
-from aidem._claim import GIVING_BACK_SECONDS, Claim
+from aidem._claim import Claim
+from aidem._claimed_record import GIVING_BACK_SECONDS
 from aidem._flights import Flight
 from aidem._operations import NOTHING_RUN, ask
 from aidem._record import OutcomeKind
@@ -177,7 +178,7 @@ class Call:
             self._flight.polls = flight.polls
 
     async def _ask(self, flight: Flight) -> None:
-        claim = Claim(self.plan, self.key, flight=flight, loop_state=self._loop_state, reporter=self.reporter)
+        claim = Claim(self.plan, self.key, flight, self._loop_state, self.reporter)
         try:
             answer = await claim.acquire()
         except IdempotencyPersistenceConnectionError:

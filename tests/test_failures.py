@@ -10,7 +10,7 @@ import pytest
 
 from aidem import IdempotencyConfig, RecordStatus, idempotency, idempotent_function
 from aidem._cancellation import CLEANUP_SECONDS
-from aidem._claim import GIVING_BACK_SECONDS
+from aidem._claimed_record import GIVING_BACK_SECONDS
 from aidem.exceptions import (
     IdempotencyError,
     IdempotencyPersistenceConfigError,
