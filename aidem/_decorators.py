@@ -92,7 +92,12 @@ class Binding:
 
 @overload
 def idempotent(
-    handler: Callable[Concatenate[EventT, ContextT, P], Coroutine[Any, Any, R]], /
+    handler: Callable[Concatenate[EventT, ContextT, P], Coroutine[Any, Any, R]],
+    /,
+    *,
+    persistence_store: PersistenceLayer | None = None,
+    config: IdempotencyConfig | None = None,
+    key_prefix: str | None = None,
 ) -> Callable[Concatenate[EventT, ContextT, P], Coroutine[Any, Any, R]]: ...
 @overload
 def idempotent(
@@ -155,7 +160,17 @@ def key_of_event(plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> K
 
 
 @overload
-def idempotent_function(function: Callable[P, Coroutine[Any, Any, R]], /) -> Callable[P, Coroutine[Any, Any, R]]: ...
+def idempotent_function(
+    function: Callable[P, Coroutine[Any, Any, R]],
+    /,
+    *,
+    data_keyword_argument: str | None = None,
+    key: Callable[..., Any] | None = None,
+    persistence_store: PersistenceLayer | None = None,
+    config: IdempotencyConfig | None = None,
+    output_serializer: type[ModelSerializer] | OutputSerializer | None = None,
+    key_prefix: str | None = None,
+) -> Callable[P, Coroutine[Any, Any, R]]: ...
 @overload
 def idempotent_function(
     *,

@@ -56,7 +56,12 @@ ContextT = TypeVar("ContextT")
 
 @overload
 def idempotent(
-    handler: Callable[Concatenate[EventT, ContextT, P], R], /
+    handler: Callable[Concatenate[EventT, ContextT, P], R],
+    /,
+    *,
+    persistence_store: PersistenceLayer | None = None,
+    config: IdempotencyConfig | None = None,
+    key_prefix: str | None = None,
 ) -> Callable[Concatenate[EventT, ContextT, P], R]: ...
 @overload
 def idempotent(
@@ -100,7 +105,17 @@ def idempotent(
 
 
 @overload
-def idempotent_function(function: Callable[P, R], /) -> Callable[P, R]: ...
+def idempotent_function(
+    function: Callable[P, R],
+    /,
+    *,
+    data_keyword_argument: str | None = None,
+    key: Callable[..., Any] | None = None,
+    persistence_store: PersistenceLayer | None = None,
+    config: IdempotencyConfig | None = None,
+    output_serializer: type[ModelSerializer] | OutputSerializer | None = None,
+    key_prefix: str | None = None,
+) -> Callable[P, R]: ...
 @overload
 def idempotent_function(
     *,

@@ -124,6 +124,17 @@ async def generator() -> AsyncIterator[int]:
 
 idempotent_function(plain)  # type: ignore[arg-type]
 idempotent_function(generator)  # type: ignore[arg-type]
+
+
+# The call form, for functions that are defined elsewhere.
+async def charged(order: int) -> str:
+    return str(order)
+
+
+by_call = idempotent_function(charged, persistence_store=MemoryPersistenceLayer())
+_ = assert_type(by_call(1), Coroutine[Any, Any, str])
+as_charged: Callable[[str], Any] = by_call  # type: ignore[assignment]
+idempotent_function(charged, event_key="id")  # type: ignore[call-overload]
 idempotent_function(event_key="id")  # type: ignore[call-overload]
 idempotent_function(key="order")  # type: ignore[call-overload]
 idempotent_function(key_prefix=3)  # type: ignore[call-overload]

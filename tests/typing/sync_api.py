@@ -78,6 +78,16 @@ assert_type(keyed(1, shop=2), None)
 bare(order=1, shop="shop")  # type: ignore[call-arg, arg-type]
 charge("1")  # type: ignore[arg-type]
 charge(orders=1)  # type: ignore[call-arg]
+
+
+# The call form, for functions that are defined elsewhere.
+def charged(order: int) -> str:
+    return str(order)
+
+
+assert_type(sync.idempotent_function(charged, persistence_store=MemoryPersistenceLayer())(1), str)
+sync.idempotent_function(charged, key_prefix="charged")("a")  # type: ignore[arg-type]
+sync.idempotent_function(charged, event_key="id")  # type: ignore[call-overload]
 sync.idempotent_function(event_key="id")  # type: ignore[call-overload]
 sync.idempotent_function(key="order")  # type: ignore[call-overload]
 sync.idempotent_function(persistence_store="sqlite:///a.db")  # type: ignore[call-overload]
