@@ -172,7 +172,8 @@ class ClaimedRecord:
             else:  # or it would be in doubt though nothing ran
                 await self._ask_persistently(self._release, held_off=held_off, effect=NOTHING_RUN)
         except IdempotencyError as failure:
-            logger.warning("a claim of %s cannot be released, it lapses with its lease: %s", self._plan.function, failure)
+            function = self._plan.function
+            logger.warning("a claim of %s could not be released, it lapses with its lease: %s", function, failure)
 
     # --- What is asked of the layer ---------------------------------------------------------------------------------
 
