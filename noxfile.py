@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import nox
 
@@ -13,7 +14,7 @@ nox.needs_version = ">=2025.5.1"
 nox.options.default_venv_backend = "uv|virtualenv"
 nox.options.download_python = "never"
 nox.options.reuse_existing_virtualenvs = True
-nox.options.sessions = ["lint", "demo", "docs", "typing", "tests", "aiobotocore", "lowest"]
+nox.options.sessions = ["lint", "demo", "package", "docs", "typing", "tests", "aiobotocore", "lowest"]
 
 SUPPORTED = ("3.11", "3.12", "3.13")
 MAIN = f"{sys.version_info.major}.{sys.version_info.minor}"
@@ -79,6 +80,22 @@ def demo(session: nox.Session) -> None:
     """Show a payment handler that is called twice and charges once."""
     session.install(".")
     session.run("python", "docs/examples/payment.py")
+
+
+@nox.session
+def package(session: nox.Session) -> None:
+    """Build what would be published, check its page for the index, and run the demo on the wheel alone."""
+    session.install(*nox.project.dependency_groups(PROJECT, "package"))
+    built = Path(session.create_tmp()) / "dist"
+    shutil.rmtree(built, ignore_errors=True)
+    session.run("uv", "build", "--quiet", "--out-dir", str(built))
+    files = [str(path) for path in built.glob("aidem*")]
+    session.run("twine", "check", "--strict", *files)
+    [wheel] = built.glob("*.whl")
+    session.run("uv", "venv", "--quiet", str(built / "venv"))
+    session.run("uv", "pip", "install", "--quiet", "--python", str(built / "venv"), str(wheel))
+    demo = shutil.copy("docs/examples/payment.py", built)  # beside it there is no checkout to import from
+    session.run("uv", "run", "--quiet", "--no-project", "--python", str(built / "venv"), demo)
 
 
 @nox.session

@@ -2,6 +2,7 @@
 
 from aidem._context import BlockExecution, idempotency
 from aidem._decorators import idempotent, idempotent_function
+from aidem._distribution import __version__
 from aidem._execution import Execution, current_execution
 from aidem._record import DataRecord, RecordStatus
 from aidem.config import IdempotencyConfig, configure, register_lambda_context
@@ -12,6 +13,7 @@ __all__ = [
     "Execution",
     "IdempotencyConfig",
     "RecordStatus",
+    "__version__",
     "configure",
     "current_execution",
     "idempotency",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final, Self
 
+from aidem._distribution import how_to_install
 from aidem._json import encode
 from aidem.exceptions import (
     IdempotencyModelTypeError,
@@ -78,7 +79,7 @@ def _adapter(model: Any) -> TypeAdapter[Any]:
     try:
         from pydantic import TypeAdapter
     except ImportError as error:
-        raise IdempotencyUsageError("PydanticSerializer needs pydantic: pip install 'aidem[pydantic]'") from error
+        raise IdempotencyUsageError(f"PydanticSerializer needs pydantic: {how_to_install('pydantic')}") from error
     try:
         adapter = TypeAdapter[Any](model)
         adapter.rebuild()  # pydantic puts off what it cannot resolve; better now than after the effect

@@ -5,11 +5,13 @@ from __future__ import annotations
 import inspect
 from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 
+from aidem._distribution import how_to_install
+
 try:
     from fastapi.dependencies.utils import get_flat_params
     from fastapi.routing import APIRoute
 except ImportError as error:
-    raise ImportError("aidem.fastapi needs FastAPI: pip install 'aidem[fastapi]'") from error
+    raise ImportError(f"aidem.fastapi needs FastAPI: {how_to_install('fastapi')}") from error
 
 from aidem import _http_openapi as openapi
 from aidem._http_gate import Gate

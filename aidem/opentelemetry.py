@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Final
+
+from aidem._distribution import __version__, how_to_install
 
 try:
     from opentelemetry import metrics, trace
 except ModuleNotFoundError as missing:
-    raise ImportError("aidem.opentelemetry needs the API of OpenTelemetry: pip install 'aidem[otel]'") from missing
+    message = f"aidem.opentelemetry needs the API of OpenTelemetry: {how_to_install('otel')}"
+    raise ImportError(message) from missing
 
 from aidem._fork import Guard
 from aidem.hooks import EventKind
@@ -49,8 +51,8 @@ class OpenTelemetryHook:
         tracer_provider: trace.TracerProvider | None = None,
         meter_provider: metrics.MeterProvider | None = None,
     ) -> None:
-        self._tracer = trace.get_tracer("aidem", version("aidem"), tracer_provider, SCHEMA_URL)
-        meter = metrics.get_meter("aidem", version("aidem"), meter_provider, SCHEMA_URL)
+        self._tracer = trace.get_tracer("aidem", __version__, tracer_provider, SCHEMA_URL)
+        meter = metrics.get_meter("aidem", __version__, meter_provider, SCHEMA_URL)
         self._events = meter.create_counter("aidem.events", unit="{event}", description="What happened to calls.")
         self._executions = _Executions()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import importlib
+import importlib.metadata
 import re
 import tomllib
 from collections.abc import Iterator
@@ -13,7 +13,9 @@ from typing import Any
 
 import pytest
 
+import aidem
 from aidem import IdempotencyConfig, _http_answers
+from aidem._distribution import DISTRIBUTION, how_to_install
 from aidem.hooks import EventKind
 
 ROOT = Path(__file__).parents[1]
@@ -60,6 +62,42 @@ def test_the_first_page_leads_to_every_other() -> None:
 def test_every_extra_is_named_where_a_user_begins(front: Path) -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
     assert {f"`{extra}`" for extra in extras} <= set(re.findall(r"`\w+`", front.read_text(encoding="utf-8")))
+
+
+def test_nothing_sends_anyone_to_the_project_of_somebody_else_that_has_our_import_name_on_the_index() -> None:
+    files = [ROOT / name for name in ("README.md", "CHANGELOG.md", "pyproject.toml", "noxfile.py")]
+    files += [*DOCS.rglob("*.md"), *DOCS.rglob("*.py"), *(ROOT / "aidem").rglob("*.py")]
+    foreign = re.compile(
+        r"(?:pip install|uv add|poetry add)\b[^\n]*?[\s'\"]aidem(?![\w.-])"  # a command
+        r"|(?<![\w-])aidem(?:\[[a-z]|\s*[=~<>]=)"  # a requirement
+        r"|pypi\.org/project/aidem(?![\w-])"
+    )
+    assert foreign.search("$ pip install --upgrade 'aidem[redis]'")
+    assert {path.name: found[0] for path in files if (found := foreign.search(path.read_text(encoding="utf-8")))} == {}
+
+
+def test_the_name_and_the_version_are_those_of_the_distribution() -> None:
+    distribution = importlib.metadata.distribution(DISTRIBUTION)
+    assert distribution.version == aidem.__version__
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert project["name"] == DISTRIBUTION
+    extras = project["optional-dependencies"]
+    [everything] = extras["all"]
+    assert everything == f"{DISTRIBUTION}[{','.join(extra for extra in extras if extra not in {'all', 'aiobotocore'})}]"
+
+
+def test_the_page_on_the_index_has_no_links_to_files_that_it_does_not_have() -> None:
+    text = importlib.metadata.distribution(DISTRIBUTION).read_text("METADATA")
+    assert text is not None
+    assert "# aidem" in text
+    assert re.findall(r"\]\((?!https?://)", text) == []
+
+
+@pytest.mark.parametrize("extra", ["redis", "otel"])
+def test_how_an_extra_is_installed_is_said_in_one_sentence_that_does_not_go_to_the_index(extra: str) -> None:
+    sentence = how_to_install(extra)
+    assert f"{DISTRIBUTION}[{extra}]" in sentence
+    assert re.findall(r"pip install .*", sentence) == [f"pip install '/path/to/it[{extra}]'"]
 
 
 def test_every_test_that_the_docs_name_exists() -> None:

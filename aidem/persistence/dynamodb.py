@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Self, TypeAlias
 
 from aidem import _state
+from aidem._distribution import how_to_install
 from aidem._state import Blocked, Claimed, Completion
 from aidem.exceptions import IdempotencyPersistenceConfigError
 
@@ -16,9 +17,8 @@ try:
     from aidem.persistence._dynamodb_client import GivenClient, OwnClients, connect_with
     from aidem.persistence._dynamodb_errors import CONDITION_FAILED, code_of, response_of, too_large, translation
 except ModuleNotFoundError as missing:
-    raise ImportError(
-        "the DynamoDB layer needs a client: pip install 'aidem[dynamodb]', or 'aidem[aiobotocore]'"
-    ) from missing
+    message = f"the DynamoDB layer needs aioboto3 or aiobotocore: {how_to_install('dynamodb')}"
+    raise ImportError(message) from missing
 from aidem.persistence._dynamodb_items import Attributes
 from aidem.persistence._dynamodb_requests import Requests
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
 from aidem import _state
 from aidem._cancellation import SettlingFuture
+from aidem._distribution import how_to_install
 from aidem._record import DataRecord, RecordStatus
 from aidem._state import Blocked, Claimed, Completion
 from aidem.exceptions import IdempotencyPersistenceLayerError, IdempotencySerializationError
@@ -18,7 +19,7 @@ try:
     from aidem.persistence._redis_command import Command
     from aidem.persistence._redis_connections import ConnectionsByLoop
 except ImportError as error:
-    raise ImportError("RedisPersistenceLayer needs redis-py and hiredis: pip install 'aidem[redis]'") from error
+    raise ImportError(f"RedisPersistenceLayer needs redis-py and hiredis: {how_to_install('redis')}") from error
 from aidem.persistence._redis_records import RecordText, durations
 from aidem.persistence._redis_scripts import CHANNEL, AttributeNames, Script, Scripts, Verdict
 

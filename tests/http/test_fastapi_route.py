@@ -467,5 +467,5 @@ def test_options_are_checked_when_the_class_is_made(options: dict[str, Any]) -> 
 def test_without_fastapi_one_sentence_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "aidem.fastapi")
     monkeypatch.setitem(sys.modules, "fastapi.routing", None)
-    with pytest.raises(ImportError, match=r"pip install 'aidem\[fastapi\]'"):
+    with pytest.raises(ImportError, match=r"needs FastAPI: install aidem-idempotency\[fastapi\],"):
         import aidem.fastapi  # noqa: F401

@@ -451,4 +451,5 @@ async def test_256_tasks_get_their_answers(table: str) -> None:
 def test_a_missing_client_is_answered_with_the_extra_that_brings_it(missing: str) -> None:
     code = f"import sys; sys.modules[{missing!r}] = None; import aidem.persistence.dynamodb"
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=50)
-    assert "ImportError: the DynamoDB layer needs a client: pip install 'aidem[dynamodb]'" in run.stderr
+    sentence = "the DynamoDB layer needs aioboto3 or aiobotocore: install aidem-idempotency[dynamodb],"
+    assert f"ImportError: {sentence}" in run.stderr
