@@ -174,7 +174,11 @@ async def test_options_of_jmespath_replace_the_built_in_functions_of_both_expres
 # --- No key -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("payload", [None, "", [], {}, (), [None, None], {"id": None}, (None,)], ids=repr)
+@pytest.mark.parametrize(
+    "payload",
+    [None, "", [], {}, (), [None, None], {"id": None}, (None,), [[None, ""], {"ids": [[]]}]],
+    ids=repr,
+)
 async def test_without_a_key_every_call_runs_nothing_is_stored_and_a_warning_says_so(payload: Any, layer: Any) -> None:
     charge = Charger()
     for expected in (1, 2):
@@ -185,11 +189,25 @@ async def test_without_a_key_every_call_runs_nothing_is_stored_and_a_warning_say
     assert stored(layer) == []
 
 
-@pytest.mark.parametrize("expression", ["id", "[id]", "{id: id}", "[id, shop]"])
+@pytest.mark.parametrize(
+    "expression",
+    [
+        *(
+            "id",
+            "[id]",
+            "{id: id}",
+            "[id, shop]",
+            "[[id], {shop: [shop]}]",
+            "items[].[id, shop.name]",
+            "items[*].{id: id}",
+        ),
+        "[items[].id, length(id || '') == `0` && id]",
+    ],
+)
 async def test_an_expression_that_selects_nothing_is_no_key(expression: str, layer: MemoryPersistenceLayer) -> None:
     charge = Charger(event_key_jmespath=expression)
     with pytest.warns(IdempotencyWarning) as warned:
-        assert await charge({"other": 1}) == 1
+        assert await charge({"other": 1, "items": [{"at": 1}, {"at": 2}]}) == 1
     assert repr(expression) in str(warned[0].message)
     assert stored(layer) == []
 
