@@ -47,7 +47,7 @@ def _prepared(payload: Any) -> Any:
 
 
 def is_missing(selected: Any) -> bool:
-    """Whether a value is no key: None, `""`, or a container of nothing but those at any depth. `0` and `False` are keys."""
+    """Whether a value is no key: None, `""`, or a container of nothing but those at any depth. `0` is a key."""
     try:
         return _is_nothing(selected)
     except Exception:  # noqa: BLE001 - circular, too deep, or without a dump: the encoder says so

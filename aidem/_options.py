@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 import weakref
 from collections.abc import Collection
 from functools import lru_cache
@@ -23,6 +22,9 @@ if TYPE_CHECKING:
 
 OnAbandoned = Literal["run_again", "raise"]
 OnPersistenceError = Literal["raise", "run"]
+
+MAX_SECONDS: Final = 100 * 365.25 * 86_400
+AT_MOST: Final = f", at most {MAX_SECONDS:.0f} (100 years)"
 
 
 def refused(option: str, shown: str, allowed: str) -> IdempotencyConfigError:
@@ -123,9 +125,9 @@ def check_settings(config: IdempotencyConfig) -> None:
         value = getattr(config, setting)
         if not is_allowed(value):
             raise refused(setting, repr(value), allowed)
-    for setting in ("event_key_jmespath", "payload_validation_jmespath"):
-        _check_expression(setting, getattr(config, setting))
     _check_jmespath_options(config.jmespath_options)
+    for setting in ("event_key_jmespath", "payload_validation_jmespath"):
+        _check_expression(setting, getattr(config, setting), config.jmespath_options)
     try:
         _key.check_hash_function(config.hash_function)
     except ValueError as exc:
@@ -135,12 +137,12 @@ def check_settings(config: IdempotencyConfig) -> None:
         raise refused("on_persistence_error", repr("run"), allowed)
 
 
-def _check_expression(setting: str, expression: str) -> None:
+def _check_expression(setting: str, expression: str, options: Mapping[str, Any] | None) -> None:
     if expression:
-        from aidem._jmespath import compile_expression  # jmespath is imported only by those who use it
+        from aidem._jmespath import check_calls, compile_expression  # jmespath is imported only by those who use it
 
         try:
-            compile_expression(expression)
+            check_calls(compile_expression(expression), options)
         except ValueError as exc:
             raise refused(setting, repr(expression), f"a valid JMESPath expression ({exc})") from exc
 
@@ -151,11 +153,14 @@ def _check_jmespath_options(options: Mapping[str, Any] | None) -> None:
         from jmespath.functions import Functions
 
         try:
-            functions: Any = vars(Options(**options))["custom_functions"]
+            chosen = vars(Options(**options))
         except TypeError as exc:
             raise refused("jmespath_options", repr(options), "keyword arguments of jmespath.Options") from exc
+        functions, dict_cls = chosen["custom_functions"], chosen["dict_cls"]
         if not (functions is None or isinstance(functions, Functions)):
             raise refused("jmespath_options", repr(options), "with an instance of jmespath.functions.Functions")
+        if not (dict_cls is None or (isinstance(dict_cls, type) and issubclass(dict_cls, dict))):
+            raise refused("jmespath_options", repr(options), "with a subclass of dict as dict_cls")
 
 
 def _one_of(literal: Any) -> tuple[Check, str]:
@@ -167,16 +172,17 @@ def _is_bool(value: object) -> bool:
     return isinstance(value, bool)
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def _is_duration(value: object) -> bool:
+    """Whether a value is a number of seconds that fits every clock, store and time-out; NaN is not."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= MAX_SECONDS
 
 
-def _is_positive(value: Any) -> bool:
-    return _is_number(value) and value > 0
+def _is_positive(value: object) -> bool:
+    return _is_duration(value) and value != 0
 
 
-def _is_not_negative(value: Any) -> bool:
-    return _is_number(value) and value >= 0
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def _is_tuple_of(is_allowed: Check) -> Check:
@@ -202,14 +208,12 @@ _SETTINGS: Final[dict[str, tuple[Check, str]]] = {
     "raise_on_no_idempotency_key": (_is_bool, "True or False"),
     "use_local_cache": (_is_bool, "True or False"),
     "renew_lease": (_is_bool, "True or False"),
-    "expires_after_seconds": (_is_positive, "a positive number"),
-    "lease_seconds": (lambda value: value is None or _is_positive(value), "a positive number, or None"),
-    "local_cache_max_items": (
-        lambda value: isinstance(value, int) and _is_positive(value),
-        "a positive whole number",
-    ),
-    "wait_timeout_seconds": (_is_not_negative, "a number that is not negative"),
-    "max_clock_skew_seconds": (_is_not_negative, "a number that is not negative"),
+    "max_inflated_bytes": (_is_count, "a positive whole number"),
+    "expires_after_seconds": (_is_positive, f"a positive number{AT_MOST}"),
+    "lease_seconds": (lambda value: value is None or _is_positive(value), f"a positive number{AT_MOST}, or None"),
+    "local_cache_max_items": (_is_count, "a positive whole number"),
+    "wait_timeout_seconds": (_is_duration, f"a number that is not negative{AT_MOST}"),
+    "max_clock_skew_seconds": (_is_duration, f"a number that is not negative{AT_MOST}"),
     "on_abandoned": _one_of(OnAbandoned),
     "on_persistence_error": _one_of(OnPersistenceError),
     "stored_exceptions": (_is_tuple_of(_is_exception_type), "a tuple of subclasses of Exception"),
