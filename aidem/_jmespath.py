@@ -41,9 +41,8 @@ def check_calls(compiled: ParsedResult, options: Mapping[str, Any] | None) -> No
     Raises:
         ValueError: One does not; the message names it.
     """
-    functions = (
-        vars(jmespath.Options(**options))["custom_functions"] or Functions() if options else _BuiltInFunctions(0)
-    )
+    chosen = vars(_options(options, max_inflated_bytes=0))["custom_functions"]
+    functions: Functions = chosen or Functions()
     if type(functions).call_function is not Functions.call_function:
         return  # it finds functions in a way of its own
     nodes: list[Any] = [compiled.parsed]
@@ -78,7 +77,7 @@ def search(compiled: ParsedResult, data: Any, options: Mapping[str, Any] | None,
     Raises:
         IdempotencyKeyError: The expression does not suit the data, or one of its functions failed.
     """
-    chosen = jmespath.Options(**(options or {"custom_functions": _BuiltInFunctions(max_inflated_bytes)}))
+    chosen = _options(options, max_inflated_bytes=max_inflated_bytes)
     try:
         return compiled.search(data, options=chosen)
     except JMESPathTypeError as error:
@@ -88,6 +87,10 @@ def search(compiled: ParsedResult, data: Any, options: Mapping[str, Any] | None,
         raise _failed(compiled, str(error)) from error
     except Exception as error:
         raise _failed(compiled, f"evaluating it raised {type(error).__name__}") from error
+
+
+def _options(options: Mapping[str, Any] | None, *, max_inflated_bytes: int) -> jmespath.Options:
+    return jmespath.Options(**(options or {"custom_functions": _BuiltInFunctions(max_inflated_bytes)}))
 
 
 def _failed(compiled: ParsedResult, reason: str) -> IdempotencyKeyError:

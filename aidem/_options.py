@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 from aidem import _key
 from aidem.exceptions import IdempotencyConfigError
 from aidem.hooks import IdempotencyHook
-from aidem.persistence import PersistenceLayer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -24,6 +23,7 @@ OnAbandoned = Literal["run_again", "raise"]
 OnPersistenceError = Literal["raise", "run"]
 
 MAX_SECONDS: Final = 100 * 365.25 * 86_400
+A_LAMBDA_CONTEXT: Final = "an object with get_remaining_time_in_millis()"
 AT_MOST: Final = f", at most {MAX_SECONDS:.0f} (100 years)"
 
 
@@ -44,7 +44,7 @@ def check_options(**options: object) -> None:
     for option, value in options.items():
         is_allowed, allowed = _OPTIONS[option]
         if value is not None and not is_allowed(value):
-            raise refused(option, kind_of(value), allowed)
+            raise refused(option, kind_of(value), allowed if isinstance(allowed, str) else allowed(value))
 
 
 def kind_of(value: object) -> str:
@@ -52,8 +52,14 @@ def kind_of(value: object) -> str:
     return f"<class {value.__qualname__}>" if isinstance(value, type) else f"<{type(value).__qualname__}>"
 
 
+_OPERATIONS: Final = (
+    *("acquire", "complete", "renew", "release", "get", "forget"),
+    *("open", "aclose", "__aenter__", "__aexit__"),
+)
+
+
 def _is_layer(value: object) -> bool:
-    if isinstance(value, type) or not (_has_operations(type(value)) or isinstance(value, PersistenceLayer)):
+    if isinstance(value, type) or not (_has_operations(type(value)) or not _missing_operations(value)):
         return False
     try:
         hash(weakref.ref(value))
@@ -62,16 +68,42 @@ def _is_layer(value: object) -> bool:
     return True
 
 
+def _missing_operations(value: object) -> list[str]:
+    return [name for name in _OPERATIONS if not callable(getattr(value, name, None))]
+
+
 def _is_layer_class(cls: type) -> bool:
-    return issubclass(cls, PersistenceLayer)
+    return not _missing_operations(cls)
 
 
-# Every block is checked, and to check a protocol of ten methods takes 20 µs.
+# Every block is checked.
 _has_operations: Final[Check] = lru_cache(maxsize=64)(_is_layer_class)
 
 
+def _what_a_layer_needs(value: object) -> str:
+    layer = "a persistence layer, such as SQLitePersistenceLayer(path)"
+    if isinstance(value, type):
+        return f"{layer}: make an instance of the class"
+    if isinstance(value, str):
+        return f"{layer}: for a URL, pass open_persistence_layer(url) of aidem.persistence"
+    if missing := _missing_operations(value):
+        return f"{layer}: this one lacks {', '.join(missing)}, see aidem.persistence.PersistenceLayer"
+    return f"{layer}: this one cannot be hashed and weakly referenced, see its __eq__, __hash__ and __slots__"
+
+
 def _are_layers(value: object) -> bool:
-    return isinstance(value, Collection) and all(map(_is_layer, _items(value)))
+    return _is_collection(value) and all(map(_is_layer, _items(value)))
+
+
+def _what_layers_need(value: object) -> str:
+    if not _is_collection(value):
+        return "a list of persistence layers"
+    item = next(item for item in _items(value) if not _is_layer(item))
+    return f"a list of persistence layers; {kind_of(item)} in it must be {_what_a_layer_needs(item)}"
+
+
+def _is_collection(value: object) -> bool:
+    return isinstance(value, Collection) and not isinstance(value, str)
 
 
 def _is_serializer(value: object) -> bool:
@@ -92,12 +124,9 @@ def _is_lambda_context(value: object) -> bool:
     return callable(getattr(value, "get_remaining_time_in_millis", None))
 
 
-_OPTIONS: Final[dict[str, tuple[Check, str]]] = {
-    "persistence_store": (
-        _is_layer,
-        "a persistence layer that can be hashed and weakly referenced, such as SQLitePersistenceLayer(path)",
-    ),
-    "warm": (_are_layers, "a list of persistence layers"),
+_OPTIONS: Final[dict[str, tuple[Check, str | Callable[[Any], str]]]] = {
+    "persistence_store": (_is_layer, _what_a_layer_needs),
+    "warm": (_are_layers, _what_layers_need),
     "output_serializer": (
         _is_serializer,
         "an object with to_dict() and from_dict(), or a class that makes one, such as PydanticSerializer",
@@ -108,7 +137,7 @@ _OPTIONS: Final[dict[str, tuple[Check, str]]] = {
         _is_plain_callable,
         "a callable that is not async, takes the arguments of the function and returns the payload",
     ),
-    "lambda_context": (_is_lambda_context, "an object with get_remaining_time_in_millis()"),
+    "lambda_context": (_is_lambda_context, A_LAMBDA_CONTEXT),
 }
 
 
@@ -219,5 +248,5 @@ _SETTINGS: Final[dict[str, tuple[Check, str]]] = {
     "stored_exceptions": (_is_tuple_of(_is_exception_type), "a tuple of subclasses of Exception"),
     "hooks": (_is_tuple_of(_is_hook), "a tuple of objects with a method on_event(event) that is not async"),
     "response_hook": (lambda value: value is None or callable(value), "a callable hook(response, record)"),
-    "lambda_context": (lambda value: value is None or _is_lambda_context(value), _OPTIONS["lambda_context"][1]),
+    "lambda_context": (lambda value: value is None or _is_lambda_context(value), A_LAMBDA_CONTEXT),
 }
