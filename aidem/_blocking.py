@@ -162,7 +162,10 @@ def drive(start: Callable[[], Coroutine[Any, Any, T]]) -> T:
 def _refuse_coroutine(result: object, call: Call) -> None:
     if inspect.iscoroutine(result):
         result.close()
-        message = f"{call.plan.function} returned a coroutine; decorate it with what aidem has for async functions"
+        message = (
+            f"{call.plan.function} returned a coroutine, which has not run; write an `async def` that awaits it, and "
+            "decorate that with what aidem has for async functions"
+        )
         raise TypeError(message)
 
 

@@ -30,6 +30,7 @@ _WITHOUT_MEANING: Final = {
     "event_key_jmespath": "the key is in the Idempotency-Key header",
     "payload_validation_jmespath": "method, path, query, content type and body are always validated",
     "jmespath_options": "no expression is evaluated",
+    "max_inflated_bytes": "no expression is evaluated",
     "raise_on_no_idempotency_key": "use required=True",
     "response_hook": "a replay is sent as it was recorded",
     "stored_exceptions": "responses are stored, not exceptions",

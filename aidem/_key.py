@@ -13,7 +13,7 @@ from collections.abc import Sized
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any, Final
 
-from aidem._json import ENCODABLE, NotEncodableError, encode, explain, is_array, is_dict
+from aidem._json import ENCODABLE, NotEncodableError, encode, explain, is_array, is_dict, plain
 from aidem.exceptions import IdempotencyKeyError
 
 if TYPE_CHECKING:
@@ -47,15 +47,24 @@ def _prepared(payload: Any) -> Any:
 
 
 def is_missing(selected: Any) -> bool:
-    """Whether a value is no key: None, empty, or a container of nothing but None. `0` and `False` are keys."""
-    if is_dict(selected):
-        values: Iterable[Any] = selected.values()
-    elif is_array(selected):
-        values = selected
+    """Whether a value is no key: None, `""`, or a container of nothing but those at any depth. `0` is a key."""
+    try:
+        return _is_nothing(selected)
+    except Exception:  # noqa: BLE001 - circular, too deep, or without a dump: the encoder says so
+        return False
+
+
+def _is_nothing(value: Any) -> bool:
+    if is_dict(value):
+        values: Iterable[Any] = value.values()
+    elif is_array(value):
+        values = value
+    elif isinstance(value, Sized):
+        return len(value) == 0
     else:
-        return selected is None or (isinstance(selected, Sized) and len(selected) == 0)
-    for value in values:  # noqa: SIM110 - nearly always the first one decides, before `all` would have begun
-        if value is not None:
+        return value is None or (type(value) not in _JSON_TYPES and _is_nothing(plain(value)))
+    for item in values:  # noqa: SIM110 - nearly always the first one decides, before `all` would have begun
+        if item is not None and not _is_nothing(item):
             return False
     return True
 

@@ -204,4 +204,9 @@ def _select(expression: str, prepared: Any, config: IdempotencyConfig) -> Any:
         return prepared
     from aidem._jmespath import compile_expression, search  # jmespath is imported only by those who use it
 
-    return search(compile_expression(expression), prepared, config.jmespath_options)
+    return search(
+        compile_expression(expression),
+        prepared,
+        config.jmespath_options,
+        max_inflated_bytes=config.max_inflated_bytes,
+    )

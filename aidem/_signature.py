@@ -63,18 +63,35 @@ def _check_kind(function: object, *, decorator: str, is_async: bool) -> None:
         message = f"{decorator} decorates functions, methods and callable objects, not {function!r}"
         raise TypeError(message)
     called = _called(function)
-    if inspect.isasyncgenfunction(called) or inspect.isgeneratorfunction(called):
-        message = f"{decorator} cannot replay a generator; let {_name(function)} return a list"
-        raise TypeError(message)
+    name = _name(function)
+    block = "async with aidem.idempotency(key)" if is_async else "with aidem.sync.idempotency(key)"
+    if _is_generator(called):
+        raise TypeError(f"{decorator} cannot replay a generator; let {name} return a list")
+    if _makes_context_manager(called):
+        message = f"{name} makes a context manager, which cannot be replayed; decorate the function that enters it, or"
+        raise TypeError(f"{message} write `{block}` there")
     if is_async and not inspect.iscoroutinefunction(called):
-        hint = f"decorate it with aidem.sync.{decorator} instead"
-        if inspect.iscoroutinefunction(inspect.unwrap(called)):
-            hint = f"a decorator below has made a plain one of it: put {decorator} right above `async def`"
-        message = f"{_name(function)} is not an async function; {hint}"
-        raise TypeError(message)
+        raise TypeError(f"{name} is not an async function; {_what_to_do(called, decorator)}")
     if not is_async and inspect.iscoroutinefunction(called):
-        message = f"{_name(function)} is an async function; decorate it with aidem.{decorator} instead"
-        raise TypeError(message)
+        raise TypeError(f"{name} is an async function; decorate it with aidem.{decorator} instead")
+
+
+def _is_generator(function: Any) -> bool:
+    return inspect.isasyncgenfunction(function) or inspect.isgeneratorfunction(function)
+
+
+def _makes_context_manager(function: Any) -> bool:
+    made_by = getattr(function, "__globals__", {}).get("__name__")
+    return made_by == "contextlib" and _is_generator(inspect.unwrap(function))
+
+
+def _what_to_do(plain: Any, decorator: str) -> str:
+    if inspect.iscoroutinefunction(inspect.unwrap(plain)):
+        return f"a decorator below has made a plain one of it: put {decorator} right above `async def`"
+    return (
+        f"if it is blocking, decorate it with aidem.sync.{decorator} instead; if it returns a coroutine, as a lambda "
+        "may, write an `async def` that awaits it, and decorate that"
+    )
 
 
 def check_takes_event(target: Target) -> None:

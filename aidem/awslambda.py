@@ -104,7 +104,8 @@ def _check_is_async(handler: object) -> None:
     name = getattr(handler, "__qualname__", None) or repr(handler)
     raise TypeError(
         f"{name} is not an async function, and Lambda calls plain ones as they are; decorate it with "
-        "aidem.sync.idempotent; and decorators for plain handlers, such as those of Powertools, go above lambda_handler"
+        "aidem.sync.idempotent, or if it returns a coroutine, write an `async def` that awaits it; and decorators for "
+        "plain handlers, such as those of Powertools, go above lambda_handler"
     )
 
 

@@ -46,6 +46,8 @@ class IdempotencyConfig:
         event_key_jmespath: JMESPath that selects the key from the payload; empty: all of it.
         payload_validation_jmespath: JMESPath for the part that must not change under one key; empty: not validated.
         jmespath_options: Keyword arguments of `jmespath.Options`; they replace the built-in functions.
+        max_inflated_bytes: To how many bytes `powertools_base64_gzip` may inflate in one evaluation of an expression,
+            all its calls together. A payload beyond it is refused.
         raise_on_no_idempotency_key: Whether a missing key is an error instead of a call without idempotency.
         expires_after_seconds: How long an outcome is kept, counted from completion.
         use_local_cache: Whether completed records are also kept in memory.
@@ -70,6 +72,7 @@ class IdempotencyConfig:
     event_key_jmespath: str = ""
     payload_validation_jmespath: str = ""
     jmespath_options: Mapping[str, Any] | None = field(default=None, hash=False)
+    max_inflated_bytes: int = 4 * 1024**2
     raise_on_no_idempotency_key: bool = False
     expires_after_seconds: float = 3600
     use_local_cache: bool = False

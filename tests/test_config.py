@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import collections
 import copy
 import dataclasses
 import hashlib
@@ -16,10 +17,17 @@ from typing import TYPE_CHECKING, Any
 
 import jmespath
 import pytest
-from jmespath.functions import Functions
+from jmespath.functions import Functions, signature
 
 import aidem
-from aidem import IdempotencyConfig, configure, idempotency, idempotent_function, register_lambda_context
+from aidem import (
+    IdempotencyConfig,
+    configure,
+    current_execution,
+    idempotency,
+    idempotent_function,
+    register_lambda_context,
+)
 from aidem.config import current_lambda_context, default_persistence_store, reset_lambda_context
 from aidem.exceptions import IdempotencyConfigError, IdempotencyPersistenceConfigError, IdempotencyUsageError
 from aidem.persistence.memory import MemoryPersistenceLayer
@@ -61,6 +69,7 @@ def test_the_defaults_are_those_of_the_table() -> None:
         "event_key_jmespath": "",
         "payload_validation_jmespath": "",
         "jmespath_options": None,
+        "max_inflated_bytes": 4 * 1024**2,
         "raise_on_no_idempotency_key": False,
         "expires_after_seconds": 3600,
         "use_local_cache": False,
@@ -124,6 +133,10 @@ def test_a_config_can_be_hashed_compared_and_copied_whatever_is_in_it() -> None:
     assert pickle.loads(pickle.dumps(one)) == copy.deepcopy(one) == one
 
 
+DURATIONS = ("expires_after_seconds", "lease_seconds", "wait_timeout_seconds", "max_clock_skew_seconds")
+TOO_LONG = (1e20, 1e308, float("inf"), sys.maxsize, 10**400, 3_155_760_001)
+
+
 @pytest.mark.parametrize(
     ("setting", "value", "allowed"),
     [
@@ -134,6 +147,12 @@ def test_a_config_can_be_hashed_compared_and_copied_whatever_is_in_it() -> None:
         ("jmespath_options", {"functions": 1}, r"jmespath\.Options"),
         ("jmespath_options", 3, r"jmespath\.Options"),
         ("jmespath_options", {"custom_functions": Functions}, "instance of"),
+        ("jmespath_options", {"dict_cls": list}, "subclass of dict"),
+        ("jmespath_options", {"dict_cls": {}}, "subclass of dict"),
+        ("max_inflated_bytes", 0, "positive whole number"),
+        ("max_inflated_bytes", 1e6, "positive whole number"),
+        ("max_inflated_bytes", True, "positive whole number"),
+        ("max_inflated_bytes", None, "positive whole number"),
         ("raise_on_no_idempotency_key", "false", "True or False"),
         ("raise_on_no_idempotency_key", 1, "True or False"),
         ("use_local_cache", None, "True or False"),
@@ -153,8 +172,9 @@ def test_a_config_can_be_hashed_compared_and_copied_whatever_is_in_it() -> None:
         ("hash_function", hashlib.sha256, "sha256"),
         ("response_hook", "hook", r"hook\(response, record\)"),
         ("lambda_context", object(), "get_remaining_time_in_millis"),
-        ("lease_seconds", 0, "positive number, or None"),
-        ("lease_seconds", "30", "positive number, or None"),
+        ("lease_seconds", 0, "positive number, at most .*, or None"),
+        ("lease_seconds", "30", "positive number, at most .*, or None"),
+        *((setting, value, r"at most 3155760000 \(100 years\)") for setting in DURATIONS for value in TOO_LONG),
         ("wait_timeout_seconds", -0.1, "not negative"),
         ("wait_timeout_seconds", None, "not negative"),
         ("wait_timeout_seconds", float("inf"), "not negative"),
@@ -189,6 +209,8 @@ def test_a_wrong_setting_is_refused_at_once_with_its_name_and_what_is_allowed(
         ("jmespath_options", {}),
         ("jmespath_options", {"custom_functions": Functions()}),
         ("jmespath_options", {"custom_functions": None}),
+        ("jmespath_options", {"dict_cls": collections.OrderedDict}),
+        ("max_inflated_bytes", 1),
         ("expires_after_seconds", 0.5),
         ("local_cache_max_items", 1),
         ("hash_function", "md5"),
@@ -207,6 +229,80 @@ def test_a_wrong_setting_is_refused_at_once_with_its_name_and_what_is_allowed(
 )
 def test_a_right_setting_is_kept(setting: str, value: Any) -> None:
     assert getattr(IdempotencyConfig(**{setting: value}), setting) is value
+
+
+class Dynamic(Functions):
+    """Finds functions in a way of its own."""
+
+    def call_function(self, function_name: str, resolved_args: Any) -> Any:
+        return [function_name, *resolved_args]
+
+
+class Shouting(Functions):
+    @signature({"types": ["string"]})
+    def _func_shout(self, text: str) -> str:
+        return text.upper()
+
+    @signature()
+    def _func_now(self) -> int:
+        return 1
+
+
+@pytest.mark.parametrize("setting", ["event_key_jmespath", "payload_validation_jmespath"])
+@pytest.mark.parametrize(
+    ("expression", "functions", "reason"),
+    [
+        ("shout(id)", None, r"no function shout\(\), only abs, .*powertools_base64_gzip, powertools_json"),
+        ("powertools_jsn(body).id", None, r"no function powertools_jsn\(\), only"),
+        ("powertools_json(id)", Shouting(), r"no function powertools_json\(\), only abs, .*shout"),
+        ("[a, {b: items[?nope(@)].id[0:1]}] | @", None, r"no function nope\(\)"),
+        ("map(&nope(@), items)", None, r"no function nope\(\)"),
+        ("a || !nope(b) && c", None, r"no function nope\(\)"),
+        ("powertools_json()", None, r"powertools_json\(\) takes 1 arguments, and is given 0"),
+        ("powertools_json(a, b)", None, r"powertools_json\(\) takes 1 arguments, and is given 2"),
+        ("not_null()", None, r"not_null\(\) takes at least 1 arguments, and is given 0"),
+        ("now(id)", Shouting(), r"now\(\) takes 0 arguments, and is given 1"),
+    ],
+)
+def test_an_expression_whose_calls_can_never_work_is_refused_when_the_config_is_made(
+    setting: str, expression: str, functions: Functions | None, reason: str
+) -> None:
+    options = functions and {"custom_functions": functions}
+    with pytest.raises(IdempotencyConfigError, match=f"^{setting}=.*valid JMESPath expression.*{reason}"):
+        IdempotencyConfig(**{setting: expression, "jmespath_options": options})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("expression", "options"),
+    [
+        ("not_null(a, b, c).id[::2] || items[?length(@) > `1`].[id]", None),
+        ("powertools_json(powertools_base64_gzip(body)).id", {}),
+        ("[shout(id), now(), length(items)]", {"custom_functions": Shouting()}),
+        ("length(items)", {"dict_cls": dict}),
+        ("whatever(id, `1`)", {"custom_functions": Dynamic()}),
+    ],
+)
+def test_an_expression_whose_functions_are_known_is_accepted(expression: str, options: Any) -> None:
+    config = IdempotencyConfig(event_key_jmespath=expression, jmespath_options=options)
+    assert config.event_key_jmespath == expression
+
+
+@pytest.mark.parametrize("layer", [MemoryPersistenceLayer, SQLitePersistenceLayer])
+async def test_the_longest_durations_work(layer: Any, tmp_path: Path) -> None:
+    durations: Any = dict.fromkeys(DURATIONS, 3_155_760_000)
+    records: list[Any] = []
+
+    @idempotent_function(
+        persistence_store=layer(*[tmp_path / "records.db"][: layer is SQLitePersistenceLayer]),
+        config=IdempotencyConfig(**durations, response_hook=lambda _, record: records.append(record)),
+    )
+    async def charge() -> None:
+        await current_execution().ensure_owned()
+        await asyncio.sleep(0.01)
+
+    await asyncio.gather(charge(), charge())
+    (record,) = records
+    assert record.get_expiration_datetime().year > 2100
 
 
 def test_at_most_once_and_running_without_the_store_exclude_each_other() -> None:

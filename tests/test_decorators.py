@@ -16,9 +16,11 @@ import pytest
 from fastapi import Depends, FastAPI, Header
 from pydantic import BaseModel
 
+import aidem
 from aidem import (
     IdempotencyConfig,
     RecordStatus,
+    _options,
     configure,
     current_execution,
     idempotency,
@@ -35,6 +37,7 @@ from aidem.exceptions import (
     IdempotencyUsageError,
     IdempotencyValidationError,
 )
+from aidem.persistence import PersistenceLayer
 from aidem.persistence.memory import MemoryPersistenceLayer
 from aidem.testing import FakeClock
 
@@ -488,6 +491,69 @@ def test_a_plain_function_is_refused_and_aidem_sync_is_named(decorator: Any, fun
         decorator(key_prefix="plain")(function)
 
 
+def returns_a_coroutine(event: Any, context: Any = None) -> Any:
+    return handler_of_all(event, context)
+
+
+async def handler_of_all(event: Any, context: Any) -> None: ...
+
+
+@pytest.mark.parametrize("decorator", [idempotent, idempotent_function])
+@pytest.mark.parametrize("function", [returns_a_coroutine, lambda event, _: handler_of_all(event, None)])
+def test_the_advice_about_a_function_that_returns_a_coroutine_does_not_go_in_circles(
+    decorator: Any, function: Any
+) -> None:
+    with pytest.raises(TypeError, match=r"if it returns a coroutine.*, write an `async def` that awaits it"):
+        decorator(key_prefix="charge")(function)
+    blocking = getattr(sync, decorator.__name__)(key_prefix="charge", persistence_store=MemoryPersistenceLayer())
+    with pytest.raises(TypeError, match="returned a coroutine, which has not run; write an `async def` that awaits it"):
+        blocking(function)(1, None)
+
+
+@contextlib.asynccontextmanager
+async def transaction(event: Any, context: Any) -> Any:
+    yield event
+
+
+@contextlib.contextmanager
+def opened(event: Any, context: Any) -> Any:
+    yield event
+
+
+@pytest.mark.parametrize("name", ["idempotent", "idempotent_function"])
+@pytest.mark.parametrize("function", [transaction, opened])
+def test_what_makes_a_context_manager_is_refused_and_told_of_the_block(name: str, function: Any) -> None:
+    with pytest.raises(TypeError, match=r"makes a context manager.*write `async with aidem\.idempotency\(key\)`"):
+        getattr(aidem, name)(function)
+    with pytest.raises(TypeError, match=r"makes a context manager.*write `with aidem\.sync\.idempotency\(key\)`"):
+        getattr(sync, name)(function)
+
+
+def test_a_function_that_a_decorator_makes_of_a_generator_may_be_decorated() -> None:
+    def listed(function: Any) -> Any:
+        @functools.wraps(function)
+        def wrapper(*args: Any) -> Any:
+            return list(function(*args))
+
+        return wrapper
+
+    charge = sync.idempotent_function(persistence_store=MemoryPersistenceLayer(), key_prefix="charge")(
+        listed(lambda order: (yield order))
+    )
+    assert charge(1) == charge(1) == [1]
+
+
+@opened(1, 2)
+async def opened_around_its_making() -> int:
+    return 1
+
+
+async def test_an_async_function_that_a_context_manager_is_put_around_is_refused() -> None:
+    """Such a manager is left before the coroutine runs: contextlib has made a plain function of it."""
+    with pytest.raises(TypeError, match="a decorator below has made a plain one of it"):
+        idempotent_function(opened_around_its_making)
+
+
 @pytest.mark.parametrize("decorator", [idempotent, idempotent_function])
 @pytest.mark.parametrize("function", [generator, async_generator, AsyncIterated()])
 def test_a_generator_is_refused(decorator: Any, function: Any) -> None:
@@ -551,12 +617,30 @@ class UnreferencedLayer:
     open = aclose = __aenter__ = __aexit__ = print
 
 
+class HalfALayer:
+    """Has a number in the place of an operation, and lacks two."""
+
+    acquire = complete = release = get = open = aclose = __aenter__ = print
+    renew = 3
+
+
+def test_the_operations_that_are_asked_for_are_those_of_the_contract() -> None:
+    contract = {name for name, member in vars(PersistenceLayer).items() if inspect.isfunction(member)}
+    assert set(_options._OPERATIONS) == contract - {"__init__", "__subclasshook__"}
+
+
 @pytest.mark.parametrize("decorator", [idempotent, idempotent_function])
 @pytest.mark.parametrize(
     ("option", "value", "allowed"),
     [
-        ("persistence_store", "sqlite:///orders.db", "persistence layer"),
-        ("persistence_store", MemoryPersistenceLayer, "persistence layer"),
+        ("persistence_store", "sqlite:///orders.db", r"persistence layer.*pass open_persistence_layer\(url\)"),
+        ("persistence_store", MemoryPersistenceLayer, "persistence layer.*make an instance of the class"),
+        (
+            "persistence_store",
+            HalfALayer(),
+            "persistence layer.*this one lacks renew, forget, __aexit__, see",
+        ),
+        ("persistence_store", object(), "persistence layer.*this one lacks acquire, complete, .*, __aexit__, see"),
         ("persistence_store", UnhashableLayer(), "hashed"),
         ("persistence_store", UnreferencedLayer(), "weakly referenced"),
         ("config", {"expires_after_seconds": 5}, "IdempotencyConfig"),

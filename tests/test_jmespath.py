@@ -15,13 +15,16 @@ import pytest
 from aws_lambda_powertools.utilities.jmespath_utils import PowertoolsFunctions
 from jmespath.functions import Functions, signature
 
-from aidem import _jmespath
 from aidem._jmespath import compile_expression, search
 from aidem.exceptions import IdempotencyKeyError
 
+MIB = 1024**2
 
-def select(expression: str, data: Any, options: dict[str, Any] | None = None) -> Any:
-    return search(compile_expression(expression), data, options)
+
+def select(
+    expression: str, data: Any, options: dict[str, Any] | None = None, *, max_inflated_bytes: int = 2 * MIB
+) -> Any:
+    return search(compile_expression(expression), data, options, max_inflated_bytes=max_inflated_bytes)
 
 
 def base64_text(data: bytes) -> str:
@@ -61,9 +64,11 @@ def test_a_broken_expression_is_refused_with_a_sentence(expression: str) -> None
         compile_expression(expression)
 
 
-def refusal(expression: str, data: Any, options: dict[str, Any] | None = None) -> tuple[str, BaseException | None]:
+def refusal(
+    expression: str, data: Any, options: dict[str, Any] | None = None, *, max_inflated_bytes: int = 2 * MIB
+) -> tuple[str, BaseException | None]:
     with pytest.raises(IdempotencyKeyError) as caught:
-        select(expression, data, options)
+        select(expression, data, options, max_inflated_bytes=max_inflated_bytes)
     message = str(caught.value)
     assert message.startswith(f"the JMESPath expression {expression!r} failed on the payload: ")
     shown: BaseException | None = caught.value
@@ -107,29 +112,45 @@ def test_a_call_that_cannot_be_is_described(expression: str, reason: str) -> Non
     assert reason in refusal(expression, {"a": "secret"})[0]
 
 
-def test_a_small_event_cannot_inflate_without_bound(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_jmespath, "MAX_INFLATED_BYTES", 2 * 1024**2)
-    at_the_bound = base64_text(gzip.compress(b"a" * 2 * 1024**2))
-    assert len(select("powertools_base64_gzip(@)", at_the_bound)) == 2 * 1024**2
-    beyond = base64_text(gzip.compress(b"a" * (2 * 1024**2 + 1)))
+def test_a_small_event_cannot_inflate_without_bound() -> None:
+    at_the_bound = base64_text(gzip.compress(b"a" * 2 * MIB))
+    assert len(select("powertools_base64_gzip(@)", at_the_bound)) == 2 * MIB
+    beyond = base64_text(gzip.compress(b"a" * (2 * MIB + 1)))
     reason, _ = refusal("powertools_base64_gzip(@)", beyond)
-    assert reason == "the payload inflates to more than 2 MiB"
+    assert reason == "powertools_base64_gzip() inflates it to more than max_inflated_bytes=2097152"
 
 
-def test_what_lies_beyond_the_bound_is_never_inflated(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_jmespath, "MAX_INFLATED_BYTES", 1024**2)
-    beyond = base64_text(gzip.compress(bytes(32 * 1024**2)))
+@pytest.mark.parametrize(
+    "expression",
+    [
+        "Records[*].powertools_base64_gzip(body)",
+        "map(&powertools_base64_gzip(body), Records)",
+        "[powertools_base64_gzip(Records[0].body), powertools_base64_gzip(Records[0].body)]",
+        "powertools_base64_gzip(powertools_base64_gzip(Records[1].body))",
+    ],
+)
+def test_many_small_parts_together_cannot_inflate_without_bound(expression: str) -> None:
+    half = base64_text(gzip.compress(b"a" * (MIB // 2)))
+    twice = base64_text(gzip.compress(base64_text(gzip.compress(b"a" * MIB)).encode()))
+    event = {"Records": [{"body": half}, {"body": twice}, {"body": half}]}
+    assert refusal(expression, event, max_inflated_bytes=MIB - 1)[0].startswith("powertools_base64_gzip() inflates it")
+    assert select(expression, event, max_inflated_bytes=3 * MIB) is not None
+
+
+def test_every_evaluation_has_the_whole_bound_for_itself() -> None:
+    text = base64_text(gzip.compress(b"a" * 2 * MIB))
+    assert select("powertools_base64_gzip(@)", text) == select("powertools_base64_gzip(@)", text)
+
+
+def test_what_lies_beyond_the_bound_is_never_inflated() -> None:
+    beyond = base64_text(gzip.compress(bytes(32 * MIB)))
     tracemalloc.start()
     try:
         refusal("powertools_base64_gzip(@)", beyond)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert peak < 8 * 1024**2
-
-
-def test_the_bound_of_inflation_is_64_mib() -> None:
-    assert _jmespath.MAX_INFLATED_BYTES == 64 * 1024**2
+    assert peak < 8 * MIB
 
 
 class Own(Functions):

@@ -307,20 +307,53 @@ def test_a_payload_that_cannot_be_prepared_is_refused(payload: Any, reason: str)
         _key.payload_digest(_key.prepare(payload), "md5")
 
 
+class Blank(enum.Enum):
+    NONE = None
+    EMPTY = ""
+
+
+class Contact(pydantic.BaseModel):
+    name: str | None = None
+    phones: list[str] = []
+
+
+def endless() -> list[Any]:
+    value: list[Any] = []
+    value.append(value)
+    return value
+
+
 @pytest.mark.parametrize(
-    "selected", [None, "", [], (), {}, set(), b"", [None], (None, None), {"a": None, "b": None}], ids=repr
+    "selected",
+    [
+        *(None, "", [], (), {}, set(), b"", [None], (None, None), {"a": None, "b": None}),
+        *([[]], [""], [[None, None], [None, None]], {"a": {"b": [None, ""]}, "c": ({},)}, [[[[[None]]]]]),
+        *(Blank.NONE, [Blank.EMPTY], [DC(None, "")], {"contact": Contact()}, [Contact(name="")]),
+    ],
+    ids=repr,
 )
-def test_nothing_is_no_key(selected: Any) -> None:
+def test_nothing_is_no_key_at_any_depth(selected: Any) -> None:
     assert _key.is_missing(selected)
 
 
 @pytest.mark.parametrize(
     "selected",
-    [0, False, 0.0, -0.0, Decimal(0), "0", " ", [0], [None, 0], {"a": None, "b": False}, [[]], [""], UUID(int=0)],
+    [
+        *(0, False, 0.0, -0.0, Decimal(0), "0", " ", [0], [None, 0], {"a": None, "b": False}, UUID(int=0)),
+        *([[None, 0]], [[None], [[""], [False]]], {"a": {"b": [" "]}}, [DC(None, 0)], [Contact(phones=["1"])]),
+        *(object(), [object()]),
+    ],
     ids=repr,
 )
 def test_something_is_a_key_even_if_it_is_false(selected: Any) -> None:
     assert not _key.is_missing(selected)
+
+
+def test_nothing_that_is_too_deep_or_circular_or_cannot_be_dumped_is_left_to_the_encoder_to_refuse() -> None:
+    for selected in (nested(100_000), endless(), [Broken()]):
+        assert not _key.is_missing(selected)
+        with pytest.raises(IdempotencyKeyError):
+            _key.payload_digest(selected, "md5")
 
 
 @pytest.mark.parametrize("name", ["md5", "sha1", "sha256", "sha512_256", "SHA256", "blake2s"])

@@ -10,6 +10,7 @@ import gzip
 import hashlib
 import json
 import pathlib
+import tracemalloc
 import uuid
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ from pydantic import BaseModel
 from aidem import IdempotencyConfig, RecordStatus, configure, idempotency, idempotent, idempotent_function
 from aidem.exceptions import (
     IdempotencyAlreadyInProgressError,
+    IdempotencyConfigError,
     IdempotencyKeyError,
     IdempotencyValidationError,
     IdempotencyWarning,
@@ -167,14 +169,49 @@ async def test_options_of_jmespath_replace_the_built_in_functions_of_both_expres
     assert await charge({"id": "A", "shop": "X"}) == await charge({"id": "a", "shop": "x"}) == 1
     with pytest.raises(IdempotencyValidationError):
         await charge({"id": "a", "shop": "y"})
-    with pytest.raises(IdempotencyKeyError, match="powertools_json"):
-        await Charger(event_key_jmespath="powertools_json(id)", jmespath_options=options)({"id": "1"})
+    with pytest.raises(IdempotencyConfigError, match=r"no function powertools_json\(\)"):
+        Charger(event_key_jmespath="powertools_json(id)", jmespath_options=options)
+
+
+def packed(text: str) -> str:
+    return base64.b64encode(gzip.compress(text.encode())).decode()
+
+
+@pytest.mark.parametrize("setting", ["event_key_jmespath", "payload_validation_jmespath"])
+async def test_a_small_event_that_would_inflate_to_gigabytes_of_objects_is_refused_before_it_does(
+    setting: str, layer: MemoryPersistenceLayer
+) -> None:
+    charge = Charger(**{setting: "powertools_json(powertools_base64_gzip(body))"})
+    event = {"body": packed("[" + "{}," * (21 * 1024**2) + "1]")}
+    assert len(event["body"]) < 100 * 1024
+    tracemalloc.start()
+    try:
+        with pytest.raises(IdempotencyKeyError, match="to more than max_inflated_bytes=4194304"):
+            await charge(event)
+        assert tracemalloc.get_traced_memory()[1] < 32 * 1024**2
+    finally:
+        tracemalloc.stop()
+    assert charge.runs == 0
+    assert stored(layer) == []
+
+
+async def test_the_bound_of_what_a_payload_inflates_to_can_be_set() -> None:
+    expression = "powertools_json(powertools_base64_gzip(body)).id"
+    event = {"body": packed('{"id": 1, "text": "' + "a" * 5 * 1024**2 + '"}')}
+    with pytest.raises(IdempotencyKeyError, match="max_inflated_bytes"):
+        await Charger(event_key_jmespath=expression)(event)
+    charge = Charger(event_key_jmespath=expression, max_inflated_bytes=6 * 1024**2)
+    assert await charge(event) == await charge(event) == 1
 
 
 # --- No key -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("payload", [None, "", [], {}, (), [None, None], {"id": None}, (None,)], ids=repr)
+@pytest.mark.parametrize(
+    "payload",
+    [None, "", [], {}, (), [None, None], {"id": None}, (None,), [[None, ""], {"ids": [[]]}]],
+    ids=repr,
+)
 async def test_without_a_key_every_call_runs_nothing_is_stored_and_a_warning_says_so(payload: Any, layer: Any) -> None:
     charge = Charger()
     for expected in (1, 2):
@@ -185,11 +222,25 @@ async def test_without_a_key_every_call_runs_nothing_is_stored_and_a_warning_say
     assert stored(layer) == []
 
 
-@pytest.mark.parametrize("expression", ["id", "[id]", "{id: id}", "[id, shop]"])
+@pytest.mark.parametrize(
+    "expression",
+    [
+        *(
+            "id",
+            "[id]",
+            "{id: id}",
+            "[id, shop]",
+            "[[id], {shop: [shop]}]",
+            "items[].[id, shop.name]",
+            "items[*].{id: id}",
+        ),
+        "[items[].id, length(id || '') == `0` && id]",
+    ],
+)
 async def test_an_expression_that_selects_nothing_is_no_key(expression: str, layer: MemoryPersistenceLayer) -> None:
     charge = Charger(event_key_jmespath=expression)
     with pytest.warns(IdempotencyWarning) as warned:
-        assert await charge({"other": 1}) == 1
+        assert await charge({"other": 1, "items": [{"at": 1}, {"at": 2}]}) == 1
     assert repr(expression) in str(warned[0].message)
     assert stored(layer) == []
 

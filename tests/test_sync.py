@@ -839,7 +839,7 @@ def test_layers_can_be_opened_before_the_first_call(caplog: pytest.LogCaptureFix
 
 def test_only_layers_can_be_opened_before_the_first_call() -> None:
     opened = OpenedLayer()
-    with pytest.raises(IdempotencyConfigError, match="it must be a list of persistence layers"):
+    with pytest.raises(IdempotencyConfigError, match=r"a list of persistence layers; <str> in it must be .*open_per"):
         sync.warm(opened, "redis://localhost")  # type: ignore[arg-type]
     assert not opened.opened_by
 

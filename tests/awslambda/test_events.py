@@ -331,9 +331,26 @@ async def test_another_key_on(row: Row, happening: str) -> None:
     assert await orders.handle(row.payload_of(row.after(happening))) == 2
 
 
+# --- Events of another source -----------------------------------------------------------------------------------------
+
+OF_SEVERAL_FIELDS = [row for row in itertools.chain(*RECOMMENDED) if row.sample in {"s3", "sqs_fifo"}]
+
+
+@pytest.mark.parametrize("name", sorted(HAPPENINGS))
+@pytest.mark.parametrize("row", OF_SEVERAL_FIELDS, ids=str)
+async def test_an_event_of_another_source_has_no_key_which_it_would_share_with_all_others(row: Row, name: str) -> None:
+    event = sample(name)
+    payload = event["Records"][0] if row.payload == "record" and "Records" in event else event
+    if name == row.sample:
+        assert await Orders(row).handle(payload) == 1
+    else:
+        with pytest.raises(IdempotencyKeyError, match="no idempotency key was found"):
+            await Orders(row).handle(payload)
+
+
 # --- The Idempotency-Key header ---------------------------------------------------------------------------------------
 
-BY_HEADER = [row for row in ROWS if "&&" in row.expression]
+BY_HEADER = [row for row in ROWS if "headers." in row.expression]
 
 
 def without_key_header(row: Row) -> Any:

@@ -45,6 +45,13 @@ INTENDED = (
         "The store has nothing to do with it, and a retry does not help.",
     ),
     Intended(
+        "nothing-deeper",
+        'A key of nothing but `None`, `""` and empty containers below the first level, such as `[[null, null]]`',
+        "A key, which all payloads share that lack the selected fields.",
+        "No key: the call runs without idempotency, or is refused with `raise_on_no_idempotency_key`.",
+        "Unrelated events must not get each other's result.",
+    ),
+    Intended(
         "positional-payload",
         "The payload of `idempotent_function` by position, or left at its default",
         "`RuntimeError`: it must be passed by keyword.",

@@ -43,6 +43,20 @@ BY_JMESPATH = (
     selects("several named fields are the key", "{a: id, b: amount}", ORDER, {"amount": 2, "id": 1, "note": "other"}),
     selects("another value is another key", "id", ORDER, {"id": 2}),
     selects("some of several fields are there", "[id, nothing]", ORDER, ORDER | {"note": "other"}),
+    selects(
+        "records that lack the selected fields",
+        "Records[].[bucket.name, object.key]",
+        {"Records": [{"id": 1}]},
+        {"Records": [{"id": 2}]},
+        differs=differ(
+            "nothing-deeper",
+            ("answer", "returned {'paid': True, 'run': 1}", "returned {'paid': True, 'run': 2}", 2),
+            ("ran", "nothing", "[{'order': {'Records': [{'id': 2}]}}]", 2),
+            ("warned", "nothing", "no key", 1, 2),
+            ("claims.status", "'INPROGRESS'", "absent", 1),
+            ("records.status", "'COMPLETED'", "absent", 1, 2),
+        ),
+    ),
     selects("JSON in a body", "powertools_json(body).order_id", {"body": BODY}, {"body": BODY, "at": 1}),
     selects("base64 in a body", "powertools_base64(body)", {"body": "YQ=="}, {"body": "YQ==", "at": 1}),
     selects(

@@ -68,6 +68,7 @@ def test_an_option_that_cannot_work_is_refused_by_name(option: str, value: Any) 
         {"event_key_jmespath": "id"},
         {"payload_validation_jmespath": "id"},
         {"jmespath_options": {}},
+        {"max_inflated_bytes": 1},
         {"raise_on_no_idempotency_key": True},
         {"response_hook": lambda response, record: response},
         {"stored_exceptions": (ValueError,)},
