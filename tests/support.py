@@ -47,6 +47,10 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
         """Let time pass also while there is always something to do."""
         self.jumping_selector.seconds_per_cycle = seconds
 
+    def jump(self, seconds: float) -> None:
+        """Let time pass at once, as when something blocks the loop."""
+        self.jumping_selector.virtual_time += seconds
+
     def time(self) -> float:
         return 1000.0 + self.jumping_selector.virtual_time
 
