@@ -15,7 +15,7 @@ from aidem.exceptions import (
     IdempotencyValidationError,
 )
 from aidem.hooks import EventKind
-from tests.support import VIRTUAL_TIME, Fault, Listener, PlannedLayer, Till, closed_when
+from tests.support import VIRTUAL_TIME, Fault, Listener, PlannedLayer, Till, VirtualTimeLoop, closed_when
 
 ORDER = {"id": 7, "amount": 10}
 
@@ -390,3 +390,29 @@ async def test_a_waiter_beside_an_owner_without_a_lease_takes_over_once_the_reco
     assert await charger(layer, till, wait_timeout_seconds=40)(ORDER) == {"receipt": 1}
     assert asyncio.get_running_loop().time() - began == pytest.approx(6, abs=1.5)
     assert await owner == {"receipt": 1}
+
+
+async def test_a_waiter_beside_an_owner_that_renews_its_lease_does_not_ask_the_store() -> None:
+    layer, till = PlannedLayer(), Till()
+    till.seconds = 20
+    owner = await started(charger(layer, till, lease_seconds=4)(ORDER))
+    assert await charger(layer, till, wait_timeout_seconds=60)(ORDER) == await owner == {"receipt": 1}
+    assert layer.calls.count("renew") > 10
+    assert layer.calls.count("acquire") == 1
+
+
+def test_callers_of_a_loop_that_was_closed_can_be_closed_in_any_order() -> None:
+    for first in (0, 1):
+        layer, till, loop = PlannedLayer().inner, Till(), VirtualTimeLoop()
+        till.seconds = 3600
+        calls = [charger(layer, till, wait_timeout_seconds=60)(ORDER) for _ in range(2)]
+
+        async def begin(calls: Any = calls) -> None:
+            for call in calls:
+                call.send(None)
+
+        loop.run_until_complete(begin())
+        loop.close()
+        calls[first].close()
+        calls[1 - first].close()
+        assert till.charges == [ORDER]
