@@ -29,10 +29,14 @@ INTERRUPTED_SECONDS: Final = CLEANUP_SECONDS + 1.0
 CLOSED = "aidem.sync was closed while this call waited for its layer; close it when no thread is in an idempotent call"
 
 
-def run(start: Callable[[], Coroutine[Any, Any, T]]) -> T:
+def run(start: Callable[[], Coroutine[Any, Any, T]], *, closed: str = CLOSED) -> T:
     """Run a coroutine on the background loop, in a copy of the caller's context, and wait for it.
 
     Whatever interrupts the waiting thread, such as Ctrl-C, cancels the coroutine, and goes on once that has cleaned up.
+
+    Args:
+        start: Starts the coroutine.
+        closed: What the error says if the loop was closed meanwhile.
 
     Raises:
         IdempotencyUsageError: The loop was closed meanwhile.
@@ -44,7 +48,7 @@ def run(start: Callable[[], Coroutine[Any, Any, T]]) -> T:
     except BaseException:
         step.abandon()
         raise
-    return step.answer()
+    return step.answer(closed)
 
 
 def run_unattended(start: Callable[[], Coroutine[Any, Any, Any]]) -> None:
@@ -122,14 +126,14 @@ class Step(Generic[T]):
             with contextlib.suppress(BaseException):
                 self._finished.acquire(timeout=remaining)
 
-    def answer(self) -> T:
-        """Return what the coroutine returned, or raise what it raised."""
+    def answer(self, closed: str) -> T:
+        """Return what the coroutine returned, or raise what it raised; `closed` is for one that was cancelled."""
         error, self._error = self._error, None
         if error is None:
             return self._answer
         try:
             if isinstance(error, asyncio.CancelledError):
-                raise IdempotencyUsageError(CLOSED) from error
+                raise IdempotencyUsageError(closed) from error
             raise error
         finally:
             del error  # or its traceback would keep this frame in a cycle

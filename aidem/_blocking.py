@@ -23,6 +23,7 @@ from aidem import _background, _execution, _state
 from aidem._decorators import Binding
 from aidem._engine import Call, Phase
 from aidem._execution import Recording, replayed_value, running
+from aidem._operations import EFFECT_HAPPENED, FAILED, NOTHING_RUN, RUNNING
 from aidem.exceptions import IdempotencyUsageError
 from aidem.hooks import SILENT
 
@@ -66,35 +67,40 @@ class BlockingCall(Call):
         if self.phase is Phase.NEW and self.plan.config.use_local_cache:
             cached = self.plan.shared.cache.get(self.key.text, now=self.plan.clock())
         if cached is None or _state.differs(cached, self.key.payload_hash):
-            await self._step(super().begin)
+            await self._step(super().begin, NOTHING_RUN)
         else:
             self._replay(cached)
 
     async def ensure_owned(self) -> None:
         """Renew the claim at the store."""
-        await self._step(super().ensure_owned)
+        await self._step(super().ensure_owned, RUNNING)
 
     async def complete(self, text: str, outcome: OutcomeKind | None = None) -> bool:
         """Record the outcome."""
-        return await self._step(partial(super().complete, text, outcome))
+        return await self._step(partial(super().complete, text, outcome), EFFECT_HAPPENED)
 
     async def fail(self, error: BaseException) -> bool:
         """Give the key back, or store the exception if it is an outcome."""
         if self.phase is not Phase.CLAIMED:
             return True
-        return await self._step(partial(super().fail, error))
+        try:
+            return await self._step(partial(super().fail, error), FAILED)
+        except IdempotencyUsageError as closed:
+            self._note(error, closed)
+            return True
 
-    async def _step(self, step: Callable[[], Coroutine[Any, Any, T]]) -> T:
+    async def _step(self, step: Callable[[], Coroutine[Any, Any, T]], effect: str) -> T:
         """Take a step on the background loop, unless it asks nothing there, or is part of one that runs there."""
         is_at_store = self.phase is Phase.NEW or self.phase is Phase.CLAIMED
         if not is_at_store or running_loop() is not None:
             return await step()
+        closed = f"{_background.CLOSED}; {effect}"
         if self.reporter is SILENT:
-            return _background.run(step)
+            return _background.run(step, closed=closed)
         events: list[IdempotencyEvent] = []
         self.reporter.redirect = events.append
         try:
-            return _background.run(step)
+            return _background.run(step, closed=closed)
         finally:
             self.reporter.redirect = None
             for event in events:

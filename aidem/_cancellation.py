@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Final, Generic, Self, TypeVar
 
 from anyio import CancelScope
 
-from aidem.exceptions import IdempotencyPersistenceConnectionError
+from aidem.exceptions import IdempotencyError, IdempotencyPersistenceConnectionError
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Generator
@@ -66,9 +66,10 @@ class SettlingFuture(asyncio.Future[T]):
             self._wake()
 
     def fail(self, error: BaseException) -> None:
-        """Set the error."""
+        """Set the error; a caller that was closed meanwhile looks at it no more, and asyncio need not complain."""
         if not self.done():
             self.set_exception(error)
+            self.exception()
             self._wake()
 
     def cancel(self, msg: Any | None = None) -> bool:  # noqa: ARG002 - the signature of asyncio.Future
@@ -85,7 +86,8 @@ class SettlingFuture(asyncio.Future[T]):
         earlier = self._give_up_timer
         if self.done() or (earlier is not None and earlier.when() <= deadline):
             return
-        timer = self._give_up_timer = self.get_loop().call_at(deadline, self._give_up)
+        # In an empty context: a cancelled timer is kept for a while, and must not keep what the caller has in its own.
+        timer = self._give_up_timer = self.get_loop().call_at(deadline, self._give_up, context=contextvars.Context())
         self.add_done_callback(lambda _future: timer.cancel())
 
     def _give_up(self) -> None:
@@ -228,22 +230,17 @@ def in_background(start: Callable[[], Awaitable[Any]], *, after: SettlingFuture[
 
     Args:
         start: Starts the operation.
-        after: What has to settle first.
+        after: What has to settle first, one way or the other.
     """
     try:
         loop = asyncio.get_running_loop()
     except RuntimeError:
         return  # nobody could finish it; what it would have undone ends with its lease
-    if after is None or after.done():
+    if after is None or after.done() or after.get_loop() is not loop:
         _start_unattended(start, loop)
     else:
         after.give_up_at(loop.time() + CLEANUP_SECONDS)
-
-        def go_on(done: asyncio.Future[Any]) -> None:
-            _retrieve(done)
-            _start_unattended(start, loop)
-
-        after.add_done_callback(go_on)
+        after.add_done_callback(lambda _after: _start_unattended(start, loop))
 
 
 def _start_unattended(start: Callable[[], Awaitable[Any]], loop: asyncio.AbstractEventLoop) -> None:
@@ -252,10 +249,11 @@ def _start_unattended(start: Callable[[], Awaitable[Any]], loop: asyncio.Abstrac
 
     future = _as_task(operate())
     future.give_up_at(loop.time() + CLEANUP_SECONDS)
-    future.add_done_callback(_retrieve)
+    future.add_done_callback(_log_failure)
 
 
-def _retrieve(future: asyncio.Future[Any]) -> None:
+def _log_failure(future: asyncio.Future[Any]) -> None:
     error = future.exception()
     if error is not None:
-        logger.warning("a claim could not be given back, it lapses with its lease: %s", type(error).__name__)
+        told = error if isinstance(error, IdempotencyError) else type(error).__name__  # foreign text may show data
+        logger.warning("a call that was closed has left a claim behind, which lapses with its lease: %s", told)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from contextlib import suppress
+from contextvars import copy_context
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from aidem import _state
@@ -21,7 +24,7 @@ from aidem.hooks import EventKind
 from aidem.serialization import UNAVAILABLE_TEXT
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable
 
     from aidem._record import DataRecord
 
@@ -37,6 +40,7 @@ class Claim(ClaimedRecord):
 
     # No slots: a claim that is never held, as that of a replay, pays nothing for these.
     _is_lost = False
+    _failed_renewals = 0  # in a row
     _renewal: Renewal | None = None
     _has_body_ended: Callable[[], bool]
 
@@ -50,7 +54,7 @@ class Claim(ClaimedRecord):
                 task = asyncio.current_task()
                 has_body_ended = bool if task is None else task.done
             self._has_body_ended = has_body_ended
-            self._loop_state.renewals.watch(self, at=self.next_renewal_at())
+            self._loop_state.renewals.watch(self, at=self.next_renewal_at(), context=copy_context())
         if taken_over:
             self._reporter.report(EventKind.TAKEN_OVER, fence=self.record.fence)
 
@@ -67,8 +71,8 @@ class Claim(ClaimedRecord):
 
     async def renew(self, held_off: HeldOff) -> bool:
         """Renew once, and take note of the answer; False: it is not ours any more, or the body has ended meanwhile."""
-        asked_at = self._loop_state.time()
-        held_off.deadline = asked_at + max(self._interval(), SHORTEST_REQUEST_SECONDS)
+        asked = self._asking()
+        held_off.deadline = asked[0] + max(self._interval(), SHORTEST_REQUEST_SECONDS)
         if self.lease_deadline is not None and not self.has_lapsed():
             held_off.deadline = min(held_off.deadline, self.lease_deadline)
         try:
@@ -81,7 +85,10 @@ class Claim(ClaimedRecord):
         if record is None:
             self.note_loss()
             return False
-        self._take(record, asked_at=asked_at)
+        if self._failed_renewals:
+            logger.warning("the lease of %s was renewed at try %d", self._plan.function, self._failed_renewals + 1)
+            self._failed_renewals = 0
+        self._take(record, asked)
         self._publish()
         return True
 
@@ -93,13 +100,13 @@ class Claim(ClaimedRecord):
         """
         self.check_process()
         for _ in range(2):
-            asked_at = self._loop_state.time()
+            asked = self._asking()
             with HeldOff() as held_off:
                 record = await ask(self._renewed_record, held_off=held_off, key=self._key, effect=RUNNING)
             if record is None:
                 self.note_loss()
                 return False
-            self._take(record, asked_at=asked_at)
+            self._take(record, asked)
             self._publish()
             if not self.has_lapsed():  # the answer may come after the lease has passed
                 return True
@@ -108,12 +115,17 @@ class Claim(ClaimedRecord):
 
     def _publish(self) -> None:
         self._is_lost = False
-        self._flight.publish(self.record, lease_deadline=self.lease_deadline)
+        until = self.lease_deadline
+        if until is None:  # it holds until its record has expired, which is from the next second on
+            until = self._asked_at + self._lease.expires_after_seconds + 1.0
+        self._flight.publish(self.record, blocks_until=until, is_claim=True)
 
     def _renewal_failed(self, failure: IdempotencyPersistenceLayerError) -> None:
         if self._renewal is None:
             return
-        logger.warning("the lease of %s could not be renewed: %s", self._plan.function, failure)
+        self._failed_renewals += 1
+        if self._failed_renewals == 1:  # one line for an outage, and one when it is over
+            logger.warning("the lease of %s could not be renewed, trying again: %s", self._plan.function, failure)
         self._reporter.report(EventKind.PERSISTENCE_ERROR, fence=self.record.fence, error=failure)
         interval = self._interval()  # the next try comes after a third of it, also after a long pause
         self._asked_at = self._loop_state.time() - interval + interval / RENEWALS_PER_LEASE
@@ -176,16 +188,27 @@ class Claim(ClaimedRecord):
             if is_ours:
                 self._reporter.report(EventKind.RELEASED, fence=self.record.fence)
         else:
-            if renewing is not None:  # or it would overwrite what follows
-                await held_off.settle(asyncio.wait([renewing], timeout=CLEANUP_SECONDS))
+            if renewing is not None:
+                await self._let_settle(renewing, held_off)
             is_ours = await self._ask_persistently(self._abandon, held_off=held_off, effect=FAILED) is not None
         if not is_ours:
             self.note_loss()
 
     def undo_in_background(self, renewing: asyncio.Task[None] | None) -> None:
         """Undo the claim of a body that is being closed, without waiting."""
-        undo = self._release if self._lease.may_be_taken_over else self._abandon
+        start = self._release if self._lease.may_be_taken_over else self._abandon
+        undo: Callable[[], Awaitable[object]] = partial(self._persist, start, effect=FAILED)
         if renewing is None:
             in_background(undo)
         else:
             renewing.add_done_callback(lambda _task: in_background(undo))
+
+    async def _let_settle(self, renewing: asyncio.Task[None], held_off: HeldOff) -> None:
+        """Wait for a renewal under way, which would overwrite the mark of doubt; but not so long that there is none."""
+        seconds = (held_off.bound(CLEANUP_SECONDS) - self._loop_state.time()) / 2
+        try:
+            with suppress(IdempotencyPersistenceConnectionError):  # the loop was blocked
+                await held_off.settle(asyncio.wait([renewing], timeout=seconds))
+        finally:
+            if not renewing.done():
+                self.undo_in_background(renewing)  # once more, after it

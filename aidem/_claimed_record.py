@@ -5,17 +5,25 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from typing import TYPE_CHECKING, Final, TypeVar
+import time
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from aidem import _state
 from aidem._cancellation import HeldOff, Settled, in_background
-from aidem._operations import FAILED, NOTHING_RUN, ask, ask_persistently, started
+from aidem._operations import FAILED, NOTHING_RUN, ask, ask_persistently, persist, started
 from aidem._state import Blocked, Claimed
-from aidem.exceptions import IdempotencyError, IdempotencyLeaseLostError, IdempotencyPersistenceConnectionError
+from aidem.exceptions import (
+    IdempotencyError,
+    IdempotencyLeaseLostError,
+    IdempotencyPersistenceConnectionError,
+    IdempotencyPersistenceLayerError,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
+    from aidem._cancellation import SettlingFuture
     from aidem._flights import Flight
     from aidem._plan import Key, Plan
     from aidem._record import DataRecord
@@ -28,6 +36,15 @@ T = TypeVar("T")
 
 GIVING_BACK_SECONDS: Final = 1.0
 """How long a failed call tries to give its key back before its caller gets the exception."""
+
+
+_SINCE_BOOT: Final = getattr(time, "CLOCK_BOOTTIME", getattr(time, "CLOCK_MONOTONIC", None))
+"""A clock that goes on while the machine is suspended: on Linux CLOCK_BOOTTIME, on macOS CLOCK_MONOTONIC."""
+
+
+def seconds_since_boot() -> float:
+    """Return seconds that count time in suspension, too; event loops use a clock that may not."""
+    return time.monotonic() if _SINCE_BOOT is None else time.clock_gettime(_SINCE_BOOT)  # on Windows, monotonic does
 
 
 class _Process:
@@ -50,12 +67,14 @@ class ClaimedRecord:
 
     Attributes:
         record: The claim as proposed, then as stored.
-        lease_deadline: When it lapses, in seconds of the loop's clock; None: not before it expires.
+        lease_deadline: When it lapses, in seconds of the loop's clock, which may stand still while the machine is
+            suspended; None: not before it expires.
     """
 
     __slots__ = (
         "_asked_at",
         "_flight",
+        "_lapses_after_boot",
         "_lease",
         "_loop_state",
         "_plan",
@@ -72,10 +91,9 @@ class ClaimedRecord:
         self._loop_state = loop_state
         self._reporter = reporter
         self._process = _process
-        self._asked_at = loop_state.time()  # before the request goes out: the lease counts from here
         self._lease, self._renews = plan.lease()
-        seconds = self._lease.lease_seconds
-        self.lease_deadline = None if seconds is None else self._asked_at + seconds
+        self.lease_deadline: float | None = None
+        self._count_from(self._asking())
         # The token comes from the kernel, for every claim anew: snapshots and forks share no generator.
         self.record = _state.claim(
             key.text, owner=os.urandom(16).hex(), payload_hash=key.payload_hash, lease=self._lease, now=plan.clock()
@@ -83,7 +101,9 @@ class ClaimedRecord:
 
     def has_lapsed(self) -> bool:
         """Whether its lease has passed, by our own clock."""
-        return self.lease_deadline is not None and self._loop_state.time() >= self.lease_deadline
+        if self.lease_deadline is None:
+            return False
+        return self._loop_state.time() >= self.lease_deadline or seconds_since_boot() >= self._lapses_after_boot
 
     def is_of_this_process(self) -> bool:
         """Whether it was made here, and not by the process that this one is a fork of."""
@@ -95,11 +115,20 @@ class ClaimedRecord:
             reason = "this process is a fork of the one that owns it"
             raise IdempotencyLeaseLostError(key=self._key, record=self.record, reason=reason)
 
-    def _take(self, record: DataRecord, *, asked_at: float) -> None:
+    def _asking(self) -> tuple[float, float]:
+        """Return the instant before a request goes out, on the loop's clock and since boot: a lease counts from it."""
+        return self._loop_state.time(), seconds_since_boot()
+
+    def _take(self, record: DataRecord, asked: tuple[float, float]) -> None:
         self.record = record
-        self._asked_at = asked_at
-        if self._lease.lease_seconds is not None:
-            self.lease_deadline = asked_at + self._lease.lease_seconds
+        self._count_from(asked)
+
+    def _count_from(self, asked: tuple[float, float]) -> None:
+        self._asked_at, since_boot = asked
+        seconds = self._lease.lease_seconds
+        if seconds is not None:
+            self.lease_deadline = self._asked_at + seconds
+            self._lapses_after_boot = since_boot + seconds
 
     # --- Asked for --------------------------------------------------------------------------------------------------
 
@@ -124,7 +153,7 @@ class ClaimedRecord:
         except (IdempotencyError, asyncio.CancelledError):  # raised when the key was given back
             raise
         except BaseException:  # a signal handler raised, or the coroutine is closed: nothing may be awaited any more
-            in_background(self._release, after=held_off.operation)
+            in_background(partial(self._release_unless_refused, held_off.operation), after=held_off.operation)
             raise
 
     async def _acquired(self, operation: Awaitable[Claimed | Blocked], held_off: HeldOff) -> Claimed | Blocked | None:
@@ -135,8 +164,9 @@ class ClaimedRecord:
                 await self._release_unused(held_off)
             elif not holds and not await self._renew_late(held_off):
                 return None
-        except IdempotencyError:
-            await self._release_unused(held_off)  # it may have been applied, and only the reply lost
+        except IdempotencyError as failure:
+            if _may_be_claimed(failure):
+                await self._release_unused(held_off)
             raise
         return answer
 
@@ -149,17 +179,22 @@ class ClaimedRecord:
 
     async def _renew_late(self, held_off: HeldOff) -> bool:
         """Renew a claim whose answer came after its lease, before anything runs; False: it is not ours any more."""
-        asked_at = self._loop_state.time()
+        asked = self._asking()
         record = await ask(self._renewed_record, held_off=held_off, key=self._key, effect=NOTHING_RUN)
         if record is None:
             return False
-        self._take(record, asked_at=asked_at)
+        self._take(record, asked)
         if self.has_lapsed():
             message = f"the persistence layer answers later than a lease lasts; {NOTHING_RUN}"
             raise IdempotencyPersistenceConnectionError(message, key=self._key)
         if held_off.is_pending:
             await self._release_unused(held_off)
         return True
+
+    async def _release_unless_refused(self, acquisition: SettlingFuture[Any] | None) -> None:
+        failure = acquisition.exception() if acquisition is not None and acquisition.done() else None
+        if failure is None or _may_be_claimed(failure):
+            await self._persist(self._release, effect=NOTHING_RUN)
 
     async def _release_unused(self, held_off: HeldOff) -> None:
         """Release a claim that nothing ran under, or that is not even there; the caller waits for its error."""
@@ -183,6 +218,9 @@ class ClaimedRecord:
 
     def _ask_persistently(self, start: Callable[[], Awaitable[T]], *, held_off: HeldOff, effect: str) -> Awaitable[T]:
         return ask_persistently(start, held_off=held_off, key=self._key, effect=effect, reporter=self._reporter)
+
+    def _persist(self, start: Callable[[], Awaitable[T]], *, effect: str) -> Awaitable[T]:
+        return persist(start, key=self._key, effect=effect, reporter=self._reporter)
 
     def _acquisition(self) -> Awaitable[Claimed | Blocked]:
         plan = self._plan
@@ -212,3 +250,8 @@ class ClaimedRecord:
 
     def _release(self) -> Awaitable[bool]:
         return self._plan.layer.release(self.record)
+
+
+def _may_be_claimed(failure: BaseException) -> bool:
+    """Whether an acquisition that failed may have been applied, and only its reply was lost."""
+    return not isinstance(failure, IdempotencyPersistenceLayerError) or failure.may_be_applied

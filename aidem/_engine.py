@@ -151,31 +151,24 @@ class Call:
             if cached is not None:
                 self._replay(cached)
                 return
-        flight = self._flight = Flight()
-        flights = self._loop_state.flights
-        if self.key.text in flights and config.wait_timeout_seconds > 0 and not self.supersedes:
-            await self._follow_others()
-            if self.phase is Phase.REPLAYED:
-                return
-        # One who does not wait may find another's flight under the key, and leaves it.
-        flights.setdefault(self.key.text, flight)
+        flight = self._flight = Flight(self._loop_state.flights, self.key)
         try:
+            if config.wait_timeout_seconds > 0 and not self.supersedes:
+                await self._follow_others(flight)
             while self.phase is Phase.NEW:  # ask until the key is ours, has an outcome, or the time is over
+                flight.lead()
                 await self._ask(flight)
         except BaseException as error:
             if self.phase is Phase.NEW:  # else the claim is held, and `fail` gives it back
                 self._end(error if isinstance(error, IdempotencyPersistenceLayerError) else None)
             raise
 
-    async def _follow_others(self) -> None:
-        """Wait while other calls of this loop are at the store, and take the outcome that one of them found."""
-        flights = self._loop_state.flights
-        while self.phase is Phase.NEW and (flight := flights.get(self.key.text)) is not None:
-            ending = await self._waiting().follow(flight)
-            self._forget(flight)
-            if ending is not None and not _state.is_expired(ending, now=self.plan.clock()):
-                self._replay(ending)
-            self._flight.polls = flight.polls
+    async def _follow_others(self, flight: Flight) -> None:
+        """Wait while other calls of this loop are at the store: for an outcome, or until it is our turn."""
+        while self.phase is Phase.NEW and (leader := flight.leader) is not None and leader is not flight:
+            outcome = await self._waiting().follow(leader, flight)
+            if outcome is not None and not _state.is_expired(outcome, now=self.plan.clock()):
+                self._replay(outcome)
 
     async def _ask(self, flight: Flight) -> None:
         claim = Claim(self.plan, self.key, flight, self._loop_state, self.reporter)
@@ -211,7 +204,8 @@ class Call:
             case Step.IN_DOUBT:
                 raise IdempotencyInDoubtError(record=record)
             case _:  # Step.WAIT
-                flight.publish(record, lease_deadline=None)
+                holds = _state.blocks_for_seconds(record, now=now)
+                flight.publish(record, blocks_until=None if holds is None else self._loop_state.time() + holds)
                 await self._pause(record, flight, now=now)
 
     async def _supersede(self, record: DataRecord, *, now: float) -> None:
@@ -341,7 +335,7 @@ class Call:
         finally:
             held_off.request_again()
 
-    def _note(self, error: BaseException, failure: IdempotencyPersistenceLayerError) -> None:
+    def _note(self, error: BaseException, failure: IdempotencyError) -> None:
         error.add_note(f"aidem could not give back idempotency key {self.key.text!r}: {failure}")
         logger.error("%s could not give its idempotency key back: %s", self.plan.function, failure)
         self.reporter.report(EventKind.PERSISTENCE_ERROR, fence=self.fence, error=failure)
@@ -362,13 +356,7 @@ class Call:
     def _end(self, ending: Ending) -> None:
         if self.phase is Phase.CLAIMED:
             self.phase = Phase.ENDED
-        self._forget(self._flight)
         self._flight.end(ending)
-
-    def _forget(self, flight: Flight) -> None:
-        flights = self._loop_state.flights
-        if flights.get(self.key.text) is flight:
-            del flights[self.key.text]
 
     def _cache(self, record: DataRecord) -> None:
         if self.plan.config.use_local_cache:

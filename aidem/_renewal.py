@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import math
 import weakref
+from contextvars import Context
 from typing import TYPE_CHECKING, Protocol
 
 from aidem._cancellation import HeldOff
@@ -89,18 +90,19 @@ class Renewals:
     __slots__ = ("_due", "_timer", "_wakes_at")
 
     def __init__(self) -> None:
-        self._due: dict[Renewable, float] = {}
+        self._due: dict[Renewable, tuple[float, Context]] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._wakes_at = math.inf
 
-    def watch(self, claim: Renewable, *, at: float) -> None:
-        """Let the claim begin its renewal then, in seconds of the loop's clock."""
-        self._due[claim] = at
+    def watch(self, claim: Renewable, *, at: float, context: Context) -> None:
+        """Let the claim begin its renewal then, in seconds of the loop's clock, and in the context of its own call."""
+        self._due[claim] = at, context
         if at < self._wakes_at:
             if self._timer is not None:
                 self._timer.cancel()
             self._wakes_at = at
-            self._timer = asyncio.get_running_loop().call_at(at, self._wake)
+            # In an empty context: it serves all claims, and must not keep alive what the first caller has in its own.
+            self._timer = asyncio.get_running_loop().call_at(at, self._wake, context=Context())
 
     def forget(self, claim: Renewable) -> None:
         """Do not let it."""
@@ -110,8 +112,8 @@ class Renewals:
         self._timer, self._wakes_at = None, math.inf
         now = asyncio.get_running_loop().time()
         waiting, self._due = self._due, {}
-        for claim, at in waiting.items():
+        for claim, (at, context) in waiting.items():
             if at > now:
-                self.watch(claim, at=at)
+                self.watch(claim, at=at, context=context)
             else:
-                claim.begin_renewal()
+                context.run(claim.begin_renewal)

@@ -102,6 +102,16 @@ def lease_end(record: DataRecord) -> int | None:
     return record.lease_expiry_timestamp
 
 
+def blocks_for_seconds(record: DataRecord, *, now: float) -> float | None:
+    """Return for how many seconds a claim yet keeps others from acquiring its key; None: for ever."""
+    ends: list[float] = []
+    if record.in_progress_expiry_timestamp is not None:
+        ends.append(record.in_progress_expiry_timestamp / 1000)
+    if record.expiry_timestamp is not None:
+        ends.append(record.expiry_timestamp + 1.0)  # it counts as absent from the next second on
+    return min(ends) - now if ends else None
+
+
 # --- The operations of a layer, given the record found --------------------------------------------------------------
 
 

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Final
 
 from aidem import _state
 from aidem._cancellation import HeldOff
-from aidem._operations import DELAY_GROWTH, EFFECT_HAPPENED, LONGEST_DELAY_SECONDS, ask, backoff_seconds
+from aidem._operations import DELAY_GROWTH, LONGEST_DELAY_SECONDS, LOST, ask, backoff_seconds
 from aidem._state import Step
 from aidem.exceptions import (
     IdempotencyAlreadyInProgressError,
     IdempotencyLeaseLostError,
+    IdempotencyPersistenceConfigError,
     IdempotencyPersistenceLayerError,
     IdempotencyValidationError,
 )
@@ -50,37 +51,35 @@ class Patience:
             self._deadline = now + self._plan.config.wait_timeout_seconds
         return self._deadline - now
 
-    async def follow(self, flight: Flight) -> DataRecord | None:
-        """Wait while another call of this loop is at the store; return the outcome it found, None if it has none.
+    async def follow(self, leader: Flight, flight: Flight) -> DataRecord | None:
+        """Wait in line while another call of this loop is at the store.
+
+        Returns:
+            The outcome that it found, or a live record of another payload; None: it is our turn to ask the store, or
+            the time is over.
 
         Raises:
             IdempotencyValidationError: The other call has another payload.
             IdempotencyAlreadyInProgressError: It did not end in time.
             IdempotencyPersistenceLayerError: It could not ask the store.
         """
-        loop = asyncio.get_running_loop()
-        while not flight.is_over:
-            if flight.record is not None and _state.differs(flight.record, self._key.payload_hash):
-                raise IdempotencyValidationError(record=flight.record)
-            remaining = self.remaining_seconds()
-            if remaining <= 0:
-                raise self.in_progress(flight.record, now=self._plan.clock())
-            if flight.lease_deadline is not None:
-                if loop.time() >= flight.lease_deadline:
-                    return None  # its claim may be taken over by now
-                remaining = min(remaining, flight.lease_deadline - loop.time())
-            self.has_waited = True
-            await flight.change(timeout_seconds=remaining)
-        if isinstance(flight.ending, IdempotencyPersistenceLayerError):
-            failure = flight.ending
-            raise type(failure)(str(failure), key=failure.key) from failure
-        return flight.ending
+        differing = leader.differing_record(self._key.payload_hash, now=asyncio.get_running_loop().time())
+        if differing is not None:
+            raise IdempotencyValidationError(record=differing)
+        remaining = self.remaining_seconds()
+        if remaining <= 0:
+            raise self.in_progress(leader.record, now=self._plan.clock())
+        self.has_waited = True
+        ending = await flight.wait_behind(leader, timeout_seconds=remaining)
+        if isinstance(ending, IdempotencyPersistenceLayerError):
+            raise _own(ending) from ending
+        return ending
 
-    async def pause(self, record: DataRecord, *, polls: int, now: float) -> None:
+    async def pause(self, record: DataRecord | None, *, polls: int, now: float) -> None:
         """Wait until it is worth asking the store again.
 
         Args:
-            record: What blocks the call.
+            record: What blocks the call; None: the store did not say.
             polls: How often the store was asked in vain.
             now: Epoch seconds by the clock that judged the record.
 
@@ -92,7 +91,7 @@ class Patience:
             raise self.in_progress(record, now=now)
         self.has_waited = True
         seconds = min(backoff_seconds(polls), remaining)
-        end = _state.lease_end(record)
+        end = None if record is None else _state.lease_end(record)
         if end is not None and end / 1000 > now:
             seconds = min(seconds, end / 1000 - now + 0.001)
         shortest = SHORTEST_PAUSE_SECONDS * DELAY_GROWTH ** min(polls, 20)
@@ -130,9 +129,7 @@ async def winner(plan: Plan, key: Key) -> DataRecord:
     """
     patience, polls = Patience(plan, key), 0
     while True:
-        with HeldOff() as held_off:
-            find = partial(plan.layer.get, key.text)
-            record = await ask(find, held_off=held_off, key=key.text, effect=EFFECT_HAPPENED)
+        record = await _look(plan, key, patience)
         now = plan.clock()
         if record is None or _state.is_expired(record, now=now):
             raise IdempotencyLeaseLostError(key=key.text, record=None, reason="it was taken over and given back")
@@ -147,3 +144,26 @@ async def winner(plan: Plan, key: Key) -> DataRecord:
             reason = "another call took it over and has no outcome for this payload yet"
             raise IdempotencyLeaseLostError(key=key.text, record=record, reason=reason) from running
         polls += 1
+
+
+async def _look(plan: Plan, key: Key, patience: Patience) -> DataRecord | None:
+    """Return the record as stored; while the store fails to answer, ask again as long as a waiter waits."""
+    polls = 0
+    while True:
+        try:
+            with HeldOff() as held_off:
+                return await ask(partial(plan.layer.get, key.text), held_off=held_off, key=key.text, effect=LOST)
+        except IdempotencyPersistenceConfigError:
+            raise
+        except IdempotencyPersistenceLayerError:
+            if patience.remaining_seconds() <= 0:
+                raise
+            await patience.pause(None, polls=polls, now=plan.clock())
+            polls += 1
+
+
+def _own(failure: IdempotencyPersistenceLayerError) -> IdempotencyPersistenceLayerError:
+    """Return an error for one of many callers: each may add notes to its own."""
+    own = type(failure)(str(failure), key=failure.key)
+    own.may_be_applied = failure.may_be_applied
+    return own

@@ -149,11 +149,20 @@ class IdempotencyNoSerializationModelError(IdempotencySerializationError):
 
 
 class IdempotencyPersistenceLayerError(IdempotencyError):
-    """The persistence layer failed; the message says whether the function has run."""
+    """The persistence layer failed; the message says whether the function has run.
+
+    Attributes:
+        may_be_applied: Whether the store may have done what was asked all the same. Default: True. A layer sets it to
+            False on an error when it is sure that the store has not, for example because no connection could be made.
+    """
+
+    may_be_applied: bool = True
 
 
 class IdempotencyPersistenceConfigError(IdempotencyPersistenceLayerError):
     """The settings of the persistence layer cannot work: table, schema, access rights, file."""
+
+    may_be_applied = False
 
 
 class IdempotencyPersistenceConnectionError(IdempotencyPersistenceLayerError):

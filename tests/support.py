@@ -13,7 +13,7 @@ from aidem._cancellation import SettlingFuture
 from aidem.persistence.memory import MemoryPersistenceLayer
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Coroutine
 
     from aidem import DataRecord
     from aidem.hooks import EventKind, IdempotencyEvent
@@ -46,6 +46,10 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
     def pass_time_in_every_cycle(self, seconds: float) -> None:
         """Let time pass also while there is always something to do."""
         self.jumping_selector.seconds_per_cycle = seconds
+
+    def jump(self, seconds: float) -> None:
+        """Let time pass at once, as when something blocks the loop."""
+        self.jumping_selector.virtual_time += seconds
 
     def time(self) -> float:
         return 1000.0 + self.jumping_selector.virtual_time
@@ -169,6 +173,16 @@ class Till:
         """Charge, as a handler that takes its time."""
         await asyncio.sleep(100)
         return await self.charge(event)
+
+
+async def closed_when(coroutine: Coroutine[Any, Any, Any], is_time: Callable[[], object]) -> None:
+    """Drive a coroutine as a task would, and close it while it waits, once it is time."""
+    waits_for = coroutine.send(None)
+    while not is_time():
+        await asyncio.sleep(0.001)
+        if waits_for is None or waits_for.done():
+            waits_for = coroutine.send(None)
+    coroutine.close()
 
 
 def real_now() -> float:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import gc
 import logging
+import socket
+import ssl
 from typing import Any
 
 import pytest
 
-from aidem import IdempotencyConfig, RecordStatus, idempotency, idempotent_function
+from aidem import IdempotencyConfig, RecordStatus, current_execution, idempotency, idempotent_function
 from aidem._cancellation import CLEANUP_SECONDS
 from aidem._claimed_record import GIVING_BACK_SECONDS
 from aidem.exceptions import (
@@ -21,7 +25,16 @@ from aidem.exceptions import (
     IdempotencyWarning,
 )
 from aidem.hooks import EventKind
-from tests.support import VIRTUAL_TIME, Fault, Listener, PlannedLayer, Till
+from tests.support import (
+    VIRTUAL_TIME,
+    Fault,
+    Listener,
+    PlannedLayer,
+    SettlingLayer,
+    Till,
+    VirtualTimeLoop,
+    closed_when,
+)
 
 ORDER = {"id": 7}
 NO_ROUTE = IdempotencyPersistenceConnectionError("no route")
@@ -263,3 +276,296 @@ async def test_a_block_whose_outcome_cannot_be_recorded_says_so_when_it_is_left(
     with pytest.raises(IdempotencyPersistenceConfigError, match="effect has happened"):
         async with idempotency("k", persistence_store=layer) as execution:
             await execution.run(till.charge, ORDER)
+
+
+# --- Outages, told apart from faults ----------------------------------------------------------------------------------
+
+UNREACHABLE = [
+    ConnectionRefusedError(errno.ECONNREFUSED, "refused"),
+    ConnectionResetError(errno.ECONNRESET, "reset"),
+    BrokenPipeError(errno.EPIPE, "broken"),
+    TimeoutError("no answer"),
+    socket.gaierror(socket.EAI_NONAME, "unknown host"),
+    OSError(errno.EHOSTUNREACH, "no route"),
+    OSError(errno.ENETUNREACH, "no network"),
+]
+FAULTS = [
+    OSError("boom"),
+    OSError(errno.ENOSPC, "disk full"),
+    PermissionError(errno.EACCES, "denied"),
+    FileNotFoundError(errno.ENOENT, "no such file"),
+    ssl.SSLCertVerificationError(1, "not trusted"),
+    ValueError("bug"),
+]
+
+
+@pytest.mark.parametrize("error", UNREACHABLE, ids=repr)
+async def test_network_errors_of_a_layer_are_outages(error: Exception) -> None:
+    layer, till = PlannedLayer().plan("acquire", Fault(error=error), Fault(error=error)), Till()
+    with pytest.raises(IdempotencyPersistenceConnectionError, match=f"^{type(error).__name__}; the function was not"):
+        await charger(layer, till)(ORDER)
+    assert await charger(layer, till, on_persistence_error="run")(ORDER) == {"receipt": 1}
+    assert layer.calls.count("acquire") == 2
+    assert not layer.inner._records
+
+
+@pytest.mark.parametrize("error", FAULTS, ids=repr)
+async def test_other_errors_of_a_layer_are_no_outages(error: Exception) -> None:
+    layer, till = PlannedLayer().plan("acquire", Fault(error=error)), Till()
+    with pytest.raises(IdempotencyPersistenceLayerError) as caught:
+        await charger(layer, till, on_persistence_error="run")(ORDER)
+    assert type(caught.value) is IdempotencyPersistenceLayerError
+    assert not till.charges
+
+
+async def test_a_host_with_several_addresses_that_all_refuse_the_connection_is_an_outage() -> None:
+    loop = asyncio.get_running_loop()
+
+    async def two_addresses(*_: Any, **__: Any) -> Any:
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (f"127.0.0.{number}", 1)) for number in (1, 2)]
+
+    class Networked(PlannedLayer):
+        async def acquire(self, record: Any, *, now: float, max_clock_skew_seconds: float = 0.0) -> Any:
+            await loop.create_connection(asyncio.Protocol, "store.test", 1)
+
+    loop.getaddrinfo = two_addresses  # type: ignore[method-assign]
+    with pytest.raises(IdempotencyPersistenceConnectionError) as caught:
+        await charger(Networked(), Till())(ORDER)
+    assert "127.0.0.2" in str(caught.value.__cause__)
+
+
+# --- One line a fault -------------------------------------------------------------------------------------------------
+
+
+def not_applied(error: IdempotencyPersistenceConnectionError) -> IdempotencyPersistenceConnectionError:
+    error.may_be_applied = False
+    return error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        IdempotencyPersistenceConfigError("no such table"),
+        ConnectionRefusedError(errno.ECONNREFUSED, "refused"),
+        socket.gaierror(socket.EAI_NONAME, "unknown host"),
+        not_applied(IdempotencyPersistenceConnectionError("cannot be reached")),
+    ],
+    ids=repr,
+)
+async def test_a_claim_that_cannot_be_there_is_neither_released_nor_logged(error: Exception, caplog: Any) -> None:
+    layer, till = PlannedLayer(), Till()
+    for operation in ("acquire", "release"):
+        layer.plan(operation, *(Fault(error=error) for _ in range(9)))
+    with pytest.raises(IdempotencyPersistenceLayerError) as caught:
+        await charger(layer, till)(ORDER)
+    assert caught.value.may_be_applied is False
+    await asyncio.sleep(10)
+    assert layer.calls == ["acquire"]
+    assert not caplog.messages
+
+
+async def test_a_claim_that_may_be_there_and_cannot_be_released_is_one_line(caplog: Any) -> None:
+    layer, till = PlannedLayer(), Till()
+    for operation in ("acquire", "release"):
+        layer.plan(operation, *(Fault(error=NO_ROUTE) for _ in range(9)))
+    with pytest.raises(IdempotencyPersistenceConnectionError) as caught:
+        await charger(layer, till)(ORDER)
+    assert caught.value.may_be_applied is True
+    [message] = caplog.messages
+    assert "could not be released" in message
+
+
+@pytest.mark.parametrize("error", [NO_ROUTE, IdempotencyPersistenceLayerError("unknown answer"), ValueError("bug")])
+async def test_what_keeps_failing_is_tried_ever_more_slowly_and_told_once(error: Exception, caplog: Any) -> None:
+    layer, till = PlannedLayer().plan("complete", *(Fault(error=error) for _ in range(8))), Till()
+    task = asyncio.ensure_future(charger(layer, till, lease_seconds=60)(ORDER))
+    await asyncio.sleep(1)
+    assert 3 <= layer.calls.count("complete") <= 5
+    assert await task == {"receipt": 1}
+    assert layer.calls.count("complete") == 9
+    [message] = caplog.messages
+    assert "at try 9" in message
+    assert ("bug" in message) is False  # foreign text may show data
+
+
+async def test_an_error_says_how_often_it_was_tried(caplog: Any) -> None:
+    layer, till = PlannedLayer().plan("complete", *(Fault(error=NO_ROUTE) for _ in range(99))), Till()
+    with pytest.raises(IdempotencyPersistenceConnectionError) as caught:
+        await charger(layer, till)(ORDER)
+    tries = layer.calls.count("complete")
+    assert 10 < tries < 40
+    assert f"no route (tried {tries} times); the function has run and its effect has happened" in str(caught.value)
+    assert not caplog.messages  # the caller has it
+
+
+# --- After the body ---------------------------------------------------------------------------------------------------
+
+
+async def test_an_error_after_a_loop_was_blocked_between_two_tries_says_that_the_effect_has_happened() -> None:
+    layer, till = PlannedLayer().plan("complete", *(Fault(error=NO_ROUTE) for _ in range(9))), Till()
+    loop = asyncio.get_running_loop()
+    assert isinstance(loop, VirtualTimeLoop)
+    block = loop.jump
+
+    class Blocking:
+        def on_event(self, event: Any) -> None:
+            if event.kind is EventKind.PERSISTENCE_ERROR:
+                loop.call_later(0.01, block, 100.0)
+
+    with pytest.raises(IdempotencyPersistenceConnectionError) as caught:
+        await charger(layer, till, lease_seconds=3, hooks=(Blocking(),))(ORDER)
+    assert layer.calls == ["acquire", "complete"]
+    assert str(caught.value).startswith("no route; the function has run and its effect has happened")
+    assert caught.value.key == only_record(layer).idempotency_key
+
+
+async def loser_of(layer: PlannedLayer, **options: Any) -> asyncio.Future[Any]:
+    """Return a call that has lost its lease to one that has completed, and that looks for its outcome in a second."""
+    loser, winner = Till(), Till()
+    loser.seconds, winner.charges = 60, ["earlier"]
+    task = asyncio.ensure_future(charger(layer, loser, lease_seconds=30, renew_lease=False, **options)(ORDER))
+    await asyncio.sleep(31)
+    await charger(PlannedLayer(inner=layer.inner), winner)(ORDER)
+    await asyncio.sleep(28)
+    return task
+
+
+async def test_a_loser_whose_layer_cannot_read_the_winners_record_says_that_the_effect_has_happened() -> None:
+    unreadable = IdempotencySerializationError("not a record")
+    layer = PlannedLayer().plan("get", Fault(error=unreadable))
+    with pytest.raises(IdempotencyPersistenceLayerError, match="effect has happened"):
+        await (await loser_of(layer))
+
+
+@pytest.mark.parametrize("error", [NO_ROUTE, OSError("boom")])
+async def test_a_loser_looks_again_while_a_waiter_would(error: Exception) -> None:
+    layer = PlannedLayer().plan("get", *(Fault(error=error) for _ in range(5)))
+    assert await (await loser_of(layer, wait_timeout_seconds=20)) == {"receipt": 2}
+    assert layer.calls.count("get") == 6
+
+
+async def test_a_loser_gives_up_looking_when_a_waiter_would() -> None:
+    layer = PlannedLayer().plan("get", *(Fault(error=NO_ROUTE) for _ in range(99)))
+    task = await loser_of(layer, wait_timeout_seconds=20)
+    began = asyncio.get_running_loop().time()
+    with pytest.raises(IdempotencyPersistenceConnectionError, match="effect has happened"):
+        await task
+    assert asyncio.get_running_loop().time() - began == pytest.approx(21, abs=1.5)
+
+
+async def test_a_loser_does_not_look_again_where_it_is_denied() -> None:
+    denied = IdempotencyPersistenceConfigError("access denied")
+    layer = PlannedLayer().plan("get", *(Fault(error=denied) for _ in range(9)))
+    with pytest.raises(IdempotencyPersistenceConfigError, match="effect has happened"):
+        await (await loser_of(layer, wait_timeout_seconds=20))
+    assert layer.calls.count("get") == 1
+
+
+# --- Closed while it waits --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [PlannedLayer, SettlingLayer])
+@pytest.mark.parametrize("operation", ["acquire", "complete", "renew", "release", "get"])
+async def test_a_coroutine_closed_while_it_waits_for_a_store_that_then_fails_leaves_no_complaint(
+    operation: str, kind: Any
+) -> None:
+    told: list[str] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _loop, context: told.append(context["message"]))
+    layer = kind().plan(operation, *(Fault(error=OSError("no route"), before_seconds=1) for _ in range(50)))
+
+    async def charge(order: Any) -> None:
+        if operation == "renew":
+            await current_execution().ensure_owned()
+        if operation == "release":
+            raise RuntimeError("declined")
+        if operation == "get":  # somebody else takes it over, and completes
+            layer.inner._records.clear()
+            await charger(PlannedLayer(inner=layer.inner), Till())(order)
+
+    function = idempotent_function(data_keyword_argument="order", persistence_store=layer, key_prefix="charge")(charge)
+    await closed_when(function(ORDER), lambda: layer.calls[-1:] == [operation])
+    await asyncio.sleep(60)
+    gc.collect()
+    assert not told
+    assert layer.calls.count(operation) >= 1
+
+
+@pytest.mark.parametrize("tries", [1, 2, 3])
+@pytest.mark.parametrize("moment", ["at the store", "in the back-off"])
+@pytest.mark.parametrize("operation", ["release", "complete"])
+async def test_what_is_tried_again_goes_on_in_the_background_when_its_coroutine_is_closed(
+    operation: str, moment: str, tries: int, caplog: Any
+) -> None:
+    faults = [Fault(error=NO_ROUTE, before_seconds=0.01) for _ in range(3)]
+    layer, till, listener = PlannedLayer().plan(operation, *faults), Till(), Listener()
+    if operation == "release":
+        till.error = RuntimeError("declined")
+
+    def is_time() -> bool:
+        failures = tries if moment == "in the back-off" else tries - 1
+        return layer.calls.count(operation) == tries and listener.kinds.count(EventKind.PERSISTENCE_ERROR) == failures
+
+    await closed_when(charger(layer, till, hooks=(listener,))(ORDER), is_time)
+    assert layer.calls.count(operation) == tries
+    await asyncio.sleep(6)
+    if operation == "release":
+        assert not layer.inner._records
+    else:
+        assert only_record(layer).status is RecordStatus.COMPLETED
+    assert len(caplog.messages) <= 1
+
+
+async def test_a_claim_whose_coroutine_was_closed_is_released_though_the_store_fails_at_first(caplog: Any) -> None:
+    faults = [Fault(error=NO_ROUTE) for _ in range(3)]
+    layer, till = PlannedLayer(latency_seconds=0.01).plan("release", *faults), Till()
+    await closed_when(charger(layer, till)(ORDER), lambda: layer.calls)
+    await asyncio.sleep(6)
+    assert layer.calls == ["acquire", *["release"] * 4]
+    assert not layer.inner._records
+    assert not till.charges
+    assert len(caplog.messages) == 1
+
+
+async def test_a_claim_that_stays_because_its_coroutine_was_closed_is_told_in_one_line(caplog: Any) -> None:
+    layer, till = (
+        PlannedLayer(latency_seconds=0.01).plan("release", *(Fault(error=NO_ROUTE) for _ in range(99))),
+        Till(),
+    )
+    await closed_when(charger(layer, till)(ORDER), lambda: layer.calls)
+    await asyncio.sleep(60)
+    [message] = caplog.messages
+    assert "lapses with its lease" in message
+    assert "no route (tried" in message
+
+
+async def test_a_coroutine_closed_while_its_claim_is_refused_releases_nothing(caplog: Any) -> None:
+    refused = Fault(error=IdempotencyPersistenceConfigError("no such table"), before_seconds=1)
+    layer, till = PlannedLayer().plan("acquire", refused), Till()
+    await closed_when(charger(layer, till)(ORDER), lambda: layer.calls)
+    await asyncio.sleep(60)
+    assert layer.calls == ["acquire"]
+    assert not caplog.messages
+
+
+def test_a_coroutine_that_another_loop_closes_is_given_back_there() -> None:
+    layer, till = PlannedLayer(), Till()
+    first, second = VirtualTimeLoop(), VirtualTimeLoop()
+    layer.plan("acquire", Fault(before_seconds=3600))
+    coroutine = charger(layer, till)(ORDER)
+
+    async def begin() -> None:
+        coroutine.send(None)
+        await asyncio.sleep(1)
+
+    async def close() -> None:
+        coroutine.close()
+        await asyncio.sleep(1)
+
+    first.run_until_complete(begin())
+    second.run_until_complete(close())
+    assert layer.calls == ["acquire", "release"]
+    for loop in (first, second):
+        for task in asyncio.all_tasks(loop):
+            task.cancel()
+        loop.run_until_complete(asyncio.sleep(0))
+        loop.close()

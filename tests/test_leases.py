@@ -8,6 +8,9 @@ import json
 import logging
 import subprocess
 import sys
+import time
+import weakref
+from contextvars import ContextVar
 from typing import Any
 
 import pytest
@@ -21,13 +24,15 @@ from aidem import (
     register_lambda_context,
 )
 from aidem.exceptions import (
+    IdempotencyAlreadyInProgressError,
     IdempotencyInDoubtError,
     IdempotencyLeaseLostError,
     IdempotencyPersistenceConnectionError,
     IdempotencyUsageError,
 )
 from aidem.hooks import EventKind
-from tests.support import EPOCH, VIRTUAL_TIME, Fault, Listener, PlannedLayer, Till
+from aidem.persistence.memory import MemoryPersistenceLayer
+from tests.support import EPOCH, VIRTUAL_TIME, Fault, Listener, PlannedLayer, Till, closed_when, wall_clock
 
 ORDER = {"id": 7}
 
@@ -517,3 +522,188 @@ async def test_a_key_in_doubt_is_resolved_by_releasing_completing_or_forgetting_
     layer, error = await doubt()
     await layer.forget(str(error.key))
     assert await idempotent_charge(layer, Till().charge)(ORDER) == {"receipt": 1}
+
+
+# --- Whose context, and what is kept alive ----------------------------------------------------------------------------
+
+REQUEST: ContextVar[object] = ContextVar("request", default=None)
+
+
+async def test_renewals_and_their_hooks_run_in_the_context_of_their_own_call() -> None:
+    seen: list[tuple[str, object]] = []
+
+    class Looking(PlannedLayer):
+        async def renew(self, record: Any, *, now: float) -> Any:
+            seen.append((record.idempotency_key, REQUEST.get()))
+            return await super().renew(record, now=now)
+
+    class Hook:
+        def on_event(self, event: Any) -> None:
+            if event.kind is EventKind.PERSISTENCE_ERROR:
+                seen.append((event.key, REQUEST.get()))
+
+    requests: dict[str, object] = {}
+
+    async def charge(number: int) -> None:
+        requests[current_execution().key] = REQUEST.get()
+        await asyncio.sleep(15)
+
+    async def call(number: int) -> None:
+        REQUEST.set(f"request {number}")
+        await idempotent_function(persistence_store=layer, config=config, key_prefix="charge")(charge)(number)
+
+    down = IdempotencyPersistenceConnectionError("no route")
+    layer = Looking().plan("renew", Fault(error=down), Fault(error=down))
+    config = IdempotencyConfig(lease_seconds=30, hooks=(Hook(),))
+    await asyncio.gather(call(1), call(2))
+    assert len(seen) >= 6
+    assert {key for key, _ in seen} == set(requests)
+    assert all(request is requests[key] for key, request in seen)
+
+
+class Request:
+    """Something large that a call has in its context."""
+
+
+async def weak_request_of(call: Any) -> weakref.ref[Request]:
+    """Make a call in a task that has a request in its context; return a weak reference to the request."""
+
+    async def with_request() -> weakref.ref[Request]:
+        request = Request()
+        REQUEST.set(request)
+        await call()
+        return weakref.ref(request)
+
+    reference = await asyncio.ensure_future(with_request())
+    await asyncio.sleep(0)  # for the loop still holds the task, in this turn
+    gc.collect()
+    return reference
+
+
+async def test_the_first_call_of_a_loop_is_not_kept_alive_by_what_the_others_share() -> None:
+    layer, till, short = PlannedLayer(), Till(), Till()
+    till.seconds = 9
+    await idempotent_charge(layer, short.charge)(0)  # imports, and whatever else happens once
+    charge, quick = (idempotent_charge(layer, each.charge, lease_seconds=30) for each in (till, short))
+    first = await weak_request_of(lambda: quick(1))
+    second = asyncio.ensure_future(charge(2))
+    third = await weak_request_of(lambda: quick(3))
+    assert first() is None
+    assert third() is None
+    await second
+
+
+async def test_callers_in_line_are_not_kept_alive_by_the_one_that_leads() -> None:
+    layer, till = PlannedLayer(), Till()
+    till.seconds = 5
+    owner = asyncio.ensure_future(idempotent_charge(layer, till.charge)(ORDER))
+    await asyncio.sleep(1)
+
+    async def give_up() -> None:
+        with pytest.raises(IdempotencyAlreadyInProgressError):
+            await idempotent_charge(layer, till.charge, wait_timeout_seconds=1)(ORDER)
+
+    in_line = await weak_request_of(give_up)
+    assert in_line() is None
+    assert await owner == {"receipt": 1}
+
+
+# --- A machine that was suspended -------------------------------------------------------------------------------------
+
+
+class SuspendingLayer(PlannedLayer):
+    """Suspends the machine for an hour within operations: the loop's clock stands still, and the server's goes on."""
+
+    def __init__(self, monkeypatch: Any, **operations: int) -> None:
+        super().__init__(inner=MemoryPersistenceLayer(clock=self._now))
+        self.clock = self._now
+        self.suspended_seconds = 0.0
+        self.operations = operations
+        clock_gettime = time.clock_gettime
+        monkeypatch.setattr(time, "clock_gettime", lambda clock: clock_gettime(clock) + self.suspended_seconds)
+
+    __hash__ = object.__hash__
+
+    def _now(self) -> float:
+        return wall_clock() + self.suspended_seconds
+
+    async def _do(self, operation: str, apply: Any) -> Any:
+        answer = await super()._do(operation, apply)
+        if self.operations.get(operation, 0):
+            self.operations[operation] -= 1
+            self.suspended_seconds += 3600.0
+        return answer
+
+
+async def test_a_claim_over_which_the_machine_was_suspended_is_renewed_before_its_body_runs(monkeypatch: Any) -> None:
+    layer, till = SuspendingLayer(monkeypatch, acquire=1), Till()
+    assert await idempotent_charge(layer, till.charge)(ORDER) == {"receipt": 1}
+    assert layer.calls == ["acquire", "renew", "complete"]
+
+
+async def test_ensure_owned_asks_again_when_the_machine_was_suspended_before_the_answer(monkeypatch: Any) -> None:
+    layer = SuspendingLayer(monkeypatch, renew=1)
+
+    async def charge(order: Any) -> None:
+        await current_execution().ensure_owned()
+
+    await idempotent_charge(layer, charge)(ORDER)
+    assert layer.calls == ["acquire", "renew", "renew", "complete"]
+
+
+# --- Failing renewals -------------------------------------------------------------------------------------------------
+
+
+async def test_an_outage_over_many_renewals_is_one_line_and_another_when_it_is_over(caplog: Any) -> None:
+    layer, till = PlannedLayer(), Till()
+    down = IdempotencyPersistenceConnectionError("no route")
+    layer.plan("renew", *(Fault(error=down) for _ in range(5)))
+    till.seconds = 40
+    await idempotent_charge(layer, till.charge, lease_seconds=30)(ORDER)
+    assert layer.calls.count("renew") > 5
+    failed, renewed = caplog.messages
+    assert "could not be renewed" in failed
+    assert "no route" in failed
+    assert "renewed at try 6" in renewed
+
+
+# --- In doubt at once -------------------------------------------------------------------------------------------------
+
+
+class Odd(BaseException):
+    """No `Exception`."""
+
+
+async def test_a_renewal_that_hangs_does_not_keep_a_broken_off_body_from_being_in_doubt_at_once() -> None:
+    layer, till = PlannedLayer().plan("renew", Fault(before_seconds=3600)), Till()
+    till.seconds, till.error = 11, Odd()
+    with pytest.raises(Odd) as caught:
+        await idempotent_charge(layer, till.charge, lease_seconds=30, on_abandoned="raise")(ORDER)
+    assert layer.calls == ["acquire", "renew", "renew"]  # the second one is the mark
+    assert not hasattr(caught.value, "__notes__")
+    assert only_record(layer).lease_expiry_timestamp < layer.clock() * 1000
+    await asyncio.sleep(10)
+    assert layer.calls == ["acquire", "renew", "renew", "renew"]  # once more, after the one that was under way
+
+
+async def test_a_renewal_that_is_applied_after_the_mark_of_doubt_is_overwritten_by_another_mark() -> None:
+    layer, till = PlannedLayer().plan("renew", Fault(before_seconds=4)), Till()
+    till.seconds, till.error = 11, Odd()
+    with pytest.raises(Odd):
+        await idempotent_charge(layer, till.charge, lease_seconds=30, on_abandoned="raise")(ORDER)
+    await asyncio.sleep(10)
+    assert layer.calls.count("renew") == 3
+    with pytest.raises(IdempotencyInDoubtError):
+        await idempotent_charge(layer, till.charge, on_abandoned="raise")(ORDER)
+
+
+async def test_a_body_closed_while_its_mark_of_doubt_waits_for_a_renewal_is_in_doubt_all_the_same() -> None:
+    layer, till = PlannedLayer().plan("renew", Fault(before_seconds=4)), Till()
+    till.seconds, till.error = 11, Odd()
+    coroutine = idempotent_charge(layer, till.charge, lease_seconds=30, on_abandoned="raise")(ORDER)
+    ended_at = asyncio.get_running_loop().time() + 11.1
+    await closed_when(coroutine, lambda: asyncio.get_running_loop().time() > ended_at)
+    assert layer.calls == ["acquire", "renew"]
+    await asyncio.sleep(10)
+    with pytest.raises(IdempotencyInDoubtError):
+        await idempotent_charge(layer, till.charge, on_abandoned="raise")(ORDER)

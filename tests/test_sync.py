@@ -812,6 +812,46 @@ def test_a_call_that_waits_for_too_long_is_told_that_the_loop_was_closed(layer: 
         sync.close()
         thread.join(PATIENCE_SECONDS)
     assert "aidem.sync was closed" in str(errors[0])
+    assert "the function was not run" in str(errors[0])
+
+
+def test_a_call_over_which_the_loop_is_closed_is_told_whether_its_body_has_run(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    slow = Fault(before_seconds=5.5)  # longer than closing waits before it cancels
+    completing, failing = slow_layer().plan("complete", slow), slow_layer().plan("complete", slow)
+    config = IdempotencyConfig(stored_exceptions=(LookupError,))
+    declined = LookupError("declined")
+    errors: dict[str, BaseException] = {}
+
+    def call(name: str, layer: Any, error: Exception | None = None) -> None:
+        @sync.idempotent_function(persistence_store=layer, config=config, key_prefix=name)
+        def charge() -> int:
+            if error is not None:
+                raise error
+            return 1
+
+        try:
+            charge()
+        except Exception as caught:  # noqa: BLE001 - which one it is, is what the test is about
+            errors[name] = caught
+
+    threads = [
+        threading.Thread(target=call, args=("completes", completing)),
+        threading.Thread(target=call, args=("fails", failing, declined)),
+    ]
+    for thread in threads:
+        thread.start()
+    wait_until(lambda: "complete" in completing.calls and "complete" in failing.calls)
+    sync.close()
+    for thread in threads:
+        thread.join(PATIENCE_SECONDS)
+    assert isinstance(errors["completes"], IdempotencyUsageError)
+    assert "aidem.sync was closed" in str(errors["completes"])
+    assert "its effect has happened" in str(errors["completes"])
+    assert errors["fails"] is declined  # the body's own exception goes first
+    assert "aidem.sync was closed" in declined.__notes__[0]
+    assert "aidem.sync was closed" in caplog.text
 
 
 class OpenedLayer(PlannedLayer):

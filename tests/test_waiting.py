@@ -10,11 +10,12 @@ import pytest
 from aidem import IdempotencyConfig, idempotent_function
 from aidem.exceptions import (
     IdempotencyAlreadyInProgressError,
+    IdempotencyLeaseLostError,
     IdempotencyPersistenceConnectionError,
     IdempotencyValidationError,
 )
 from aidem.hooks import EventKind
-from tests.support import VIRTUAL_TIME, Fault, Listener, PlannedLayer, Till
+from tests.support import VIRTUAL_TIME, Fault, Listener, PlannedLayer, Till, VirtualTimeLoop, closed_when
 
 ORDER = {"id": 7, "amount": 10}
 
@@ -228,3 +229,190 @@ async def test_waiting_is_reported(beside: Any) -> None:
     await charger(beside(layer), till, wait_timeout_seconds=60, hooks=(listener,))(ORDER)
     assert sorted(listener.kinds) == [EventKind.REPLAYED, EventKind.WAITED]
     await owner
+
+
+# --- In line ----------------------------------------------------------------------------------------------------------
+
+
+class FailingTill(Till):
+    """Every charge fails; remembers whose it was."""
+
+    async def charge(self, order: Any) -> dict[str, Any]:
+        self.charges.append(order["caller"])
+        await asyncio.sleep(0.01)
+        raise RuntimeError(order["caller"])
+
+
+async def turns_of_the_loop_for(callers: int) -> int:
+    """Let so many callers of one key fail one after the other; return how many callbacks that took."""
+    till, callbacks = FailingTill(), 0
+    loop = asyncio.get_running_loop()
+    call_soon = loop.call_soon
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        nonlocal callbacks
+        callbacks += 1
+        return call_soon(*args, **kwargs)
+
+    charge = charger(PlannedLayer().inner, till, wait_timeout_seconds=3600)
+    loop.call_soon = counting  # type: ignore[assignment]
+    try:
+        errors = await asyncio.gather(*(charge(ORDER | {"caller": n}) for n in range(callers)), return_exceptions=True)
+    finally:
+        del loop.call_soon
+    assert [str(error) for error in errors] == [str(n) for n in range(callers)]
+    assert till.charges == list(range(callers))  # first come, first served
+    return callbacks
+
+
+async def test_callers_of_a_key_that_keeps_failing_have_their_turns_in_order_and_none_wakes_all_others() -> None:
+    # Twice as many callers are twice the work, not four times.
+    assert await turns_of_the_loop_for(200) < 2.2 * await turns_of_the_loop_for(100)
+
+
+def cancels_when_released(task: asyncio.Future[Any]) -> Any:
+    """Return a hook that cancels a task just when a claim was released, before the task can have its turn."""
+
+    class Canceller:
+        def on_event(self, event: Any) -> None:
+            if event.kind is EventKind.RELEASED:
+                asyncio.get_running_loop().call_soon(task.cancel)
+
+    return Canceller()
+
+
+async def test_a_follower_that_is_cancelled_when_it_is_its_turn_passes_the_turn_on() -> None:
+    layer, failing, till = PlannedLayer(), Till(), Till()
+    failing.seconds, failing.error = 2, RuntimeError("declined")
+    hooks: list[Any] = []
+
+    class Hooks:
+        def on_event(self, event: Any) -> None:
+            for hook in hooks:
+                hook.on_event(event)
+
+    owner = await started(charger(layer, failing, hooks=(Hooks(),))(ORDER))
+    first, second = [await started(charger(layer, till, wait_timeout_seconds=60)(ORDER)) for _ in range(2)]
+    hooks.append(cancels_when_released(first))
+    began = asyncio.get_running_loop().time()
+    assert await second == {"receipt": 1}
+    assert asyncio.get_running_loop().time() - began == pytest.approx(2, abs=0.1)
+    assert first.cancelled()
+    with pytest.raises(RuntimeError, match="declined"):
+        await owner
+    assert till.charges == [ORDER]
+
+
+async def test_a_follower_that_is_closed_leaves_the_line() -> None:
+    layer, failing, till = PlannedLayer(), Till(), Till()
+    failing.seconds, failing.error = 2, RuntimeError("declined")
+    owner = await started(charger(layer, failing)(ORDER))
+    began = asyncio.get_running_loop().time()
+    coroutine = charger(layer, till, wait_timeout_seconds=60)(ORDER)
+    await closed_when(coroutine, lambda: asyncio.get_running_loop().time() > began + 1)
+    assert await charger(layer, till, wait_timeout_seconds=60)(ORDER) == {"receipt": 1}
+    assert asyncio.get_running_loop().time() - began == pytest.approx(2, abs=0.1)
+    with pytest.raises(RuntimeError, match="declined"):
+        await owner
+
+
+async def test_followers_of_different_patience_wait_each_as_long_as_it_may() -> None:
+    layer, failing, till = PlannedLayer(), Till(), Till()
+    failing.seconds, failing.error = 5, RuntimeError("declined")
+    owner = await started(charger(layer, failing)(ORDER))
+    impatient, patient, last = [
+        await started(charger(layer, till, wait_timeout_seconds=seconds)(ORDER)) for seconds in (3, 60, 4)
+    ]
+    for given_up in (impatient, last):
+        with pytest.raises(IdempotencyAlreadyInProgressError) as caught:
+            await given_up
+        assert caught.value.record is not None
+    assert await patient == {"receipt": 1}
+    with pytest.raises(RuntimeError, match="declined"):
+        await owner
+
+
+async def test_a_claim_that_becomes_known_turns_away_who_has_another_payload_and_leaves_the_others_in_line() -> None:
+    layer, till = PlannedLayer().plan("acquire", Fault(before_seconds=1)), Till()
+    till.seconds = 20
+    options: dict[str, Any] = {"wait_timeout_seconds": 60, "payload_validation_jmespath": "amount"}
+    charge = charger(layer, till, **options)
+    began = asyncio.get_running_loop().time()
+    amounts = (10, 11, 10, 12, 11)
+    leader, *line = [await started(charge(ORDER | {"amount": amount})) for amount in amounts]
+    for different in (line[0], line[2], line[3]):
+        with pytest.raises(IdempotencyValidationError):
+            await different
+    assert asyncio.get_running_loop().time() - began == pytest.approx(1, abs=0.1)
+    assert await line[1] == await leader == {"receipt": 1}
+    assert layer.calls.count("acquire") == 1
+
+
+async def test_a_lapsed_claim_of_another_payload_is_taken_over_by_a_waiter_beside_its_owner() -> None:
+    layer, hanging, till = PlannedLayer(), Till(), Till()
+    hanging.seconds = 50
+    options: dict[str, Any] = {"payload_validation_jmespath": "amount"}
+    owner = await started(charger(layer, hanging, lease_seconds=4, renew_lease=False, **options)(ORDER))
+    await asyncio.sleep(5)
+    changed = ORDER | {"amount": 11}
+    assert await charger(layer, till, wait_timeout_seconds=40, **options)(changed) == {"receipt": 1}
+    assert till.charges == [changed]
+    with pytest.raises(IdempotencyLeaseLostError):
+        await owner
+
+
+async def test_a_waiter_is_not_refused_for_a_foreign_claim_of_another_payload_that_has_lapsed() -> None:
+    layer, hanging, till = PlannedLayer(), Till(), Till()
+    hanging.seconds = 3600
+    options: dict[str, Any] = {"payload_validation_jmespath": "amount"}
+    elsewhere = other_process(layer)
+    vanished = await started(charger(elsewhere, hanging, lease_seconds=4, renew_lease=False, **options)(ORDER))
+    layer.plan("acquire", *(Fault() for _ in range(7)), *(Fault(before_seconds=30) for _ in range(9)))
+    poller = await started(charger(layer, till, wait_timeout_seconds=100, **options)(ORDER))
+    await asyncio.sleep(5)
+    assert layer.faults["acquire"][0].before_seconds  # the poller has asked again and waits for its answer
+    layer.faults["acquire"].clear()
+    changed = ORDER | {"amount": 11}
+    waiter = await started(charger(layer, till, wait_timeout_seconds=100, **options)(changed))
+    assert not waiter.done()
+    poller.cancel()
+    assert await waiter == {"receipt": 1}
+    assert till.charges == [changed]
+    assert poller.cancelled()
+    vanished.cancel()
+
+
+async def test_a_waiter_beside_an_owner_without_a_lease_takes_over_once_the_record_has_expired() -> None:
+    layer, hanging, till = PlannedLayer(), Till(), Till()
+    hanging.seconds = 50
+    owner = await started(charger(layer, hanging, lease_seconds=None, expires_after_seconds=5)(ORDER))
+    began = asyncio.get_running_loop().time()
+    assert await charger(layer, till, wait_timeout_seconds=40)(ORDER) == {"receipt": 1}
+    assert asyncio.get_running_loop().time() - began == pytest.approx(6, abs=1.5)
+    assert await owner == {"receipt": 1}
+
+
+async def test_a_waiter_beside_an_owner_that_renews_its_lease_does_not_ask_the_store() -> None:
+    layer, till = PlannedLayer(), Till()
+    till.seconds = 20
+    owner = await started(charger(layer, till, lease_seconds=4)(ORDER))
+    assert await charger(layer, till, wait_timeout_seconds=60)(ORDER) == await owner == {"receipt": 1}
+    assert layer.calls.count("renew") > 10
+    assert layer.calls.count("acquire") == 1
+
+
+def test_callers_of_a_loop_that_was_closed_can_be_closed_in_any_order() -> None:
+    for first in (0, 1):
+        layer, till, loop = PlannedLayer().inner, Till(), VirtualTimeLoop()
+        till.seconds = 3600
+        calls = [charger(layer, till, wait_timeout_seconds=60)(ORDER) for _ in range(2)]
+
+        async def begin(calls: Any = calls) -> None:
+            for call in calls:
+                call.send(None)
+
+        loop.run_until_complete(begin())
+        loop.close()
+        calls[first].close()
+        calls[1 - first].close()
+        assert till.charges == [ORDER]

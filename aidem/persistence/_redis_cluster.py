@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from contextvars import Context
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
@@ -175,7 +176,9 @@ class Cluster:
 
     def _look(self) -> None:
         if self._looking is None and not self._is_closed:
-            self._looking = self._loop.create_task(self._find(), name="aidem looks for the nodes of a Redis cluster")
+            # In an empty context: what it connects outlives the caller, and must not keep what that has in its own.
+            name = "aidem looks for the nodes of a Redis cluster"
+            self._looking = self._loop.create_task(self._find(), name=name, context=Context())
             self._looking.add_done_callback(self._looked)
 
     async def _find(self) -> None:

@@ -74,9 +74,8 @@ class Command(Generic[T]):
             self.future.settle(answer)
 
     def fail(self, error: Exception) -> None:
-        """Settle it with an error; nobody may be there any more to look at it."""
+        """Settle it with an error."""
         self.future.fail(error)
-        self.future.exception()
 
 
 class Question(Command[Any]):

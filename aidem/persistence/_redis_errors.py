@@ -78,6 +78,7 @@ def translated(error: ReplyError) -> IdempotencyPersistenceLayerError:
         failure = IdempotencyPersistenceConnectionError(text)
     elif error.code in _REFUSED:
         failure = IdempotencyPersistenceConfigError(text)
+    failure.may_be_applied = error.code not in _TRY_AGAIN and error.code not in _REFUSED
     failure.__cause__ = error
     return failure
 
@@ -91,10 +92,12 @@ def connecting_failed(error: Exception, *, address: str, timeout_seconds: float)
             return IdempotencyPersistenceConfigError(f"Redis at {address} cannot be used: {problem}")
         if isinstance(cause, TimeoutError | redis.exceptions.TimeoutError):
             what = f"no answer within {timeout_seconds:.3g} s, which timeout_seconds allows"
-    return IdempotencyPersistenceConnectionError(
+    failure = IdempotencyPersistenceConnectionError(
         f"Redis at {address} cannot be reached ({what}): see that it runs, that the network leads there, and that it "
         "expects TLS (rediss://, ssl=True) if the layer does, and else not (redis://, ssl=False)"
     )
+    failure.may_be_applied = False  # what waits for a connection was not sent
+    return failure
 
 
 def failure_of(task: asyncio.Task[None]) -> IdempotencyPersistenceLayerError | None:
@@ -107,6 +110,7 @@ def failure_of(task: asyncio.Task[None]) -> IdempotencyPersistenceLayerError | N
 def copy_of(error: IdempotencyPersistenceLayerError) -> IdempotencyPersistenceLayerError:
     """Return an error for one of many callers: each may add notes to its own."""
     copy = type(error)(str(error))
+    copy.may_be_applied = error.may_be_applied
     copy.__cause__ = error.__cause__
     return copy
 

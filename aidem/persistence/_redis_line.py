@@ -8,6 +8,7 @@ while we go on.
 from __future__ import annotations
 
 import asyncio
+from contextvars import Context
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
@@ -159,7 +160,9 @@ class Line:
 
     def _connect(self) -> None:
         if self._connecting is None:
-            self._connecting = self._loop.create_task(self._connected(), name="aidem connects to Redis")
+            # In an empty context: the connection outlives the caller, and must not keep what that has in its own.
+            task = self._loop.create_task(self._connected(), name="aidem connects to Redis", context=Context())
+            self._connecting = task
             self._connecting.add_done_callback(self._connecting_ended)
 
     async def _connected(self) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import suppress
+from contextvars import Context
 from typing import TYPE_CHECKING, Final, cast
 
 import hiredis
@@ -108,7 +109,7 @@ class Listener(Taker):
         channel.told.clear()
         if channel.timer is not None:
             channel.timer.cancel()
-        channel.timer = self._loop.call_later(self._linger_seconds, self._forget, name, channel)
+        channel.timer = self._loop.call_later(self._linger_seconds, self._forget, name, channel, context=Context())
 
     def _forget(self, name: str, channel: _Channel) -> None:
         if channel.listeners or self._channels.get(name) is not channel:
@@ -130,7 +131,8 @@ class Listener(Taker):
     def _connect(self) -> None:
         if self._connecting is None:
             connecting = self._server.connect(self, timeout_seconds=self._timeout_seconds)
-            self._connecting = self._loop.create_task(connecting, name="aidem listens to Redis")
+            # In an empty context: the connection outlives the caller, and must not keep what that has in its own.
+            self._connecting = self._loop.create_task(connecting, name="aidem listens to Redis", context=Context())
             self._connecting.add_done_callback(self._connecting_ended)
 
     def _connecting_ended(self, task: asyncio.Task[None]) -> None:

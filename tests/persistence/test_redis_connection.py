@@ -7,8 +7,10 @@ import socket
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, suppress
+from contextvars import ContextVar
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -316,6 +318,33 @@ async def test_each_caller_gets_an_error_of_its_own(fake: FakeServer, fake_layer
         errors = await asyncio.gather(*asked, return_exceptions=True)
     assert [type(error) for error in errors] == [type(None)] + [IdempotencyPersistenceConnectionError] * 2
     assert errors[1] is not errors[2]
+
+
+class Request:
+    """Something large that a caller has in its context."""
+
+
+REQUEST: ContextVar[Request] = ContextVar("request")
+
+
+@pytest.mark.parametrize("operation", ["get", "wait_for_change"])
+async def test_a_connection_does_not_keep_alive_what_its_first_caller_has_in_its_context(
+    fake: FakeServer, fake_layer: RedisPersistenceLayer, operation: str
+) -> None:
+    async def first() -> weakref.ref[Request]:
+        request = Request()
+        REQUEST.set(request)
+        if operation == "get":
+            await fake_layer.get("key")
+        else:
+            await fake_layer.wait_for_change("key", 0.1)
+        return weakref.ref(request)
+
+    kept = await asyncio.create_task(first())
+    await asyncio.sleep(0)  # for the loop still holds the task, in this turn
+    gc.collect()
+    assert fake.open_connections == 1
+    assert kept() is None
 
 
 async def test_an_operation_that_nobody_waits_for_may_fail_in_silence(

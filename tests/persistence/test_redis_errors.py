@@ -14,6 +14,7 @@ from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import ConstantBackoff
 
+from aidem import idempotent_function
 from aidem.exceptions import (
     IdempotencyPersistenceConfigError,
     IdempotencyPersistenceConnectionError,
@@ -84,6 +85,7 @@ async def test_an_error_of_the_server_is_one_clear_sentence(
     assert type(failed.value) is kind
     assert str(failed.value).startswith(f"Redis answered {reply.split(maxsplit=1)[0]}: ")
     assert "payload" not in f"{failed.value!r} {failed.value.__cause__!r}"
+    assert failed.value.may_be_applied is (kind is IdempotencyPersistenceLayerError)  # else it was refused
 
 
 @pytest.mark.parametrize(
@@ -236,6 +238,20 @@ async def test_a_client_that_would_try_again_and_again_does_not_keep_an_error_ba
         await asyncio.wait_for(layer.get("key"), 20)
     await layer.aclose()
     await client.aclose()
+
+
+async def test_a_claim_that_was_never_sent_is_neither_released_nor_logged(vacant_port: int, caplog: Any) -> None:
+    layer = RedisPersistenceLayer(f"redis://127.0.0.1:{vacant_port}")
+
+    @idempotent_function(persistence_store=layer)
+    async def charge(order: int) -> int:
+        return order
+
+    with pytest.raises(IdempotencyPersistenceConnectionError, match="cannot be reached") as failed:
+        await charge(1)
+    await layer.aclose()
+    assert failed.value.may_be_applied is False
+    assert not caplog.messages
 
 
 async def test_a_listener_that_cannot_connect_is_told_so(vacant_port: int) -> None:
