@@ -129,7 +129,7 @@ def build_dataclass(cls: type, fields: Mapping[str, Build], value: Any) -> Any:
         rebuilt = cls(**{name: part for name, part in built.items() if name in taken})
         for name, part in built.items():
             object.__setattr__(rebuilt, name, part)  # __post_init__ has changed it once, and not twice
-    except Exception as error:  # noqa: BLE001 - the user's own code
+    except (TypeError, ValueError) as error:  # a field is missing, or the user's own code refuses a value
         raise MisfitError(cls, cause=error) from None
     return rebuilt
 

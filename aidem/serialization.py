@@ -148,11 +148,23 @@ def _warn_once(name: str, error: Exception) -> None:
         )
 
 
+def round_trip(result: Any, serializer: OutputSerializer) -> tuple[str, Any]:
+    """Return the text under which a result is stored, and what a replay will return for it.
+
+    Raises:
+        IdempotencySerializationError: It cannot be stored.
+        Exception: What a signal handler raised meanwhile.
+    """
+    text = result_text(result, serializer)
+    return text, result_from_text(text, serializer)
+
+
 def result_text(result: Any, serializer: OutputSerializer) -> str:
     """Return the text under which a result is stored.
 
     Raises:
         IdempotencySerializationError: It cannot be stored.
+        Exception: What a signal handler raised meanwhile.
     """
     if result is None:
         return _NONE_TEXT
@@ -165,6 +177,8 @@ def result_text(result: Any, serializer: OutputSerializer) -> str:
             f"the result cannot be stored: {error}; allowed are {ENCODABLE}, or pass an output_serializer"
         ) from error
     except Exception as error:
+        if not _fails(lambda: encode(serializer.to_dict(result))):
+            raise error.__cause__ or error  # noqa: B904 - pydantic wraps what is raised in a serializer of a field
         raise _failed(serializer, "to_dict", error) from error
 
 
@@ -173,6 +187,7 @@ def result_from_text(text: str, serializer: OutputSerializer) -> Any:
 
     Raises:
         IdempotencySerializationError: The text is not JSON, or the result cannot be rebuilt.
+        Exception: What a signal handler raised meanwhile.
     """
     if text == _NONE_TEXT:
         return None
@@ -185,7 +200,18 @@ def result_from_text(text: str, serializer: OutputSerializer) -> Any:
     except IdempotencySerializationError:
         raise
     except Exception as error:
+        if not _fails(lambda: serializer.from_dict(data)):
+            raise
         raise _failed(serializer, "from_dict", error) from error
+
+
+def _fails(action: Callable[[], object]) -> bool:
+    """Whether something fails again; an exception that does not return is a signal handler's, and is passed on."""
+    try:
+        action()
+    except Exception:  # noqa: BLE001 - whatever a serializer raises
+        return True
+    return False
 
 
 def _failed(serializer: OutputSerializer, method: str, error: Exception) -> IdempotencySerializationError:
@@ -223,15 +249,23 @@ def exception_from_text(text: str, allowed: tuple[type[Exception], ...]) -> Exce
         IdempotencySerializationError: It is of another type, or cannot be made.
     """
     try:
-        stored = decode(text.removeprefix(_EXCEPTION_PREFIX))
-        name, args = stored["type"], stored["args"]
-        cls = next((cls for cls in allowed if _type_name(cls) == name), None)
-        if cls is not None:
-            return cls(*args)
+        return _exception_from_text(text, allowed)
+    except IdempotencySerializationError:
+        raise
     except Exception as error:
+        if not _fails(lambda: _exception_from_text(text, allowed)):
+            raise
         raise IdempotencySerializationError(
             f"the stored exception cannot be made again: {type(error).__name__}"
         ) from error
+
+
+def _exception_from_text(text: str, allowed: tuple[type[Exception], ...]) -> Exception:
+    stored = decode(text.removeprefix(_EXCEPTION_PREFIX))
+    name, args = stored["type"], stored["args"]
+    for cls in allowed:
+        if _type_name(cls) == name:
+            return cls(*args)
     raise IdempotencySerializationError(f"the stored exception is of type {name}; list it in stored_exceptions")
 
 
