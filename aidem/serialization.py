@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from types import GetSetDescriptorType, MemberDescriptorType
+from typing import TYPE_CHECKING, Any, Final, Protocol, cast
 
 from aidem._annotations import name_of, parts, return_annotation
 from aidem._dataclasses import DataclassSerializer
@@ -222,11 +223,13 @@ def exception_text(error: Exception) -> str:
     """Return the text under which an exception is stored: its type's name and its arguments.
 
     Raises:
-        IdempotencySerializationError: The arguments, as JSON, do not rebuild it.
+        IdempotencySerializationError: The arguments, as JSON, do not rebuild all that it shows.
     """
     name = _type_name(type(error))
     try:
-        text = _EXCEPTION_PREFIX + encode({"args": list(error.args), "type": name})
+        made_by, args, *_ = cast("tuple[Any, ...]", error.__reduce__())  # an OSError's has the file, its args have not
+        args = args if made_by is type(error) else error.args
+        text = _EXCEPTION_PREFIX + encode({"args": args, "type": name})
         rebuilt = exception_from_text(text, (type(error),))
         same = _facts(rebuilt) == _facts(error)
     except Exception as fault:
@@ -274,5 +277,11 @@ def _type_name(cls: type) -> str:
 
 
 def _facts(error: Exception) -> tuple[Any, ...]:
+    """Return all that an exception shows: text, arguments, attributes, slots, and the fields of those written in C."""
     attributes = {name: value for name, value in vars(error).items() if name != "__notes__"}
-    return type(error), error.args, attributes
+    for cls in type(error).__mro__:
+        for name, member in vars(cls).items():
+            if isinstance(member, MemberDescriptorType | GetSetDescriptorType) and not name.startswith("__"):
+                attributes[name] = getattr(error, name, None)
+    # By their repr, or True would pass for 1, and the member of a StrEnum for its text.
+    return type(error), str(error), repr(error.args), attributes

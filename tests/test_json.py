@@ -215,7 +215,7 @@ class Uncopyable(str):
 
 
 def test_an_error_that_no_fault_in_the_data_explains_is_let_through() -> None:
-    with pytest.raises(OSError, match="^$"):
+    with pytest.raises(OSError, match=r"^$"):
         encode(Point(1, Uncopyable("x")))
 
 
