@@ -67,6 +67,19 @@ def parts(annotation: Any) -> Iterator[Any]:
         yield from parts(argument)
 
 
+def declared_by(annotation: Any) -> frozenset[type]:
+    """Return the classes that an annotation names and that an instance can be asked for."""
+    return frozenset(part for part in parts(annotation) if isinstance(part, type) and _can_be_asked(part))
+
+
+def _can_be_asked(cls: type) -> bool:
+    try:
+        isinstance(None, cls)
+    except TypeError:  # Any, a TypedDict, a protocol
+        return False
+    return True
+
+
 def bare(annotation: Any) -> Any:
     """Return what is behind Annotated, NewType and type aliases."""
     if typing.get_origin(annotation) is typing.Annotated:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any, Self, cast
 
-from aidem._annotations import parts
+from aidem._annotations import declared_by, parts
 from aidem._json import is_dict, plain
 from aidem._pydantic import is_pydantic, serializer_of
 from aidem._rebuild import MisfitError
@@ -31,6 +31,7 @@ class DataclassSerializer:
         if not any(map(dataclasses.is_dataclass, parts(model))):
             raise IdempotencyModelTypeError(f"DataclassSerializer needs a dataclass, and {model!r} contains none")
         self._rebuild = rebuilder(model)
+        self.declared = declared_by(model)
 
     @classmethod
     def instantiate(cls, model_type: Any) -> Self:
