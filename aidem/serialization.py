@@ -12,11 +12,13 @@ from types import GetSetDescriptorType, MemberDescriptorType
 from typing import TYPE_CHECKING, Any, Final, Protocol, cast
 
 from aidem._annotations import name_of, parts, return_annotation
-from aidem._dataclasses import DataclassSerializer
-from aidem._json import ENCODABLE, NotEncodableError, decode, encode
+from aidem._dataclasses import AnnotationSerializer, DataclassSerializer
+from aidem._json import ENCODABLE, NotEncodableError, decode, encode, loaded
 from aidem._losses import are_equal, hidden, lost
 from aidem._pydantic import PydanticSerializer, is_pydantic
+from aidem._shapes import lenient_rebuilder, names_more_than_json
 from aidem.exceptions import (
+    IdempotencyModelTypeError,
     IdempotencyNoSerializationModelError,
     IdempotencySerializationError,
     IdempotencyUsageError,
@@ -101,6 +103,7 @@ def resolve(
 
     Raises:
         IdempotencyModelTypeError: The return annotation does not suit the serializer.
+        IdempotencyUsageError: The function returns a response of Starlette or FastAPI.
         IdempotencyNoSerializationModelError: The class needs a return annotation, and none can be had.
         IdempotencyUsageError: The class cannot make a serializer.
     """
@@ -125,29 +128,69 @@ def _deduced(function: Callable[..., Any] | None) -> OutputSerializer:
     try:
         annotation = return_annotation(function)
     except Exception as error:  # noqa: BLE001 - whatever evaluating an annotation raises
-        _warn_once(name_of(function), error)
+        _warn_once(
+            name_of(function),
+            f"cannot be resolved: {error}; callers get plain JSON data unless you import at run time what it names, or "
+            "pass an output_serializer",
+        )
         return NoOpSerializer()
-    classes = [] if annotation is None else list(parts(annotation))
+    if annotation is None:
+        return NoOpSerializer()
+    _refuse_response(annotation, function)
+    classes = list(parts(annotation))
     if any(map(is_pydantic, classes)):
         return PydanticSerializer(annotation)
     if any(map(dataclasses.is_dataclass, classes)):
         return DataclassSerializer(annotation)
-    return NoOpSerializer()
+    return _of_standard_types(annotation, function)
 
 
-_unresolved: Final[set[str]] = set()
+def _of_standard_types(annotation: Any, function: Any) -> OutputSerializer:
+    try:
+        rebuild = lenient_rebuilder(annotation)
+    except IdempotencyModelTypeError as error:
+        if names_more_than_json(annotation):
+            _warn_once(
+                name_of(function),
+                f"does not say how results are rebuilt: {error}; callers get plain JSON data unless you pass an "
+                "output_serializer",
+            )
+        return NoOpSerializer()
+    return NoOpSerializer() if rebuild is None else AnnotationSerializer(annotation, rebuild)
 
 
-def _warn_once(name: str, error: Exception) -> None:
-    """Say that the results of a function will not be models, which may be meant: not every annotation names one."""
-    if name not in _unresolved:
-        _unresolved.add(name)
-        logger.warning(
-            "the return annotation of %s cannot be resolved: %s; callers get plain JSON data unless you import at run "
-            "time what it names, or pass an output_serializer",
-            name,
-            error,
-        )
+_warned: Final[set[str]] = set()
+
+
+def _warn_once(name: str, what: str) -> None:
+    """Say that the results of a function will not be what it is annotated to return."""
+    if name not in _warned:
+        _warned.add(name)
+        logger.warning("the return annotation of %s %s", name, what)
+
+
+def check_returns(function: Callable[..., Any]) -> None:
+    """Check what a function is annotated to return, as far as that can be told before its first call.
+
+    Raises:
+        IdempotencyUsageError: It returns a response of Starlette or FastAPI.
+    """
+    try:
+        annotation = return_annotation(function)
+    except Exception:  # noqa: BLE001 - names that are defined further down are there at the first call
+        return
+    _refuse_response(annotation, function)
+
+
+def _refuse_response(annotation: Any, function: Any) -> None:
+    response = loaded("starlette.responses", "Response")
+    for part in parts(annotation):
+        if isinstance(part, type) and issubclass(part, response):
+            raise IdempotencyUsageError(
+                f"{name_of(function)} returns a {part.__qualname__}, and HTTP responses cannot be replayed from JSON; "
+                "return the data that it is made of, let aidem.fastapi.IdempotentRoute or "
+                "aidem.asgi.IdempotencyMiddleware keep whole responses, or pass an output_serializer"
+            )
 
 
 def round_trip(result: Any, serializer: OutputSerializer) -> tuple[str, Any]:
@@ -170,7 +213,7 @@ def round_trip(result: Any, serializer: OutputSerializer) -> tuple[str, Any]:
 
 def _lost(result: Any, replayed: Any, serializer: OutputSerializer) -> str | None:
     """Return the path to what a replay would not bring back; a serializer of the user's own is not judged."""
-    if isinstance(serializer, PydanticSerializer | DataclassSerializer):
+    if isinstance(serializer, PydanticSerializer | AnnotationSerializer):
         return lost(result, replayed, serializer.declared)
     if isinstance(serializer, NoOpSerializer):
         return hidden(result, replayed)
