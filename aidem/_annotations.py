@@ -59,12 +59,27 @@ def _local_names(function: types.FunctionType) -> dict[str, Any]:
     return names
 
 
-def parts(annotation: Any) -> Iterator[Any]:
+def parts(annotation: Any, *, within: tuple[Any, ...] = ()) -> Iterator[Any]:
     """Yield every class that an annotation consists of, without looking into the fields of classes."""
-    annotation = bare(annotation)
-    yield typing.get_origin(annotation) or annotation
-    for argument in typing.get_args(annotation):
-        yield from parts(argument)
+    if any(annotation is outer for outer in within):  # an alias that contains itself
+        return
+    bared = bare(annotation)
+    yield typing.get_origin(bared) or bared
+    for argument in typing.get_args(bared):
+        yield from parts(argument, within=(*within, annotation))
+
+
+def declared_by(annotation: Any) -> frozenset[type]:
+    """Return the classes that an annotation names and that an instance can be asked for."""
+    return frozenset(part for part in parts(annotation) if isinstance(part, type) and _can_be_asked(part))
+
+
+def _can_be_asked(cls: type) -> bool:
+    try:
+        isinstance(None, cls)
+    except TypeError:  # Any, a TypedDict, a protocol
+        return False
+    return True
 
 
 def bare(annotation: Any) -> Any:

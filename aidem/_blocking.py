@@ -137,7 +137,9 @@ def _run(call: Call, function: Callable[..., Any], args: tuple[Any, ...], kwargs
         if drive(partial(call.fail, error)):
             raise
         return drive(partial(replayed_value, call))  # the error would have been the outcome, but another call's counts
-    if not drive(partial(call.complete, recording.text, recording.kind)):
+    is_ours = drive(partial(call.complete, recording.text, recording.kind))
+    recording.raise_interruption()
+    if not is_ours:
         return drive(partial(replayed_value, call))
     recording.warn_if_unavailable(call)
     return recording.value

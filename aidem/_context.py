@@ -146,6 +146,7 @@ class BlockExecution(Execution):
         recording = self._recording_of(await _called(func, args, kwargs))
         self.result = recording.value
         self._recording = recording
+        recording.raise_interruption()
         return cast("R", recording.value)
 
     def _recording_of(self, result: Any) -> Recording:
@@ -168,6 +169,10 @@ class BlockExecution(Execution):
         self._result = value
         return value
 
+    def has_result(self, exc: BaseException | None) -> bool:
+        """Whether the block leaves a result: also where a signal handler's exception struck after the function."""
+        return exc is None or (self._recording is not None and self._recording.interruption is exc)
+
     async def record_result(self) -> None:
         """Record what the block leaves."""
         call = self._call
@@ -183,6 +188,7 @@ class BlockExecution(Execution):
                 self._is_decoded = False  # what `run` has handed out may have changed since
             else:
                 recording.warn_if_unavailable(call)
+            recording.raise_interruption()
         if not self._has_looked:
             raise IdempotencyUsageError(LOOK_FIRST, key=self.key)
 
@@ -259,9 +265,9 @@ class Block:
     async def leave(self, exc: BaseException | None) -> None:
         """Record what the block leaves, or give the key back."""
         self._running.__exit__()
-        if exc is None:
+        if self._execution.has_result(exc):
             await self._execution.record_result()
-        elif not await self._call.fail(exc):
+        elif exc is not None and not await self._call.fail(exc):
             record = self._call.held_record()
             reason = "another call took it over and has another outcome, which a retry will get"
             raise IdempotencyLeaseLostError(key=record.idempotency_key, record=record, reason=reason) from exc

@@ -1,14 +1,15 @@
-"""Results that are dataclasses, or contain some."""
+"""Results that are rebuilt by their annotation: dataclasses, and the types of the standard library."""
 
 from __future__ import annotations
 
 import dataclasses
+import datetime
 from typing import TYPE_CHECKING, Any, Self, cast
 
-from aidem._annotations import parts
+from aidem._annotations import declared_by, parts
 from aidem._json import is_dict, plain
 from aidem._pydantic import is_pydantic, serializer_of
-from aidem._rebuild import MisfitError
+from aidem._rebuild import MisfitError, bytes_text, duration_text
 from aidem._shapes import rebuilder
 from aidem.exceptions import (
     IdempotencyModelTypeError,
@@ -19,8 +20,38 @@ from aidem.exceptions import (
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from aidem._rebuild import Build
 
-class DataclassSerializer:
+
+class AnnotationSerializer:
+    """Rebuilds results by an annotation.
+
+    Args:
+        annotation: What the function returns.
+        rebuild: Rebuilds it from JSON data.
+    """
+
+    def __init__(self, annotation: Any, rebuild: Build) -> None:
+        self._rebuild = rebuild
+        self.declared = declared_by(annotation)
+
+    def to_dict(self, data: Any) -> Any:
+        """Return the JSON data of a result."""
+        return _dump(data)
+
+    def from_dict(self, data: Any) -> Any:
+        """Rebuild the result from its JSON data.
+
+        Raises:
+            IdempotencySerializationError: The data does not fit the model.
+        """
+        try:
+            return self._rebuild(data)
+        except MisfitError as misfit:
+            raise IdempotencySerializationError(f"the stored result does not fit the model: {misfit}") from misfit.cause
+
+
+class DataclassSerializer(AnnotationSerializer):
     """Rebuilds results by a dataclass, or an annotation that contains one: `list[Order]`, `Order | None`.
 
     Raises:
@@ -30,7 +61,7 @@ class DataclassSerializer:
     def __init__(self, model: Any) -> None:
         if not any(map(dataclasses.is_dataclass, parts(model))):
             raise IdempotencyModelTypeError(f"DataclassSerializer needs a dataclass, and {model!r} contains none")
-        self._rebuild = rebuilder(model)
+        super().__init__(model, rebuilder(model))
 
     @classmethod
     def instantiate(cls, model_type: Any) -> Self:
@@ -41,21 +72,6 @@ class DataclassSerializer:
                 "annotate it, or pass DataclassSerializer(Model)"
             )
         return cls(model_type)
-
-    def to_dict(self, data: Any) -> Any:
-        """Return the JSON data of a result."""
-        return _dump(data)
-
-    def from_dict(self, data: Any) -> Any:
-        """Rebuild the result from its JSON data.
-
-        Raises:
-            IdempotencySerializationError: The data does not fit the dataclass.
-        """
-        try:
-            return self._rebuild(data)
-        except MisfitError as misfit:
-            raise IdempotencySerializationError(f"the stored result does not fit the model: {misfit}") from misfit.cause
 
 
 def _dump(value: object) -> Any:
@@ -68,8 +84,17 @@ def _dump(value: object) -> Any:
         return {_dump_key(key): _dump(item) for key, item in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
         return [_dump(item) for item in cast("Iterable[object]", value)]
+    return _dump_single(value)
+
+
+def _dump_single(value: object) -> Any:
+    if isinstance(value, bytes | bytearray):
+        return bytes_text(value)
+    if isinstance(value, datetime.timedelta):
+        return duration_text(value)
     return value
 
 
 def _dump_key(key: Any) -> Any:
+    key = _dump_single(key)
     return key if key is None or isinstance(key, str | int | float) else plain(key)

@@ -17,6 +17,7 @@ from aidem.config import (
     register_lambda_context,
     reset_lambda_context,
 )
+from aidem.serialization import check_returns
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -50,6 +51,8 @@ class Binding:
         key_prefix: str | None,
         output_serializer: type[ModelSerializer] | OutputSerializer | None = None,
     ) -> None:
+        if output_serializer is None:
+            check_returns(target.function)
         self.target = target
         self._find_key = find_key
         self._layer = persistence_store
@@ -201,12 +204,14 @@ def idempotent_function(
             Without either, the payload is all arguments by name, without `self` and `cls`.
         persistence_store: Where records are kept; by default what `configure` says.
         config: Settings; by default what `configure` says.
-        output_serializer: Turns the result into JSON values and back; by default the return annotation says how.
+        output_serializer: Turns the result into JSON values and back. Default: the return annotation says how, by
+            dataclasses, pydantic models and types of the standard library, also in lists, dicts, tuples and unions.
         key_prefix: Replaces the name of the function in its keys; partials and callable objects need one.
 
     Raises:
         TypeError: It is not an async callable.
         IdempotencyConfigError: An option has a value that cannot work, or does not suit the signature.
+        IdempotencyUsageError: It is annotated to return a response of Starlette or FastAPI.
     """
     options: dict[str, Any] = {
         "data_keyword_argument": data_keyword_argument,

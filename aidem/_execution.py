@@ -21,7 +21,7 @@ from aidem.exceptions import (
     IdempotencyWarning,
 )
 from aidem.hooks import EventKind
-from aidem.serialization import UNAVAILABLE_TEXT, exception_from_text, result_from_text, result_text
+from aidem.serialization import UNAVAILABLE_TEXT, exception_from_text, result_from_text, round_trip
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
@@ -141,7 +141,9 @@ async def execute(
         if await call.fail(error):
             raise
         return await replayed_value(call)  # the error would have been the outcome, but another call's counts
-    if not await call.complete(recording.text, recording.kind):
+    is_ours = await call.complete(recording.text, recording.kind)
+    recording.raise_interruption()
+    if not is_ours:
         return await replayed_value(call)
     recording.warn_if_unavailable(call)
     return recording.value
@@ -202,24 +204,39 @@ class Recording:
         text: What is stored.
         kind: None for a result, `UNAVAILABLE` where it cannot be stored.
         value: What the first caller gets.
+        interruption: What a signal handler raised meanwhile, such as Celery's soft time limit. The effect has happened,
+            so the result is recorded first.
     """
 
-    __slots__ = ("kind", "text", "value")
+    __slots__ = ("interruption", "kind", "text", "value")
 
-    def __init__(self, text: str, kind: OutcomeKind | None, value: Any) -> None:
+    def __init__(self, text: str, kind: OutcomeKind | None, value: Any, interruption: Exception | None = None) -> None:
         self.text = text
         self.kind = kind
         self.value = value
+        self.interruption = interruption
 
     @classmethod
     def of(cls, result: Any, serializer: OutputSerializer, *, function: str) -> Recording:
         """Turn a result into text and back; if that fails, its text says that the result is unavailable."""
-        try:
-            text = result_text(result, serializer)
-            return cls(text, None, result_from_text(text, serializer))
-        except IdempotencySerializationError as exc:
-            logger.error("the result of %s cannot be replayed: %s", function, exc)  # noqa: TRY400 - no trace: it may show the result
-            return cls(UNAVAILABLE_TEXT, OutcomeKind.UNAVAILABLE, result)
+        interruption = None
+        for _ in range(2):  # what interrupts does so once
+            try:
+                text, value = round_trip(result, serializer)
+                return cls(text, None, value, interruption)
+            except IdempotencySerializationError as fault:
+                reason = str(fault)
+                break
+            except Exception as error:  # noqa: BLE001 - whatever a signal handler raises
+                interruption = error
+                reason = f"{type(error).__name__} was raised while it was turned into text"
+        logger.error("the result of %s cannot be replayed: %s", function, reason)
+        return cls(UNAVAILABLE_TEXT, OutcomeKind.UNAVAILABLE, result, interruption)
+
+    def raise_interruption(self) -> None:
+        """Raise what was held up until the result was recorded."""
+        if self.interruption is not None:
+            raise self.interruption
 
     @staticmethod
     def warn_if_unavailable(call: Call) -> None:

@@ -48,6 +48,7 @@ def encode(value: Any) -> str:
 
     Raises:
         NotEncodableError: The value, or something in it, is of another type, circular or too deep.
+        Exception: What interrupted the encoder and is no fault of the value, such as Celery's soft time limit.
     """
     try:
         return "".join(_chunks(value, 0))
@@ -146,7 +147,7 @@ def decode(text: str) -> Any:
 
 
 def explain(value: Any, error: Exception) -> NotEncodableError:
-    """Find out where and why encoding `value` ended in `error`."""
+    """Find out where and why encoding `value` ended in `error`, which is raised again if the value has no fault."""
     try:
         _check(value, "$", frozenset())
     except NotEncodableError as found:
@@ -155,7 +156,7 @@ def explain(value: Any, error: Exception) -> NotEncodableError:
         pass  # the walk is no deeper than the data: the error itself says the rest
     if isinstance(error, RecursionError):
         return NotEncodableError("$", "is nested too deeply")
-    return NotEncodableError("$", f"cannot be encoded: {type(error).__name__}")
+    raise error
 
 
 def _check(value: Any, path: str, ancestors: frozenset[int]) -> None:

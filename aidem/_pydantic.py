@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Final, Self
+from types import UnionType
+from typing import TYPE_CHECKING, Any, Final, Self, Union, get_args, get_origin
 
+from aidem._annotations import bare, declared_by, parts
 from aidem._distribution import how_to_install
-from aidem._json import encode
+from aidem._json import encode, loaded
+from aidem._rebuild import MisfitError
 from aidem.exceptions import (
     IdempotencyModelTypeError,
     IdempotencyNoSerializationModelError,
@@ -35,6 +38,8 @@ class PydanticSerializer:
 
     def __init__(self, model: Any) -> None:
         self._adapter = _adapter(model)
+        self._validate = _own_validation(model)
+        self.declared = declared_by(model)
 
     @classmethod
     def instantiate(cls, model_type: Any) -> Self:
@@ -48,7 +53,8 @@ class PydanticSerializer:
 
     def to_dict(self, data: Any) -> Any:
         """Return the JSON data of a result."""
-        return self._adapter.dump_python(data, mode="json", round_trip=True, by_alias=False, warnings=False)
+        by_alias = self._validate is not None
+        return self._adapter.dump_python(data, mode="json", round_trip=True, by_alias=by_alias, warnings=False)
 
     def from_dict(self, data: Any) -> Any:
         """Rebuild the result from its JSON data.
@@ -59,8 +65,12 @@ class PydanticSerializer:
         from pydantic import ValidationError
 
         try:
+            if self._validate is not None:
+                return self._validate(data)
             # As JSON, because strict models and encoded bytes are read back only from there.
             return self._adapter.validate_json(encode(data), by_alias=True, by_name=True)
+        except MisfitError as misfit:
+            raise IdempotencySerializationError(f"the stored result does not fit the model: {misfit}") from misfit.cause
         except ValidationError as error:
             # Its own message shows the values, so it is neither quoted nor chained.
             raise IdempotencySerializationError(f"the stored result does not fit the model: {_faults(error)}") from None
@@ -89,6 +99,28 @@ def _adapter(model: Any) -> TypeAdapter[Any]:
             "and import at run time what its annotations name"
         ) from error
     return adapter
+
+
+def _own_validation(model: Any) -> Callable[[Any], Any] | None:
+    """Return what rebuilds models whose class validates by a `model_validate` of its own, as SQLModel's do.
+
+    pydantic would call their `__init__`, and that of a table of SQLModel validates nothing.
+    """
+    if _validates_by_itself(model):
+        validate: Callable[[Any], Any] = model.model_validate
+        return validate
+    annotation = bare(model)
+    members = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else ()
+    if sum(map(is_pydantic, members)) > 1 or not any(map(_validates_by_itself, parts(annotation))):
+        return None
+    from aidem._shapes import rebuilder  # which makes a PydanticSerializer of every model in the annotation
+
+    return rebuilder(annotation)
+
+
+def _validates_by_itself(cls: Any) -> bool:
+    own = getattr(getattr(cls, "model_validate", None), "__func__", None)
+    return is_pydantic(cls) and own not in (None, loaded("pydantic", "BaseModel").model_validate.__func__)
 
 
 def _faults(error: ValidationError) -> str:

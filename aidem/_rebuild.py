@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import binascii
 import dataclasses
-from functools import partial
+import datetime
 from typing import TYPE_CHECKING, Any, Self
 
 from aidem._json import decode, encode
@@ -55,6 +56,52 @@ def build_parsed(cls: type, parse: Build, kinds: AbstractSet[type], value: Any) 
         raise MisfitError(cls) from None  # the error would show the value
 
 
+def build_if_it_fits(build: Build, value: Any) -> Any:
+    """Rebuild a value, or leave the JSON data as it is where it is not what the annotation says."""
+    try:
+        return build(value)
+    except MisfitError:
+        return value
+
+
+def parse_instant(cls: Any, text: str) -> Any:
+    """Return the date, datetime or time of a text; a datetime is a date, too."""
+    if cls is datetime.date and len(text) > len("2026-01-02"):
+        return datetime.datetime.fromisoformat(text)
+    return cls.fromisoformat(text)
+
+
+def parse_text(cls: Callable[[str], Any], text: str) -> Any:
+    """Return what a class makes of a text."""
+    return cls(text)
+
+
+def duration_text(duration: datetime.timedelta) -> str:
+    """Return a duration as ISO 8601 writes it, in days and seconds."""
+    length = abs(duration)
+    sign = "" if duration == length else "-"
+    return f"{sign}P{length.days}DT{length.seconds}.{length.microseconds:06}S"
+
+
+def parse_duration(cls: Callable[..., datetime.timedelta], text: str) -> datetime.timedelta:
+    """Return the duration of a text that `duration_text` made."""
+    sign, _, length = text.rpartition("P")
+    days, _, seconds = length.removesuffix("S").partition("DT")
+    whole, _, fraction = seconds.partition(".")
+    duration = cls(days=int(days), seconds=int(whole), microseconds=int(fraction))
+    return -duration if sign else duration
+
+
+def bytes_text(value: bytes | bytearray) -> str:
+    """Return bytes as base64."""
+    return binascii.b2a_base64(value, newline=False).decode()
+
+
+def parse_bytes(cls: Callable[[bytes], Any], text: str) -> Any:
+    """Return the bytes of a text that `bytes_text` made."""
+    return cls(binascii.a2b_base64(text, strict_mode=True))
+
+
 def build_one_of(expected: Any, by_text: Mapping[str, Any], value: Any) -> Any:
     """Return the member of an Enum or Literal with this JSON text."""
     text = encode(value)
@@ -88,13 +135,11 @@ def _build_items(items: Sequence[Build], value: list[Any]) -> list[Any]:
 
 def build_mapping(key: Build, item: Build, value: Any) -> Any:
     """Rebuild a dict, whose keys JSON has turned into text."""
-    return {
-        _at(f".{name}", partial(_build_key, key), name): _at(f".{name}", item, part)
-        for name, part in _checked(dict, value).items()
-    }
+    return {_at(f".{name}", key, name): _at(f".{name}", item, part) for name, part in _checked(dict, value).items()}
 
 
-def _build_key(key: Build, name: str) -> Any:
+def build_key(key: Build, name: str) -> Any:
+    """Rebuild a key from the text that JSON has made of it."""
     try:
         return key(name)
     except MisfitError:
@@ -129,7 +174,7 @@ def build_dataclass(cls: type, fields: Mapping[str, Build], value: Any) -> Any:
         rebuilt = cls(**{name: part for name, part in built.items() if name in taken})
         for name, part in built.items():
             object.__setattr__(rebuilt, name, part)  # __post_init__ has changed it once, and not twice
-    except Exception as error:  # noqa: BLE001 - the user's own code
+    except (TypeError, ValueError) as error:  # a field is missing, or the user's own code refuses a value
         raise MisfitError(cls, cause=error) from None
     return rebuilt
 

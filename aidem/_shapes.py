@@ -15,13 +15,15 @@ from enum import Enum, Flag
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 
-from aidem._annotations import bare, filled_in, hints
+from aidem._annotations import bare, filled_in, hints, parts
 from aidem._json import NotEncodableError, decode, encode, loaded
 from aidem._pydantic import PydanticSerializer, is_pydantic
 from aidem._rebuild import (
     as_is,
     build_array,
     build_dataclass,
+    build_if_it_fits,
+    build_key,
     build_mapping,
     build_member,
     build_model,
@@ -29,6 +31,10 @@ from aidem._rebuild import (
     build_parsed,
     build_tuple,
     build_typed_dict,
+    parse_bytes,
+    parse_duration,
+    parse_instant,
+    parse_text,
 )
 from aidem.exceptions import IdempotencyModelTypeError
 
@@ -59,6 +65,31 @@ def rebuilder(annotation: Any) -> Build:
     return _Compiler().compile(annotation).build
 
 
+def lenient_rebuilder(annotation: Any) -> Build | None:
+    """Return the function that rebuilds what fits this annotation, and leaves the rest of the JSON data as it is.
+
+    Returns:
+        None where the JSON data is what the annotation stands for.
+
+    Raises:
+        IdempotencyModelTypeError: The annotation names something that cannot be rebuilt.
+    """
+    compiler = _Compiler(is_lenient=True)
+    shape = compiler.compile(annotation)
+    if compiler.unknown:
+        raise IdempotencyModelTypeError(f"JSON has nothing for {compiler.unknown[0].__qualname__}")
+    return None if shape.as_is else shape.build
+
+
+def names_more_than_json(annotation: Any) -> bool:
+    """Whether an annotation names a class that JSON data is no instance of."""
+    plain = {*_JSON_TYPES, *_OBJECTS, *(cls for cls, make in _ARRAYS.items() if make is list), object, types.UnionType}
+    return any(
+        isinstance(part, type) and part not in plain and part is not Any and not typing.is_typeddict(part)
+        for part in parts(annotation)
+    )
+
+
 class _Shape(NamedTuple):
     """How an annotation is rebuilt.
 
@@ -74,13 +105,30 @@ class _Shape(NamedTuple):
 
 
 class _Compiler:
-    """Compiles one annotation, and each dataclass in it once: a dataclass may contain itself."""
+    """Compiles one annotation, and each dataclass in it once: a dataclass may contain itself.
 
-    def __init__(self) -> None:
+    Attributes:
+        unknown: Classes of which JSON data can never be an instance.
+    """
+
+    def __init__(self, *, is_lenient: bool = False) -> None:
+        self.unknown: list[type] = []
         self._known: dict[Any, _Shape] = {}
+        self._is_lenient = is_lenient
+        self._aliases: list[Any] = []
 
     def compile(self, annotation: Any) -> _Shape:
-        annotation = bare(annotation)
+        if any(annotation is alias for alias in self._aliases):  # it contains itself
+            return self._leaf(object)
+        bared = bare(annotation)
+        self._aliases += [annotation] * (bared is not annotation)
+        shape = self._compile(bared)
+        return shape._replace(build=self._leniently(shape.build))
+
+    def _leniently(self, build: Build) -> Build:
+        return partial(build_if_it_fits, build) if self._is_lenient else build
+
+    def _compile(self, annotation: Any) -> _Shape:
         origin: Any = typing.get_origin(annotation) or annotation
         arguments = typing.get_args(annotation)
         if origin in (typing.Union, types.UnionType):
@@ -88,14 +136,14 @@ class _Compiler:
         if origin is Literal:
             return _one_of(annotation, arguments)
         if annotation is Any:
-            return _leaf(object)
+            return self._leaf(object)
         if not isinstance(origin, type):
             raise IdempotencyModelTypeError(f"{annotation!r} cannot be rebuilt from JSON; name a class there")
         if is_pydantic(origin):
             return _Shape(_OBJECT, partial(build_model, origin, PydanticSerializer(annotation)))
         if _has_fields(origin):
             return self._fields(annotation, origin, arguments)
-        return self._container(origin, arguments) or _leaf(origin)
+        return self._container(origin, arguments) or self._leaf(origin)
 
     def _union(self, annotation: Any, members: tuple[Any, ...]) -> _Shape:
         if sum(map(is_pydantic, members)) > 1:  # pydantic tells its models apart
@@ -115,28 +163,42 @@ class _Compiler:
     def _fields(self, annotation: Any, cls: Any, arguments: tuple[Any, ...]) -> _Shape:
         if annotation not in self._known:
             fields: dict[str, Build] = {}
-            build = build_typed_dict if typing.is_typeddict(cls) else build_dataclass
-            self._known[annotation] = _Shape(_OBJECT, partial(build, cls, fields))
+            is_dict = typing.is_typeddict(cls)
+            build = build_typed_dict if is_dict else build_dataclass
+            shape = self._known[annotation] = _Shape(_OBJECT, partial(build, cls, fields))
             chosen = dict(zip(getattr(cls, "__parameters__", ()), arguments, strict=False))
-            fields |= {name: self.compile(filled_in(hint, chosen)).build for name, hint in hints(cls).items()}
+            shapes = {name: self.compile(filled_in(hint, chosen)) for name, hint in hints(cls).items()}
+            fields |= {name: field.build for name, field in shapes.items()}
+            is_same = is_dict and all(field.as_is for field in shapes.values())
+            self._known[annotation] = shape._replace(as_is=is_same)
         return self._known[annotation]
 
     def _container(self, origin: Any, arguments: tuple[Any, ...]) -> _Shape | None:
         if origin in _ARRAYS:
             (item,) = map(self.compile, arguments or (Any,))
-            return _Shape(_ARRAY, partial(build_array, _ARRAYS[origin], item.build))
+            make = _ARRAYS[origin]
+            return _Shape(_ARRAY, partial(build_array, make, item.build), as_is=make is list and item.as_is)
         if origin in _OBJECTS:
-            key, item = map(self.compile, arguments or (Any, Any))
-            return _Shape(_OBJECT, partial(build_mapping, key.build, item.build))
+            names, items = arguments or (Any, Any)
+            key, item = self._compile(bare(names)), self.compile(items)
+            build_name = self._leniently(partial(build_key, key.build))
+            is_same = str in key.kinds and key.as_is and item.as_is
+            return _Shape(_OBJECT, partial(build_mapping, build_name, item.build), as_is=is_same)
         if origin is tuple and (not arguments or arguments[-1] is ...):
             return _Shape(_ARRAY, partial(build_array, tuple, self.compile((arguments or (Any,))[0]).build))
         if origin is tuple:
             return _Shape(_ARRAY, partial(build_tuple, tuple, [self.compile(item).build for item in arguments]))
-        if (make := getattr(origin, "_make", None)) is not None:  # a NamedTuple
-            return _Shape(
-                _ARRAY, partial(build_tuple, make, [self.compile(hint).build for hint in hints(origin).values()])
-            )
+        if hasattr(origin, "_make"):  # a NamedTuple
+            named = hints(origin)
+            items = [self.compile(named.get(name, Any)).build for name in origin._fields]
+            return _Shape(_ARRAY, partial(build_tuple, origin._make, items))
         return None
+
+    def _leaf(self, cls: Any) -> _Shape:
+        shape = _leaf(cls)
+        if not shape.kinds:
+            self.unknown.append(cls)
+        return shape
 
 
 def _has_fields(cls: Any) -> bool:
@@ -148,12 +210,16 @@ def _leaf(cls: Any) -> _Shape:
         return _Shape(_NUMBER, partial(build_parsed, cls, cls, _NUMBER))
     if issubclass(cls, Enum):
         return _one_of(cls, tuple(cls))
-    if issubclass(cls, datetime.date | datetime.time):
-        return _Shape(_TEXT, partial(build_parsed, cls, cls.fromisoformat, _TEXT))
     if issubclass(cls, loaded("decimal", "Decimal")):
         return _Shape(_NUMBER_OR_TEXT, partial(build_parsed, cls, cls, _NUMBER_OR_TEXT))
-    if issubclass(cls, (loaded("uuid", "UUID"), loaded("pathlib", "PurePath"))):
-        return _Shape(_TEXT, partial(build_parsed, cls, cls, _TEXT))
+    for bases, parse in (
+        ((datetime.date, datetime.time), parse_instant),
+        (datetime.timedelta, parse_duration),
+        ((bytes, bytearray), parse_bytes),
+        ((loaded("uuid", "UUID"), loaded("pathlib", "PurePath")), parse_text),
+    ):
+        if issubclass(cls, bases):
+            return _Shape(_TEXT, partial(build_parsed, cls, partial(parse, cls), _TEXT))
     kinds = frozenset(kind for kind in _JSON_TYPES if _is_a(kind, cls))
     return _Shape(kinds, partial(build_parsed, cls, as_is, kinds), as_is=True)
 

@@ -22,7 +22,7 @@ An error carries its facts as attributes, says what to do, and never prints a pa
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
     from aidem._record import DataRecord
@@ -31,27 +31,35 @@ if TYPE_CHECKING:
 class IdempotencyError(Exception):
     """The root of every error that aidem raises.
 
+    Every class takes the same arguments. Without a message it makes its own from the other ones, so that an error can
+    be made again from its `args`, as some task queues do.
+
     Attributes:
         key: The idempotency key, where one was known.
         record: The record that the error is about, where there is one.
         retry_after_seconds: After how many seconds a retry makes sense, where that is known.
     """
 
+    _template: ClassVar[str] = ""
+
     def __init__(
         self,
-        message: str,
+        message: str = "",
         *,
         key: str | None = None,
         record: DataRecord | None = None,
         retry_after_seconds: float | None = None,
+        reason: str = "",
     ) -> None:
-        super().__init__(message)
+        if key is None and record is not None:
+            key = record.idempotency_key
+        super().__init__(message or self._template.format(key=key, reason=reason))
         self.key = key
         self.record = record
         self.retry_after_seconds = retry_after_seconds
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Subclasses build their message from keyword arguments, so the default (class and args) would not rebuild them.
+        # A subclass may take other arguments than it hands on: the default (class and args) would not rebuild it.
         return (_restore, (type(self), self.args), self.__dict__)
 
 
@@ -74,26 +82,19 @@ class IdempotencyKeyError(IdempotencyError):
 class IdempotencyValidationError(IdempotencyError):
     """The key was used before with a payload whose validated part differs. Nothing was run."""
 
-    def __init__(self, *, record: DataRecord) -> None:
-        super().__init__(
-            f"the payload differs from the one first sent under idempotency key {record.idempotency_key!r}; "
-            "repeat the original payload, or use a new key",
-            key=record.idempotency_key,
-            record=record,
-        )
+    _template = (
+        "the payload differs from the one first sent under idempotency key {key!r}; "
+        "repeat the original payload, or use a new key"
+    )
 
 
 class IdempotencyAlreadyInProgressError(IdempotencyError):
     """Another execution of this key is running and did not end within `wait_timeout_seconds`."""
 
-    def __init__(self, *, key: str, record: DataRecord | None, retry_after_seconds: float) -> None:
-        super().__init__(
-            f"an execution with idempotency key {key!r} is already in progress; "
-            "retry later, or set wait_timeout_seconds to wait for its result",
-            key=key,
-            record=record,
-            retry_after_seconds=retry_after_seconds,
-        )
+    _template = (
+        "an execution with idempotency key {key!r} is already in progress; "
+        "retry later, or set wait_timeout_seconds to wait for its result"
+    )
 
 
 class IdempotencyInDoubtError(IdempotencyError):
@@ -102,38 +103,26 @@ class IdempotencyInDoubtError(IdempotencyError):
     key: str  # pyright: ignore[reportIncompatibleVariableOverride] - always there
     record: DataRecord  # pyright: ignore[reportIncompatibleVariableOverride] - always there
 
-    def __init__(self, *, record: DataRecord) -> None:
-        super().__init__(
-            f"the execution with idempotency key {record.idempotency_key!r} was abandoned and its effect may have "
-            "happened; find out, then call release(error.record) on the persistence layer to let it run again, "
-            "or complete(...) to record its result",
-            key=record.idempotency_key,
-            record=record,
-        )
+    _template = (
+        "the execution with idempotency key {key!r} was abandoned and its effect may have "
+        "happened; find out, then call release(error.record) on the persistence layer to let it run again, "
+        "or complete(...) to record its result"
+    )
 
 
 class IdempotencyLeaseLostError(IdempotencyError):
     """The claim went to somebody else while the function ran, and what the winner makes of it is not known."""
 
-    def __init__(self, *, key: str, record: DataRecord | None, reason: str) -> None:
-        super().__init__(
-            f"the claim of idempotency key {key!r} was lost: {reason}; the function's effect may have happened, "
-            "its result does not count",
-            key=key,
-            record=record,
-        )
+    _template = (
+        "the claim of idempotency key {key!r} was lost: {reason}; the function's effect may have happened, "
+        "its result does not count"
+    )
 
 
 class IdempotencyResultUnavailableError(IdempotencyError):
     """The effect happened once and will not be repeated; its result cannot be handed out again."""
 
-    def __init__(self, *, record: DataRecord, reason: str) -> None:
-        super().__init__(
-            f"the execution with idempotency key {record.idempotency_key!r} is done, "
-            f"but its outcome cannot be replayed: {reason}",
-            key=record.idempotency_key,
-            record=record,
-        )
+    _template = "the execution with idempotency key {key!r} is done, but its outcome cannot be replayed: {reason}"
 
 
 class IdempotencySerializationError(IdempotencyError):

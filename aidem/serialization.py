@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from types import GetSetDescriptorType, MemberDescriptorType
+from typing import TYPE_CHECKING, Any, Final, Protocol, cast
 
 from aidem._annotations import name_of, parts, return_annotation
-from aidem._dataclasses import DataclassSerializer
-from aidem._json import ENCODABLE, NotEncodableError, decode, encode
+from aidem._dataclasses import AnnotationSerializer, DataclassSerializer
+from aidem._json import ENCODABLE, NotEncodableError, decode, encode, loaded
+from aidem._losses import are_equal, hidden, lost
 from aidem._pydantic import PydanticSerializer, is_pydantic
+from aidem._shapes import lenient_rebuilder, names_more_than_json
 from aidem.exceptions import (
+    IdempotencyModelTypeError,
     IdempotencyNoSerializationModelError,
     IdempotencySerializationError,
     IdempotencyUsageError,
@@ -99,6 +103,7 @@ def resolve(
 
     Raises:
         IdempotencyModelTypeError: The return annotation does not suit the serializer.
+        IdempotencyUsageError: The function returns a response of Starlette or FastAPI.
         IdempotencyNoSerializationModelError: The class needs a return annotation, and none can be had.
         IdempotencyUsageError: The class cannot make a serializer.
     """
@@ -123,29 +128,96 @@ def _deduced(function: Callable[..., Any] | None) -> OutputSerializer:
     try:
         annotation = return_annotation(function)
     except Exception as error:  # noqa: BLE001 - whatever evaluating an annotation raises
-        _warn_once(name_of(function), error)
+        _warn_once(
+            name_of(function),
+            f"cannot be resolved: {error}; callers get plain JSON data unless you import at run time what it names, or "
+            "pass an output_serializer",
+        )
         return NoOpSerializer()
-    classes = [] if annotation is None else list(parts(annotation))
+    if annotation is None:
+        return NoOpSerializer()
+    _refuse_response(annotation, function)
+    classes = list(parts(annotation))
     if any(map(is_pydantic, classes)):
         return PydanticSerializer(annotation)
     if any(map(dataclasses.is_dataclass, classes)):
         return DataclassSerializer(annotation)
-    return NoOpSerializer()
+    return _of_standard_types(annotation, function)
 
 
-_unresolved: Final[set[str]] = set()
+def _of_standard_types(annotation: Any, function: Any) -> OutputSerializer:
+    try:
+        rebuild = lenient_rebuilder(annotation)
+    except IdempotencyModelTypeError as error:
+        if names_more_than_json(annotation):
+            _warn_once(
+                name_of(function),
+                f"does not say how results are rebuilt: {error}; callers get plain JSON data unless you pass an "
+                "output_serializer",
+            )
+        return NoOpSerializer()
+    return NoOpSerializer() if rebuild is None else AnnotationSerializer(annotation, rebuild)
 
 
-def _warn_once(name: str, error: Exception) -> None:
-    """Say that the results of a function will not be models, which may be meant: not every annotation names one."""
-    if name not in _unresolved:
-        _unresolved.add(name)
-        logger.warning(
-            "the return annotation of %s cannot be resolved: %s; callers get plain JSON data unless you import at run "
-            "time what it names, or pass an output_serializer",
-            name,
-            error,
+_warned: Final[set[str]] = set()
+
+
+def _warn_once(name: str, what: str) -> None:
+    """Say that the results of a function will not be what it is annotated to return."""
+    if name not in _warned:
+        _warned.add(name)
+        logger.warning("the return annotation of %s %s", name, what)
+
+
+def check_returns(function: Callable[..., Any]) -> None:
+    """Check what a function is annotated to return, as far as that can be told before its first call.
+
+    Raises:
+        IdempotencyUsageError: It returns a response of Starlette or FastAPI.
+    """
+    try:
+        annotation = return_annotation(function)
+    except Exception:  # noqa: BLE001 - names that are defined further down are there at the first call
+        return
+    _refuse_response(annotation, function)
+
+
+def _refuse_response(annotation: Any, function: Any) -> None:
+    response = loaded("starlette.responses", "Response")
+    for part in parts(annotation):
+        if isinstance(part, type) and issubclass(part, response):
+            raise IdempotencyUsageError(
+                f"{name_of(function)} returns a {part.__qualname__}, and HTTP responses cannot be replayed from JSON; "
+                "return the data that it is made of, let aidem.fastapi.IdempotentRoute or "
+                "aidem.asgi.IdempotencyMiddleware keep whole responses, or pass an output_serializer"
+            )
+
+
+def round_trip(result: Any, serializer: OutputSerializer) -> tuple[str, Any]:
+    """Return the text under which a result is stored, and what a replay will return for it.
+
+    Raises:
+        IdempotencySerializationError: It cannot be stored.
+        Exception: What a signal handler raised meanwhile.
+    """
+    text = result_text(result, serializer)
+    replayed = result_from_text(text, serializer)
+    path = _lost(result, replayed, serializer)
+    if path is not None and not are_equal(result, decode(text)):  # which was JSON, so nothing but validation changed it
+        raise IdempotencySerializationError(
+            f"the result cannot be stored: {path} would not come back as it was; "
+            "leave it out of the result, or pass an output_serializer that keeps it"
         )
+    return text, replayed
+
+
+def _lost(result: Any, replayed: Any, serializer: OutputSerializer) -> str | None:
+    """Return the path to what a replay would not bring back; a serializer of the user's own is not judged."""
+    if isinstance(serializer, PydanticSerializer | AnnotationSerializer):
+        return lost(result, replayed, serializer.declared)
+    if isinstance(serializer, NoOpSerializer):
+        return hidden(result, replayed)
+    return None
 
 
 def result_text(result: Any, serializer: OutputSerializer) -> str:
@@ -153,6 +225,7 @@ def result_text(result: Any, serializer: OutputSerializer) -> str:
 
     Raises:
         IdempotencySerializationError: It cannot be stored.
+        Exception: What a signal handler raised meanwhile.
     """
     if result is None:
         return _NONE_TEXT
@@ -165,6 +238,8 @@ def result_text(result: Any, serializer: OutputSerializer) -> str:
             f"the result cannot be stored: {error}; allowed are {ENCODABLE}, or pass an output_serializer"
         ) from error
     except Exception as error:
+        if not _fails(lambda: encode(serializer.to_dict(result))):
+            raise error.__cause__ or error  # noqa: B904 - pydantic wraps what is raised in a serializer of a field
         raise _failed(serializer, "to_dict", error) from error
 
 
@@ -173,6 +248,7 @@ def result_from_text(text: str, serializer: OutputSerializer) -> Any:
 
     Raises:
         IdempotencySerializationError: The text is not JSON, or the result cannot be rebuilt.
+        Exception: What a signal handler raised meanwhile.
     """
     if text == _NONE_TEXT:
         return None
@@ -185,7 +261,18 @@ def result_from_text(text: str, serializer: OutputSerializer) -> Any:
     except IdempotencySerializationError:
         raise
     except Exception as error:
+        if not _fails(lambda: serializer.from_dict(data)):
+            raise
         raise _failed(serializer, "from_dict", error) from error
+
+
+def _fails(action: Callable[[], object]) -> bool:
+    """Whether something fails again; an exception that does not return is a signal handler's, and is passed on."""
+    try:
+        action()
+    except Exception:  # noqa: BLE001 - whatever a serializer raises
+        return True
+    return False
 
 
 def _failed(serializer: OutputSerializer, method: str, error: Exception) -> IdempotencySerializationError:
@@ -196,11 +283,13 @@ def exception_text(error: Exception) -> str:
     """Return the text under which an exception is stored: its type's name and its arguments.
 
     Raises:
-        IdempotencySerializationError: The arguments, as JSON, do not rebuild it.
+        IdempotencySerializationError: The arguments, as JSON, do not rebuild all that it shows.
     """
     name = _type_name(type(error))
     try:
-        text = _EXCEPTION_PREFIX + encode({"args": list(error.args), "type": name})
+        made_by, args, *_ = cast("tuple[Any, ...]", error.__reduce__())  # an OSError's has the file, its args have not
+        args = args if made_by is type(error) else error.args
+        text = _EXCEPTION_PREFIX + encode({"args": args, "type": name})
         rebuilt = exception_from_text(text, (type(error),))
         same = _facts(rebuilt) == _facts(error)
     except Exception as fault:
@@ -223,15 +312,23 @@ def exception_from_text(text: str, allowed: tuple[type[Exception], ...]) -> Exce
         IdempotencySerializationError: It is of another type, or cannot be made.
     """
     try:
-        stored = decode(text.removeprefix(_EXCEPTION_PREFIX))
-        name, args = stored["type"], stored["args"]
-        cls = next((cls for cls in allowed if _type_name(cls) == name), None)
-        if cls is not None:
-            return cls(*args)
+        return _exception_from_text(text, allowed)
+    except IdempotencySerializationError:
+        raise
     except Exception as error:
+        if not _fails(lambda: _exception_from_text(text, allowed)):
+            raise
         raise IdempotencySerializationError(
             f"the stored exception cannot be made again: {type(error).__name__}"
         ) from error
+
+
+def _exception_from_text(text: str, allowed: tuple[type[Exception], ...]) -> Exception:
+    stored = decode(text.removeprefix(_EXCEPTION_PREFIX))
+    name, args = stored["type"], stored["args"]
+    for cls in allowed:
+        if _type_name(cls) == name:
+            return cls(*args)
     raise IdempotencySerializationError(f"the stored exception is of type {name}; list it in stored_exceptions")
 
 
@@ -240,5 +337,11 @@ def _type_name(cls: type) -> str:
 
 
 def _facts(error: Exception) -> tuple[Any, ...]:
+    """Return all that an exception shows: text, arguments, attributes, slots, and the fields of those written in C."""
     attributes = {name: value for name, value in vars(error).items() if name != "__notes__"}
-    return type(error), error.args, attributes
+    for cls in type(error).__mro__:
+        for name, member in vars(cls).items():
+            if isinstance(member, MemberDescriptorType | GetSetDescriptorType) and not name.startswith("__"):
+                attributes[name] = getattr(error, name, None)
+    # By their repr, or True would pass for 1, and the member of a StrEnum for its text.
+    return type(error), str(error), repr(error.args), attributes

@@ -214,8 +214,8 @@ class Uncopyable(str):
         raise OSError
 
 
-def test_a_fault_that_is_nowhere_in_the_data_is_named_by_its_error() -> None:
-    with pytest.raises(NotEncodableError, match=r"^\$ cannot be encoded: OSError$"):
+def test_an_error_that_no_fault_in_the_data_explains_is_let_through() -> None:
+    with pytest.raises(OSError, match=r"^$"):
         encode(Point(1, Uncopyable("x")))
 
 

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import copy
 import datetime
+import json
 import pickle
 import time
+from typing import Any
 
 import pytest
 
-from aidem import DataRecord, RecordStatus
+from aidem import DataRecord, RecordStatus, exceptions
 from aidem._record import OutcomeKind
-from aidem.exceptions import IdempotencyAlreadyInProgressError, IdempotencyError
+from aidem.exceptions import (
+    IdempotencyAlreadyInProgressError,
+    IdempotencyError,
+    IdempotencyPersistenceLayerError,
+)
 
 RECORD = DataRecord(
     idempotency_key="pay#1",
@@ -68,3 +74,35 @@ def test_an_error_keeps_its_facts_in_copies_and_pickles() -> None:
         assert (twin.key, twin.record, twin.retry_after_seconds) == ("pay#1", RECORD, 1.0)
         assert str(twin) == str(error)
         assert isinstance(twin, IdempotencyError)
+
+
+ERRORS = [cls for cls in vars(exceptions).values() if isinstance(cls, type) and issubclass(cls, Exception)]
+
+
+assert len(ERRORS) > 10
+
+
+@pytest.mark.parametrize("cls", ERRORS)
+def test_an_error_can_be_made_again_from_its_args_a_copy_or_a_pickle(cls: type[Exception]) -> None:
+    facts: dict[str, Any] = {}
+    if issubclass(cls, IdempotencyError):
+        facts = {"key": "pay#1", "record": RECORD, "retry_after_seconds": 1.0, "reason": "it is {gone}"}
+    for error in (cls("it is {gone}"), cls(**facts), cls()):
+        from_args = cls(*json.loads(json.dumps(error.args)))  # as a task queue sends them
+        for twin in (from_args, copy.copy(error), copy.deepcopy(error), pickle.loads(pickle.dumps(error))):
+            assert type(twin) is cls
+            assert str(twin) == str(error)
+            assert twin.args == error.args
+
+
+class TableGoneError(IdempotencyPersistenceLayerError):
+    def __init__(self, *, table: str) -> None:
+        super().__init__(f"the table {table} is gone")
+        self.table = table
+
+
+def test_an_error_of_somebody_elses_keeps_what_it_was_made_of_in_copies_and_pickles() -> None:
+    error = TableGoneError(table="payments")
+    for twin in (copy.copy(error), pickle.loads(pickle.dumps(error))):
+        assert isinstance(twin, TableGoneError)
+        assert (twin.table, str(twin)) == ("payments", str(error))

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from decimal import Decimal
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING, Annotated, Any, Generic, Literal, NamedTuple, NewType, TypedDict, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Literal, NamedTuple, NewType, TypedDict, TypeVar
 from uuid import UUID
 
 import pydantic
@@ -840,6 +840,47 @@ class ForgetfulError(Exception):
         self.code = code
 
 
+class SlottedError(Exception):
+    __slots__ = ("code",)
+
+    def __init__(self, message: str, *, code: int = 0) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class WellSlottedError(Exception):
+    __slots__ = ("_WellSlottedError__hidden", "code", "unset")
+
+    def __init__(self, code: int) -> None:
+        super().__init__(code)
+        self.code = self.__hidden = code
+
+
+class TalkativeError(Exception):
+    """Says more than its arguments and attributes hold."""
+
+    spoken: ClassVar[dict[int, str]] = {}
+
+    def __str__(self) -> str:
+        return self.spoken.get(id(self), "nothing")
+
+
+def talkative() -> Exception:
+    error = TalkativeError("x")
+    error.spoken[id(error)] = "secret"
+    return error
+
+
+class Reason(enum.StrEnum):
+    NO_FUNDS = "no funds"
+
+
+def changed(error: Exception, **attributes: Any) -> Exception:
+    for name, value in attributes.items():
+        setattr(error, name, value)
+    return error
+
+
 def test_an_exception_is_stored_by_name_and_arguments() -> None:
     error = DeclinedError("no", {"code": 5})
     assert exception_text(error) == (
@@ -849,17 +890,36 @@ def test_an_exception_is_stored_by_name_and_arguments() -> None:
 
 @pytest.mark.parametrize(
     "error",
-    [DeclinedError(), DeclinedError("no", [1, None]), InsufficientError(5), ValueError("x"), KeyError(1)],
+    [
+        DeclinedError(),
+        DeclinedError("no", [1, None]),
+        InsufficientError(5),
+        ValueError("x"),
+        KeyError(1),
+        SlottedError("x"),
+        WellSlottedError(5),
+        OSError("x"),
+        OSError(122, "quota exceeded"),
+        FileNotFoundError(2, "no such file", "a.txt"),
+        OSError(18, "cross-device link", "a.txt", None, "b.txt"),
+        UnicodeEncodeError("ascii", "\u00e9", 0, 1, "ordinal not in range(128)"),
+        UnicodeTranslateError("\u00e9", 0, 1, "no such character"),
+        ImportError("no module"),
+        SyntaxError("invalid"),
+    ],
     ids=repr,
 )
 def test_an_exception_is_made_again(error: Exception) -> None:
     error.add_note("a note is no part of it")
     again = exception_from_text(
-        exception_text(error), (OSError, DeclinedError, InsufficientError, ValueError, KeyError)
+        exception_text(error), (OSError, DeclinedError, InsufficientError, ValueError, KeyError, type(error))
     )
     assert type(again) is type(error)
     assert again.args == error.args
+    assert str(again) == str(error)
     assert again.__dict__.keys() <= error.__dict__.keys()
+    for name in ("code", "errno", "strerror", "filename", "filename2", "encoding", "object", "start", "end", "reason"):
+        assert getattr(again, name, None) == getattr(error, name, None)
 
 
 def shifting() -> Exception:
@@ -886,9 +946,23 @@ def attributed() -> Exception:
         attributed(),
         shifting(),
         UnicodeDecodeError("utf-8", b"secret", 0, 1, "bad"),
+        changed(UnicodeEncodeError("ascii", "secret", 0, 1, "bad"), start=2),
+        changed(OSError(2, "secret"), strerror="another secret"),
+        changed(OSError("secret"), filename="secret"),
+        SlottedError("secret", code=3),
+        changed(WellSlottedError(1), unset="secret"),
+        talkative(),
+        ImportError("x", name="secret"),
+        AttributeError("x", name="secret"),
+        NameError("x", name="secret"),
+        SyntaxError("x", ("secret", 1, 2, "secret")),
+        changed(StopIteration(1), value="secret"),
+        ExceptionGroup("secret", [ValueError("secret")]),
+        DeclinedError(Reason.NO_FUNDS),
+        DeclinedError({"secret": True, "of": [Reason.NO_FUNDS]}),
         IdempotencyValidationError.__new__(IdempotencyValidationError, "x"),
     ],
-    ids=range(10),
+    ids=range(24),
 )
 def test_an_exception_that_its_arguments_do_not_make_again_is_refused(error: Exception) -> None:
     name = f"{type(error).__module__}.{type(error).__qualname__}"
