@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final, cast
 from aidem import _state
 from aidem._record import DataRecord, OutcomeKind, RecordStatus
 from aidem.exceptions import IdempotencyInvalidStatusError
+from aidem.persistence._redis_scripts import GIVEN_UP
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -96,7 +97,10 @@ class RecordText:
 
 
 def durations(record: DataRecord, *, now: float) -> tuple[str | int, str | int, str | int]:
-    """Return how many milliseconds after `now` its expiry, its in-progress expiry and its lease expiry come."""
+    """Return how many milliseconds after `now` its expiry, its in-progress expiry and its lease expiry come.
+
+    The last one is `GIVEN_UP` where the record is.
+    """
     start = _state.milliseconds(now)
     expiry, in_progress, lease = (
         record.expiry_timestamp,
@@ -106,7 +110,7 @@ def durations(record: DataRecord, *, now: float) -> tuple[str | int, str | int, 
     return (
         "" if expiry is None else expiry * 1000 - start,
         "" if in_progress is None else in_progress - start,
-        "" if lease is None else lease - start,
+        "" if lease is None else GIVEN_UP if lease == _state.GIVEN_UP else lease - start,
     )
 
 
