@@ -78,9 +78,10 @@ class PersistenceLayer(Protocol):
 
         Absent, expired or lapsed: `Claimed`, with the fence and the instants as stored. The new fence is the fence
         found plus one, or the time of the claim in milliseconds where there is no record; it is higher than every
-        earlier fence of the key, over take-over, release and expiry alike, as far as clocks agree; claims of one layer
-        instance get growing fences though the clock stands still. Nothing of the record found is left: no result, no outcome, no validation hash. A record that is already ours is `Claimed`
-        too, as found: the reply to an earlier try was lost. Everything else is `Blocked`, with the record found.
+        earlier fence of the key, over take-over, release and expiry alike, as far as clocks agree; within one layer
+        instance it is higher though the clock stands still. Nothing of the record found is left: no result, no outcome,
+        no validation hash. A record that is already ours is `Claimed` too, as found: the reply to an earlier try was
+        lost. Everything else is `Blocked`, with the record found.
         Layers that judge by their callers' clocks add `max_clock_skew_seconds` to a foreign lease.
         """
         ...

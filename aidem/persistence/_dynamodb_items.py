@@ -7,7 +7,8 @@ from decimal import Decimal
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from aidem._record import DataRecord, OutcomeKind, RecordStatus
-from aidem.exceptions import IdempotencyInvalidStatusError, IdempotencyPersistenceConfigError
+from aidem.exceptions import IdempotencyInvalidStatusError
+from aidem.persistence._attribute_names import check_names
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -43,14 +44,7 @@ class Attributes:
 
     def __post_init__(self) -> None:
         names = [getattr(self, field.name) for field in fields(self) if field.name != "static_pk_value"]
-        given = [name for name in names if name is not None]
-        if len({*given}) < len(given) or not all(given):
-            twice = sorted({name for name in given if given.count(name) > 1})
-            raise IdempotencyPersistenceConfigError(
-                f"every attribute needs a name of its own: {twice} is used more than once"
-                if twice
-                else "every attribute needs a name: one of them is empty"
-            )
+        check_names([name for name in names if name is not None])
 
     def primary_key(self, key: str) -> Item:
         """Return the attributes that name the item of an idempotency key."""

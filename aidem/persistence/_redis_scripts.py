@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Final
 
+from aidem.persistence._attribute_names import check_names
+
 RELEASED: Final = "aidem:released:"
 LONGEST_RELEASED_SECONDS: Final = 10
 LOCK_SECONDS: Final = 10
@@ -49,6 +51,9 @@ class AttributeNames:
     fence: str = "fence"
     lease_expiry: str = "lease_expiration"
     outcome: str = "outcome"
+
+    def __post_init__(self) -> None:
+        check_names([getattr(self, name) for name in self.__slots__])
 
 
 class Script:

@@ -86,6 +86,9 @@ class DynamoDBPersistenceLayer:
             asynchronous, not open, or comes with what would make one.
     """
 
+    # Slots: what is set on a layer by mistake, such as `layer.client = ...`, is refused.
+    __slots__ = ("__weakref__", "_attributes", "_clients", "_guard", "_last_fence", "_requests", "clock")
+
     def __init__(
         self,
         table_name: str,
@@ -203,7 +206,7 @@ class DynamoDBPersistenceLayer:
         await self._ask(lambda client: _dynamodb_table.check(client, self._requests))
 
     async def create_table(self) -> None:
-        """Create the table with its TTL, for development; one that exists is checked.
+        """Create the table with its TTL, for development; one that exists is checked, and waited for while it is made.
 
         Raises:
             IdempotencyPersistenceConfigError: It exists with other keys, or may not be created.
@@ -215,8 +218,8 @@ class DynamoDBPersistenceLayer:
         await self._clients.aclose()
 
     async def __aenter__(self) -> Self:
-        """Open the layer."""
-        await self.open()
+        """Open the layer; a table that is missing is logged, so that `create_table` may be called inside."""
+        await self._ask(lambda client: _dynamodb_table.check(client, self._requests, may_be_missing=True))
         return self
 
     async def __aexit__(

@@ -56,8 +56,9 @@ class HoldingTests(LayerTests):
         )
         for options in kinds:
             claimed = await trial.claimed(trial.claim(**options))
-            for shorter in ({"lease_seconds": 1}, {"lease_seconds": 1, "may_be_taken_over": False}):
-                assert await trial.renew(trial.claim(**shorter)) == claimed
+            for may_be_taken_over in (True, False):
+                shorter = trial.claim(lease_seconds=1, may_be_taken_over=may_be_taken_over)
+                assert await trial.renew(shorter) == claimed
             assert await trial.renew(trial.claim(lease_seconds=None, kept_seconds=1)) == claimed
             assert await trial.stored() == claimed
             await trial.layer.forget(trial.key)

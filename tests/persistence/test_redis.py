@@ -4,10 +4,12 @@ import asyncio
 import json
 import re
 import time
+import traceback
 from collections.abc import AsyncGenerator, Iterator
 from typing import Any
 
 import pytest
+from fakeredis import FakeAsyncRedis
 
 from aidem._record import OutcomeKind, RecordStatus
 from aidem._state import Blocked, Claimed
@@ -477,9 +479,91 @@ class NotAClient:
         ({"url": "redis://user:secret@host:port/0"}, r"names no Redis server; write redis://"),
         ({"url": NotAClient()}, r"url must be text, such as redis://host:6379/0; a client is passed as client="),
         ({"client": NotAClient()}, r"redis\.asyncio\.Redis or RedisCluster, not .*NotAClient"),
+        ({"host": "host", "data_attr": "status"}, r"a name of its own: \['status'\] is used more than once"),
+        ({"host": "host", "owner_attr": ""}, "every attribute needs a name: one of them is empty"),
     ],
 )
 def test_options_that_cannot_work_are_refused_at_once(options: dict[str, Any], message: str) -> None:
     with pytest.raises(IdempotencyPersistenceConfigError, match=message) as refused:
         RedisPersistenceLayer(**options)
     assert "secret" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis://:sec/ret@host:6379/0",
+        "redis://:1/secret@host:6379/0",
+        "redis://:at@sec/ret@host:6379/0",
+        "redis://:sec#ret@host:6379/0",
+        "redis://:at@sec#ret@host",
+        "redis://:at@secret#",
+        "redis://:sec?ret@host:6379/0",
+        "redis://:at@sec?ret@host:6379/0",
+        "redis://:at@sec?ret=1@host:6379/0",
+        "redis://user:secret\u2100@host:6379/0",
+        "redis://user:[secret@host:6379/0",
+        "unix://:sec/ret@/run/redis.sock",
+        "redis+cluster://:sec/ret@host,host2",
+        "redis+cluster://:at@sec#ret@host,host2",
+        "redis+sentinel://:sec/ret@host/service/0",
+        "redis+sentinel://:sec#ret@host/service/0",
+    ],
+)
+def test_a_password_that_is_not_percent_encoded_is_refused_and_shown_nowhere(url: str) -> None:
+    with pytest.raises(IdempotencyPersistenceConfigError, match="percent-encode @ : /") as refused:
+        RedisPersistenceLayer(url)
+    shown = "".join(traceback.format_exception(refused.value))
+    assert not {part for part in ("sec/", "sec#", "sec?", "secret", "ret@") if part in shown}
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis://host/abc",
+        "redis://host/0/1",
+        "redis://host/-1",
+        "redis://host?unknown=1",
+        "redis://host?retry_everything=1",
+        "redis://host?db=x",
+        "redis://host?protocol=9",
+        "rediss://host?ssl_cert_reqs=sometimes",
+        "redis+cluster://host,host2?unknown=1",
+        "redis+sentinel://host/service/abc",
+        "redis+sentinel://host/service/0?unknown=1",
+        "redis+sentinel://host/service/0?sentinel_unknown=1",
+    ],
+)
+def test_what_redis_does_not_know_in_a_url_is_refused_at_once(url: str) -> None:
+    with pytest.raises(IdempotencyPersistenceConfigError, match="Use no option that redis-py does not know"):
+        RedisPersistenceLayer(url)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis://host",
+        "redis://host/",
+        "redis://host:6379/12?client_name=payments&socket_connect_timeout=3&max_connections=4",
+        "rediss://payments:p%40%2F%23%3F@host/0?ssl_check_hostname=False",
+        "unix:///run/redis%40home.sock?db=1",
+        "redis+cluster://payments:a@b@host:1,host2",
+        "rediss+sentinel://host,host2/service?sentinel_password=secret&ssl_check_hostname=False",
+    ],
+)
+def test_what_redis_knows_in_a_url_is_taken(url: str) -> None:
+    RedisPersistenceLayer(url)
+
+
+async def test_a_client_that_leads_to_no_server_is_refused_and_the_memory_layer_named() -> None:
+    layer = RedisPersistenceLayer(client=FakeAsyncRedis())
+    with pytest.raises(
+        IdempotencyPersistenceConfigError, match=r"fakeredis\..*Connection, .*MemoryPersistenceLayer\(\)"
+    ):
+        await layer.get("key")
+
+
+def test_what_is_set_on_a_layer_by_mistake_is_refused(server: RedisServer) -> None:
+    layer: Any = RedisPersistenceLayer(server.url)
+    with pytest.raises(AttributeError, match="client"):
+        layer.client = NotAClient()
