@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from aidem._record import DataRecord, OutcomeKind, RecordStatus
 from aidem.exceptions import IdempotencyInvalidStatusError
-from aidem.persistence._attribute_names import check_names
+from aidem.persistence._stored import NOT_A_TEXT, check_names, text
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
 Item: TypeAlias = "dict[str, dict[str, Any]]"
 """Attributes as they are on the wire: by name, each a dict of its type and its value."""
+
+_ABSENT: Final[dict[str, Any]] = {"NULL": True}
 
 NUMBERS: Final = ("expiry", "in_progress_expiry", "lease_expiry", "fence")
 
@@ -108,17 +110,19 @@ def number(value: object) -> dict[str, str]:
 
 
 def _text(item: Item, name: str) -> str | None:
-    value = item.get(name, {}).get("S")
-    return None if value is None else str(value)
+    """Return a text; an attribute of another type than S is none, but for NULL, which is no attribute."""
+    ((kind, value),) = item.get(name, _ABSENT).items()
+    return None if kind == "NULL" else text(value) if kind == "S" else NOT_A_TEXT
 
 
 def _number(item: Item, name: str) -> int | None:
     """Return a number that some library may have stored as a fraction or as text."""
-    attribute = item.get(name, {})
-    text = attribute.get("N", attribute.get("S"))
-    if text is None:
+    ((kind, value),) = item.get(name, _ABSENT).items()
+    if kind == "NULL":
         return None
+    if kind not in {"N", "S"}:
+        raise ValueError
     try:
-        return int(text)
+        return int(value)
     except ValueError:
-        return int(Decimal(text))
+        return int(Decimal(value))

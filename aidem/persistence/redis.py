@@ -249,7 +249,11 @@ class RedisPersistenceLayer:
             )
         if verdict == Verdict.REFUSED:
             return Blocked(record, now / 1000)
-        return Claimed(record, taken_over=verdict == Verdict.TAKEN_OVER)
+        if verdict == Verdict.ORPHAN:
+            logger.warning(
+                "Redis: a text that is no record stood under %s, and gave way to a claim; see who writes it", key
+            )
+        return Claimed(record, taken_over=verdict in {Verdict.TAKEN_OVER, Verdict.ORPHAN})
 
     def _is_stored(self, record: DataRecord, verdict: int, now: int, found: bytes) -> bool:
         if verdict == Verdict.STORED:

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import asyncio
 import json
 import re
 import time
@@ -11,6 +10,7 @@ from typing import Any
 import pytest
 from fakeredis import FakeAsyncRedis
 
+from aidem import IdempotencyConfig, idempotent_function
 from aidem._record import OutcomeKind, RecordStatus
 from aidem._state import Blocked, Claimed
 from aidem.exceptions import (
@@ -19,7 +19,9 @@ from aidem.exceptions import (
     IdempotencyPersistenceLayerError,
     IdempotencySerializationError,
 )
+from aidem.hooks import EventKind, IdempotencyEvent
 from aidem.persistence import PersistenceLayer, SupportsWaitForChange
+from aidem.persistence._stored import NOT_A_TEXT
 from aidem.persistence.redis import MAX_RECORD_BYTES, RedisCachePersistenceLayer, RedisPersistenceLayer
 from aidem.testing import FakeClock, claim_of, completed_of
 from tests.persistence.redis_support import acquired, claimed, client_of, completed, stored
@@ -280,17 +282,25 @@ async def test_the_fence_grows_over_a_release_though_the_clock_does_not(server: 
     assert fences == [fences[0], fences[0] + 1, fences[0] + 2]
 
 
-async def test_a_release_within_the_millisecond_of_the_fence_remembers_it_for_that_millisecond(
+async def test_the_fence_of_a_released_claim_is_remembered_until_the_clock_is_past_it(
+    layer: RedisPersistenceLayer, client: Any
+) -> None:
+    claim = await claimed(layer)
+    fence = int(time.time() * 1000) + 5000
+    await client.set("key", json.dumps(json.loads(await client.get("key")) | {"fence": fence}))
+    assert await layer.release(claim)
+    assert await client.get("key") == f"aidem:released:{fence}"
+    assert 1 <= await client.pttl("key") <= 5001
+
+
+async def test_a_fence_is_remembered_while_a_clock_that_was_given_stands_still(
     server: RedisServer, client: Any
 ) -> None:
     clock = FakeClock()
-    async with RedisPersistenceLayer(server.url, clock=clock) as layer, client.monitor() as monitor:
+    async with RedisPersistenceLayer(server.url, clock=clock) as layer:
         claim = await layer.acquire(claim_of("key", now=clock()), now=clock())
         assert await layer.release(claim.record)
-        async with asyncio.timeout(20):
-            while "aidem:released:" not in (command := (await monitor.next_command())["command"]):
-                pass
-    assert command == f"SET key aidem:released:{claim.record.fence} PX 1"
+        assert 5_000 < await client.pttl("key") <= 10_000
 
 
 async def test_a_release_leaves_nothing_behind_once_the_clock_is_past_its_fence(
@@ -391,6 +401,52 @@ async def test_taking_an_orphan_over_sets_the_lock_that_powertools_looks_for(
     await claimed(layer)
     assert await client.get("key:lock") == "aidem"
     assert 5 < await client.ttl("key:lock") <= 10
+
+
+class Events:
+    """A hook that notes what happened."""
+
+    def __init__(self) -> None:
+        self.kinds = list[EventKind]()
+
+    def on_event(self, event: IdempotencyEvent) -> None:
+        self.kinds.append(event.kind)
+
+
+@pytest.mark.parametrize("text", [b"no json", b"[]", b'{"status": 5}', b"", b"\xff", b"aidem:released:soon"])
+async def test_taking_over_a_text_that_is_no_record_is_told(
+    server: RedisServer, client: Any, text: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    events = Events()
+    async with RedisPersistenceLayer(server.url, shared_with_powertools=False) as layer:
+
+        @idempotent_function(persistence_store=layer, config=IdempotencyConfig(hooks=(events,)))
+        async def charge(order_id: str) -> str:
+            return order_id
+
+        await charge("o-1")
+        (key,) = [key async for key in client.scan_iter()]
+        caplog.clear()
+        assert EventKind.TAKEN_OVER not in events.kinds
+        await client.set(key, text)
+        await charge("o-1")
+    assert events.kinds.count(EventKind.TAKEN_OVER) == 1
+    assert [record.getMessage() for record in caplog.records] == [
+        f"Redis: a text that is no record stood under {key}, and gave way to a claim; see who writes it"
+    ]
+
+
+@pytest.mark.parametrize("value", [5, ["ours"], {"S": "ours"}, True])
+@pytest.mark.parametrize("field", ["data", "owner", "validation"])
+async def test_values_of_another_type_are_nobodys_and_no_results(
+    layer: RedisPersistenceLayer, client: Any, field: str, value: object
+) -> None:
+    await client.set("key", json.dumps(json.loads(lapsed("earlier")) | {field: value}))
+    record = await layer.get("key")
+    assert record is not None
+    name = {"data": "response_data", "validation": "payload_hash"}.get(field, field)
+    assert getattr(record, name) == NOT_A_TEXT
+    assert hash(record) == hash(record)
 
 
 @pytest.mark.parametrize("orphan", ORPHANS, ids=["lapsed", "expired", "undecodable"])
