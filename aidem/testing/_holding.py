@@ -78,16 +78,18 @@ class HoldingTests(LayerTests):
     async def test_a_claim_that_is_given_up_is_in_doubt_at_once_and_not_renewed_any_more(self, trial: Trial) -> None:
         """Not by a renewal that was sent before; giving up may be repeated, and counts from no clock."""
         claimed = await trial.claimed(trial.claim(may_be_taken_over=False, payload_hash="hash"))
+        given_up = claimed.replace(lease_expiry_timestamp=GIVEN_UP)
         for _ in range(2):
-            answer = await trial.layer.renew(claimed.replace(lease_expiry_timestamp=GIVEN_UP), now=trial.clock() - 1)
+            answer = await trial.layer.renew(given_up, now=trial.clock() - 1)
             assert answer is not None
             assert answer.lease_expiry_timestamp == GIVEN_UP
             assert timeless(answer) == timeless(claimed)
             assert await trial.stored() == answer
+        stored = await trial.stored()
         assert await trial.renew(trial.claim(may_be_taken_over=False, kept_seconds=2 * KEPT_SECONDS)) is None
         assert await trial.renew(trial.claim(lease_seconds=None, kept_seconds=2 * KEPT_SECONDS)) is None
         await trial.blocked(trial.claim("theirs"))
-        assert await trial.stored() == answer
+        assert await trial.stored() == stored
         assert await trial.release(claimed)
 
     async def test_renew_holds_a_claim_that_lapsed_and_that_nobody_took(self, trial: Trial) -> None:
