@@ -232,8 +232,7 @@ class ClaimedRecord:
         return self._plan.layer.renew(_state.renewal(self.record, lease=self._lease, now=now), now=now)
 
     def _abandon(self) -> Awaitable[DataRecord | None]:
-        now = self._plan.clock()
-        return self._plan.layer.renew(_state.abandoned(self.record, now=now), now=now)
+        return self._plan.layer.renew(_state.abandoned(self.record), now=self._plan.clock())
 
     async def _released(self, held_off: HeldOff) -> bool:
         """Release it; False: it is not ours any more."""

@@ -64,7 +64,8 @@ class DataRecord(_Fields):
         status: `INPROGRESS` or `COMPLETED`.
         expiry_timestamp: Epoch seconds after which the record counts as absent; None: never.
         in_progress_expiry_timestamp: Epoch milliseconds after which another caller may take over; None: never.
-        lease_expiry_timestamp: Epoch milliseconds at which a claim that nobody may take over becomes in doubt.
+        lease_expiry_timestamp: Epoch milliseconds at which a claim that nobody may take over becomes in doubt; 0: its
+            owner left it in doubt.
         response_data: The stored text of the outcome; None while there is none.
         outcome: None for a result, else an `OutcomeKind`.
         payload_hash: Hash of the validated part of the payload; `""`: not validated.

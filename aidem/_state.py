@@ -17,6 +17,8 @@ The rules, each in one place:
   has purged it already.
 - *lapsed*: INPROGRESS and `in_progress_expiry < now`, in milliseconds. A lapsed claim may be taken over.
 - *in doubt*: INPROGRESS, never to be taken over, and `lease_expiry < now`: its owner vanished.
+- *given up*: INPROGRESS, never to be taken over, and `lease_expiry == 0`: its owner left it in doubt. That is final: a
+  renewal that arrives late must not make it look held again.
 - *ours*: the stored owner is our token and the status is INPROGRESS. Only then may we renew or release; we may
   complete also where no record is left. A record without an owner is somebody else's.
 """
@@ -25,10 +27,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum, auto
-from math import ceil
-from typing import NamedTuple
+from math import ceil, inf
+from typing import Final, NamedTuple
 
 from aidem._record import DataRecord, OutcomeKind, RecordStatus
+
+GIVEN_UP: Final = 0
+"""The lease expiry of a claim that its owner left in doubt; no lease that merely passed ends then."""
 
 # --- What layers answer ---------------------------------------------------------------------------------------------
 
@@ -112,6 +117,19 @@ def blocks_for_seconds(record: DataRecord, *, now: float) -> float | None:
     return min(ends) - now if ends else None
 
 
+def is_given_up(record: DataRecord) -> bool:
+    """Whether the record is a claim that its owner left in doubt at once."""
+    return lease_end(record) == GIVEN_UP
+
+
+def held_until(record: DataRecord) -> float:
+    """Return until when the claim holds, in epoch milliseconds: the end of its lease, or without one its expiry."""
+    end = lease_end(record)
+    if end is not None:
+        return end
+    return inf if record.expiry_timestamp is None else record.expiry_timestamp * 1000
+
+
 # --- The operations of a layer, given the record found --------------------------------------------------------------
 
 
@@ -151,9 +169,18 @@ def complete(found: DataRecord | None, record: DataRecord, *, now: float) -> Com
 
 
 def renewed(found: DataRecord | None, record: DataRecord) -> DataRecord | None:
-    """Return what is stored with the instants of `record`; None: the claim is not ours any more."""
+    """Return what is stored after a renewal to the instants of `record`; None: the claim is not ours any more.
+
+    Renewals may arrive late, twice and out of order. One that would move the claim back changes nothing, as does one
+    of a claim that was given up meanwhile: nobody may be told that it is held.
+    """
     if found is None or not is_held_by(found, record.owner):
         return None
+    if not is_given_up(record):
+        if is_given_up(found):
+            return None
+        if held_until(record) < held_until(found):
+            return found
     return found.replace(
         expiry_timestamp=record.expiry_timestamp,
         in_progress_expiry_timestamp=record.in_progress_expiry_timestamp,
@@ -243,9 +270,9 @@ def renewal(claimed: DataRecord, *, lease: Lease, now: float) -> DataRecord:
     )
 
 
-def abandoned(claimed: DataRecord, *, now: float) -> DataRecord:
-    """Return a claim that is in doubt at once."""
-    return claimed.replace(lease_expiry_timestamp=milliseconds(now) - 1)
+def abandoned(claimed: DataRecord) -> DataRecord:
+    """Return a claim that is given up: in doubt at once."""
+    return claimed.replace(lease_expiry_timestamp=GIVEN_UP)
 
 
 def completed(
@@ -280,7 +307,7 @@ def shifted(record: DataRecord, *, seconds: float) -> DataRecord:
     if delta == 0:
         return record
     in_progress_expiry, lease_expiry = (
-        None if instant is None else instant + delta
+        instant + delta if instant else instant  # none, or `GIVEN_UP`
         for instant in (record.in_progress_expiry_timestamp, record.lease_expiry_timestamp)
     )
     expiry = record.expiry_timestamp

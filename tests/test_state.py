@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import inf
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from aidem import _state
@@ -236,6 +237,39 @@ def test_a_renewed_claim_has_the_new_instants_and_keeps_everything_else() -> Non
     assert _state.renewed(found, PROPOSED) == expected
 
 
+@pytest.mark.parametrize(
+    ("held", "until"),
+    [
+        ({"expiry_timestamp": 4}, 4000),
+        ({"expiry_timestamp": 4, "lease_expiry_timestamp": 3000}, 3000),
+        ({"expiry_timestamp": 4, "in_progress_expiry_timestamp": 2000}, 2000),
+        ({"in_progress_expiry_timestamp": 2000, "lease_expiry_timestamp": 3000}, 2000),
+        ({}, inf),
+    ],
+)
+def test_a_renewal_that_would_move_a_claim_back_changes_nothing(held: dict[str, int], until: float) -> None:
+    found = claim(owner="ours", **held)
+    assert _state.held_until(found) == until
+    for renewal in (
+        claim(in_progress_expiry_timestamp=1999),
+        claim(lease_expiry_timestamp=1),
+        claim(expiry_timestamp=1),
+    ):
+        assert _state.renewed(found, renewal.replace(owner="ours")) is found
+    assert _state.renewed(found, found) == found
+    later = claim(owner="ours", expiry_timestamp=None)
+    assert _state.renewed(found, later) == later
+
+
+def test_giving_a_claim_up_is_final() -> None:
+    held = claim(owner="ours", expiry_timestamp=NOW_S + 60, lease_expiry_timestamp=NOW_MS + 30_000)
+    given_up = _state.abandoned(held)
+    assert _state.renewed(held, given_up) == given_up
+    assert _state.renewed(given_up, given_up) == given_up
+    for renewal in (held, held.replace(lease_expiry_timestamp=None), PROPOSED):
+        assert _state.renewed(given_up, renewal) is None
+
+
 @pytest.mark.parametrize("found", [None, claim(), claim(owner=None), result(owner="ours")])
 def test_what_is_not_ours_is_not_renewed(found: DataRecord | None) -> None:
     assert _state.renewed(found, PROPOSED) is None
@@ -294,9 +328,10 @@ def test_the_instants_of_a_lease(lease: Lease, expected: tuple[int, int | None, 
 
 def test_an_abandoned_claim_is_in_doubt_at_once() -> None:
     held = claim(expiry_timestamp=NOW_S + 60, lease_expiry_timestamp=NOW_MS + 30_000)
-    abandoned = _state.abandoned(held, now=NOW)
-    assert abandoned == held.replace(lease_expiry_timestamp=NOW_MS - 1)
+    abandoned = _state.abandoned(held)
+    assert abandoned == held.replace(lease_expiry_timestamp=_state.GIVEN_UP)
     assert _state.is_in_doubt(abandoned, now=NOW)
+    assert _state.shifted(abandoned, seconds=5).lease_expiry_timestamp == _state.GIVEN_UP
 
 
 @pytest.mark.parametrize("outcome", [None, OutcomeKind.EXCEPTION])
@@ -445,6 +480,9 @@ def test_an_outcome_never_changes_a_live_record_that_is_not_ours(
 def test_a_renewed_claim_is_held_and_neither_expired_nor_lapsed_nor_in_doubt(
     found: DataRecord, lease: Lease, now: float
 ) -> None:
+    end, expiry = _state.lease_end(found), found.expiry_timestamp
+    assume(end is None or expiry is None or end <= expiry * 1000)  # as every claim is made
+    assume(not _state.is_given_up(found))
     renewed = _state.renewed(found, _state.renewal(found, lease=lease, now=now))
     assert (renewed is not None) == _state.is_held_by(found, found.owner)
     if renewed is not None:

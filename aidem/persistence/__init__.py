@@ -78,9 +78,10 @@ class PersistenceLayer(Protocol):
 
         Absent, expired or lapsed: `Claimed`, with the fence and the instants as stored. The new fence is the fence
         found plus one, or the time of the claim in milliseconds where there is no record; it is higher than every
-        earlier fence of the key, over take-over, release and expiry alike, as far as clocks agree. Nothing of the
-        record found is left: no result, no outcome, no validation hash. A record that is already ours is `Claimed`
-        too, as found: the reply to an earlier try was lost. Everything else is `Blocked`, with the record found.
+        earlier fence of the key, over take-over, release and expiry alike, as far as clocks agree; within one layer
+        instance it is higher though the clock stands still. Nothing of the record found is left: no result, no outcome,
+        no validation hash. A record that is already ours is `Claimed` too, as found: the reply to an earlier try was
+        lost. Everything else is `Blocked`, with the record found.
         Layers that judge by their callers' clocks add `max_clock_skew_seconds` to a foreign lease.
         """
         ...
@@ -94,11 +95,24 @@ class PersistenceLayer(Protocol):
         ...
 
     def renew(self, record: DataRecord, *, now: float) -> Awaitable[DataRecord | None]:
-        """Set the instants of our claim to those of `record`; answer it as stored, None if it is not ours any more."""
+        """Set the instants of our claim to those of `record`; answer it as stored, None if it is not ours any more.
+
+        Renewals may be applied late, twice and out of order, so a renewal never moves a claim back: where it would
+        hold until an earlier instant than the stored one does, nothing changes. A claim holds until
+        `in_progress_expiry_timestamp`, without that until `lease_expiry_timestamp`, without both until it expires.
+
+        A `lease_expiry_timestamp` of 0, without `in_progress_expiry_timestamp`, is no instant but gives the claim up:
+        it is stored as 0, by any clock, and puts the claim in doubt at once. Giving up may be repeated; any other
+        renewal of a claim that was given up changes nothing and answers None.
+        """
         ...
 
     def release(self, record: DataRecord) -> Awaitable[bool]:
-        """Delete our claim; False if it is not ours any more."""
+        """Delete our claim; False if it is not ours any more.
+
+        Whether its owner still runs is not asked: to release what `get` has found deletes a running claim. Operators
+        release the record of an `IdempotencyInDoubtError`, whose lease has passed.
+        """
         ...
 
     def get(self, key: str) -> Awaitable[DataRecord | None]:

@@ -7,13 +7,16 @@ from decimal import Decimal
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from aidem._record import DataRecord, OutcomeKind, RecordStatus
-from aidem.exceptions import IdempotencyInvalidStatusError, IdempotencyPersistenceConfigError
+from aidem.exceptions import IdempotencyInvalidStatusError
+from aidem.persistence._stored import NOT_A_TEXT, check_names, text
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
 Item: TypeAlias = "dict[str, dict[str, Any]]"
 """Attributes as they are on the wire: by name, each a dict of its type and its value."""
+
+_ABSENT: Final[dict[str, Any]] = {"NULL": True}
 
 NUMBERS: Final = ("expiry", "in_progress_expiry", "lease_expiry", "fence")
 
@@ -43,14 +46,7 @@ class Attributes:
 
     def __post_init__(self) -> None:
         names = [getattr(self, field.name) for field in fields(self) if field.name != "static_pk_value"]
-        given = [name for name in names if name is not None]
-        if len({*given}) < len(given) or not all(given):
-            twice = sorted({name for name in given if given.count(name) > 1})
-            raise IdempotencyPersistenceConfigError(
-                f"every attribute needs a name of its own: {twice} is used more than once"
-                if twice
-                else "every attribute needs a name: one of them is empty"
-            )
+        check_names([name for name in names if name is not None])
 
     def primary_key(self, key: str) -> Item:
         """Return the attributes that name the item of an idempotency key."""
@@ -114,17 +110,19 @@ def number(value: object) -> dict[str, str]:
 
 
 def _text(item: Item, name: str) -> str | None:
-    value = item.get(name, {}).get("S")
-    return None if value is None else str(value)
+    """Return a text; an attribute of another type than S is none, but for NULL, which is no attribute."""
+    ((kind, value),) = item.get(name, _ABSENT).items()
+    return None if kind == "NULL" else text(value) if kind == "S" else NOT_A_TEXT
 
 
 def _number(item: Item, name: str) -> int | None:
     """Return a number that some library may have stored as a fraction or as text."""
-    attribute = item.get(name, {})
-    text = attribute.get("N", attribute.get("S"))
-    if text is None:
+    ((kind, value),) = item.get(name, _ABSENT).items()
+    if kind == "NULL":
         return None
+    if kind not in {"N", "S"}:
+        raise ValueError
     try:
-        return int(text)
+        return int(value)
     except ValueError:
-        return int(Decimal(text))
+        return int(Decimal(value))

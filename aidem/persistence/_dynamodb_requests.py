@@ -12,7 +12,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from aidem._record import RecordStatus
-from aidem._state import milliseconds
+from aidem._state import held_until, is_given_up, milliseconds
 from aidem.persistence._dynamodb_items import number, values_of
 
 if TYPE_CHECKING:
@@ -34,7 +34,14 @@ ABSENT: Final = "attribute_not_exists(#key) OR #expiry < :now_seconds"
 LAPSED: Final = (
     "#status = :status AND attribute_exists(#in_progress_expiry) AND #in_progress_expiry < :lapse_milliseconds"
 )
-NEXT_FENCE: Final = "#fence = if_not_exists(#fence, :now_milliseconds) + :one"
+HELD_NO_LONGER: Final = (  # than this renewal holds it; what is given up, and ends at 0, is not held
+    "#in_progress_expiry <= :held_until OR (attribute_not_exists(#in_progress_expiry) AND "
+    "(#lease_expiry BETWEEN :one AND :held_until OR "
+    "(attribute_not_exists(#lease_expiry) AND #expiry <= :held_until_seconds)))"
+)
+NEXT_FENCE: Final = "#fence = if_not_exists(#fence, :fence) + :one"
+
+FOREVER_MILLISECONDS: Final = 10**18  # DynamoDB knows no infinity
 
 _INPROGRESS: Final = {"S": RecordStatus.INPROGRESS.value}
 
@@ -46,8 +53,8 @@ class Requests:
         self.table_name = table_name
         self.attributes = attributes
 
-    def claim(self, record: DataRecord, *, now: float, max_clock_skew_seconds: float) -> Request:
-        """Return the UpdateItem that stores a claim unless a live record is there.
+    def claim(self, record: DataRecord, *, now: float, max_clock_skew_seconds: float, last_fence: int) -> Request:
+        """Return the UpdateItem that stores a claim unless a live record is there; its fence is above the last one.
 
         A claim of our own is not taken over though it has lapsed: its reply was lost, and it is answered as found.
         """
@@ -55,7 +62,7 @@ class Requests:
         del values["fence"]
         parameters = {
             ":one": number(1),
-            ":now_milliseconds": number(milliseconds(now)),
+            ":fence": number(max(milliseconds(now), last_fence)),
             ":now_seconds": number(int(now)),
             ":lapse_milliseconds": number(milliseconds(now - max_clock_skew_seconds)),
         }
@@ -76,10 +83,19 @@ class Requests:
         return self._update(record, values_of(record), parameters, condition=condition, fields=STORED)
 
     def renew(self, record: DataRecord) -> Request:
-        """Return the UpdateItem that moves the instants of our claim."""
+        """Return the UpdateItem that moves the instants of our claim forward, or gives it up."""
         values = {name: value for name, value in values_of(record).items() if name in HELD}
         parameters = {":owner": {"S": record.owner}, ":inprogress": _INPROGRESS}
-        request = self._update(record, values, parameters, condition=OURS, fields=HELD)
+        condition = OURS
+        if not is_given_up(record):
+            condition = f"{OURS} AND ({HELD_NO_LONGER})"
+            until = min(held_until(record), FOREVER_MILLISECONDS)
+            parameters |= {
+                ":one": number(1),
+                ":held_until": number(int(until)),
+                ":held_until_seconds": number(int(until // 1000)),
+            }
+        request = self._update(record, values, parameters, condition=condition, fields=HELD)
         request["ReturnValues"] = "ALL_NEW"
         return request
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any, Final
 
 from aidem.exceptions import IdempotencyPersistenceConfigError
@@ -11,12 +12,19 @@ if TYPE_CHECKING:
     from aidem.persistence._dynamodb_items import Attributes
     from aidem.persistence._dynamodb_requests import Requests
 
+logger = logging.getLogger("aidem")
+
 IN_USE: Final = "ResourceInUseException"
+MISSING: Final = "ResourceNotFoundException"
+CREATING: Final = "CREATING"
 POLL_SECONDS: Final = 1
 
 
-async def check(client: Any, requests: Requests) -> None:
+async def check(client: Any, requests: Requests, *, may_be_missing: bool = False) -> str | None:
     """Find out whether the table exists and has the keys of a layer; who may not look goes on.
+
+    Returns:
+        The status of the table; None where that is not known, or where there is no table and there may be none.
 
     Raises:
         IdempotencyPersistenceConfigError: It has other keys.
@@ -26,8 +34,16 @@ async def check(client: Any, requests: Requests) -> None:
     try:
         description = (await client.describe_table(TableName=table_name))["Table"]
     except Exception as error:
-        if code_of(error) in DENIED | THROTTLED:  # which says nothing about the table
-            return
+        code = code_of(error)
+        if may_be_missing and code == MISSING:
+            logger.warning(
+                "DynamoDB table %r does not exist yet: until somebody makes it, for development with "
+                "`await layer.create_table()`, every call fails before its function runs",
+                table_name,
+            )
+            return None
+        if code in DENIED | THROTTLED:  # which says nothing about the table
+            return None
         raise
     types = {
         definition["AttributeName"]: definition["AttributeType"] for definition in description["AttributeDefinitions"]
@@ -39,6 +55,7 @@ async def check(client: Any, requests: Requests) -> None:
             f"DynamoDB table {table_name!r} has the keys {_shown(found)}, the layer expects {_shown(wanted)}; "
             "set key_attr and sort_key_attr to the table's, or create a table with these keys"
         )
+    return str(description["TableStatus"])
 
 
 async def create(client: Any, requests: Requests) -> None:
@@ -54,13 +71,18 @@ async def create(client: Any, requests: Requests) -> None:
     except Exception as error:
         if code_of(error) != IN_USE:
             raise
-        await check(client, requests)
+        if await check(client, requests) == CREATING:  # somebody else has asked for it at the same time
+            await _until_usable(client, table_name)
         return
-    await client.get_waiter("table_exists").wait(TableName=table_name, WaiterConfig={"Delay": POLL_SECONDS})
+    await _until_usable(client, table_name)
     await client.update_time_to_live(
         TableName=table_name,
         TimeToLiveSpecification={"Enabled": True, "AttributeName": requests.attributes.expiry},
     )
+
+
+async def _until_usable(client: Any, table_name: str) -> None:
+    await client.get_waiter("table_exists").wait(TableName=table_name, WaiterConfig={"Delay": POLL_SECONDS})
 
 
 def _keys(attributes: Attributes) -> dict[str, str]:

@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING, Any, Final, cast
 from aidem import _state
 from aidem._record import DataRecord, OutcomeKind, RecordStatus
 from aidem.exceptions import IdempotencyInvalidStatusError
+from aidem.persistence._redis_scripts import GIVEN_UP
+from aidem.persistence._stored import text
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from aidem.persistence._redis_scripts import AttributeNames
-
-NOT_A_TEXT: Final = "aidem:not a text"
-"""Stands for stored data that is no string; no result can be read from it."""
 
 _quote: Final = json.encoder.encode_basestring_ascii
 
@@ -55,14 +54,14 @@ class RecordText:
 
     # --- What is stored ---------------------------------------------------------------------------------------------
 
-    def read(self, key: str, text: bytes | None) -> DataRecord | None:
+    def read(self, key: str, stored: bytes | None) -> DataRecord | None:
         """Return the record of a key; None where there is none, or only a text that counts as none.
 
         Raises:
             IdempotencyInvalidStatusError: It has a status or an outcome that aidem does not know.
         """
         try:
-            fields: Any = None if text is None else json.loads(text.decode())
+            fields: Any = None if stored is None else json.loads(stored.decode())
         except (ValueError, RecursionError):
             return None
         if not isinstance(fields, dict):
@@ -73,7 +72,7 @@ class RecordText:
 
     def _record(self, key: str, status: str, get: Callable[[str], Any]) -> DataRecord:
         names = self._names
-        data, outcome = get(names.data), get(names.outcome)
+        outcome = get(names.outcome)
         try:
             return DataRecord(
                 idempotency_key=key,
@@ -81,10 +80,10 @@ class RecordText:
                 expiry_timestamp=_whole(get(names.expiry)),
                 in_progress_expiry_timestamp=_whole(get(names.in_progress_expiry)),
                 lease_expiry_timestamp=_whole(get(names.lease_expiry)),
-                response_data=data if data is None or isinstance(data, str) else NOT_A_TEXT,
+                response_data=text(get(names.data)),
                 outcome=None if outcome is None else OutcomeKind(outcome),
-                payload_hash=get(names.validation_key) or "",
-                owner=get(names.owner),
+                payload_hash=text(get(names.validation_key)) or "",
+                owner=text(get(names.owner)),
                 fence=_whole(get(names.fence)) or 0,
             )
         except ValueError as error:
@@ -96,7 +95,10 @@ class RecordText:
 
 
 def durations(record: DataRecord, *, now: float) -> tuple[str | int, str | int, str | int]:
-    """Return how many milliseconds after `now` its expiry, its in-progress expiry and its lease expiry come."""
+    """Return how many milliseconds after `now` its expiry, its in-progress expiry and its lease expiry come.
+
+    The last one is `GIVEN_UP` where the record is.
+    """
     start = _state.milliseconds(now)
     expiry, in_progress, lease = (
         record.expiry_timestamp,
@@ -106,7 +108,7 @@ def durations(record: DataRecord, *, now: float) -> tuple[str | int, str | int, 
     return (
         "" if expiry is None else expiry * 1000 - start,
         "" if in_progress is None else in_progress - start,
-        "" if lease is None else lease - start,
+        "" if lease is None else GIVEN_UP if lease == _state.GIVEN_UP else lease - start,
     )
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol, cast
 
+from aidem.exceptions import IdempotencyPersistenceConfigError
 from aidem.persistence._redis_errors import connecting_failed
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ class Endpoint(Protocol):
 
         Raises:
             IdempotencyPersistenceLayerError: It could not, in this time.
+            IdempotencyPersistenceConfigError: It is no server that a connection can be shared to.
         """
 
 
@@ -67,6 +69,8 @@ class Server:
             async with asyncio.timeout(timeout_seconds):
                 await connection.connect()
             _take_over(connection, taker)
+        except IdempotencyPersistenceConfigError:
+            raise
         except Exception as error:
             raise connecting_failed(error, address=self.address, timeout_seconds=timeout_seconds) from error
         finally:
@@ -80,6 +84,12 @@ def _take_over(connection: Any, taker: Taker) -> None:
     """
     reader: asyncio.StreamReader = connection._reader  # noqa: SLF001
     stream: asyncio.StreamWriter = connection._writer  # noqa: SLF001
+    if not isinstance(cast("object", stream), asyncio.StreamWriter):
+        raise IdempotencyPersistenceConfigError(
+            f"{type(connection).__module__}.{type(connection).__qualname__}, with which this client connects, leads to "
+            "no server; give the layer a client of a real one, or, for tests, use "
+            "aidem.persistence.memory.MemoryPersistenceLayer() in its place"
+        )
     if reader.at_eof():
         raise ConnectionResetError  # it would not be told to anyone else
     connection._reader = connection._writer = None  # noqa: SLF001 - or it would close them

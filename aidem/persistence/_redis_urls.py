@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Final, cast
 from urllib.parse import SplitResult, parse_qsl, urlencode, urlsplit
 
 from redis.asyncio.connection import ConnectionPool, SSLConnection
+from redis.exceptions import RedisError
 
 from aidem.exceptions import IdempotencyPersistenceConfigError
 from aidem.persistence._redis_server import Server
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Generator
 
 SENTINEL_PORT: Final = 26379
+ENCODED: Final = "@ : / ? # [ ] %"
 FORMS: Final = (
     "redis://host:6379/0, or rediss:// for TLS; unix:///path/to/socket; redis+cluster://host:6379,host2:6379; "
     "redis+sentinel://host:26379,host2:26379/service/0"
@@ -31,7 +33,7 @@ def servers_of_url(url: str) -> list[Server]:
         kind = url.partition("://")[0].partition("+")[2]
         if kind != "cluster":
             return [_server(url)]
-        parts = urlsplit(url)
+        parts = _split(url)
         user, hosts = _places(parts)
         return [_server(_part(parts, f"{user}{host}{parts.path}?{parts.query}")) for host in hosts]
 
@@ -45,7 +47,7 @@ def sentinels_of_url(url: str) -> tuple[list[Server], str, Server]:
         IdempotencyPersistenceConfigError: It does not name them.
     """
     with _readable():
-        parts = urlsplit(url)
+        parts = _split(url)
         service, _, database = parts.path.strip("/").partition("/")
         if not service:
             raise ValueError
@@ -64,9 +66,21 @@ _FOR_SENTINELS: Final = ("sentinel_", "ssl_")
 def _readable() -> Generator[None]:
     try:
         yield
-    except ValueError as error:
-        # The URL may hold a password, and redis-py's message the URL.
-        raise IdempotencyPersistenceConfigError(f"this URL names no Redis server; write {FORMS}") from error
+    except (ValueError, TypeError, RedisError):
+        # Without its cause: the URL may hold a password, and what redis-py and Python say of it quotes the URL.
+        raise IdempotencyPersistenceConfigError(
+            f"this URL names no Redis server; write {FORMS}. Use no option that redis-py does not know, and "
+            f"percent-encode {ENCODED} in a username and a password, as urllib.parse.quote(password, safe='') does"
+        ) from None
+
+
+def _split(url: str) -> SplitResult:
+    """Return the parts of a URL; a password that is not percent-encoded would be taken for something else."""
+    parts = urlsplit(url)
+    if "@" in parts.path or parts.fragment or url.endswith("#"):
+        raise ValueError
+    parse_qsl(parts.query, keep_blank_values=True, strict_parsing=bool(parts.query))
+    return parts
 
 
 def _places(parts: SplitResult) -> tuple[str, list[str]]:
@@ -84,7 +98,11 @@ def _part(parts: SplitResult, rest: str) -> str:
 
 
 def _server(url: str, **defaults: Any) -> Server:
+    parts = _split(url)
+    if parts.scheme != "unix" and not parts.path.strip("/").isdecimal() and parts.path not in {"", "/"}:
+        raise ValueError  # redis-py would take the database 0
     pool: ConnectionPool = cast("Any", ConnectionPool).from_url(url)
+    cast("Any", pool).make_connection()  # it is not connected, but refuses options that it does not know
     if issubclass(pool.connection_class, SSLConnection):
         defaults["ssl_check_hostname"] = True
     return Server(pool.connection_class, defaults | pool.connection_kwargs)

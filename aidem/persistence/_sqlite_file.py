@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 import random
 import sqlite3
@@ -21,9 +22,12 @@ from aidem.exceptions import (
     IdempotencySerializationError,
 )
 from aidem.persistence._sqlite_records import SCHEMA
+from aidem.persistence._stored import decoded
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+logger = logging.getLogger("aidem")
 
 T = TypeVar("T")
 
@@ -32,6 +36,11 @@ SCHEMA_VERSION: Final = 1
 SMALLEST_DATABASE: Final = 512
 PAGES_IN_LOG: Final = 4000  # 16 MB
 RETRY_SECONDS: Final = (0.0002, 0.002)
+LOGS: Final = ("-wal", "-shm")
+
+# Where there are no users, every file belongs to 0 and says that everybody may write it.
+_user: Final = getattr(os, "geteuid", int)
+_WRITABLE_BY_ALL: Final = stat.S_IWOTH if hasattr(os, "geteuid") else 0
 
 # Whoever closes a descriptor of a file drops all locks that its process has on it, SQLite's too: so a file is created,
 # and that descriptor closed, before any thread of this process opens it.
@@ -96,6 +105,7 @@ class DatabaseFile:
         self.path = Path(os.path.abspath(path))  # noqa: PTH100 - Path.absolute keeps `..`
         self._busy_timeout_seconds = busy_timeout_seconds
         self._identity: tuple[int, int] | None = None
+        self._warnings = set[str]()
 
     def connect(self) -> sqlite3.Connection:
         """Open the file, made if it is not there, without touching one that is not ours.
@@ -107,6 +117,7 @@ class DatabaseFile:
         try:
             self._create()
             self._refuse_other_than_a_file()
+            self._narrow_logs()
         except OSError as error:
             raise self._unusable(error) from error
         connection = sqlite3.connect(
@@ -121,6 +132,7 @@ class DatabaseFile:
         except BaseException:
             connection.close()
             raise
+        connection.text_factory = decoded
         return connection
 
     def patiently(self, action: Callable[[], T]) -> T:
@@ -151,7 +163,8 @@ class DatabaseFile:
     def translated(self, error: Exception) -> Exception:
         """Return what the caller is to see: an error for this caller alone, with the original as its cause.
 
-        What SQLite says is left out: it may quote what is stored.
+        What SQLite says is left out: it may quote what is stored. So are the tracebacks of its causes, whose
+        frames hold the futures of all callers, which hold the error.
         """
         if isinstance(error, sqlite3.Error):
             kind, advice = _MEANINGS.get(
@@ -163,6 +176,10 @@ class DatabaseFile:
         else:
             return error
         own.__cause__ = error
+        cause: BaseException | None = error
+        while cause is not None:
+            cause.__traceback__ = None
+            cause = cause.__cause__ or cause.__context__
         return own
 
     def _create(self) -> None:
@@ -173,13 +190,45 @@ class DatabaseFile:
 
     def _refuse_other_than_a_file(self) -> None:
         status = os.lstat(self.path)
-        if stat.S_ISLNK(status.st_mode):
-            raise self._refusal("it is a symbolic link; give the path of the file itself")
-        if not stat.S_ISREG(status.st_mode):
-            raise self._refusal("it is not a regular file; give the path of a file")
+        self._refuse_link_or_device(status, "it")
         if 0 < status.st_size < SMALLEST_DATABASE:  # SQLite would take a single byte for nothing
             raise self._refusal("it is not an SQLite database; give the path of one, or a new one")
+        self._warn_of_other_writers(self.path, status)
         self._identity = _identity(status)
+        self._mode = stat.S_IMODE(status.st_mode)
+
+    def _narrow_logs(self) -> None:
+        """See to logs that are there already: SQLite gives only new ones the rights of the file."""
+        for suffix in LOGS:
+            log = self.path.with_name(f"{self.path.name}{suffix}")
+            with contextlib.suppress(FileNotFoundError):
+                status = os.lstat(log)
+                self._refuse_link_or_device(status, f"its {suffix} file")
+                mode = stat.S_IMODE(status.st_mode)
+                if mode & ~self._mode:
+                    with contextlib.suppress(PermissionError):  # it belongs to another user, of which we warn
+                        log.chmod(mode & self._mode)
+                self._warn_of_other_writers(log, status)
+
+    def _refuse_link_or_device(self, status: os.stat_result, what: str) -> None:
+        if stat.S_ISLNK(status.st_mode):
+            raise self._refusal(f"{what} is a symbolic link; give the path of the file itself")
+        if not stat.S_ISREG(status.st_mode):
+            raise self._refusal(f"{what} is not a regular file; give the path of a file")
+
+    def _warn_of_other_writers(self, path: Path, status: os.stat_result) -> None:
+        """Say once who else can forge results and drop claims; services that share a file by group are let be."""
+        problems = {
+            f"{path} is writable by all users, who can forge results and drop claims; chmod o-w": (
+                status.st_mode & _WRITABLE_BY_ALL
+            ),
+            f"{path} belongs to another user, who can forge results and drop claims; chown it to this one": (
+                status.st_uid not in {0, _user()}
+            ),
+        }
+        for problem in [problem for problem, found in problems.items() if found and problem not in self._warnings]:
+            self._warnings.add(problem)
+            logger.warning("SQLite: %s", problem)
 
     def _prepare(self, connection: sqlite3.Connection) -> None:
         self._refuse_swapped(connection)

@@ -8,6 +8,7 @@ from aidem import _state
 from aidem._record import DataRecord, OutcomeKind, RecordStatus
 from aidem._state import Blocked, Claimed, Completion
 from aidem.exceptions import IdempotencyInvalidStatusError
+from aidem.persistence._stored import text
 
 if TYPE_CHECKING:
     import sqlite3
@@ -152,32 +153,40 @@ def _row(record: DataRecord) -> tuple[str | int | None, ...]:
 
 def _record(  # noqa: PLR0917 - the columns, in their order
     key: str,
-    expiration: int | None,
-    in_progress_expiration: int | None,
-    status: str,
-    data: str | None,
-    validation: str | None,
-    owner: str | None,
-    fence: int,
-    lease_expiration: int | None,
-    outcome: str | None,
+    expiration: object,
+    in_progress_expiration: object,
+    status: object,
+    data: object,
+    validation: object,
+    owner: object,
+    fence: object,
+    lease_expiration: object,
+    outcome: object,
 ) -> DataRecord:
     try:
         return DataRecord(
             idempotency_key=key,
-            status=RecordStatus(status),
-            expiry_timestamp=expiration,
-            in_progress_expiry_timestamp=in_progress_expiration,
-            lease_expiry_timestamp=lease_expiration,
-            response_data=data,
-            outcome=None if outcome is None else OutcomeKind(outcome),
-            payload_hash=validation or "",
-            owner=owner,
-            fence=fence,
+            status=RecordStatus(text(status) or ""),
+            expiry_timestamp=_whole(expiration),
+            in_progress_expiry_timestamp=_whole(in_progress_expiration),
+            lease_expiry_timestamp=_whole(lease_expiration),
+            response_data=text(data),
+            outcome=None if outcome is None else OutcomeKind(text(outcome) or ""),
+            payload_hash=text(validation) or "",
+            owner=text(owner),
+            fence=_whole(fence) or 0,
         )
     except ValueError as error:
         raise IdempotencyInvalidStatusError(
-            f"the record of idempotency key {key!r} has status {status!r} and outcome {outcome!r}, which this aidem "
-            "does not know; upgrade aidem, or drop the record with forget(key)",
+            f"the record of idempotency key {key!r} has status {text(status)!r} and outcome {text(outcome)!r}, or "
+            "instants that are no numbers, which this aidem cannot read; upgrade aidem, or drop the record with "
+            "forget(key)",
             key=key,
         ) from error
+
+
+def _whole(value: object) -> int | None:
+    """Return a number: SQLite keeps whatever was written, also in a column of integers."""
+    if value is None or isinstance(value, int):
+        return value
+    raise ValueError

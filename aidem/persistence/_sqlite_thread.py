@@ -39,11 +39,14 @@ class Job(NamedTuple):
         future: Belongs to the loop that asks.
         operation: What to do with the records.
         writes: Whether it may change something.
+        is_of_use_late: Whether it is done though nobody waits for it any more: an outcome is not to be lost, and a key
+            to be given back, but nobody needs a claim by then.
     """
 
     future: SettlingFuture[Any]
     operation: Callable[[Records], Any]
     writes: bool
+    is_of_use_late: bool
 
 
 class RecordThread:
@@ -124,12 +127,13 @@ class RecordThread:
                 return [self._file.translated(error) for _ in batch]
 
     def _in_one_transaction(self, batch: list[Job]) -> list[Any]:
-        cursor = self._connected().cursor()
         writes = any(job.writes for job in batch)
-        records = self._file.patiently(lambda: self._begin(cursor, writes=writes))
-        answers = [self._answer(job, records) for job in batch]
-        records.finish()
-        cursor.execute("COMMIT")
+        # Closed at once: after a COMMIT that failed, a cursor keeps the file open, though its connection is closed.
+        with contextlib.closing(self._connected().cursor()) as cursor:
+            records = self._file.patiently(lambda: self._begin(cursor, writes=writes))
+            answers = [self._answer(job, records) for job in batch]
+            records.finish()
+            cursor.execute("COMMIT")
         return answers
 
     def _begin(self, cursor: sqlite3.Cursor, *, writes: bool) -> Records:
@@ -139,6 +143,8 @@ class RecordThread:
         return Records(cursor, now=self._clock())
 
     def _answer(self, job: Job, records: Records) -> Any:
+        if job.future.done() and not job.is_of_use_late:
+            return None
         # No savepoint: an operation writes with a single statement, and SQLite takes back a statement that fails.
         try:
             return job.operation(records)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final, Self, TypeAlias
 
 from aidem import _state
 from aidem._distribution import how_to_install
+from aidem._fork import Guard
 from aidem._state import Blocked, Claimed, Completion
 from aidem.exceptions import IdempotencyPersistenceConfigError
 
@@ -85,6 +86,9 @@ class DynamoDBPersistenceLayer:
             asynchronous, not open, or comes with what would make one.
     """
 
+    # Slots: what is set on a layer by mistake, such as `layer.client = ...`, is refused.
+    __slots__ = ("__weakref__", "_attributes", "_clients", "_guard", "_last_fence", "_requests", "clock")
+
     def __init__(
         self,
         table_name: str,
@@ -131,15 +135,23 @@ class DynamoDBPersistenceLayer:
             outcome=outcome_attr,
         )
         self._requests = Requests(table_name, self._attributes)
+        # No item remembers the fence of a claim that was released; the next one may come within the same millisecond.
+        self._last_fence = 0
+        self._guard = Guard()
 
     async def acquire(
         self, record: DataRecord, *, now: float, max_clock_skew_seconds: float = 0.0
     ) -> Claimed | Blocked:
         """Store a claim unless a live record of somebody else is there."""
-        request = self._requests.claim(record, now=now, max_clock_skew_seconds=max_clock_skew_seconds)
+        request = self._requests.claim(
+            record, now=now, max_clock_skew_seconds=max_clock_skew_seconds, last_fence=self._last_fence
+        )
         answer = await self._write("update_item", request)
         if not isinstance(answer, _Refused):
-            return Claimed(self._record(record.idempotency_key, answer["Attributes"]))
+            claimed = self._record(record.idempotency_key, answer["Attributes"])
+            with self._guard.lock:
+                self._last_fence = max(self._last_fence, claimed.fence)
+            return Claimed(claimed)
         if answer.item is None:
             raise IdempotencyPersistenceConfigError(
                 "this DynamoDB endpoint does not answer the item that a condition refused "
@@ -163,7 +175,10 @@ class DynamoDBPersistenceLayer:
         if record.owner is None:
             return None
         answer = await self._write("update_item", self._requests.renew(record))
-        return None if isinstance(answer, _Refused) else self._record(record.idempotency_key, answer["Attributes"])
+        if not isinstance(answer, _Refused):
+            return self._record(record.idempotency_key, answer["Attributes"])
+        found = None if answer.item is None else self._record(record.idempotency_key, answer.item)
+        return found if _state.renewed(found, record) == found else None  # ours, and renewed for longer by a later one
 
     async def release(self, record: DataRecord) -> bool:
         """Delete our claim."""
@@ -191,7 +206,7 @@ class DynamoDBPersistenceLayer:
         await self._ask(lambda client: _dynamodb_table.check(client, self._requests))
 
     async def create_table(self) -> None:
-        """Create the table with its TTL, for development; one that exists is checked.
+        """Create the table with its TTL, for development; one that exists is checked, and waited for while it is made.
 
         Raises:
             IdempotencyPersistenceConfigError: It exists with other keys, or may not be created.
@@ -203,8 +218,8 @@ class DynamoDBPersistenceLayer:
         await self._clients.aclose()
 
     async def __aenter__(self) -> Self:
-        """Open the layer."""
-        await self.open()
+        """Open the layer; a table that is missing is logged, so that `create_table` may be called inside."""
+        await self._ask(lambda client: _dynamodb_table.check(client, self._requests, may_be_missing=True))
         return self
 
     async def __aexit__(

@@ -46,7 +46,8 @@ class RedisPersistenceLayer:
 
     Args:
         url: `redis://`, `rediss://` (TLS) or `unix://`, as redis-py understands it; `redis+cluster://host,host2`;
-            `redis+sentinel://host,host2/service/0`. It goes before `host` and the rest.
+            `redis+sentinel://host,host2/service/0`. It goes before `host` and the rest. A username and a password in it
+            are percent-encoded.
         host: Name or address of the server.
         port: Its port.
         username: A user of its ACL; empty: the default user.
@@ -59,11 +60,27 @@ class RedisPersistenceLayer:
         shared_with_powertools: Whether to respect the lock of AWS Powertools for Python; None: unless in a cluster.
         timeout_seconds: How long connecting may take, and then how long an operation.
         clock: Answers epoch seconds, to judge by instead of the server's clock; for tests.
-        expiry_attr: What the expiry of a record is called in its JSON; the other `_attr` options likewise.
+        expiry_attr: What the expiry of a record is called in its JSON; the other `_attr` options likewise. Each needs a
+            name of its own.
 
     Raises:
         IdempotencyPersistenceConfigError: The options cannot work.
     """
+
+    # Slots: what is set on a layer by mistake, such as `layer.client = ...`, is refused.
+    __slots__ = (
+        "__weakref__",
+        "_connections",
+        "_is_checked",
+        "_mode",
+        "_own_clock",
+        "_respects_lock",
+        "_scripts",
+        "_text",
+        "clock",
+    )
+
+    clock: Callable[[], float]
 
     def __init__(
         self,
@@ -233,7 +250,11 @@ class RedisPersistenceLayer:
             )
         if verdict == Verdict.REFUSED:
             return Blocked(record, now / 1000)
-        return Claimed(record, taken_over=verdict == Verdict.TAKEN_OVER)
+        if verdict == Verdict.ORPHAN:
+            logger.warning(
+                "Redis: a text that is no record stood under %s, and gave way to a claim; see who writes it", key
+            )
+        return Claimed(record, taken_over=verdict in {Verdict.TAKEN_OVER, Verdict.ORPHAN})
 
     def _is_stored(self, record: DataRecord, verdict: int, now: int, found: bytes) -> bool:
         if verdict == Verdict.STORED:

@@ -127,7 +127,10 @@ class LeavesExpiryToTheStore(ChangesTheRecordFound):
         return found.replace(expiry_timestamp=None)
 
 
-@breaks("a_claim_that_must_not_be_taken_over_holds_until_it_expires")
+@breaks(
+    "a_claim_that_is_given_up_is_in_doubt_at_once_and_not_renewed_any_more",
+    "a_claim_that_must_not_be_taken_over_holds_until_it_expires",
+)
 class TakesOverWhatMustNotBeTakenOver(ChangesTheRecordFound):
     def seen(self, found: DataRecord, record: DataRecord, now: float) -> DataRecord | None:
         return found.replace(in_progress_expiry_timestamp=_state.lease_end(found))
@@ -183,10 +186,12 @@ class KeepsTheCallersInstants(MemoryPersistenceLayer):
 
 @breaks(
     "a_claim_counts_in_its_last_second_and_has_expired_after_it",
+    "a_claim_that_is_given_up_is_in_doubt_at_once_and_not_renewed_any_more",
     "a_claim_that_must_not_be_taken_over_holds_until_it_expires",
     "a_claim_without_owner_is_never_ours",
     "a_completed_record_counts_in_its_last_second_and_has_expired_after_it",
     "a_lease_holds_in_its_last_millisecond_and_lapses_after_it",
+    "a_renewal_that_arrives_after_its_successor_moves_nothing_back",
     "acquire_is_blocked_by_a_live_claim",
     "acquire_is_blocked_by_a_result",
     "one_of_many_concurrent_claims_is_granted",
@@ -248,6 +253,13 @@ class CountsFencesAnewForEachRecord(ChangesTheClaimStored):
         return claim.replace(fence=1 if found is None else found.fence + 1)
 
 
+@breaks("the_fence_grows_over_release")
+class CountsFencesByTheClockAlone(MemoryPersistenceLayer):
+    def release(self, record: DataRecord) -> Settled[bool]:
+        self._last_fence = 0
+        return super().release(record)
+
+
 @breaks("the_fence_grows_over_expiry", "the_fence_grows_over_take_over")
 class KeepsTheFenceOnTakeOver(ChangesTheClaimStored):
     def changed(self, claim: DataRecord, found: DataRecord | None) -> DataRecord:
@@ -300,6 +312,7 @@ class DropsTheHash(ChangesTheClaimStored):
     "release_leaves_a_foreign_claim_alone",
     "renew_answers_the_claim_as_stored_and_changes_nothing_but_its_instants",
     "renew_leaves_a_foreign_claim_alone",
+    "renew_never_moves_a_claim_back",
     "the_fence_grows_over_expiry",
     "the_fence_grows_over_release",
     "the_fence_grows_over_take_over",
@@ -515,7 +528,12 @@ def _renew(layer: MemoryPersistenceLayer, found: DataRecord | None, record: Data
     return Settled(renewed)
 
 
-@breaks("renew_leaves_a_foreign_claim_alone")
+@breaks(
+    "a_claim_that_is_given_up_is_in_doubt_at_once_and_not_renewed_any_more",
+    "a_renewal_that_arrives_after_its_successor_moves_nothing_back",
+    "renew_leaves_a_foreign_claim_alone",
+    "renew_never_moves_a_claim_back",
+)
 class RenewsAnybodysClaim(MemoryPersistenceLayer):
     def renew(self, record: DataRecord, *, now: float) -> Settled[DataRecord | None]:
         found = self._records.get(record.idempotency_key)
@@ -554,7 +572,7 @@ class RenewsOnlyWhileTheLeaseLasts(MemoryPersistenceLayer):
         return Settled(None) if is_lapsed else super().renew(record, now=now)
 
 
-@breaks("renew_moves_the_lease_and_the_expiry")
+@breaks("renew_moves_the_lease_and_the_expiry", "renew_never_moves_a_claim_back")
 class RenewsTheLeaseButNotTheExpiry(MemoryPersistenceLayer):
     def renew(self, record: DataRecord, *, now: float) -> Settled[DataRecord | None]:
         found = self._records.get(record.idempotency_key)
@@ -566,6 +584,7 @@ class RenewsTheLeaseButNotTheExpiry(MemoryPersistenceLayer):
     "renew_can_turn_a_lease_into_doubt_and_back",
     "renew_holds_a_claim_that_lapsed_and_that_nobody_took",
     "renew_moves_the_lease_and_the_expiry",
+    "renew_never_moves_a_claim_back",
 )
 class RenewsTheExpiryButNotTheLease(MemoryPersistenceLayer):
     def renew(self, record: DataRecord, *, now: float) -> Settled[DataRecord | None]:
@@ -575,12 +594,61 @@ class RenewsTheExpiryButNotTheLease(MemoryPersistenceLayer):
         return super().renew(same, now=now)
 
 
-@breaks("renew_can_turn_a_lease_into_doubt_and_back")
+@breaks(
+    "a_claim_that_is_given_up_is_in_doubt_at_once_and_not_renewed_any_more",
+    "renew_can_turn_a_lease_into_doubt_and_back",
+    "renew_never_moves_a_claim_back",
+)
 class RenewsWithoutRemovingAnInstant(MemoryPersistenceLayer):
     def renew(self, record: DataRecord, *, now: float) -> Settled[DataRecord | None]:
         found = self._records.get(record.idempotency_key)
         old = None if found is None else found.lease_expiry_timestamp
         return super().renew(record.replace(lease_expiry_timestamp=record.lease_expiry_timestamp or old), now=now)
+
+
+@breaks("a_renewal_that_arrives_after_its_successor_moves_nothing_back", "renew_never_moves_a_claim_back")
+class RenewsToEarlierInstantsAsCallersSendThem(MemoryPersistenceLayer):
+    def renew(self, record: DataRecord, *, now: float) -> Settled[DataRecord | None]:
+        found = self._records.get(record.idempotency_key)
+        is_back = found is not None and _state.held_until(record) < _state.held_until(found)
+        is_ours = _state.is_held_by(found, record.owner) and found is not None and not _state.is_given_up(found)
+        if is_ours and is_back and not _state.is_given_up(record):
+            return _renew(self, found, record)
+        return super().renew(record, now=now)
+
+
+@breaks("renew_never_moves_a_claim_back")
+class ShortensTheClaim(MemoryPersistenceLayer):
+    def renew(self, record: DataRecord, *, now: float) -> Settled[DataRecord | None]:
+        found = self._records.get(record.idempotency_key)
+        if found is not None and _state.is_held_by(found, record.owner) and not _state.is_given_up(found):
+            return _renew(self, found, _state.shifted(record, seconds=self.clock() - now))
+        return super().renew(record, now=now)
+
+
+@breaks("a_claim_that_is_given_up_is_in_doubt_at_once_and_not_renewed_any_more")
+class RenewsWhatWasGivenUp(MemoryPersistenceLayer):
+    def renew(self, record: DataRecord, *, now: float) -> Settled[DataRecord | None]:
+        found = self._records.get(record.idempotency_key)
+        is_given_up = found is not None and _state.is_given_up(found)
+        return _renew(self, found, record) if is_given_up else super().renew(record, now=now)
+
+
+@breaks("a_claim_that_is_given_up_is_in_doubt_at_once_and_not_renewed_any_more")
+class GivesUpOnlyOnce(MemoryPersistenceLayer):
+    def renew(self, record: DataRecord, *, now: float) -> Settled[DataRecord | None]:
+        found = self._records.get(record.idempotency_key)
+        is_given_up = found is not None and _state.is_given_up(found)
+        return Settled(None) if is_given_up else super().renew(record, now=now)
+
+
+@breaks("a_claim_that_is_given_up_is_in_doubt_at_once_and_not_renewed_any_more")
+class MovesTheMarkOfBeingGivenUp(MemoryPersistenceLayer):
+    def renew(self, record: DataRecord, *, now: float) -> Settled[DataRecord | None]:
+        if _state.is_given_up(record):
+            found = self._records.get(record.idempotency_key)
+            return _renew(self, found, record.replace(lease_expiry_timestamp=milliseconds(self.clock() - now)))
+        return super().renew(record, now=now)
 
 
 @breaks("renew_answers_the_claim_as_stored_and_changes_nothing_but_its_instants")
@@ -592,13 +660,20 @@ class RenewsTheHashToo(MemoryPersistenceLayer):
         return Settled(renewed)
 
 
-@breaks("renew_answers_the_claim_as_stored_and_changes_nothing_but_its_instants")
+@breaks(
+    "a_claim_that_is_given_up_is_in_doubt_at_once_and_not_renewed_any_more",
+    "a_renewal_that_arrives_after_its_successor_moves_nothing_back",
+    "renew_answers_the_claim_as_stored_and_changes_nothing_but_its_instants",
+    "renew_never_moves_a_claim_back",
+)
 class AnswersTheRenewalAsProposed(MemoryPersistenceLayer):
     def renew(self, record: DataRecord, *, now: float) -> Settled[DataRecord | None]:
         return Settled(None if super().renew(record, now=now).answer is None else record)
 
 
 @breaks(
+    "a_claim_that_is_given_up_is_in_doubt_at_once_and_not_renewed_any_more",
+    "a_renewal_that_arrives_after_its_successor_moves_nothing_back",
     "renew_can_turn_a_lease_into_doubt_and_back",
     "renew_holds_a_claim_that_lapsed_and_that_nobody_took",
     "renew_moves_the_lease_and_the_expiry",

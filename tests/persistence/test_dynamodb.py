@@ -14,6 +14,7 @@ from aidem.exceptions import (
     IdempotencyResultUnavailableError,
 )
 from aidem.persistence import PersistenceLayer, open_persistence_layer
+from aidem.persistence._stored import NOT_A_TEXT
 from aidem.persistence.dynamodb import DynamoDBPersistenceLayer
 from aidem.testing import FakeClock, PersistenceLayerConformance, claim_of, completed_of
 from tests.aws_servers import EMULATORS, Database
@@ -218,6 +219,9 @@ async def test_the_next_fence_follows_the_one_found(
         {"status": {"S": "SLEEPING"}},
         {"status": {"S": "COMPLETED"}, "outcome": {"S": "unheard of"}},
         {"status": {"S": "COMPLETED"}, "expiration": {"S": "tomorrow"}},
+        {"status": {"S": "COMPLETED"}, "expiration": {"M": {}}},
+        {"status": {"S": "COMPLETED"}, "outcome": {"N": "1"}},
+        {"status": {"N": "1"}},
     ],
 )
 async def test_an_item_that_is_no_record_is_refused_with_what_to_do(
@@ -228,6 +232,41 @@ async def test_an_item_that_is_no_record_is_refused_with_what_to_do(
         await layer.get("key")
     assert refused.value.key == "key"
     assert "secret" not in str(refused.value)
+
+
+@pytest.mark.parametrize("data", [{"N": "1"}, {"B": b"null"}, {"M": {}}, {"L": []}, {"BOOL": True}])
+async def test_a_result_of_another_type_is_unavailable_and_no_second_run(
+    data: Any, layer: DynamoDBPersistenceLayer, database: Database, table: str
+) -> None:
+    runs = list[str]()
+
+    @idempotent_function(persistence_store=layer)
+    async def charge(order_id: str) -> str:
+        runs.append(order_id)
+        return "charged"
+
+    assert await charge("o-1") == "charged"
+    (item,) = database.client.scan(TableName=table)["Items"]
+    database.put(table, **(item | {"data": data}))
+    with pytest.raises(IdempotencyResultUnavailableError):
+        await charge("o-1")
+    assert runs == ["o-1"]
+
+
+async def test_a_hash_or_an_owner_of_another_type_is_nobodys_and_null_is_none(
+    layer: DynamoDBPersistenceLayer, database: Database, table: str
+) -> None:
+    odd: dict[str, Any] = {
+        "owner": {"N": "1"},
+        "validation": {"M": {}},
+        "data": {"NULL": True},
+        "in_progress_expiration": {"NULL": True},
+    }
+    database.put(table, id={"S": "key"}, status={"S": "INPROGRESS"}, **odd)
+    record = await layer.get("key")
+    assert record is not None
+    assert (record.owner, record.payload_hash) == (NOT_A_TEXT, NOT_A_TEXT)
+    assert (record.response_data, record.in_progress_expiry_timestamp) == (None, None)
 
 
 # --- Our own, found again ---------------------------------------------------------------------------------------------

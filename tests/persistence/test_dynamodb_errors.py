@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass
 from typing import Any
 
@@ -181,6 +182,66 @@ async def test_a_table_is_created_for_development_with_its_ttl(database: Databas
         ttl = database.client.describe_time_to_live(TableName=name)["TimeToLiveDescription"]
         assert ttl["AttributeName"] == options.get("expiry_attr", "expiration")
         assert ttl["TimeToLiveStatus"] in {"ENABLING", "ENABLED"}
+
+
+async def test_a_table_can_be_created_within_the_open_layer_and_by_several_at_once(
+    database: Database, caplog: pytest.LogCaptureFixture
+) -> None:
+    name = f"{database.create_table()}-later"
+    async with DynamoDBPersistenceLayer(name) as layer, DynamoDBPersistenceLayer(name) as other:
+        assert caplog.text.count(f"DynamoDB table '{name}' does not exist yet") == 2
+        with pytest.raises(CONFIG, match="does not exist"):
+            await layer.acquire(CLAIM, now=0)
+        await asyncio.gather(layer.create_table(), other.create_table(), layer.create_table())
+        await other.acquire(CLAIM, now=0)
+        assert await layer.get("key") is not None
+
+
+@dataclass
+class SlowlyCreated:
+    """A client whose table takes a while until it can be used."""
+
+    status: str = ""
+    waiting: int = 0
+
+    async def create_table(self, **_request: Any) -> None:
+        if self.status:
+            raise answer("ResourceInUseException")
+        self.status = "CREATING"
+
+    async def describe_table(self, **_request: Any) -> Any:
+        keys = [{"AttributeName": "id", "KeyType": "HASH"}]
+        attributes = [{"AttributeName": "id", "AttributeType": "S"}]
+        return {"Table": {"AttributeDefinitions": attributes, "KeySchema": keys, "TableStatus": self.status}}
+
+    def get_waiter(self, name: str) -> Any:
+        assert name == "table_exists"
+        return self
+
+    async def wait(self, **_options: Any) -> None:
+        self.waiting += 1
+        while self.waiting < 2:  # noqa: ASYNC110 - until both wait
+            await asyncio.sleep(0)
+        self.status = "ACTIVE"
+
+    async def update_time_to_live(self, **_request: Any) -> None:
+        assert self.status == "ACTIVE"
+
+
+async def test_who_comes_second_to_create_a_table_waits_until_it_can_be_used() -> None:
+    client = SlowlyCreated()
+    layer = DynamoDBPersistenceLayer("payments", client=client)
+    async with asyncio.timeout(5):
+        await asyncio.gather(layer.create_table(), layer.create_table())
+    assert client.waiting == 2
+    await layer.create_table()
+    assert client.waiting == 2
+
+
+def test_what_is_set_on_a_layer_by_mistake_is_refused() -> None:
+    layer: Any = DynamoDBPersistenceLayer("payments")
+    with pytest.raises(AttributeError, match="client"):
+        layer.client = FailingClient(KeyError())
 
 
 async def test_a_table_that_may_not_be_created_is_refused() -> None:

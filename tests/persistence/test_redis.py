@@ -1,14 +1,16 @@
 from __future__ import annotations
 
-import asyncio
 import json
 import re
 import time
+import traceback
 from collections.abc import AsyncGenerator, Iterator
 from typing import Any
 
 import pytest
+from fakeredis import FakeAsyncRedis
 
+from aidem import IdempotencyConfig, idempotent_function
 from aidem._record import OutcomeKind, RecordStatus
 from aidem._state import Blocked, Claimed
 from aidem.exceptions import (
@@ -17,7 +19,9 @@ from aidem.exceptions import (
     IdempotencyPersistenceLayerError,
     IdempotencySerializationError,
 )
+from aidem.hooks import EventKind, IdempotencyEvent
 from aidem.persistence import PersistenceLayer, SupportsWaitForChange
+from aidem.persistence._stored import NOT_A_TEXT
 from aidem.persistence.redis import MAX_RECORD_BYTES, RedisCachePersistenceLayer, RedisPersistenceLayer
 from aidem.testing import FakeClock, claim_of, completed_of
 from tests.persistence.redis_support import acquired, claimed, client_of, completed, stored
@@ -278,17 +282,25 @@ async def test_the_fence_grows_over_a_release_though_the_clock_does_not(server: 
     assert fences == [fences[0], fences[0] + 1, fences[0] + 2]
 
 
-async def test_a_release_within_the_millisecond_of_the_fence_remembers_it_for_that_millisecond(
+async def test_the_fence_of_a_released_claim_is_remembered_until_the_clock_is_past_it(
+    layer: RedisPersistenceLayer, client: Any
+) -> None:
+    claim = await claimed(layer)
+    fence = int(time.time() * 1000) + 5000
+    await client.set("key", json.dumps(json.loads(await client.get("key")) | {"fence": fence}))
+    assert await layer.release(claim)
+    assert await client.get("key") == f"aidem:released:{fence}"
+    assert 1 <= await client.pttl("key") <= 5001
+
+
+async def test_a_fence_is_remembered_while_a_clock_that_was_given_stands_still(
     server: RedisServer, client: Any
 ) -> None:
     clock = FakeClock()
-    async with RedisPersistenceLayer(server.url, clock=clock) as layer, client.monitor() as monitor:
+    async with RedisPersistenceLayer(server.url, clock=clock) as layer:
         claim = await layer.acquire(claim_of("key", now=clock()), now=clock())
         assert await layer.release(claim.record)
-        async with asyncio.timeout(20):
-            while "aidem:released:" not in (command := (await monitor.next_command())["command"]):
-                pass
-    assert command == f"SET key aidem:released:{claim.record.fence} PX 1"
+        assert 5_000 < await client.pttl("key") <= 10_000
 
 
 async def test_a_release_leaves_nothing_behind_once_the_clock_is_past_its_fence(
@@ -391,6 +403,52 @@ async def test_taking_an_orphan_over_sets_the_lock_that_powertools_looks_for(
     assert 5 < await client.ttl("key:lock") <= 10
 
 
+class Events:
+    """A hook that notes what happened."""
+
+    def __init__(self) -> None:
+        self.kinds = list[EventKind]()
+
+    def on_event(self, event: IdempotencyEvent) -> None:
+        self.kinds.append(event.kind)
+
+
+@pytest.mark.parametrize("text", [b"no json", b"[]", b'{"status": 5}', b"", b"\xff", b"aidem:released:soon"])
+async def test_taking_over_a_text_that_is_no_record_is_told(
+    server: RedisServer, client: Any, text: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    events = Events()
+    async with RedisPersistenceLayer(server.url, shared_with_powertools=False) as layer:
+
+        @idempotent_function(persistence_store=layer, config=IdempotencyConfig(hooks=(events,)))
+        async def charge(order_id: str) -> str:
+            return order_id
+
+        await charge("o-1")
+        (key,) = [key async for key in client.scan_iter()]
+        caplog.clear()
+        assert EventKind.TAKEN_OVER not in events.kinds
+        await client.set(key, text)
+        await charge("o-1")
+    assert events.kinds.count(EventKind.TAKEN_OVER) == 1
+    assert [record.getMessage() for record in caplog.records] == [
+        f"Redis: a text that is no record stood under {key}, and gave way to a claim; see who writes it"
+    ]
+
+
+@pytest.mark.parametrize("value", [5, ["ours"], {"S": "ours"}, True])
+@pytest.mark.parametrize("field", ["data", "owner", "validation"])
+async def test_values_of_another_type_are_nobodys_and_no_results(
+    layer: RedisPersistenceLayer, client: Any, field: str, value: object
+) -> None:
+    await client.set("key", json.dumps(json.loads(lapsed("earlier")) | {field: value}))
+    record = await layer.get("key")
+    assert record is not None
+    name = {"data": "response_data", "validation": "payload_hash"}.get(field, field)
+    assert getattr(record, name) == NOT_A_TEXT
+    assert hash(record) == hash(record)
+
+
 @pytest.mark.parametrize("orphan", ORPHANS, ids=["lapsed", "expired", "undecodable"])
 async def test_an_orphan_that_powertools_has_locked_counts_as_running(
     layer: RedisPersistenceLayer, client: Any, orphan: Any
@@ -477,9 +535,91 @@ class NotAClient:
         ({"url": "redis://user:secret@host:port/0"}, r"names no Redis server; write redis://"),
         ({"url": NotAClient()}, r"url must be text, such as redis://host:6379/0; a client is passed as client="),
         ({"client": NotAClient()}, r"redis\.asyncio\.Redis or RedisCluster, not .*NotAClient"),
+        ({"host": "host", "data_attr": "status"}, r"a name of its own: \['status'\] is used more than once"),
+        ({"host": "host", "owner_attr": ""}, "every attribute needs a name: one of them is empty"),
     ],
 )
 def test_options_that_cannot_work_are_refused_at_once(options: dict[str, Any], message: str) -> None:
     with pytest.raises(IdempotencyPersistenceConfigError, match=message) as refused:
         RedisPersistenceLayer(**options)
     assert "secret" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis://:sec/ret@host:6379/0",
+        "redis://:1/secret@host:6379/0",
+        "redis://:at@sec/ret@host:6379/0",
+        "redis://:sec#ret@host:6379/0",
+        "redis://:at@sec#ret@host",
+        "redis://:at@secret#",
+        "redis://:sec?ret@host:6379/0",
+        "redis://:at@sec?ret@host:6379/0",
+        "redis://:at@sec?ret=1@host:6379/0",
+        "redis://user:secret\u2100@host:6379/0",
+        "redis://user:[secret@host:6379/0",
+        "unix://:sec/ret@/run/redis.sock",
+        "redis+cluster://:sec/ret@host,host2",
+        "redis+cluster://:at@sec#ret@host,host2",
+        "redis+sentinel://:sec/ret@host/service/0",
+        "redis+sentinel://:sec#ret@host/service/0",
+    ],
+)
+def test_a_password_that_is_not_percent_encoded_is_refused_and_shown_nowhere(url: str) -> None:
+    with pytest.raises(IdempotencyPersistenceConfigError, match="percent-encode @ : /") as refused:
+        RedisPersistenceLayer(url)
+    shown = "".join(traceback.format_exception(refused.value))
+    assert not {part for part in ("sec/", "sec#", "sec?", "secret", "ret@") if part in shown}
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis://host/abc",
+        "redis://host/0/1",
+        "redis://host/-1",
+        "redis://host?unknown=1",
+        "redis://host?retry_everything=1",
+        "redis://host?db=x",
+        "redis://host?protocol=9",
+        "rediss://host?ssl_cert_reqs=sometimes",
+        "redis+cluster://host,host2?unknown=1",
+        "redis+sentinel://host/service/abc",
+        "redis+sentinel://host/service/0?unknown=1",
+        "redis+sentinel://host/service/0?sentinel_unknown=1",
+    ],
+)
+def test_what_redis_does_not_know_in_a_url_is_refused_at_once(url: str) -> None:
+    with pytest.raises(IdempotencyPersistenceConfigError, match="Use no option that redis-py does not know"):
+        RedisPersistenceLayer(url)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis://host",
+        "redis://host/",
+        "redis://host:6379/12?client_name=payments&socket_connect_timeout=3&max_connections=4",
+        "rediss://payments:p%40%2F%23%3F@host/0?ssl_check_hostname=False",
+        "unix:///run/redis%40home.sock?db=1",
+        "redis+cluster://payments:a@b@host:1,host2",
+        "rediss+sentinel://host,host2/service?sentinel_password=secret&ssl_check_hostname=False",
+    ],
+)
+def test_what_redis_knows_in_a_url_is_taken(url: str) -> None:
+    RedisPersistenceLayer(url)
+
+
+async def test_a_client_that_leads_to_no_server_is_refused_and_the_memory_layer_named() -> None:
+    layer = RedisPersistenceLayer(client=FakeAsyncRedis())
+    with pytest.raises(
+        IdempotencyPersistenceConfigError, match=r"fakeredis\..*Connection, .*MemoryPersistenceLayer\(\)"
+    ):
+        await layer.get("key")
+
+
+def test_what_is_set_on_a_layer_by_mistake_is_refused(server: RedisServer) -> None:
+    layer: Any = RedisPersistenceLayer(server.url)
+    with pytest.raises(AttributeError, match="client"):
+        layer.client = NotAClient()

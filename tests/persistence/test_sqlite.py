@@ -13,15 +13,19 @@ from typing import Any
 
 import pytest
 
+from aidem import idempotent_function
 from aidem._record import DataRecord
 from aidem._state import Blocked, Claimed, milliseconds
 from aidem.exceptions import (
     IdempotencyInvalidStatusError,
     IdempotencyPersistenceConfigError,
+    IdempotencyPersistenceConnectionError,
     IdempotencyPersistenceLayerError,
+    IdempotencyResultUnavailableError,
 )
 from aidem.persistence import PersistenceLayer
 from aidem.persistence._sqlite_thread import MAX_BATCH
+from aidem.persistence._stored import NOT_A_TEXT
 from aidem.persistence.sqlite import SQLitePersistenceLayer
 from aidem.testing import FakeClock, PersistenceLayerConformance, claim_of, completed_of
 from aidem.testing._trial import KEPT_SECONDS, LEASE_SECONDS
@@ -350,6 +354,80 @@ async def test_a_status_of_a_later_version_is_refused(layer: SQLitePersistenceLa
     assert "private" not in str(raised.value)
     await layer.forget("key")
     assert await layer.get("key") is None
+
+
+@pytest.mark.parametrize("stored", ["x'ff'", "CAST(x'22ff22' AS TEXT)"])
+async def test_a_result_of_another_type_is_unavailable_and_no_second_run(path: Path, stored: str) -> None:
+    runs = list[str]()
+    async with SQLitePersistenceLayer(path) as layer:
+
+        @idempotent_function(persistence_store=layer)
+        async def charge(order_id: str) -> str:
+            runs.append(order_id)
+            return "charged"
+
+        assert await charge("o-1") == "charged"
+        change(path, f"UPDATE records SET data = {stored}")
+        with pytest.raises(IdempotencyResultUnavailableError):
+            await charge("o-1")
+    assert runs == ["o-1"]
+
+
+@pytest.mark.parametrize("column", ["validation", "owner"])
+async def test_a_hash_or_an_owner_of_another_type_is_nobodys(
+    layer: SQLitePersistenceLayer, path: Path, column: str
+) -> None:
+    record = await claimed(layer)
+    change(path, f"UPDATE records SET {column} = x'ff'")
+    found = await layer.get("key")
+    assert found is not None
+    assert found == record.replace(**{{"validation": "payload_hash"}.get(column, column): NOT_A_TEXT})
+
+
+@pytest.mark.parametrize(
+    "change_of",
+    ["status = x'ff'", "outcome = x'ff'", "expiration = 'soon'", "in_progress_expiration = x'31'", "fence = 1.5"],
+)
+async def test_a_record_of_other_types_is_refused_with_what_to_do(
+    layer: SQLitePersistenceLayer, path: Path, change_of: str
+) -> None:
+    await claimed(layer)
+    change(path, f"UPDATE records SET {change_of}")
+    with pytest.raises(IdempotencyInvalidStatusError, match=r"'key'.*forget\(key\)"):
+        await claimed(layer, owner="theirs")
+    await layer.forget("key")
+    await claimed(layer)
+
+
+# --- Time limits ----------------------------------------------------------------------------------------------------
+
+
+async def test_operations_have_a_time_limit_after_which_outcomes_and_releases_are_still_applied_but_no_claims(
+    path: Path, clock: GatedClock
+) -> None:
+    layer = SQLitePersistenceLayer(path, clock=clock, timeout_seconds=0.1)
+    done, failed = await claimed(layer, "done"), await claimed(layer, "failed")
+    clock.hold()
+    late = "SQLite did not answer within 0.1 s, which timeout_seconds allows; the operation may have been applied"
+    held_up = asyncio.ensure_future(claimed(layer, "held up"))
+    assert await asyncio.to_thread(clock.reached.wait, 30)
+    with pytest.raises(IdempotencyPersistenceConnectionError, match=late):
+        await claimed(layer, "behind it")
+    for operation in (held_up, layer.complete(completed_of(done, now=clock()), now=clock()), layer.release(failed)):
+        with pytest.raises(IdempotencyPersistenceConnectionError, match=late):
+            await operation
+    clock.open.set()
+    assert (await claimed(layer, "next")).owner == "ours"
+    await layer.aclose()
+    assert rows(path, "SELECT id, status FROM records ORDER BY id") == [("done", "COMPLETED"), ("next", "INPROGRESS")]
+
+
+async def test_an_answer_in_time_is_not_taken_back(path: Path) -> None:
+    async with SQLitePersistenceLayer(path, clock=FakeClock(), timeout_seconds=0.5) as layer:
+        for number in range(3):
+            await claimed(layer, f"key {number}")
+            await asyncio.sleep(0.3)  # beyond the limit of the first
+        assert await layer.get("key 0") is not None
 
 
 # --- Loops, threads and the end -------------------------------------------------------------------------------------

@@ -3,13 +3,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import gc
 import os
 import resource
 import shutil
 import sqlite3
 import stat
 import tempfile
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -446,8 +446,118 @@ def test_an_error_of_sqlite_says_what_to_do_and_shows_no_result(
     assert "private" not in str(own)
 
 
-def test_the_cause_of_a_refusal_is_kept(layer: SQLitePersistenceLayer, path: Path) -> None:
-    path.mkdir()
-    with pytest.raises(IdempotencyPersistenceConfigError) as raised:
+def test_the_cause_of_a_refusal_is_kept_without_the_frames_that_hold_its_callers(tmp_path: Path) -> None:
+    with pytest.raises(IdempotencyPersistenceConfigError, match="its directory must exist") as raised:
+        use(layer_at(tmp_path / "missing" / "records.sqlite3"))
+    refusal = raised.value.__cause__
+    assert isinstance(refusal, IdempotencyPersistenceConfigError)
+    assert isinstance(refusal.__cause__, FileNotFoundError)
+    assert refusal.__traceback__ is None
+    assert refusal.__cause__.__traceback__ is None
+
+
+@pytest.fixture
+def without_collector() -> Iterator[None]:
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("without_collector")
+def test_commits_that_fail_leave_no_descriptors(layer: SQLitePersistenceLayer, path: Path) -> None:
+    use(layer, "before")
+    opened = descriptors_of(path)
+    assert opened
+    log = path.with_name(f"{path.name}-wal")
+    for number in range(3):
+        with (
+            limited(resource.RLIMIT_FSIZE, log.stat().st_size),
+            pytest.raises(IdempotencyPersistenceConnectionError, match="see that the disk works"),
+        ):
+            use(layer, f"during {number}")
+        use(layer, f"after {number}")
+        assert descriptors_of(path) == opened
+    close(layer)
+    assert descriptors_of(path) == []
+
+
+def descriptors_of(path: Path) -> list[str]:
+    targets = list[str]()
+    for descriptor in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # that of the directory itself
+            targets.append(str(descriptor.readlink()))
+    return sorted(target for target in targets if target.startswith(str(path)))
+
+
+# --- Other users ----------------------------------------------------------------------------------------------------
+
+
+def test_a_file_that_all_may_write_is_warned_of_once(
+    layer: SQLitePersistenceLayer, path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    use(layer)
+    close(layer)
+    assert not caplog.records
+    path.chmod(0o666)
+    use(layer, "other")
+    close(layer)
+    use(layer, "another")
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert f"{path} is writable by all users, who can forge results and drop claims; chmod o-w" in caplog.text
+
+
+def test_a_file_of_another_user_is_warned_of_and_one_that_a_group_shares_is_not(
+    layer: SQLitePersistenceLayer, path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use(layer)
+    close(layer)
+    path.chmod(0o660)
+    use(layer, "shared")
+    close(layer)
+    assert not caplog.records
+    if os.geteuid() == 0:
+        os.chown(path, NOBODY, NOBODY)
+    else:
+        monkeypatch.setattr(_sqlite_file, "_user", lambda: NOBODY)
+    use(layer, "foreign")
+    assert f"{path} belongs to another user, who can forge results and drop claims" in caplog.text
+
+
+def test_logs_that_are_there_already_become_no_wider_than_the_file(layer: SQLitePersistenceLayer, path: Path) -> None:
+    use(layer, "before")
+    logs = [path.with_name(f"{path.name}{suffix}") for suffix in ("-wal", "-shm")]
+    with closing(sqlite3.connect(path)) as other:  # which keeps the logs
+        assert other.execute("SELECT count(*) FROM records").fetchone() == (1,)
+        for log in logs:
+            log.chmod(0o646)
+        close(layer)
+        use(layer, "after")
+        assert [stat.S_IMODE(log.stat().st_mode) for log in logs] == [0o600, 0o600]
+
+
+def test_a_log_that_only_another_user_may_narrow_is_warned_of(
+    layer: SQLitePersistenceLayer, path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_path: Path, _mode: int) -> None:
+        raise PermissionError
+
+    log = path.with_name(f"{path.name}-wal")
+    log.touch()
+    log.chmod(0o666)
+    monkeypatch.setattr(Path, "chmod", refuse)
+    use(layer)
+    assert f"{log} is writable by all users" in caplog.text
+
+
+@pytest.mark.parametrize("suffix", ["-wal", "-shm"])
+def test_a_log_that_is_a_link_is_refused_and_its_target_left_alone(
+    layer: SQLitePersistenceLayer, path: Path, suffix: str
+) -> None:
+    use(layer)
+    close(layer)
+    target = path.with_name("target")
+    target.write_bytes(b"private")
+    path.with_name(f"{path.name}{suffix}").symlink_to(target)
+    with pytest.raises(IdempotencyPersistenceConfigError, match=f"its {suffix} file is a symbolic link"):
         use(layer)
-    assert "_refuse_other_than_a_file" in "".join(traceback.format_exception(raised.value))
+    assert target.read_bytes() == b"private"
