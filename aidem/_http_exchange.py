@@ -117,7 +117,8 @@ class Exchange:
 
     async def _start(self, message: Message) -> None:
         recorder = Recorder(message, limit=self._options.max_response_bytes)
-        message = {**message, "headers": recorder.headers}  # they may have been an iterator
+        # Copies go out: middleware further out edits what it gets, and what is recorded is what the app sent.
+        message = {**message, "headers": list(recorder.headers)}
         if not self._is_stored(recorder):
             await self._give_back(NotStoredError())
         else:
@@ -136,7 +137,7 @@ class Exchange:
         if self._held_start is not None:
             start, self._held_start = self._held_start, None
             await self._pass(start)
-        await self._pass(message)
+        await self._pass({**message})
 
     async def _pass(self, message: Message) -> None:
         if self._is_replaced:
@@ -151,7 +152,7 @@ class Exchange:
 
     def _is_stored(self, recorder: Recorder) -> bool:
         try:
-            return self._options.store_if(recorder.status, recorder.headers)
+            return self._options.store_if(recorder.status, list(recorder.headers))
         except Exception as error:  # noqa: BLE001 - whatever a function of the user's raises
             # No trace: it may show what is in the headers.
             logger.error("store_if of %s raised %s", self._call.plan.function, type(error).__name__)  # noqa: TRY400

@@ -86,7 +86,7 @@ class Recorder:
 
     def __init__(self, start: Message, *, limit: int) -> None:
         self.status: int = start["status"]
-        self.headers = [(name, value) for name, value in start.get("headers", ())]
+        self.headers = [(bytes(name), bytes(value)) for name, value in start.get("headers", ())]
         self._names = [name.lower() for name, _ in self.headers]
         self._length = self._declared_length()
         self._limit = limit
