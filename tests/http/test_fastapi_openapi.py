@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import pytest
 from fastapi import APIRouter, Depends, FastAPI, Header, Query, Response
-from fastapi.responses import JSONResponse, ORJSONResponse, RedirectResponse, UJSONResponse
+from fastapi.responses import JSONResponse, RedirectResponse
 from hypothesis import example, given
 from hypothesis import strategies as st
 from openapi_spec_validator import validate
@@ -19,7 +19,7 @@ from aidem import _http_answers
 from aidem._http_key import MalformedKeyError, parse_key
 from aidem._http_openapi import key_pattern
 from aidem.fastapi import IdempotentRoute
-from tests.http.fastapi_support import Order, PublicReceipt
+from tests.http.fastapi_support import ORJSON, UJSON, Order, PublicReceipt
 
 PROBLEM = "application/problem+json"
 
@@ -110,9 +110,7 @@ class AnyArguments(JSONResponse):
 
 
 @pytest.mark.filterwarnings("ignore:.*JSONResponse is deprecated")
-@pytest.mark.parametrize(
-    ("response_class", "status"), [(Created, "201"), (ORJSONResponse, "200"), (UJSONResponse, "200")]
-)
+@pytest.mark.parametrize(("response_class", "status"), [(Created, "201"), (ORJSON, "200"), (UJSON, "200")])
 def test_the_mark_of_a_replay_is_at_the_status_that_the_response_class_has_by_itself(
     response_class: type[Response], status: str
 ) -> None:

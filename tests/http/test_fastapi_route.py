@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import httpx
 import pytest
 from fastapi import APIRouter, BackgroundTasks, Depends, FastAPI, Header, HTTPException, Request, Response
-from fastapi.responses import JSONResponse, ORJSONResponse, StreamingResponse, UJSONResponse
+from fastapi.responses import JSONResponse, StreamingResponse
 from fastapi.routing import APIRoute
 
 from aidem import IdempotencyConfig, current_execution
@@ -19,7 +19,7 @@ from aidem.exceptions import IdempotencyConfigError
 from aidem.fastapi import IdempotentRoute, by_header
 from aidem.persistence.memory import MemoryPersistenceLayer
 from aidem.persistence.sqlite import SQLitePersistenceLayer
-from tests.http.fastapi_support import ORDER, Bank, Order, PublicReceipt, same, served
+from tests.http.fastapi_support import ORDER, ORJSON, UJSON, Bank, Order, PublicReceipt, same, served
 
 KEY = {"Idempotency-Key": '"k-1"'}
 REPLAYED = "Idempotent-Replayed"
@@ -125,7 +125,11 @@ async def test_a_method_that_a_route_does_not_have_is_refused_as_ever(layer: Mem
     async with served(app) as client:
         missing = await client.post("/payments")
         wrong = await client.patch("/payments")
+        in_lower_case = httpx.Request("POST", "http://shop/payments")
+        in_lower_case.method = "post"  # httpx would send it in upper case
+        lower = await client.send(in_lower_case)
     assert missing.status_code == 400
+    assert lower.status_code == 405
     assert (wrong.status_code, wrong.headers["Allow"]) == (405, "POST")
 
 
@@ -353,7 +357,7 @@ class RequiredStatus(JSONResponse):
 @pytest.mark.filterwarnings("ignore:.*JSONResponse is deprecated")
 @pytest.mark.parametrize(
     "response_class",
-    [ORJSONResponse, UJSONResponse, AnyArguments, NoStatus, StatusWithoutDefault, RequiredStatus],
+    [ORJSON, UJSON, AnyArguments, NoStatus, StatusWithoutDefault, RequiredStatus],
 )
 async def test_a_response_class_may_have_any_signature(
     route_class: type[IdempotentRoute], bank: Bank, response_class: type[Response]
