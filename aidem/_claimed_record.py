@@ -81,9 +81,9 @@ class ClaimedRecord:
             key.text, owner=os.urandom(16).hex(), payload_hash=key.payload_hash, lease=self._lease, now=plan.clock()
         )
 
-    def has_lapsed(self) -> bool:
-        """Whether its lease has passed, by our own clock."""
-        return self.lease_deadline is not None and self._loop_state.time() >= self.lease_deadline
+    def has_lapsed(self, *, in_seconds: float = 0.0) -> bool:
+        """Whether its lease has passed, or will have passed so many seconds from now, by our own clock."""
+        return self.lease_deadline is not None and self._loop_state.time() + in_seconds >= self.lease_deadline
 
     def is_of_this_process(self) -> bool:
         """Whether it was made here, and not by the process that this one is a fork of."""

@@ -10,11 +10,20 @@ import tracemalloc
 from typing import Any
 
 import pytest
+from fastapi import APIRouter, FastAPI
 from hypothesis import given
 from hypothesis import strategies as st
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.gzip import GZipMiddleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Mount, Route, Router
 
 from aidem import RecordStatus
 from aidem._http_response import RESPONSES, StoredResponse, text_of
+from aidem.asgi import IdempotencyMiddleware
 from aidem.exceptions import IdempotencyPersistenceConnectionError
 from aidem.hooks import EventKind
 from tests.http.client import JSON, Connection, Front, Shop, front_of, request, scope_of
@@ -311,6 +320,109 @@ async def test_a_final_refusal_is_recorded(status: int) -> None:
     await request(front)
     again = await request(front)
     assert (again.status, again.is_replay, shop.runs) == (status, True, 1)
+
+
+def sites() -> list[Any]:
+    """Return apps with a payment that is not found by itself, within routers, mounts and middleware."""
+
+    async def missing() -> Response:
+        return Response(b"no such order", status_code=404)
+
+    async def payments(request: Request) -> Response:
+        return await missing()
+
+    async def plain_app(scope: Any, receive: Any, send: Any) -> None:
+        await Shop(status=404)(scope, receive, send)
+
+    routes = [Route("/payments", payments, methods=["POST"]), Mount("/plain", plain_app)]
+    fast = FastAPI()
+    fast.post("/payments")(missing)
+    fast.mount("/plain", plain_app)
+    router = APIRouter()
+    router.post("/payments")(missing)
+    including = FastAPI()
+    including.include_router(router)
+    including.mount("/plain", plain_app)
+
+    @including.exception_handler(HTTPException)
+    async def without_headers(request: Request, error: HTTPException) -> Response:
+        return JSONResponse({}, status_code=error.status_code)
+
+    return [Router(routes), Starlette(routes=routes), GZipMiddleware(Starlette(routes=routes)), fast, including]
+
+
+def arranged(site: Any, arrangement: str) -> tuple[Any, Front, str]:
+    """Return the outermost app, the front, and where the site is."""
+    if arrangement == "around":
+        front = front_of(site)
+        return front, front, ""
+    front = front_of(site if arrangement == "within a mount" else Starlette(routes=[Mount("/in", site)]))
+    return Starlette(routes=[Mount("/out", front)]), front, "/out" if arrangement == "within a mount" else "/out/in"
+
+
+ARRANGEMENTS = ["around", "within a mount", "around a mount"]
+
+
+@pytest.mark.parametrize("arrangement", ARRANGEMENTS)
+@pytest.mark.parametrize("number", range(5))
+@pytest.mark.parametrize(("method", "path", "status"), [("POST", "/nowhere", 404), ("PATCH", "/payments", 405)])
+async def test_a_path_or_method_that_no_route_has_is_not_recorded(
+    number: int, arrangement: str, method: str, path: str, status: int
+) -> None:
+    app, front, root = arranged(sites()[number], arrangement)
+    for _ in range(2):
+        response = await request(app, method, root + path)
+        assert (response.status, response.is_replay) == (status, False)
+    assert records_of(front) == []
+
+
+@pytest.mark.parametrize("arrangement", ARRANGEMENTS)
+@pytest.mark.parametrize("number", range(5))
+@pytest.mark.parametrize("path", ["/payments", "/plain/1"])
+async def test_what_a_route_does_not_find_is_recorded(number: int, arrangement: str, path: str) -> None:
+    app, _, root = arranged(sites()[number], arrangement)
+    assert not (await request(app, path=root + path)).is_replay
+    again = await request(app, path=root + path)
+    assert (again.status, again.is_replay) == (404, True)
+
+
+async def test_the_middleware_of_a_route_records_what_that_does_not_find() -> None:
+    async def payments(request: Request) -> Response:
+        return Response(b"no such order", status_code=404)
+
+    layer = PlannedLayer()
+    middleware = Middleware(IdempotencyMiddleware, persistence_store=layer, key_prefix="shop", scope=None)
+    app = Starlette(routes=[Route("/payments", payments, methods=["POST"], middleware=[middleware])])
+    await request(app)
+    assert (await request(app)).is_replay
+
+
+@pytest.mark.parametrize(
+    ("allowed", "is_recorded"),
+    [
+        ([b"GET, HEAD"], False),
+        ([b"GET,HEAD"], False),
+        ([b"GET", b"HEAD"], False),
+        ([b"GET, POST"], True),
+        ([b"GET", b"POST"], True),
+        ([b"POST"], True),
+        ([b""], True),
+        ([], True),
+    ],
+)
+async def test_a_method_that_is_not_allowed_is_not_recorded_whatever_the_framework(
+    allowed: list[bytes], is_recorded: bool
+) -> None:
+    front = front_of(Shop(status=405, headers=[(b"Allow", value) for value in allowed]))
+    await request(front)
+    assert (await request(front)).is_replay is is_recorded
+
+
+@pytest.mark.parametrize(("method", "path"), [("POST", "/nowhere"), ("PATCH", "/payments")])
+async def test_a_store_if_decides_about_what_no_route_has_too(method: str, path: str) -> None:
+    front = front_of(sites()[1], store_if=lambda status, headers: True)
+    await request(front, method, path)
+    assert (await request(front, method, path)).is_replay
 
 
 @pytest.mark.parametrize("status", [307, 308, 401, 403, 408, 422, 425, 429, 500, 502, 503, 504])
