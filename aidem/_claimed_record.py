@@ -99,11 +99,12 @@ class ClaimedRecord:
             key.text, owner=os.urandom(16).hex(), payload_hash=key.payload_hash, lease=self._lease, now=plan.clock()
         )
 
-    def has_lapsed(self) -> bool:
-        """Whether its lease has passed, by our own clock."""
+    def has_lapsed(self, *, in_seconds: float = 0.0) -> bool:
+        """Whether its lease has passed, or will have passed so many seconds from now, by our own clock."""
         if self.lease_deadline is None:
             return False
-        return self._loop_state.time() >= self.lease_deadline or seconds_since_boot() >= self._lapses_after_boot
+        now, since_boot = self._loop_state.time(), seconds_since_boot()
+        return now + in_seconds >= self.lease_deadline or since_boot + in_seconds >= self._lapses_after_boot
 
     def is_of_this_process(self) -> bool:
         """Whether it was made here, and not by the process that this one is a fork of."""

@@ -254,6 +254,10 @@ class Call:
             raise IdempotencyLeaseLostError(key=self.key.text, record=None, reason=reason)
         self.record = self._claim.record
 
+    def holds_lease(self, *, for_seconds: float) -> bool:
+        """Whether, by our own clock, no other call can take over for so long; also once this call has ended."""
+        return self._claim is not None and not self._claim.has_lapsed(in_seconds=for_seconds)
+
     # --- After the body ---------------------------------------------------------------------------------------------
 
     async def complete(self, text: str, outcome: OutcomeKind | None = None) -> bool:

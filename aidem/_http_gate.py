@@ -45,7 +45,7 @@ class Gate:
 
     async def serve(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve a request; whatever is none, or has no key, goes to the app as it is."""
-        is_concerned = scope["type"] == "http" and scope["method"] in self.options.methods
+        is_concerned = scope["type"] == "http" and scope["method"].upper() in self.options.methods
         values = header_values(scope["headers"], KEY_HEADER) if is_concerned else []
         if not (is_concerned and (values or self.options.required)):
             await app(scope, receive, send)

@@ -39,9 +39,17 @@ _WITHOUT_MEANING: Final = {
 _NOT_STORED: Final = frozenset({307, 308, 401, 403, 408, 422, 425, 429})
 
 
-def store_by_default(status: int, headers: Headers) -> bool:  # noqa: ARG001 - a StoreIf
+def store_by_default(status: int, headers: Headers) -> bool:
     """Whether a response is final, so that a retry would get the same: 2xx, and most of 3xx and 4xx."""
-    return 200 <= status < 500 and status not in _NOT_STORED  # noqa: PLR2004 - classes of status codes
+    is_final = 200 <= status < 500 and status not in _NOT_STORED  # noqa: PLR2004 - classes of status codes
+    return is_final and not _are_events(headers)
+
+
+def _are_events(headers: Headers) -> bool:
+    """Whether the response is a stream of events, which may never end."""
+    return any(
+        name.lower() == b"content-type" and value.lower().startswith(b"text/event-stream") for name, value in headers
+    )
 
 
 def by_header(name: str) -> ScopeFunction:

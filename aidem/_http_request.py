@@ -62,11 +62,6 @@ class RequestBody:
         else:
             self._pieces.append(bytearray(chunk))
 
-    @property
-    def is_handed_out(self) -> bool:
-        """Whether the app has got all of it."""
-        return not self._pieces
-
     async def receive(self) -> Message:
         """Return the next message."""
         if not self._pieces:

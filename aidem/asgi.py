@@ -57,7 +57,8 @@ class IdempotencyMiddleware:
             max_request_bytes: The largest body of a request with a key; it is read into memory.
             max_response_bytes: The largest body that is kept for a replay.
             store_if: `store_if(status, headers)` says whether a response is final; by default 2xx, 3xx and 4xx except
-                307, 308, 401, 403, 408, 422, 425 and 429. If not, the key is given back.
+                307, 308, 401, 403, 408, 422, 425 and 429, streams of events, and the 404 and 405 of what no route has.
+                If not, the key is given back.
             store_set_cookie: Whether cookies are replayed.
             documentation_url: The page that the `type` of an error points at.
 

@@ -110,7 +110,7 @@ def _documented(route: APIRoute, options: HttpOptions) -> dict[str, Any]:
     declared = {str(status) for status in route.responses}
     responses = openapi.responses(
         options,
-        own={_success_status(route), *filter(str.isdigit, declared)},
+        own={*_success_status(route), *filter(str.isdigit, declared)},
         described=declared,
         validates=bool(get_flat_params(route.dependant) or route.body_field),
     )
@@ -143,8 +143,12 @@ def _header_names(dependant: Dependant) -> Iterator[str]:
         yield from _header_names(dependency)
 
 
-def _success_status(route: APIRoute) -> str:
+def _success_status(route: APIRoute) -> Iterator[str]:
+    """Yield the status of a success where FastAPI finds one: the signature of a response class may not say it."""
     if route.status_code is not None:
-        return str(route.status_code)
+        yield str(route.status_code)
+        return
     response_class: Any = getattr(route.response_class, "value", route.response_class)  # FastAPI's mark of a default
-    return str(inspect.signature(response_class).parameters["status_code"].default)
+    parameter = inspect.signature(response_class.__init__).parameters.get("status_code")
+    if parameter is not None and isinstance(parameter.default, int):
+        yield str(parameter.default)

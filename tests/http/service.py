@@ -11,18 +11,20 @@ import hashlib
 import json
 import os
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 from starlette.applications import Starlette
 from starlette.background import BackgroundTask
+from starlette.middleware.gzip import GZipMiddleware
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from aidem import IdempotencyConfig
 from aidem.asgi import IdempotencyMiddleware
 from aidem.persistence import open_persistence_layer
-from tests.http.service_data import BINARY, Arrivals
+from tests.http.service_data import BINARY, DOCUMENT, Arrivals
 from tests.processes.worker import Log
 
 SETTINGS: dict[str, Any] = json.loads(os.environ["SERVICE"])
@@ -90,7 +92,7 @@ async def cancelled(request: Request) -> Response:
 
 
 async def stream(request: Request) -> Response:
-    """Stream events; the next one comes when the last is known to have arrived: a file says so."""
+    """Stream lines; the next one comes when the last is known to have arrived: a file says so."""
     done = await effect(request)
     chunks = int(request.query_params.get("chunks", "3"))
 
@@ -100,13 +102,20 @@ async def stream(request: Request) -> Response:
             await _arrived(request, number)
         log.write("streamed", done["name"])
 
-    return StreamingResponse(events(), media_type="text/event-stream")
+    return StreamingResponse(events(), media_type="text/plain")
 
 
 async def _arrived(request: Request, number: int) -> None:
     path = request.headers.get("x-arrivals")
     while path is not None and not Arrivals(path).has(number):  # noqa: ASYNC110 - it is another process that knows
         await asyncio.sleep(0.005)
+
+
+async def document(request: Request) -> Response:
+    await effect(request)
+    path = Path(SETTINGS["log"]).with_name(request.headers["x-name"])
+    path.write_bytes(DOCUMENT)
+    return FileResponse(path, headers={"vary": "cookie"})
 
 
 async def cut(request: Request) -> Response:
@@ -126,7 +135,7 @@ async def large(request: Request) -> Response:
 
 
 class Named:
-    """Says which worker answers, on replays too."""
+    """Says which worker answers, on replays too; it edits the headers that it gets, as many a middleware does."""
 
     def __init__(self, app: Any) -> None:
         self.app = app
@@ -134,7 +143,7 @@ class Named:
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         async def named(message: Any) -> None:
             if message["type"] == "http.response.start":
-                message["headers"] = [*message["headers"], (b"x-pid", str(os.getpid()).encode())]
+                message["headers"].append((b"x-pid", str(os.getpid()).encode()))
             await send(message)
 
         await self.app(scope, receive, named if scope["type"] == "http" else send)
@@ -147,9 +156,9 @@ async def lifespan(_app: Starlette) -> AsyncIterator[None]:
     log.write("left", "")
 
 
-ROUTES = (charge, empty, binary, upload, cookies, background, cancelled, stream, cut, large)
+ROUTES = (charge, empty, binary, upload, cookies, background, cancelled, stream, document, cut, large)
 inner = Starlette(routes=[Route(f"/{route.__name__}", route, methods=["POST"]) for route in ROUTES], lifespan=lifespan)
-app = Named(
+named = Named(
     IdempotencyMiddleware(
         inner,
         persistence_store=open_persistence_layer(SETTINGS["store"]),
@@ -163,3 +172,8 @@ app = Named(
         max_response_bytes=SETTINGS["max_response_bytes"],
     )
 )
+compressed = GZipMiddleware(named)
+
+
+async def app(scope: Any, receive: Any, send: Any) -> None:
+    await (compressed if scope.get("path") == "/document" else named)(scope, receive, send)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 BINARY = bytes(range(256)) * 4
+DOCUMENT = b"a line of text\n" * 10_000  # more than one message of a file
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from typing import Any
 
 import pytest
@@ -289,6 +290,73 @@ async def test_a_failure_to_record_after_the_start_went_out_lets_the_rest_go_out
     assert "was not recorded: denied" in caplog.text
 
 
+def streaming(*steps: bytes | float) -> Any:
+    """Return an app that sends chunks and waits in between, and goes on whatever happens when it sends."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        app.runs += 1  # type: ignore[attr-defined]
+        await send({"type": "http.response.start", "status": 200, "headers": app.headers})  # type: ignore[attr-defined]
+        for step in steps:
+            if isinstance(step, float):
+                await asyncio.sleep(step)
+            else:
+                with contextlib.suppress(Exception):
+                    await send({"type": "http.response.body", "body": step, "more_body": True})
+        with contextlib.suppress(Exception):
+            await send({"type": "http.response.body", "body": b""})
+
+    app.runs = 0  # type: ignore[attr-defined]
+    app.headers = STREAM  # type: ignore[attr-defined]
+    return app
+
+
+async def cut_off(front: Front) -> bytes:
+    """Send a request whose response must not come to its end; return what came of it."""
+    connection = Connection([b"{}"])
+    with pytest.raises(IdempotencyLeaseLostError, match="a retry may get another one"):
+        await front(scope_of(), connection.receive, connection.send)
+    assert not connection.response.is_complete
+    return connection.response.body
+
+
+async def test_a_stream_that_could_not_be_recorded_in_its_lease_has_no_end_for_a_retry_runs_again() -> None:
+    app = streaming(b"one", b"two")
+    front = front_of(app, layer=PlannedLayer().plan("complete", *[Fault(DOWN)] * 500))
+    started = asyncio.get_running_loop().time()
+    assert await cut_off(front) == b"onetwo"
+    assert 28 < asyncio.get_running_loop().time() - started <= 30  # it was tried as long as the lease was held
+    assert front.layer.calls.count("complete") > 10
+    assert EventKind.PERSISTENCE_ERROR in front.listener.kinds
+    await asyncio.sleep(2)
+    front.layer.faults.clear()
+    again = await request(front)
+    assert (again.body, again.is_complete, again.is_replay, app.runs) == (b"onetwo", True, False, 2)
+    assert (await request(front)).is_replay
+
+
+async def test_a_declared_stream_that_could_not_be_recorded_in_its_lease_has_no_last_byte() -> None:
+    app = streaming(b"one", b"two")
+    app.headers = WHOLE
+    assert await cut_off(front_of(app, layer=PlannedLayer().plan("complete", *[Fault(DOWN)] * 500))) == b"one"
+
+
+async def test_a_stream_that_could_not_be_marked_as_too_large_has_no_end_once_its_lease_has_passed() -> None:
+    app = streaming(b"123456", b"7", 20.0, b"8", 20.0, b"9")
+    front = front_of(app, layer=PlannedLayer().plan("complete", Fault(DENIED)), max_response_bytes=5)
+    assert await cut_off(front) == b"12345678"
+    assert front.layer.calls.count("complete") == 1
+
+
+async def test_a_stream_that_could_not_be_recorded_ends_while_no_other_call_can_take_over() -> None:
+    """Without a lease, nothing runs again until the record of the claim expires."""
+    app = streaming(b"one")
+    faults = [Fault(DOWN)] * 500
+    front = front_of(app, layer=PlannedLayer().plan("complete", *faults), settings={"lease_seconds": None})
+    response = await request(front)
+    assert (response.body, response.is_complete) == (b"one", True)
+    assert (await request(front)).problem["title"] == "A request with this Idempotency-Key is in progress"
+
+
 async def test_a_recording_is_tried_again_while_the_lease_is_held() -> None:
     shop = Shop()
     front = front_of(shop, layer=PlannedLayer().plan("complete", Fault(DOWN), Fault(DOWN), Fault(DOWN)))
@@ -357,6 +425,18 @@ async def test_a_loser_whose_start_has_gone_out_is_cut_off_so_that_its_client_as
         await late
     assert (connection.response.body, connection.response.is_complete) == (b"one", False)
     assert (await request(front)).body == b'{"paid": 42}'
+
+
+async def test_a_loser_that_goes_on_sending_is_cut_off_all_the_same() -> None:
+    layer = PlannedLayer()
+    front = lease_loser(layer, app=streaming(b"one", 40.0, b"two"))
+    connection = Connection([b"{}"])
+    late = asyncio.create_task(front(scope_of(), connection.receive, connection.send))
+    await asyncio.sleep(35)
+    await request(front_of(Shop(), layer=layer))
+    with pytest.raises(IdempotencyLeaseLostError, match="a retry will get"):
+        await late
+    assert not connection.response.is_complete
 
 
 # --- Renewal ----------------------------------------------------------------------------------------------------------

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from typing import Annotated, Any
 
 import pytest
-from fastapi import APIRouter, Depends, FastAPI, Header, Query
-from fastapi.responses import RedirectResponse
+from fastapi import APIRouter, Depends, FastAPI, Header, Query, Response
+from fastapi.responses import JSONResponse, RedirectResponse
 from hypothesis import example, given
 from hypothesis import strategies as st
 from openapi_spec_validator import validate
@@ -19,7 +19,7 @@ from aidem import _http_answers
 from aidem._http_key import MalformedKeyError, parse_key
 from aidem._http_openapi import key_pattern
 from aidem.fastapi import IdempotentRoute
-from tests.http.fastapi_support import Order, PublicReceipt
+from tests.http.fastapi_support import ORJSON, UJSON, Order, PublicReceipt
 
 PROBLEM = "application/problem+json"
 
@@ -97,6 +97,35 @@ def test_a_required_key_is_said_to_be_required(is_required: bool) -> None:
     operation = operation_of(app)
     assert [each["required"] for each in key_parameters(operation)] == [is_required]
     assert ("is missing" in operation["responses"]["400"]["description"]) is is_required
+
+
+class Created(JSONResponse):
+    def __init__(self, content: Any, status_code: int = 201, **others: Any) -> None:
+        super().__init__(content, status_code, **others)
+
+
+class AnyArguments(JSONResponse):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+
+
+@pytest.mark.filterwarnings("ignore:.*JSONResponse is deprecated")
+@pytest.mark.parametrize(("response_class", "status"), [(Created, "201"), (ORJSON, "200"), (UJSON, "200")])
+def test_the_mark_of_a_replay_is_at_the_status_that_the_response_class_has_by_itself(
+    response_class: type[Response], status: str
+) -> None:
+    app = app_of()
+    app.post("/payments", response_class=response_class)(create_payment)
+    responses = operation_of(app)["responses"]
+    assert [each for each in responses if "Idempotent-Replayed" in responses[each].get("headers", {})] == [status]
+
+
+def test_a_response_class_that_does_not_say_its_status_leaves_the_documents_of_other_statuses_alone() -> None:
+    app = app_of()
+    app.post("/payments", response_class=AnyArguments, status_code=202)(create_payment)
+    app.post("/refunds", response_class=AnyArguments, include_in_schema=False)(create_payment)
+    responses = operation_of(app)["responses"]
+    assert [each for each in responses if "Idempotent-Replayed" in responses[each].get("headers", {})] == ["202"]
 
 
 def test_only_routes_with_a_method_of_the_class_are_described() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pathlib
 import sys
 from collections.abc import AsyncGenerator, Callable, Coroutine
@@ -10,7 +11,7 @@ from typing import Annotated, Any
 import httpx
 import pytest
 from fastapi import APIRouter, BackgroundTasks, Depends, FastAPI, Header, HTTPException, Request, Response
-from fastapi.responses import StreamingResponse
+from fastapi.responses import JSONResponse, StreamingResponse
 from fastapi.routing import APIRoute
 
 from aidem import IdempotencyConfig, current_execution
@@ -18,7 +19,7 @@ from aidem.exceptions import IdempotencyConfigError
 from aidem.fastapi import IdempotentRoute, by_header
 from aidem.persistence.memory import MemoryPersistenceLayer
 from aidem.persistence.sqlite import SQLitePersistenceLayer
-from tests.http.fastapi_support import ORDER, Bank, Order, PublicReceipt, same, served
+from tests.http.fastapi_support import ORDER, ORJSON, UJSON, Bank, Order, PublicReceipt, same, served
 
 KEY = {"Idempotency-Key": '"k-1"'}
 REPLAYED = "Idempotent-Replayed"
@@ -124,7 +125,11 @@ async def test_a_method_that_a_route_does_not_have_is_refused_as_ever(layer: Mem
     async with served(app) as client:
         missing = await client.post("/payments")
         wrong = await client.patch("/payments")
+        in_lower_case = httpx.Request("POST", "http://shop/payments")
+        in_lower_case.method = "post"  # httpx would send it in upper case
+        lower = await client.send(in_lower_case)
     assert missing.status_code == 400
+    assert lower.status_code == 405
     assert (wrong.status_code, wrong.headers["Allow"]) == (405, "POST")
 
 
@@ -325,6 +330,48 @@ async def test_a_route_function_may_be_synchronous_and_may_stream(app: FastAPI, 
     first, second = await twice(app)
     assert second.headers.pop(REPLAYED) == "true"
     assert first.text == second.text == "number 1"
+
+
+class AnyArguments(JSONResponse):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+
+
+class NoStatus(Response):
+    media_type = "application/json"
+
+    def __init__(self, content: Any, **others: Any) -> None:
+        super().__init__(json.dumps(content).encode(), **others)
+
+
+class StatusWithoutDefault(JSONResponse):
+    def __init__(self, content: Any, status_code: int | None = None, **others: Any) -> None:
+        super().__init__(content, status_code or 200, **others)
+
+
+class RequiredStatus(JSONResponse):
+    def __init__(self, content: Any, *, status_code: int, **others: Any) -> None:
+        super().__init__(content, status_code, **others)
+
+
+@pytest.mark.filterwarnings("ignore:.*JSONResponse is deprecated")
+@pytest.mark.parametrize(
+    "response_class",
+    [ORJSON, UJSON, AnyArguments, NoStatus, StatusWithoutDefault, RequiredStatus],
+)
+async def test_a_response_class_may_have_any_signature(
+    route_class: type[IdempotentRoute], bank: Bank, response_class: type[Response]
+) -> None:
+    app = FastAPI(default_response_class=response_class)
+    app.router.route_class = route_class
+
+    @app.post("/payments", status_code=201 if response_class is RequiredStatus else None)
+    async def create_payment(order: dict[str, str]) -> Any:
+        bank.charges.append(order["id"])
+        return {"number": len(bank.charges)}
+
+    assert is_replay(*await twice(app))
+    assert bank.charges == ["o-1"]
 
 
 async def test_a_router_may_be_nested_and_included_more_than_once(

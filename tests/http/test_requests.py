@@ -92,6 +92,16 @@ async def test_the_methods_are_those_that_were_chosen() -> None:
     assert [scope["method"] for scope in shop.scopes] == ["DELETE", "POST", "POST"]
 
 
+@pytest.mark.parametrize("method", ["post", "Patch"])
+async def test_a_method_counts_however_it_is_written_as_some_servers_and_frameworks_let_it(method: str) -> None:
+    shop = Shop()
+    front = front_of(shop, required=True)
+    assert (await request(front, method, key=None)).problem["title"] == "Idempotency-Key is missing"
+    assert not (await request(front, method)).is_replay
+    assert (await request(front, method)).is_replay
+    assert [scope["method"] for scope in shop.scopes] == [method]
+
+
 @pytest.mark.parametrize("method", ["POST", "PATCH"])
 async def test_by_default_the_methods_are_post_and_patch(method: str) -> None:
     shop = Shop()

@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import gc
 import json
 import tracemalloc
 from typing import Any
 
 import pytest
+from fastapi import APIRouter, FastAPI
 from hypothesis import given
 from hypothesis import strategies as st
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.gzip import GZipMiddleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Mount, Route, Router
 
 from aidem import RecordStatus
 from aidem._http_response import RESPONSES, StoredResponse, text_of
+from aidem.asgi import IdempotencyMiddleware
 from aidem.exceptions import IdempotencyPersistenceConnectionError
 from aidem.hooks import EventKind
 from tests.http.client import JSON, Connection, Front, Shop, front_of, request, scope_of
@@ -161,15 +171,127 @@ async def test_a_record_keeps_every_other_body_as_base64() -> None:
     assert json.loads(record.response_data) == {"base64": "/wA=", "headers": [], "status": 201}
 
 
+@pytest.mark.parametrize(
+    ("body", "kind"),
+    [
+        (b"", "body"),
+        (b'{"paid": 42}', "body"),
+        (b'""""""', "base64"),
+        (b"\0" * 999, "base64"),
+        (b"~" * 999, "body"),
+        (b"\x7f" * 999, "base64"),
+        (b"\n" * 999, "base64"),
+        (b"a\n" * 999, "base64"),
+        (b"abc\n" * 999, "body"),
+    ],
+)
+def test_a_body_is_stored_as_what_is_shorter_of_text_and_base64(body: bytes, kind: str) -> None:
+    text = text_of(StoredResponse(200, [], body))
+    stored = json.loads(text)
+    assert [name for name in stored if name in {"body", "base64"}] == [kind]
+    assert len(json.dumps(stored[kind])) <= len(base64.b64encode(body)) + 2
+    assert RESPONSES.from_dict(stored).body == body
+
+
+TOKEN = st.from_regex(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+", fullmatch=True)
+VALUE = st.from_regex(rb"[\t -~\x80-\xff]*", fullmatch=True)
+HOP_BY_HOP = ("connection", "Keep-Alive", "proxy-authenticate", "te", "trailer", "Transfer-Encoding", "upgrade")
+
+
 @given(
     status=st.integers(200, 599),
-    headers=st.lists(st.tuples(st.binary(), st.binary())),
+    headers=st.lists(st.tuples(TOKEN.map(lambda name: b"x-" + name), VALUE)),
     body=st.binary() | st.text().map(str.encode),
 )
 def test_every_response_comes_back_from_its_text(status: int, headers: list[tuple[bytes, bytes]], body: bytes) -> None:
-    response = StoredResponse(status, headers, body)
+    response = StoredResponse(status, headers, b"" if status in {204, 205, 304} else body)
     assert RESPONSES.from_dict(json.loads(text_of(response))) == response
     assert RESPONSES.from_dict(RESPONSES.to_dict(response)) == response
+
+
+def stored(**parts: Any) -> str:
+    return json.dumps({"body": "paid", "headers": [["x-a", "b"]], "status": 201} | parts)
+
+
+NO_STATUSES: tuple[Any, ...] = (0, 99, 100, 101, 199, 600, 2**70, -200, 200.5, "200", True, None, [])
+UNSENDABLE = [
+    *[stored(status=status) for status in NO_STATUSES],
+    *[stored(status=status) for status in (204, 205, 304)],  # they have no body
+    *[stored(headers=[[name, "close"]]) for name in HOP_BY_HOP],
+    *[stored(headers=[[name, "b"]]) for name in ("", "x a", "x:a", "x\na", "x\0a", "\xe9", "\u20ac", 7, None)],
+    *[stored(headers=[["x-a", value]]) for value in ("b\r\nx-b: c", "b\n", "\r", "\0", "\x7f", "\u20ac", 7, None)],
+    *[stored(headers=headers) for headers in (None, 7, "x", {"x-a": "b"}, [["x-a"]], [["x-a", "b", "c"]], ["xy", "z"])],
+    *[stored(headers=[["Content-Length", value]]) for value in ("3", "5", "-4", "+4", "", "four", "4,4", "9" * 30)],
+    stored(headers=[["content-length", "4"], ["content-length", "4"]]),
+    *[stored(body=body) for body in ("\xe9", 7, None, ["paid"])],
+]
+
+
+@pytest.mark.parametrize("text", UNSENDABLE)
+async def test_a_record_that_cannot_be_sent_is_done_and_not_run_again(text: str) -> None:
+    shop = Shop()
+    front = front_of(shop)
+    await request(front)
+    [record] = records_of(front)
+    front.layer.inner._records[record.idempotency_key] = record.replace(response_data=text)
+    response = await request(front)
+    assert (response.status, response.problem["title"]) == (409, "The request is done, its response was not kept")
+    assert shop.runs == 1
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        stored(status=200),
+        stored(status=599),
+        stored(headers=[["content-length", "4"]]),
+        stored(headers=[["Content-Length", "100"]], status=304, body=""),  # of what a GET would have got
+        stored(headers=[["x-a", "\t\xe9~"], ["x-b", ""]]),
+    ],
+)
+async def test_a_record_that_can_be_sent_is_whatever_has_written_it(text: str) -> None:
+    front = front_of(Shop())
+    await request(front)
+    [record] = records_of(front)
+    front.layer.inner._records[record.idempotency_key] = record.replace(response_data=text)
+    response = await request(front)
+    parts = json.loads(text)
+    expected = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in parts["headers"]]
+    assert (response.status, response.body) == (parts["status"], parts["body"].encode())
+    assert response.headers == [*expected, (b"idempotent-replayed", b"true")]
+
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    max_leaves=8,
+)
+
+
+@given(
+    data=JSON_VALUES
+    | st.fixed_dictionaries(
+        {"status": st.integers(100, 700) | JSON_VALUES, "headers": st.lists(st.lists(st.text())) | JSON_VALUES},
+        optional={"body": st.text() | JSON_VALUES, "base64": st.text() | JSON_VALUES},
+    )
+)
+async def test_no_record_is_an_exception(data: Any) -> None:
+    front = front_of(Shop())
+    await request(front)
+    [record] = records_of(front)
+    front.layer.inner._records[record.idempotency_key] = record.replace(response_data=json.dumps(data))
+    response = await request(front)
+    assert response.is_complete
+    assert response.is_replay or response.problem["title"] == "The request is done, its response was not kept"
+
+
+@pytest.mark.parametrize("body", [b"pai", b"paids"])
+async def test_a_response_of_another_length_than_it_declares_is_not_kept(body: bytes) -> None:
+    shop = Shop(headers=[(b"content-length", b"4")], body=[body])
+    front = front_of(shop)
+    await request(front)
+    assert (await request(front)).status == 409
+    assert shop.runs == 1
 
 
 @pytest.mark.parametrize(
@@ -198,6 +320,109 @@ async def test_a_final_refusal_is_recorded(status: int) -> None:
     await request(front)
     again = await request(front)
     assert (again.status, again.is_replay, shop.runs) == (status, True, 1)
+
+
+def sites() -> list[Any]:
+    """Return apps with a payment that is not found by itself, within routers, mounts and middleware."""
+
+    async def missing() -> Response:
+        return Response(b"no such order", status_code=404)
+
+    async def payments(request: Request) -> Response:
+        return await missing()
+
+    async def plain_app(scope: Any, receive: Any, send: Any) -> None:
+        await Shop(status=404)(scope, receive, send)
+
+    routes = [Route("/payments", payments, methods=["POST"]), Mount("/plain", plain_app)]
+    fast = FastAPI()
+    fast.post("/payments")(missing)
+    fast.mount("/plain", plain_app)
+    router = APIRouter()
+    router.post("/payments")(missing)
+    including = FastAPI()
+    including.include_router(router)
+    including.mount("/plain", plain_app)
+
+    @including.exception_handler(HTTPException)
+    async def without_headers(request: Request, error: HTTPException) -> Response:
+        return JSONResponse({}, status_code=error.status_code)
+
+    return [Router(routes), Starlette(routes=routes), GZipMiddleware(Starlette(routes=routes)), fast, including]
+
+
+def arranged(site: Any, arrangement: str) -> tuple[Any, Front, str]:
+    """Return the outermost app, the front, and where the site is."""
+    if arrangement == "around":
+        front = front_of(site)
+        return front, front, ""
+    front = front_of(site if arrangement == "within a mount" else Starlette(routes=[Mount("/in", site)]))
+    return Starlette(routes=[Mount("/out", front)]), front, "/out" if arrangement == "within a mount" else "/out/in"
+
+
+ARRANGEMENTS = ["around", "within a mount", "around a mount"]
+
+
+@pytest.mark.parametrize("arrangement", ARRANGEMENTS)
+@pytest.mark.parametrize("number", range(5))
+@pytest.mark.parametrize(("method", "path", "status"), [("POST", "/nowhere", 404), ("PATCH", "/payments", 405)])
+async def test_a_path_or_method_that_no_route_has_is_not_recorded(
+    number: int, arrangement: str, method: str, path: str, status: int
+) -> None:
+    app, front, root = arranged(sites()[number], arrangement)
+    for _ in range(2):
+        response = await request(app, method, root + path)
+        assert (response.status, response.is_replay) == (status, False)
+    assert records_of(front) == []
+
+
+@pytest.mark.parametrize("arrangement", ARRANGEMENTS)
+@pytest.mark.parametrize("number", range(5))
+@pytest.mark.parametrize("path", ["/payments", "/plain/1"])
+async def test_what_a_route_does_not_find_is_recorded(number: int, arrangement: str, path: str) -> None:
+    app, _, root = arranged(sites()[number], arrangement)
+    assert not (await request(app, path=root + path)).is_replay
+    again = await request(app, path=root + path)
+    assert (again.status, again.is_replay) == (404, True)
+
+
+async def test_the_middleware_of_a_route_records_what_that_does_not_find() -> None:
+    async def payments(request: Request) -> Response:
+        return Response(b"no such order", status_code=404)
+
+    layer = PlannedLayer()
+    middleware = Middleware(IdempotencyMiddleware, persistence_store=layer, key_prefix="shop", scope=None)
+    app = Starlette(routes=[Route("/payments", payments, methods=["POST"], middleware=[middleware])])
+    await request(app)
+    assert (await request(app)).is_replay
+
+
+@pytest.mark.parametrize(
+    ("allowed", "is_recorded"),
+    [
+        ([b"GET, HEAD"], False),
+        ([b"GET,HEAD"], False),
+        ([b"GET", b"HEAD"], False),
+        ([b"GET, POST"], True),
+        ([b"GET", b"POST"], True),
+        ([b"POST"], True),
+        ([b""], True),
+        ([], True),
+    ],
+)
+async def test_a_method_that_is_not_allowed_is_not_recorded_whatever_the_framework(
+    allowed: list[bytes], is_recorded: bool
+) -> None:
+    front = front_of(Shop(status=405, headers=[(b"Allow", value) for value in allowed]))
+    await request(front)
+    assert (await request(front)).is_replay is is_recorded
+
+
+@pytest.mark.parametrize(("method", "path"), [("POST", "/nowhere"), ("PATCH", "/payments")])
+async def test_a_store_if_decides_about_what_no_route_has_too(method: str, path: str) -> None:
+    front = front_of(sites()[1], store_if=lambda status, headers: True)
+    await request(front, method, path)
+    assert (await request(front, method, path)).is_replay
 
 
 @pytest.mark.parametrize("status", [307, 308, 401, 403, 408, 422, 425, 429, 500, 502, 503, 504])

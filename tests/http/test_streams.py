@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
+from aidem._http_exchange import LINGER_SECONDS
 from aidem.exceptions import IdempotencySerializationError
 from aidem.hooks import EventKind
 from tests.http.client import JSON, Connection, Shop, front_of, request, scope_of
@@ -21,7 +23,7 @@ def anyio_backend() -> Any:
     return VIRTUAL_TIME
 
 
-def streaming(*chunks: bytes, seconds: float = 1.0, headers: Any = ((b"content-type", b"text/event-stream"),)) -> Any:
+def streaming(*chunks: bytes, seconds: float = 1.0, headers: Any = ((b"content-type", b"text/plain"),)) -> Any:
     """Return an app that sends a chunk every so many seconds, and remembers its runs."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -263,6 +265,146 @@ async def test_a_stream_that_is_not_recorded_is_broken_off_when_the_client_goes(
     connection.disconnect()
     await running
     assert (app.runs, app.ends) == (1, 0)
+
+
+async def test_a_stream_that_goes_on_for_long_without_its_client_is_broken_off_and_done() -> None:
+    app = starlette_stream(*[b"1"] * 1000, seconds=100)
+    front = front_of(app)
+    connection = Connection([b"{}"])
+    running = asyncio.create_task(front(scope_of(), connection.receive, connection.send))
+    await asyncio.sleep(5000)  # as long as the client is there, it may last
+    connection.disconnect()
+    await asyncio.sleep(LINGER_SECONDS - 1)
+    assert (await request(front)).problem["title"] == "A request with this Idempotency-Key is in progress"
+    await asyncio.sleep(2)
+    assert running.done()
+    assert (await request(front)).problem["title"] == "The request is done, its response was not kept"
+    renewals = front.layer.calls.count("renew")
+    await asyncio.sleep(5000)
+    assert front.layer.calls.count("renew") == renewals > 0
+    assert (app.runs, app.ends) == (1, 0)
+
+
+async def test_a_stream_that_hears_nothing_of_its_client_is_done_when_it_has_gone_on_for_long_without() -> None:
+    """A server may also say it by an error when something is sent, and an app may not care."""
+
+    async def refuse(message: Any) -> None:
+        if asyncio.get_running_loop().time() >= gone_at:
+            refused.append(message)
+            raise OSError("the client is gone")
+
+    app = streaming(*[b"1"] * 1000, seconds=100)
+    front = front_of(app)
+    connection = Connection([b"{}"], on_send=refuse)
+    refused: list[Any] = []
+    gone_at = asyncio.get_running_loop().time() + 5050
+    running = asyncio.create_task(front(scope_of(), connection.receive, connection.send))
+    await asyncio.sleep(5100 + LINGER_SECONDS - 1)
+    assert len(refused) == LINGER_SECONDS / 100
+    assert (await request(front)).problem["title"] == "A request with this Idempotency-Key is in progress"
+    await asyncio.sleep(2)
+    with pytest.raises(OSError, match="the client is gone"):
+        await running
+    assert (await request(front)).problem["title"] == "The request is done, its response was not kept"
+    assert app.runs == 1
+
+
+async def test_a_stream_that_begins_long_after_its_client_has_gone_has_as_much_time_as_every_other() -> None:
+    heard: list[float] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+
+        async def listen() -> None:
+            await receive()
+            heard.append(asyncio.get_running_loop().time() - started)
+
+        started = asyncio.get_running_loop().time()
+        listening = asyncio.create_task(listen())
+        await asyncio.sleep(10 * LINGER_SECONDS)
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        for _ in range(2):
+            await asyncio.sleep(LINGER_SECONDS * 0.4)
+            await send({"type": "http.response.body", "body": b"1", "more_body": True})
+        if scope["path"] == "/endless":
+            await listening
+        else:
+            await send({"type": "http.response.body", "body": b"2"})
+            await listening
+
+    front = front_of(app)
+    for path, seconds in (("/payments", 10.8 * LINGER_SECONDS), ("/endless", 11 * LINGER_SECONDS)):
+        connection = Connection([b"{}"])
+        connection.disconnect()
+        await front(scope_of(path=path, key=path.encode()), connection.receive, connection.send)
+        assert heard.pop() == pytest.approx(seconds)
+    assert (await request(front, key=b"/payments")).body == b"112"
+    assert (await request(front, path="/endless", key=b"/endless")).status == 409
+
+
+async def test_a_disconnect_that_the_app_stopped_waiting_for_is_there_when_it_asks_again() -> None:
+    """Though the server, like those with a queue of messages, says it once."""
+    asked: list[Any] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        for _ in range(2):
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(1):
+                    asked.append(await receive())
+        await Response(b"paid")(scope, receive, send)
+        asked.append((await receive())["type"])
+
+    messages = [{"type": "http.request", "body": b"{}"}, {"type": "http.disconnect"}]
+
+    async def receive() -> Any:
+        return messages.pop(0)
+
+    front = front_of(app)
+    await front(scope_of(), receive, Connection([]).send)
+    assert asked == ["http.disconnect"]
+    assert (await request(front)).body == b"paid"
+
+
+# --- Streams of events ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [b"text/event-stream", b"Text/Event-Stream; charset=utf-8"])
+async def test_a_stream_of_events_is_not_stored_unless_asked_for(value: bytes) -> None:
+    app = streaming(b"data: 1\n\n", headers=[(b"Content-Type", value)])
+    front = front_of(app)
+    connection = Connection([b"{}"])
+    records: list[int] = []
+
+    async def look(message: Any) -> None:
+        records.append(len(front.layer.inner._records))
+
+    connection.on_send = look
+    await front(scope_of(), connection.receive, connection.send)
+    assert records == [0, 0, 0]  # the key is given back before anything goes out
+    assert not (await request(front)).is_replay
+    keeping = front_of(app, store_if=lambda status, headers: True)
+    await request(keeping)
+    assert (await request(keeping)).body == b"data: 1\n\n"
+    assert app.runs == 3
+
+
+async def test_a_stream_of_events_hears_at_once_that_its_client_is_gone() -> None:
+    async def events() -> AsyncIterator[bytes]:
+        while True:
+            await asyncio.sleep(1)
+            yield b": still there\n\n"
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        await StreamingResponse(events(), media_type="text/event-stream")(scope, receive, send)
+
+    connection = Connection([b"{}"])
+    running = asyncio.create_task(front_of(app)(scope_of(), connection.receive, connection.send))
+    await asyncio.sleep(5.5)
+    connection.disconnect()
+    async with asyncio.timeout(1):
+        await running
 
 
 async def test_a_disconnect_is_kept_until_the_response_is_recorded_and_never_invented() -> None:

@@ -28,7 +28,7 @@ from tests.http.served import (
     serving,
 )
 from tests.http.served import until as wait_until
-from tests.http.service_data import BINARY, Arrivals
+from tests.http.service_data import BINARY, DOCUMENT, Arrivals
 from tests.servers import started
 
 pytestmark = pytest.mark.server
@@ -213,7 +213,7 @@ async def test_every_event_of_a_stream_arrives_before_the_next_is_made(
     headers = (keyed(name) if is_keyed else {"x-name": name}) | {"x-arrivals": arrivals.path}
     number = 0
     async with service.client() as client, client.stream("POST", "/stream?chunks=20", headers=headers) as response:
-        assert response.headers["content-type"].startswith("text/event-stream")
+        assert response.headers["content-type"].startswith("text/plain")
         async for line in response.aiter_lines():
             if line:
                 assert f'"number": {number}' in line
@@ -231,6 +231,17 @@ async def test_a_stream_longer_than_the_copy_arrives_whole_and_is_not_run_again(
     assert received.count(b"data: ") == chunks
     assert len(received) > 1024 * 1024
     assert again.status_code == 409
+    assert len(service.effects(name)) == 1
+
+
+async def test_a_file_is_compressed_for_each_client_as_it_likes_on_a_replay_too(service: Service, name: str) -> None:
+    async with service.client() as client:
+        encodings = ("gzip", "identity", "gzip")
+        responses = [await post(client, "/document", name, headers={"accept-encoding": each}) for each in encodings]
+    assert {response.content for response in responses} == {DOCUMENT}
+    assert [response.headers.get("content-encoding", "identity") for response in responses] == list(encodings)
+    assert {response.headers["vary"] for response in responses} == {"cookie, Accept-Encoding"}
+    assert [is_replay(response) for response in responses] == [False, True, True]
     assert len(service.effects(name)) == 1
 
 
