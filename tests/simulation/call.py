@@ -66,7 +66,7 @@ class Call:
         outcome: What its caller got: "value", "error", "cancelled" or "closed"; None: it has not ended.
         owners: The tokens of its claims, one for each attempt.
         owner: The token of the claim under which its body runs.
-        known_until: Until when it may hold its lease for held, in virtual time; None: not limited, or not known.
+        trap: While which operation is under way it is cancelled, or its process paused; None: no such thing.
         renewal_due_at: When it has to ask for its next renewal at the latest; None: not known.
         renewal_asked_at: When it asked for the renewal that is under way; None: none is.
     """
@@ -84,7 +84,6 @@ class Call:
         self.owner: str | None = None
         self.fence = 0
         self.is_bypassed = False
-        self.known_until: float | None = None
         self.renewal_due_at: float | None = None
         self.renewal_asked_at: float | None = None
         self.frozen_when_answered = 0.0
@@ -102,6 +101,7 @@ class Call:
         self.is_brief = False
         # Its caller.
         self.started_at = world.now
+        self._task: asyncio.Task[Any] | None = None
         self.ended_at: float | None = None
         self.cancelled_at: float | None = None  # in seconds of the process
         self.is_closed = False
@@ -116,6 +116,10 @@ class Call:
         self.front = rng.choice([Front.FUNCTION, *Front])
         self.wait = rng.choice([0.0, 0.0, 0.4, 3.0, 20.0, 90.0])
         self.way = Way.NONE if self.depth else rng.choice([Way.NONE] * 3 + list(Way))
+        self.trap: str | None = rng.choice([None, None, "acquire", "renew", "renew", "complete", "release"])
+        self.is_paused_in_trap = rng.random() < 0.3
+        if self.trap is not None and rng.random() < 0.4 and not self.depth:
+            self.way = rng.choice(list(TASK_CANCELS))
         if conditions.no_cancels:
             self.way = Way.NONE
         if (self.way is Way.CLOSE or self.depth) and self.front is Front.GENERATOR:
@@ -149,12 +153,10 @@ class Call:
     async def run(self) -> None:
         """Make the call as a task of its own, and tell the judge how it ended."""
         CURRENT.set(self)
-        task = asyncio.current_task()
+        task = self._task = asyncio.current_task()
         assert task is not None
-        handles = [
-            self.process.loop.call_later(self.when + self.world.rng.choice([0.0, 0.001, 0.3]) * n, self._cancel, task)
-            for n in range(TASK_CANCELS.get(self.way, 0))
-        ]
+        if self.trap is None:
+            self._cancel_after(self.when)
         self.started_at = self.world.now
         try:
             self.value = await bounded(self)
@@ -165,13 +167,11 @@ class Call:
             raise  # of a process that crashed, and is collected
         except BaseException as error:  # noqa: BLE001 - the judge looks at it
             self.outcome, self.error = "error", error
-        for handle in handles:
-            handle.cancel()
         self.ended_at = self.world.now
         self.world.judge.call_ends(self)
         await self._see_cancellation(task)
         self.error = None if self.error is None else self.error.with_traceback(None)
-        self.body_error = None
+        self.body_error = self._task = None
 
     async def _see_cancellation(self, task: asyncio.Task[Any]) -> None:
         """Tell whether the cancellation arrives: once, and only if there was one."""
@@ -191,10 +191,31 @@ class Call:
         elif task.cancelling() and self.way is not Way.GROUP:  # Python 3.11 and 3.12 leave one over
             self.world.violate(Rule.H6, f"{self}: {task.cancelling()} requests to cancel are left over")
 
-    def _cancel(self, task: asyncio.Task[Any]) -> None:
-        if self.ended_at is None:
+    def _cancel_after(self, seconds: float) -> None:
+        """Cancel its task then, if that is its way, once or several times."""
+        for number in range(TASK_CANCELS.get(self.way, 0)):
+            after = seconds + self.world.rng.choice([0.0, 0.001, 0.3]) * number
+            self.process.loop.call_later(after, self._cancel)
+
+    def _cancel(self) -> None:
+        if self.ended_at is None and self._task is not None:
             self.note_cancellation()
-            task.cancel()
+            self._task.cancel()
+
+    def spring(self, operation: str) -> None:
+        """Let the trap close, if this is the operation that it waits for."""
+        world = self.world
+        if self.trap != operation or self.ended_at is not None or world.is_calm:
+            return
+        self.trap = None
+        after = world.conditions.delay()
+        if self.is_paused_in_trap and not world.conditions.is_gentle:
+            world.happened[f"paused while asking to {operation}"] += 1
+            seconds = world.rng.uniform(0.5, 1.5) * world.conditions.lease_or(3)
+            world.at(world.now + after, lambda: self.process.freeze(seconds))
+        elif self.way in TASK_CANCELS:
+            world.happened[f"cancelled while asking to {operation}"] += 1
+            self._cancel_after(after)
 
     def note_cancellation(self) -> None:
         """Take note that it is being cancelled."""

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from enum import StrEnum
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import anyio
-
-from tests.simulation.rules import Rule
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine, Generator
@@ -125,15 +124,18 @@ class _Closing:
 
     def __await__(self) -> Generator[Any, Any, Any]:
         call = self.call
+        step = partial(self.coroutine.send, None)
         for _ in range(self.awaits):
             try:
-                waits_for = self.coroutine.send(None)
+                waits_for = step()
             except StopIteration as stop:
                 return stop.value
             try:
                 yield waits_for
-            except BaseException as error:  # noqa: BLE001 - this one is never cancelled
-                call.world.violate(Rule.H0, f"unexpected {error!r}")
+            except BaseException as error:  # noqa: BLE001 - it is the coroutine's
+                step = partial(self.coroutine.throw, error)
+            else:
+                step = partial(self.coroutine.send, None)
         call.is_closed = True
         call.world.happened["closed " + ("in the body" if call.is_running else "at the store")] += 1
         self.coroutine.close()

@@ -39,7 +39,7 @@ class Conditions:
         if rng.random() < 0.04:
             self.lease = None
         self.renew = rng.random() < 0.92
-        self.has_long_window = rng.random() < 0.85
+        self.has_long_window = rng.random() < 0.75
         """Whether outcomes outlast the run."""
         self.kept = 100_000.0 if self.has_long_window else rng.choice([1.0, 3.0, 8.0])
         self.stores_exceptions = rng.random() < 0.5
@@ -52,7 +52,7 @@ class Conditions:
         self.stickiness = rng.choice([0.0, 0.5])
         """How likely a fault is followed by the like."""
         self.longest_late = rng.choice([0.5, 3.0, 8.0])
-        self.client_timeout = rng.choice([0.3, 1.0, 2.0, 7.0])
+        self.client_timeout = rng.choice([0.3, 1.0, 2.0, 7.0, 30.0])
         self.style: Style = rng.choice(STYLES)
         """What the operations of the layer answer."""
         self.speed = rng.choice([0.0, 0.001, 0.01, 0.05])

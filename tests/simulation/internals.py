@@ -6,13 +6,14 @@ import gc
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-from aidem import _key, _state
-from aidem._cancellation import CLEANUP_SECONDS, HeldOff, SettlingFuture, writes
+from aidem import _cancellation, _key, _state
+from aidem._cancellation import CLEANUP_SECONDS, HeldOff, writes
 from aidem._claim import Claim
 from aidem._claimed_record import ClaimedRecord
 from aidem._engine import Call as EngineCall
 from aidem._flights import Flight
 from aidem._local_cache import LocalCache
+from aidem._operations import ask
 from aidem._renewal import Renewal
 from aidem._shared import shared_by
 from aidem._waiting import Patience
@@ -31,8 +32,9 @@ __all__ = [
     "HeldOff",
     "LocalCache",
     "Patience",
-    "SettlingFuture",
+    "_cancellation",
     "_state",
+    "ask",
 ]
 
 

@@ -32,6 +32,7 @@ class Judge:
     def __init__(self, world: World) -> None:
         self.world = world
         self.returned: dict[int, list[tuple[Call, str]]] = {}
+        self._held_until: dict[str | None, float] = {}
         self._last_fence: dict[int, int] = {}
 
     def on_event(self, event: IdempotencyEvent) -> None:
@@ -45,6 +46,10 @@ class Judge:
     def call_ends(self, call: Call) -> None:
         """Judge what a caller got."""
         Verdict(self.world, call).give()
+
+    def held_until(self, owner: str | None) -> float:
+        """Return until when the owner of a claim may take its lease for held, by all that it was answered."""
+        return self._held_until.get(owner, 0.0)
 
     # --- Bodies -------------------------------------------------------------------------------------------------------
 
@@ -113,6 +118,8 @@ class Judge:
         owner = world.by_owner.get(found.owner)
         if conditions.policy == "raise":
             world.violate(Rule.P4, f"the claim of {owner} was taken over")
+        if self.held_until(found.owner) > world.now + ROUNDING and found.owner not in world.resolved:
+            world.violate(Rule.P2, f"the claim of {owner} was taken over while its lease was held")
         if owner is None or owner.is_crashed or owner.process.is_dead or owner.ended_at is not None:
             return
         if owner.owner != found.owner or not conditions.renew:  # nobody's, or of an attempt whose body has not begun
@@ -166,18 +173,21 @@ class Judge:
         if lease is None or not isinstance(answer, Claimed | DataRecord):
             return
         until = request.asked_at + lease
-        call.known_until = until if isinstance(answer, Claimed) else max(until, call.known_until or until)
+        owner = (answer.record if isinstance(answer, Claimed) else answer).owner
+        self._held_until[owner] = max(until, self._held_until.get(owner, until))
         if request.is_confirmation or not self.world.conditions.renew:
             return
-        if request.process.frozen_total != request.frozen_when_asked:
-            return  # it may have been given up before the answer was seen
+        if request.process.frozen_total != request.frozen_when_asked or request.process.is_frozen():
+            return  # it may be given up before the answer is seen
         call.renewal_due_at = max(request.asked_at + lease / 3, self.world.now)
         call.frozen_when_answered = request.process.frozen_total
-        self.world.at(until + EPSILON, lambda: self._lease_passed(call, until, lease))
+        self.world.at(until + EPSILON, lambda: self._lease_passed(call, owner, until, lease))
 
-    def _lease_passed(self, call: Call, until: float, lease: float) -> None:
+    def _lease_passed(self, call: Call, owner: str | None, until: float, lease: float) -> None:
         """Look whether an owner whose renewal is under way when its lease passes has told so."""
-        if call.known_until != until or call.renewal_asked_at is None or not call.is_running or call.has_lost_lease:
+        if call.owner != owner or self._held_until[owner] != until or call.has_lost_lease:
+            return
+        if call.renewal_asked_at is None or not call.is_running:
             return
         if not call.process.is_runnable() or call.process.frozen_total != call.frozen_when_answered:
             return

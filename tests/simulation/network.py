@@ -85,6 +85,8 @@ class Client:
         world = self.world
         request = Request(self.process, operation, record, apply)
         world.judge.asked(request)
+        if request.call is not None:
+            request.call.spring(operation)
         style = world.conditions.style
         if style == "mixed":
             style = world.rng.choice(["coroutine", "future"])
@@ -178,12 +180,13 @@ class Request:
     def _delays(self) -> tuple[float, float]:
         conditions, rng = self.world.conditions, self.world.rng
         out, back = conditions.delay(), conditions.delay()
+        lease = conditions.lease_or(3)
         if self.fault in {Fault.APPLY_LATE, Fault.HANG}:
             out = rng.uniform(0.0, conditions.longest_late)
         if self.fault in {Fault.SLOW_REPLY, Fault.HANG}:
-            back = rng.uniform(0.0, conditions.longest_late)
+            back = rng.choice([rng.uniform(0.0, conditions.longest_late), rng.uniform(0.5, 1.5) * lease])
         if self.fault == Fault.THEN_CUT_OFF:
-            back = rng.uniform(0.0, min(conditions.longest_late, conditions.client_timeout, conditions.lease_or(3)))
+            back = rng.uniform(0.0, min(conditions.longest_late, conditions.client_timeout, lease))
         return out, back
 
     # --- At the store -------------------------------------------------------------------------------------------------
@@ -222,7 +225,7 @@ class Request:
                 return
             process.post(deliver)
             if self.fault == Fault.THEN_CUT_OFF:
-                process.cut_off(world.rng.uniform(0.5, 2.0) * world.conditions.lease_or(3))
+                process.cut_off(world.rng.uniform(1.0, 2.5) * world.conditions.lease_or(3))
 
         world.at(world.now + self.back, arrive)
 

@@ -39,7 +39,7 @@ class Process:
         self.last_fault = ""
         self._inbox: list[Callable[[], None]] = []
         self._faults: list[tuple[float, float]] = []
-        self.use_cache = world.rng.random() < 0.25
+        self.use_cache = world.rng.random() < 0.4
         self.layer = (Listener if world.rng.random() < 0.3 else Client)(self)
 
     def epoch(self) -> float:

@@ -38,7 +38,8 @@ class Verdict:
         self.call = call
         self.error = call.error
         self.has_result = call.body_end in {End.VALUE, End.STORED}
-        self.is_outcome = call.body_end is End.VALUE or (
+        is_closed_block = call.is_closed and call.front is Front.GENERATOR  # between its body and its end
+        self.is_outcome = (call.body_end is End.VALUE and not is_closed_block) or (
             call.body_end is End.STORED and self.conditions.stores_exceptions
         )
 
@@ -202,7 +203,7 @@ class Verdict:
         if tried < min(self.conditions.lease_or(30) / 2, CLEANUP_SECONDS - 1.3):
             self._violate(Rule.H13, f"has tried to record its outcome for {tried:.3f} s only")
         until = call.body_ended_at + (RETRIES_WITHOUT_LEASE_SECONDS if lease is None else CLEANUP_SECONDS)
-        until = max(until, call.known_until or 0.0)
+        until = max(until, world.judge.held_until(call.owner))
         if world.now > until + EPSILON and call.process.frozen_total == call.frozen_when_body_ended:
             late = world.now - until
             self._violate(Rule.H13, f"has tried to record its outcome for {late:.3f} s after its lease has passed")
@@ -255,7 +256,7 @@ class Verdict:
             or call.ended_at is None
             or bool(call.owners & self.world.resolved)
             or (conditions.client_timeout < 0.5 and conditions.speed > 0.1)
-            or process.was_faulty(call.started_at - conditions.client_timeout, self.world.now)
+            or process.was_faulty(call.started_at - min(conditions.client_timeout, 7.0), self.world.now)
         )
 
     def _still_claimed(self, found: DataRecord) -> None:
