@@ -1,0 +1,320 @@
+"""Negative controls: stores and engines that break one promise each, and the rules by which the judge notices.
+
+What breaks a store is a store. What breaks the engine replaces one function of it, the smallest change that makes the
+fault: the engine has no seams for faults of its own, and the simulation is only worth what it notices.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from aidem import DataRecord
+from tests.simulation.internals import (
+    Claim,
+    ClaimedRecord,
+    EngineCall,
+    Flight,
+    HeldOff,
+    LocalCache,
+    Patience,
+    _cancellation,
+    _state,
+    ask,
+)
+from tests.simulation.rules import Rule
+from tests.simulation.store import Store
+
+if TYPE_CHECKING:
+    import pytest
+
+    from tests.simulation.world import World
+
+
+@dataclass(frozen=True)
+class Control:
+    """One fault.
+
+    Attributes:
+        rules: What the judge may say of it; the first violation names one of these.
+        break_engine: Makes the fault for the time of a test.
+        store: The store that has it.
+    """
+
+    name: str
+    rules: frozenset[Rule]
+    break_engine: Callable[[pytest.MonkeyPatch], None] | None = None
+    store: type[Store] = Store
+
+
+CONTROLS: list[Control] = []
+
+Break = Callable[["pytest.MonkeyPatch"], None]
+
+
+def noticed_by(*rules: Rule) -> Callable[[Break], Break]:
+    """Make a control of a function that breaks the engine."""
+
+    def register(break_engine: Break) -> Break:
+        CONTROLS.append(Control(break_engine.__name__, frozenset(rules), break_engine=break_engine))
+        return break_engine
+
+    return register
+
+
+def store_noticed_by(*rules: Rule) -> Callable[[type[Store]], type[Store]]:
+    """Make a control of a store."""
+
+    def register(store: type[Store]) -> type[Store]:
+        CONTROLS.append(Control(store.__name__, frozenset(rules), store=store))
+        return store
+
+    return register
+
+
+# --- Stores -----------------------------------------------------------------------------------------------------------
+
+
+class Broken(Store):
+    """Not compared with the memory layer: that would notice at once."""
+
+    def __init__(self, world: World) -> None:
+        super().__init__(world)
+        self.reference = None
+
+
+@store_noticed_by(Rule.P1, Rule.P2, Rule.P4)
+class ReleasesTheClaimsOfOthers(Broken):
+    def release(self, record: DataRecord) -> bool:
+        return self.records.pop(record.idempotency_key, None) is not None
+
+
+@store_noticed_by(Rule.P1)
+class CompletesTheClaimsOfOthers(Broken):
+    def complete(self, record: DataRecord, *, now: float) -> bool:
+        stored = self.records[record.idempotency_key] = self._moved(record, now)
+        self.completions.append((self.world.now, stored))
+        return True
+
+
+@store_noticed_by(Rule.P2)
+class TakesOverBeforeTheLeaseHasPassed(Broken):
+    def _has_lapsed(self, found: DataRecord, judge: float) -> bool:
+        return super()._has_lapsed(found, judge + self.world.conditions.lease_or(0.0) / 2)
+
+
+@store_noticed_by(Rule.P2)
+class MovesALeaseBack(Broken):
+    def _renewed(self, found: DataRecord, moved: DataRecord) -> DataRecord:
+        return super()._renewed(found.replace(in_progress_expiry_timestamp=None), moved)
+
+
+@store_noticed_by(Rule.H4)
+class GivesTheSameFenceAgain(Broken):
+    def _next_fence(self, old: DataRecord | None, key: str, now: float) -> int:
+        return super()._next_fence(old, key, now) if old is None else old.fence
+
+
+@store_noticed_by(Rule.P1, Rule.H12)
+class HandsOutExpiredRecords(Broken):
+    def _find(self, key: str, judge: float) -> DataRecord | None:
+        return self.records.get(key)
+
+
+# --- Leases -----------------------------------------------------------------------------------------------------------
+
+
+@noticed_by(Rule.H14, Rule.P2)
+def a_lease_counts_from_the_answer(patch: pytest.MonkeyPatch) -> None:
+    take = ClaimedRecord._take
+    patch.setattr(
+        ClaimedRecord, "_take", lambda self, record, asked_at: take(self, record, asked_at=self._loop_state.time())
+    )
+
+
+@noticed_by(Rule.H14, Rule.H13, Rule.P2)
+def the_end_of_a_lease_counts_from_the_answer(patch: pytest.MonkeyPatch) -> None:
+    def take(self: ClaimedRecord, record: DataRecord, *, asked_at: float) -> None:
+        self.record, self._asked_at = record, asked_at
+        if self._lease.lease_seconds is not None:
+            self.lease_deadline = self._loop_state.time() + self._lease.lease_seconds
+
+    patch.setattr(ClaimedRecord, "_take", take)
+
+
+@noticed_by(Rule.P2)
+def a_body_begins_though_the_answer_came_after_the_lease(patch: pytest.MonkeyPatch) -> None:
+    holds = ClaimedRecord._holds
+    patch.setattr(ClaimedRecord, "_holds", lambda self, answer: holds(self, answer) or True)
+
+
+@noticed_by(Rule.H14, Rule.P2)
+def a_lease_is_renewed_when_it_passes(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Claim, "_interval", lambda self: self._lease.lease_seconds or 0.0)
+
+
+@noticed_by(Rule.H2, Rule.H7)
+def a_claim_is_renewed_after_its_body(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Claim, "stop_renewal", lambda self: None)
+
+
+@noticed_by(Rule.P2)
+def ensure_owned_guesses(patch: pytest.MonkeyPatch) -> None:
+    async def confirm(self: Claim) -> bool:
+        return True
+
+    patch.setattr(Claim, "confirm", confirm)
+
+
+@noticed_by(Rule.H14)
+def a_lost_lease_is_not_told(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Claim, "note_loss", lambda self: self._flight.end(None))
+
+
+@noticed_by(Rule.P2)
+def clocks_are_taken_for_equal(patch: pytest.MonkeyPatch) -> None:
+    def acquisition(self: ClaimedRecord) -> Awaitable[Any]:
+        return self._plan.layer.acquire(self.record, now=self._plan.clock())
+
+    patch.setattr(ClaimedRecord, "_acquisition", acquisition)
+
+
+# --- Cancellation and failures ----------------------------------------------------------------------------------------
+
+
+@noticed_by(Rule.H3, Rule.H9)
+def an_operation_is_cancelled_with_its_caller(patch: pytest.MonkeyPatch) -> None:
+    async def give_in(_future: asyncio.Future[Any]) -> None:
+        raise asyncio.CancelledError
+
+    patch.setattr(_cancellation, "_outlast", give_in)
+
+
+@noticed_by(Rule.H9)
+def a_claim_whose_caller_was_cancelled_is_not_released(patch: pytest.MonkeyPatch) -> None:
+    async def release_unused(self: ClaimedRecord, held_off: HeldOff) -> None: ...
+
+    patch.setattr(ClaimedRecord, "_release_unused", release_unused)
+
+
+@noticed_by(Rule.H9)
+def a_claim_of_a_closed_body_is_kept(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Claim, "undo_in_background", lambda self, renewing: None)
+
+
+@noticed_by(Rule.P4)
+def a_cancelled_body_gives_its_key_back_under_raise(patch: pytest.MonkeyPatch) -> None:
+    undo = Claim.undo
+
+    async def release(self: Claim, *, is_failure: bool, **options: Any) -> None:
+        await undo(self, is_failure=True, **options)
+
+    patch.setattr(Claim, "undo", release)
+
+
+@noticed_by(Rule.H9)
+def a_renewal_under_way_overwrites_the_doubt(patch: pytest.MonkeyPatch) -> None:
+    undo = Claim.undo
+
+    async def at_once(self: Claim, *, renewing: asyncio.Task[None] | None, **options: Any) -> None:
+        await undo(self, renewing=None, **options)
+
+    patch.setattr(Claim, "undo", at_once)
+
+
+@noticed_by(Rule.H12)
+def nothing_is_ever_in_doubt(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(_state, "is_in_doubt", lambda record, *, now: False)
+
+
+@noticed_by(Rule.H13)
+def a_completion_is_tried_once(patch: pytest.MonkeyPatch) -> None:
+    def once(self: ClaimedRecord, start: Callable[[], Awaitable[Any]], *, held_off: HeldOff, effect: str) -> Any:
+        return ask(start, held_off=held_off, key=self._key, effect=effect)
+
+    patch.setattr(ClaimedRecord, "_ask_persistently", once)
+
+
+@noticed_by(Rule.H6, Rule.P2)
+def a_cancellation_is_swallowed(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(HeldOff, "__exit__", lambda self, *_: None)
+
+
+@noticed_by(Rule.H6)
+def a_cancellation_during_the_clean_up_is_swallowed(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(HeldOff, "request_again", lambda self: None)
+
+
+@noticed_by(Rule.H3, Rule.H6)
+def a_failed_release_replaces_the_error_of_the_body(patch: pytest.MonkeyPatch) -> None:
+    def note(self: EngineCall, error: BaseException, failure: Exception) -> None:
+        raise failure
+
+    patch.setattr(EngineCall, "_note", note)
+
+
+# --- Outcomes ---------------------------------------------------------------------------------------------------------
+
+
+@noticed_by(Rule.P1)
+def a_loser_returns_its_own_result(patch: pytest.MonkeyPatch) -> None:
+    complete = Claim.complete
+
+    async def always(self: Claim, text: str, outcome: Any, *, held_off: HeldOff) -> DataRecord:
+        return await complete(self, text, outcome, held_off=held_off) or self.record
+
+    patch.setattr(Claim, "complete", always)
+
+
+@noticed_by(Rule.P1)
+def an_outcome_is_handed_out_before_the_payload_is_compared(patch: pytest.MonkeyPatch) -> None:
+    differs = _state.differs
+
+    def differs_while_running(record: DataRecord, payload_hash: str) -> bool:
+        return record.response_data is None and differs(record, payload_hash)
+
+    patch.setattr(_state, "differs", differs_while_running)
+
+
+@noticed_by(Rule.P1)
+def a_claim_is_cached(patch: pytest.MonkeyPatch) -> None:
+    publish = Claim._publish
+
+    def publish_and_cache(self: Claim) -> None:
+        publish(self)
+        self._plan.shared.cache._records[self._key] = self.record
+
+    patch.setattr(Claim, "_publish", publish_and_cache)
+
+
+@noticed_by(Rule.P1)
+def expired_outcomes_are_cached(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(LocalCache, "get", lambda self, key, *, now: self._records.get(key))
+
+
+# --- Waiting ----------------------------------------------------------------------------------------------------------
+
+
+@noticed_by(Rule.H8)
+def waiters_look_only_when_their_time_is_over(patch: pytest.MonkeyPatch) -> None:
+    async def pause(self: Patience, record: DataRecord, *, polls: int, now: float) -> None:
+        if self.remaining_seconds() <= 0:
+            raise self.in_progress(record, now=now)
+        await self._until_change(self.remaining_seconds(), shortest=self.remaining_seconds())
+
+    patch.setattr(Patience, "pause", pause)
+
+
+@noticed_by(Rule.H8)
+def followers_do_not_learn_of_the_end(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Flight, "_wake", lambda self, changed: None)
+
+
+@noticed_by(Rule.H7)
+def flights_are_kept(patch: pytest.MonkeyPatch) -> None:
+    def end(self: EngineCall, ending: Any) -> None:
+        self._flight.end(ending)
+
+    patch.setattr(EngineCall, "_end", end)

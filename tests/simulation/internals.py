@@ -1,0 +1,72 @@
+"""All that the simulation knows of the inside of aidem: what is left behind, and what the controls break."""
+
+from __future__ import annotations
+
+import gc
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+from aidem import _cancellation, _key, _state
+from aidem._cancellation import CLEANUP_SECONDS, HeldOff, writes
+from aidem._claim import Claim
+from aidem._claimed_record import ClaimedRecord
+from aidem._engine import Call as EngineCall
+from aidem._flights import Flight
+from aidem._local_cache import LocalCache
+from aidem._operations import ask
+from aidem._renewal import Renewal
+from aidem._shared import shared_by
+from aidem._waiting import Patience
+
+if TYPE_CHECKING:
+    import asyncio
+
+    from aidem.persistence import PersistenceLayer
+
+__all__ = [
+    "CLEANUP_SECONDS",
+    "Claim",
+    "ClaimedRecord",
+    "EngineCall",
+    "Flight",
+    "HeldOff",
+    "LocalCache",
+    "Patience",
+    "_cancellation",
+    "_state",
+    "ask",
+]
+
+
+def key_text(prefix: str, selected: str) -> str:
+    """Return the idempotency key of a selected value."""
+    return _key.idempotency_key(prefix, _key.payload_digest(selected, "sha256"))
+
+
+def objects_of_calls() -> Counter[str]:
+    """Count what calls are made of and should not outlive them."""
+    kinds = (Claim, EngineCall, Flight, Renewal)
+    return Counter(type(found).__name__ for found in gc.get_objects() if type(found) in kinds)
+
+
+def writes_of(loop: asyncio.AbstractEventLoop) -> list[asyncio.Task[Any]]:
+    """Return the operations of a loop that run as tasks of their own."""
+    return [write for write in writes if write.get_loop() is loop]
+
+
+def forget_writes_of(loop: asyncio.AbstractEventLoop) -> None:
+    """Drop them, of a process that crashed."""
+    writes.difference_update(writes_of(loop))
+
+
+def left_of_calls(layer: PersistenceLayer) -> list[object]:
+    """Return the flights and renewals of a layer that have not ended."""
+    states = list(shared_by(layer)._loops.values())
+    return [state.flights for state in states if state.flights] + [
+        state.renewals._due for state in states if state.renewals._due
+    ]
+
+
+def forget_loops_of(layer: PersistenceLayer) -> None:
+    """Drop what the calls of a layer share: it would keep the layer alive."""
+    shared_by(layer)._loops.clear()
