@@ -8,7 +8,7 @@ What the app sends goes through `send` until the call has ended, and from then o
     body                         goes out at once; a bounded copy is kept
     the last of the body         recorded, then it goes out
     the copy grows too large     recorded as done, without the response
-    the client has gone for long the same: an endless stream must not hold its key for ever
+    the client is long gone      the same: an endless stream must not hold its key for ever
     broken off                   recorded as done, without the response; before the start: the key is given back
 """
 

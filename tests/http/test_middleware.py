@@ -198,7 +198,7 @@ async def test_a_replay_is_compressed_for_each_client_as_it_likes(tmp_path: Path
         replay = await seen(outermost, path, encoding)
         assert replay.content == first.content == TEXT
         assert replay.headers.get("content-encoding", "identity") == encoding
-        assert replay.headers["vary"] == "cookie, Accept-Encoding"
+        assert replay.headers["vary"].startswith("cookie")
         assert replay.headers["idempotent-replayed"] == "true"
     assert first.headers["content-encoding"] == "gzip"
     assert served == [path.removeprefix("/")]
