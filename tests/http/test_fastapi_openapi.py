@@ -11,7 +11,6 @@ from typing import Annotated, Any
 import pytest
 from fastapi import APIRouter, Depends, FastAPI, Header, Query, Response
 from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse
-from fastapi.testclient import TestClient
 from hypothesis import example, given
 from hypothesis import strategies as st
 from openapi_spec_validator import validate
@@ -21,7 +20,7 @@ from aidem import _http_answers
 from aidem._http_key import MalformedKeyError, parse_key
 from aidem._http_openapi import key_pattern
 from aidem.fastapi import IdempotentRoute
-from tests.http.fastapi_support import ORJSON, UJSON, Order, PublicReceipt
+from tests.http.fastapi_support import ORJSON, UJSON, Order, PublicReceipt, served
 
 PROBLEM = "application/problem+json"
 PROBLEM_SCHEMA = {"$ref": "#/components/schemas/IdempotencyKeyProblem"}
@@ -98,10 +97,11 @@ def test_all_answers_of_the_layer_have_one_schema() -> None:
     assert contents == [{"schema": PROBLEM_SCHEMA}] * 3 * len({"400", "409", "413", "422", "503"})
 
 
-def test_an_answer_of_the_layer_fits_its_schema() -> None:
+async def test_an_answer_of_the_layer_fits_its_schema() -> None:
     app = app_of(required=True)
     app.post("/payments")(create_payment)
-    response = TestClient(app).post("/payments", json={})
+    async with served(app) as client:
+        response = await client.post("/payments", json={})
     assert response.status_code == 400
     schema = document_of(app)["components"]["schemas"]["IdempotencyKeyProblem"]
     assert response.json().keys() == schema["properties"].keys() == PROBLEM_MEMBERS
