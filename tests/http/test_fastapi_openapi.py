@@ -19,7 +19,7 @@ from pydantic import BaseModel, Field
 from aidem import _http_answers
 from aidem._http_key import MalformedKeyError, parse_key
 from aidem._http_openapi import key_pattern
-from aidem.fastapi import IdempotentRoute
+from aidem.fastapi import IdempotentRoute, Problem
 from tests.http.fastapi_support import ORJSON, UJSON, Order, PublicReceipt, served
 
 PROBLEM = "application/problem+json"
@@ -180,7 +180,7 @@ def test_a_document_that_is_made_twice_is_the_same() -> None:
 
 
 def test_every_answer_of_the_layer_is_described_by_what_it_means() -> None:
-    problems = [each for each in vars(_http_answers).values() if isinstance(each, _http_answers.Problem)]
+    problems = [each for each in vars(_http_answers).values() if isinstance(each, Problem)]
     assert len(problems) == 12
     app = app_of(required=True)
     app.post("/payments")(create_payment)
