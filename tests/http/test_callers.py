@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from typing import Any
 
 import jwt
@@ -152,6 +153,12 @@ async def test_the_detail_of_an_http_exception_may_be_anything_and_its_status_to
 async def test_another_exception_of_a_scope_function_goes_on() -> None:
     with pytest.raises(LookupError, match="no such user"):
         await request(front_of(Shop(), scope=refusing(LookupError("no such user"))))
+
+
+async def test_without_starlette_there_is_no_http_exception(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "starlette.exceptions")
+    with pytest.raises(HTTPException):
+        await request(front_of(Shop(), scope=refusing(UNAUTHORIZED)))
 
 
 async def test_an_exception_of_the_app_is_no_answer_of_the_layer() -> None:
