@@ -22,10 +22,10 @@ from functools import partial
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, Final
 
-from aidem import _http_answers as answers
 from aidem._cancellation import CLEANUP_SECONDS, in_background
 from aidem._engine import Phase
 from aidem._execution import Execution, running
+from aidem._http_answers import NOT_RECORDED, OUTCOME_UNKNOWN
 from aidem._http_options import store_by_default
 from aidem._http_response import Recorder, text_of
 from aidem._record import OutcomeKind
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Generator
 
     from aidem._engine import Call
+    from aidem._http_answers import Answers
     from aidem._http_options import HttpOptions
     from aidem._http_request import RequestBody
     from aidem._http_types import ASGIApp, Message, Scope, Send
@@ -69,6 +70,7 @@ class Exchange:
     """Runs the app for one claimed request; its `receive` and `send` are the app's."""
 
     __slots__ = (
+        "_answers",
         "_call",
         "_disconnect",
         "_execution",
@@ -88,7 +90,8 @@ class Exchange:
 
     _scope: Scope
 
-    def __init__(self, call: Call, request: RequestBody, send: Send, options: HttpOptions) -> None:
+    def __init__(self, call: Call, request: RequestBody, send: Send, answers: Answers, options: HttpOptions) -> None:
+        self._answers = answers
         self._call = call
         self._execution = Execution(call)
         self._request = request
@@ -222,12 +225,12 @@ class Exchange:
         try:
             is_ours = await self._call.complete(text, outcome)
         except IdempotencyLeaseLostError:
-            await self._replace(partial(self._answer, answers.OUTCOME_UNKNOWN))
+            await self._replace(partial(self._answers.answer, OUTCOME_UNKNOWN))
         except IdempotencyPersistenceLayerError as failure:
             await self._recording_failed(failure)
         else:
             if not is_ours:
-                await self._replace(self._hand_out)
+                await self._replace(partial(self._answers.hand_out, self._call))
             elif self._call.held_record().outcome is OutcomeKind.UNAVAILABLE:
                 self._report(EventKind.RESULT_UNAVAILABLE)
         finally:
@@ -243,7 +246,7 @@ class Exchange:
         if self._has_started:
             self._is_unrecorded = True
         else:
-            await self._replace(partial(self._answer, answers.NOT_RECORDED))
+            await self._replace(partial(self._answers.answer, NOT_RECORDED))
 
     async def _replace(self, send: Callable[[], Awaitable[None]]) -> None:
         """Send something else than the app's response, which does not count.
@@ -283,14 +286,6 @@ class Exchange:
             await self._call.fail(error)
         finally:
             self._is_settled.set()
-
-    # --- In place of the app's response -------------------------------------------------------------------------------
-
-    async def _answer(self, problem: answers.Problem) -> None:
-        await answers.answer(self._send, problem, documentation_url=self._options.documentation_url)
-
-    async def _hand_out(self) -> None:
-        await answers.hand_out(self._call, self._send, documentation_url=self._options.documentation_url)
 
     def _report(self, kind: EventKind, error: BaseException | None = None) -> None:
         self._call.reporter.report(kind, fence=self._call.fence, error=error)

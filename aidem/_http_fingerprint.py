@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any, Final
 
-from aidem._http_types import header_values
+from aidem._http_types import RequestParts, header_values
 from aidem._key import hash_constructor, idempotency_key
 
 if TYPE_CHECKING:
@@ -71,6 +71,28 @@ class Fingerprint:
         """Return the hash of the whole request."""
         digest: str = self._body.hexdigest()
         return digest
+
+
+def request_parts(scope: Scope, body: bytes) -> RequestParts:
+    """Return what a `fingerprint` function is called with."""
+    return RequestParts(
+        method=scope["method"],
+        path=full_path(scope),
+        query=scope.get("query_string", b""),
+        headers=tuple((name, value) for name, value in scope["headers"]),
+        content_type=b", ".join(header_values(scope["headers"], b"content-type")).decode("latin-1"),
+        body=body,
+    )
+
+
+def chosen_digest(request: RequestParts, chosen: bytes, hash_function: str) -> str:
+    """Return the hash of a request whose query, content type and body are represented by what a function chose.
+
+    Method and path always count: a function that forgets them must not hand out the response of another operation.
+    """
+    text = parts(b"chosen", request.method.encode(), _encoded(request.path), chosen)
+    digest: str = _new(hash_function, text).hexdigest()
+    return digest
 
 
 class _Multipart:

@@ -10,19 +10,16 @@ from aidem._http_key import MAX_KEY_CHARACTERS
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable
 
-    from aidem._http_answers import Problem
     from aidem._http_options import HttpOptions
-
-KEY_HEADER: Final = "Idempotency-Key"
-REPLAYED_HEADER: Final = "Idempotent-Replayed"
-MEDIA_TYPE: Final = "application/problem+json"
-UNPROCESSABLE: Final = 422
+    from aidem._http_types import Problem
 
 _QUOTED: Final = rf'"([ !#-\[\]-~]|\\["\\]){{1,{MAX_KEY_CHARACTERS}}}"'
 _BARE: Final = rf"[!#-+\--:<-~]{{1,{MAX_KEY_CHARACTERS}}}"
 _PROBLEMS: Final = (
     answers.KEY_MISSING,
     answers.KEY_MALFORMED,
+    answers.CALLER_UNKNOWN,
+    answers.BODY_INCOMPLETE,
     answers.IN_PROGRESS,
     answers.NOT_KEPT,
     answers.IN_DOUBT,
@@ -32,18 +29,9 @@ _PROBLEMS: Final = (
     answers.NOT_RECORDED,
     answers.OUTCOME_UNKNOWN,
 )
-_PROBLEM_SCHEMA: Final = {
-    "title": "Problem",
-    "type": "object",
-    "properties": {
-        "type": {"type": "string", "format": "uri-reference"},
-        "title": {"type": "string"},
-        "status": {"type": "integer"},
-        "detail": {"type": "string"},
-    },
-    # No list: older versions of FastAPI merge into what routes share, again and again, and it would grow.
-    "required": ("type", "title", "status", "detail"),
-}
+_WHERE_REQUIRED: Final = (answers.KEY_MISSING, answers.CALLER_UNKNOWN)
+STATUSES: Final = frozenset(str(problem.status) for problem in _PROBLEMS)
+"""The status codes of the answers of the layer."""
 _REPLAYED: Final = {
     "description": "The response is that of an earlier request with the same key.",
     "schema": {"type": "string", "const": "true"},
@@ -63,7 +51,7 @@ def key_parameter(options: HttpOptions, *, required: bool) -> dict[str, Any]:
     """Return the header as a parameter of an operation."""
     form = "a quoted string" if options.strict else "a quoted string, or the bare value"
     return {
-        "name": KEY_HEADER,
+        "name": options.header_name,
         "in": "header",
         "required": required,
         "description": (
@@ -74,8 +62,20 @@ def key_parameter(options: HttpOptions, *, required: bool) -> dict[str, Any]:
     }
 
 
+def description(options: HttpOptions, status: int, *, validates: bool) -> str:
+    """Return what the answers of a status mean."""
+    titles = [answers.named(problem, options).title for problem in _by_status(options)[status]]
+    return ". ".join(["Validation Error"] * (validates and status == answers.KEY_REUSED.status) + titles)
+
+
 def responses(
-    options: HttpOptions, *, own: Iterable[str], described: Collection[str], validates: bool
+    options: HttpOptions,
+    *,
+    own: Iterable[str],
+    described: Collection[str],
+    specified: Collection[str],
+    validates: bool,
+    schema: dict[str, Any],
 ) -> dict[str, dict[str, Any]]:
     """Return the responses of an operation, to be merged into those that it has.
 
@@ -83,23 +83,26 @@ def responses(
         options: What the layer was told.
         own: Status codes that the operation itself may answer, and so a replay.
         described: Those whose description is to stay.
+        specified: Those whose description of a problem is to stay.
         validates: Whether the framework answers 422 itself.
+        schema: The schema of a problem, or a reference to it.
     """
-    found: dict[str, dict[str, Any]] = {status: {"headers": {REPLAYED_HEADER: _REPLAYED}} for status in own}
+    found: dict[str, dict[str, Any]] = {status: {"headers": {options.replayed_header: _REPLAYED}} for status in own}
     for status, problems in _by_status(options).items():
         response = found.setdefault(str(status), {})
-        response["content"] = {MEDIA_TYPE: {"schema": _PROBLEM_SCHEMA}}
+        # Only the service knows what its own format is.
+        if options.problem_body is None and str(status) not in specified:
+            response["content"] = {answers.MEDIA_TYPE: {"schema": schema}}
         if any(problem.is_temporary for problem in problems):
             response.setdefault("headers", {})["Retry-After"] = _RETRY_AFTER
         if str(status) not in described:
-            titles = [problem.title for problem in problems]
-            response["description"] = ". ".join(["Validation Error"] * (validates and status == UNPROCESSABLE) + titles)
+            response["description"] = description(options, status, validates=validates)
     return found
 
 
 def _by_status(options: HttpOptions) -> dict[int, list[Problem]]:
     found: dict[int, list[Problem]] = {}
     for problem in _PROBLEMS:
-        if options.required or problem is not answers.KEY_MISSING:
+        if options.required or problem not in _WHERE_REQUIRED:
             found.setdefault(problem.status, []).append(problem)
     return found

@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import inspect
+import re
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, TypeGuard
+from typing import TYPE_CHECKING, Any, Final, Required, TypedDict, TypeGuard
 
 from aidem._http_fingerprint import parts
 from aidem._http_types import header_values
@@ -17,7 +18,7 @@ from aidem.config import IdempotencyConfig, check_call_options
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from aidem._http_types import Headers, Scope, ScopeFunction, StoreIf
+    from aidem._http_types import FingerprintFunction, Headers, ProblemBody, Scope, ScopeFunction, StoreIf
     from aidem.persistence import PersistenceLayer
 
 DAY_SECONDS: Final = 24 * 3600
@@ -27,7 +28,7 @@ _UNTOUCHED_METHODS: Final = frozenset({"GET", "HEAD", "OPTIONS", "TRACE", "CONNE
 
 DEFAULT_CONFIG: Final = IdempotencyConfig(expires_after_seconds=DAY_SECONDS)
 _WITHOUT_MEANING: Final = {
-    "event_key_jmespath": "the key is in the Idempotency-Key header",
+    "event_key_jmespath": "the key is in a header of the request",
     "payload_validation_jmespath": "method, path, query, content type and body are always validated",
     "jmespath_options": "no expression is evaluated",
     "max_inflated_bytes": "no expression is evaluated",
@@ -35,40 +36,105 @@ _WITHOUT_MEANING: Final = {
     "response_hook": "a replay is sent as it was recorded",
     "stored_exceptions": "responses are stored, not exceptions",
 }
-# 307 and 308 ask for the same request elsewhere, with the same key: it must not be taken by the one that was sent on.
-_NOT_STORED: Final = frozenset({307, 308, 401, 403, 408, 422, 425, 429})
+# 307 and 308 ask for the same request elsewhere, 421 on another connection, 426 by another protocol, and 428 with a
+# condition: with the same key, which must not be taken by the one that was sent on. 423 passes when a lock does.
+_NOT_STORED: Final = frozenset({307, 308, 401, 403, 408, 421, 422, 423, 425, 426, 428, 429})
+_TOKEN: Final = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")  # RFC 9110, section 5.6.2
 
 
 def store_by_default(status: int, headers: Headers) -> bool:
     """Whether a response is final, so that a retry would get the same: 2xx, and most of 3xx and 4xx."""
     is_final = 200 <= status < 500 and status not in _NOT_STORED  # noqa: PLR2004 - classes of status codes
-    return is_final and not _are_events(headers)
+    return is_final and not any(_says_to_ask_again(name.lower(), value) for name, value in headers)
 
 
-def _are_events(headers: Headers) -> bool:
-    """Whether the response is a stream of events, which may never end."""
-    return any(
-        name.lower() == b"content-type" and value.lower().startswith(b"text/event-stream") for name, value in headers
-    )
+def _says_to_ask_again(name: bytes, value: bytes) -> bool:
+    """Whether a header tells that a retry gets something else: later, or of a stream of events, which may never end."""
+    is_stream_of_events = name == b"content-type" and value.lower().startswith(b"text/event-stream")
+    return is_stream_of_events or name == b"retry-after"
 
 
-def by_header(name: str) -> ScopeFunction:
-    """Return a scope that tells callers apart by a header which proves who they are, such as `authorization`.
+def by_header(name: str, *more: str) -> ScopeFunction:
+    """Return a scope that tells callers apart by headers which prove who they are, such as `authorization`.
 
-    The scope is a hash of the header, so that no credential is stored. A request without the header has no scope.
+    The scope is a hash of all their values, so that no credential is stored. A request without one of the headers has
+    no scope. A client that renews its token between two attempts is another caller, and its request runs again; where
+    tokens are short-lived, use a scope function that returns the stable identity of the caller.
+
+    Args:
+        name: The name of a header.
+        *more: Names of further headers, such as `x-tenant`.
+
+    Raises:
+        IdempotencyConfigError: One cannot be the name of a header.
     """
-    wanted = name.lower().encode("latin-1")
+    for option in (name, *more):
+        if not _is_header_name(option):
+            raise refused("by_header name", repr(option), _HEADER_NAME)
+    wanted = [each.lower().encode("ascii") for each in (name, *more)]
 
     def scope_of(scope: Scope) -> str | None:
-        values = header_values(scope["headers"], wanted)
-        return hashlib.sha256(parts(*values)).hexdigest() if any(values) else None
+        found = [header_values(scope["headers"], each) for each in wanted]
+        if not all(any(values) for values in found):
+            return None
+        # One header's values are hashed as they always were, so that its records are still found.
+        text = parts(*(parts(*values) for values in found)) if more else parts(*found[0])
+        return hashlib.sha256(text).hexdigest()
 
     return scope_of
 
 
+class IdempotencyOptions(TypedDict, total=False):
+    """The options of `IdempotencyMiddleware` and `IdempotentRoute.configure`.
+
+    Attributes:
+        key_prefix: Required. The name of the service; services that share a store must have different names.
+        scope: Required. A function `scope(request_scope)`, sync or async, that returns the verified caller as a string,
+            such as `by_header("authorization")`. For None or `""` from it, see `required`. `scope=None` instead of a
+            function: all callers share one space of keys.
+        persistence_store: The persistence layer. Default: that of `aidem.configure`.
+        config: Settings. Default: responses are kept for 24 hours.
+        methods: The HTTP methods whose requests may carry a key. Default: POST and PATCH.
+        required: Whether requests of these methods are refused with 400 if they have no key or no verified caller.
+            Default: False; they run without idempotency.
+        strict: Whether keys must be quoted strings. Default: False; bare values are keys, too.
+        header_name: The request header that holds the key. Default: `Idempotency-Key`.
+        replayed_header: The response header that marks a replay with `true`. Default: `Idempotent-Replayed`.
+        max_request_bytes: The largest body of a request with a key; it is read into memory. Default: 16 MiB.
+        max_response_bytes: The largest response body that is kept for a replay. Default: 1 MiB.
+        fingerprint: A function `fingerprint(request)` that gets `RequestParts` and returns bytes in place of query,
+            content type and body, for clients that serialise a retry differently. Method and path always count. None
+            from it: the default for this request. Default: query, content type and body count byte for byte.
+        store_if: A function `store_if(status, headers)` that returns whether a response is final; for other responses
+            the key is given back. Default: 2xx, 3xx and 4xx, except 307, 308, 401, 403, 408, 421, 422, 423, 425, 426,
+            428 and 429, responses with `Retry-After`, streams of events, and the 404 and 405 of what no route has.
+        store_set_cookie: Whether `Set-Cookie` is stored and replayed. Default: False.
+        problem_body: A function `problem_body(problem, request_scope)` that gets a `Problem` and returns the body, as
+            bytes, and the content type of an answer of the layer itself. Default: None; `application/problem+json`.
+        documentation_url: The page that the `type` of a problem points to. Default: None; the type is `about:blank`.
+    """
+
+    key_prefix: Required[str]
+    scope: Required[ScopeFunction | None]
+    persistence_store: PersistenceLayer | None
+    config: IdempotencyConfig | None
+    methods: Collection[str]
+    required: bool
+    strict: bool
+    header_name: str
+    replayed_header: str
+    max_request_bytes: int
+    max_response_bytes: int
+    fingerprint: FingerprintFunction | None
+    store_if: StoreIf
+    store_set_cookie: bool
+    problem_body: ProblemBody | None
+    documentation_url: str | None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HttpOptions:
-    """What a middleware or a route class is told; see `aidem.asgi.IdempotencyMiddleware`.
+    """The options of a middleware or a route class, checked and with their defaults; see `IdempotencyOptions`.
 
     Raises:
         IdempotencyConfigError: An option has a value that cannot work; the message names it and what is allowed.
@@ -81,10 +147,14 @@ class HttpOptions:
     methods: Collection[str] = METHODS
     required: bool = False
     strict: bool = False
+    header_name: str = "Idempotency-Key"
+    replayed_header: str = "Idempotent-Replayed"
     max_request_bytes: int = 16 * MIB
     max_response_bytes: int = MIB
+    fingerprint: FingerprintFunction | None = None
     store_if: StoreIf = store_by_default
     store_set_cookie: bool = False
+    problem_body: ProblemBody | None = None
     documentation_url: str | None = None
 
     def __post_init__(self) -> None:
@@ -127,6 +197,14 @@ def _is_sync(value: Any) -> bool:
     return callable(value) and not is_async
 
 
+def _is_sync_or_none(value: Any) -> bool:
+    return value is None or _is_sync(value)
+
+
+def _is_header_name(value: Any) -> bool:
+    return isinstance(value, str) and _TOKEN.fullmatch(value) is not None
+
+
 def _is_bool(value: Any) -> bool:
     return isinstance(value, bool)
 
@@ -135,6 +213,7 @@ def _is_size(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
+_HEADER_NAME: Final = "the name of a header, as a string such as 'X-Idempotency-Key'"
 _CHECKS: Final[dict[str, tuple[Callable[[Any], bool], str]]] = {
     "scope": (
         lambda value: value is None or (callable(value) and value is not by_header),
@@ -143,9 +222,13 @@ _CHECKS: Final[dict[str, tuple[Callable[[Any], bool], str]]] = {
     "methods": (_are_methods, "a collection of methods that change something, such as ('POST', 'PATCH')"),
     "required": (_is_bool, "True or False"),
     "strict": (_is_bool, "True or False"),
+    "header_name": (_is_header_name, _HEADER_NAME),
+    "replayed_header": (_is_header_name, _HEADER_NAME),
     "max_request_bytes": (_is_size, "a whole number that is not negative"),
     "max_response_bytes": (_is_size, "a whole number that is not negative"),
+    "fingerprint": (_is_sync_or_none, "a callable fingerprint(request) that is not async, or None"),
     "store_if": (_is_sync, "a callable store_if(status, headers) that is not async"),
     "store_set_cookie": (_is_bool, "True or False"),
+    "problem_body": (_is_sync_or_none, "a callable problem_body(problem, request_scope) that is not async, or None"),
     "documentation_url": (lambda value: value is None or isinstance(value, str), "a URL as a string, or None"),
 }

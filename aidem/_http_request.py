@@ -62,6 +62,11 @@ class RequestBody:
         else:
             self._pieces.append(bytearray(chunk))
 
+    @property
+    def whole(self) -> bytes:
+        """All of it, before any of it is handed out."""
+        return b"".join(self._pieces)
+
     async def receive(self) -> Message:
         """Return the next message."""
         if not self._pieces:

@@ -3,32 +3,36 @@
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Self, cast
 
 from aidem._distribution import how_to_install
 
 try:
     from fastapi.dependencies.utils import get_flat_params
+    from fastapi.openapi.utils import validation_error_definition
     from fastapi.routing import APIRoute
+    from fastapi.utils import create_model_field
+    from pydantic import BaseModel, ConfigDict
 except ImportError as error:
     raise ImportError(f"aidem.fastapi needs FastAPI: {how_to_install('fastapi')}") from error
 
 from aidem import _http_openapi as openapi
+from aidem._http_answers import MEDIA_TYPE
 from aidem._http_gate import Gate
-from aidem._http_options import METHODS, MIB, HttpOptions, by_header, store_by_default
+from aidem._http_options import HttpOptions, IdempotencyOptions, by_header
+from aidem._http_types import Problem, RequestParts
 from aidem.exceptions import IdempotencyConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator
+    from collections.abc import Callable, Iterator
+    from typing import Unpack
 
     from fastapi.dependencies.models import Dependant
     from pydantic.fields import FieldInfo
 
-    from aidem._http_types import Receive, Scope, ScopeFunction, Send, StoreIf
-    from aidem.config import IdempotencyConfig
-    from aidem.persistence import PersistenceLayer
+    from aidem._http_types import Receive, Scope, Send
 
-__all__ = ["IdempotentRoute", "by_header"]
+__all__ = ["IdempotencyOptions", "IdempotentRoute", "Problem", "RequestParts", "by_header"]
 
 
 class IdempotentRoute(APIRoute):
@@ -40,45 +44,20 @@ class IdempotentRoute(APIRoute):
     _gate: ClassVar[Gate | None] = None
 
     @classmethod
-    def configure(
-        cls,
-        *,
-        key_prefix: str,
-        scope: ScopeFunction | None,
-        persistence_store: PersistenceLayer | None = None,
-        config: IdempotencyConfig | None = None,
-        methods: Collection[str] = METHODS,
-        required: bool = False,
-        strict: bool = False,
-        max_request_bytes: int = 16 * MIB,
-        max_response_bytes: int = MIB,
-        store_if: StoreIf = store_by_default,
-        store_set_cookie: bool = False,
-        documentation_url: str | None = None,
-    ) -> type[Self]:
+    def configure(cls, **options: Unpack[IdempotencyOptions]) -> type[Self]:
         """Return a new class of routes; this one stays as it is.
 
-        The options are those of `aidem.asgi.IdempotencyMiddleware`. `scope` is asked before any dependency of the route
-        has run. Nothing opens or closes the layer but its first use: do it in the lifespan of the app.
+        `scope` is asked before any dependency of the route has run. The first use opens the layer; the lifespan of the
+        app should open and close it.
+
+        Args:
+            **options: `key_prefix` and `scope` are required; `IdempotencyOptions` lists all options and their defaults.
 
         Raises:
             IdempotencyConfigError: An option has a value that cannot work.
         """
-        options = HttpOptions(
-            key_prefix=key_prefix,
-            scope=scope,
-            persistence_store=persistence_store,
-            config=config,
-            methods=methods,
-            required=required,
-            strict=strict,
-            max_request_bytes=max_request_bytes,
-            max_response_bytes=max_response_bytes,
-            store_if=store_if,
-            store_set_cookie=store_set_cookie,
-            documentation_url=documentation_url,
-        )
-        namespace = {"_gate": Gate(options), "__module__": cls.__module__, "__doc__": cls.__doc__}
+        gate = Gate(HttpOptions(**options))
+        namespace = {"_gate": gate, "__module__": cls.__module__, "__doc__": cls.__doc__}
         return cast("type[Self]", type(cls.__name__, (cls,), namespace))
 
     def __init__(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:
@@ -89,12 +68,12 @@ class IdempotentRoute(APIRoute):
         """
         if self._gate is None:
             raise IdempotencyConfigError("route_class must be what IdempotentRoute.configure(...) returns")
-        super().__init__(path, endpoint, **options)
         self._once = self._gate
+        super().__init__(path, endpoint, **options)
         of_interest = self._gate.options.methods
         self._once_methods = frozenset(method for method in self.methods or () if method in of_interest)
         if self._once_methods:
-            self.openapi_extra = _documented(self, self._gate.options)
+            _document(self, self._gate.options)
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve a request; here the final response passes, those of errors included."""
@@ -104,23 +83,105 @@ class IdempotentRoute(APIRoute):
             await super().handle(scope, receive, send)
 
 
-def _documented(route: APIRoute, options: HttpOptions) -> dict[str, Any]:
-    """Return what goes into the document beside what FastAPI finds; routers that copy a route come here again."""
+# --- The OpenAPI document ---------------------------------------------------------------------------------------------
+
+
+class IdempotencyKeyProblem(BaseModel):
+    """An answer in place of the operation's own; see RFC 9457."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+
+
+def _as_in_fastapi(schema: dict[str, Any]) -> None:
+    schema.clear()
+    schema.update(validation_error_definition)
+
+
+class ValidationError(BaseModel):
+    """What FastAPI says about one value: its schema is FastAPI's, so that both are one component."""
+
+    model_config = ConfigDict(json_schema_extra=_as_in_fastapi)
+
+
+def _without_required(schema: dict[str, Any]) -> None:
+    del schema["required"], schema["description"]
+
+
+class HTTPValidationError(BaseModel):
+    """The body of FastAPI's 422: its schema is FastAPI's, so that both are one component."""
+
+    model_config = ConfigDict(json_schema_extra=_without_required)
+
+    detail: list[ValidationError]
+
+
+_UNPROCESSABLE: Final[Any] = IdempotencyKeyProblem | HTTPValidationError
+_PROBLEM: Final = {"$ref": f"#/components/schemas/{IdempotencyKeyProblem.__name__}"}
+
+
+class _Content(dict[str, Any]):
+    """The content of a response whose model has a media type of its own; FastAPI would write it under the route's."""
+
+    def __init__(self, media_type: str, declared: dict[str, Any]) -> None:
+        super().__init__(declared)
+        self._media_type = media_type
+
+    def setdefault(self, key: str, default: Any = None, /) -> Any:  # noqa: ARG002 - the media type of the route
+        """Return where FastAPI is to write the model: each time a new place, or older versions would write it twice."""
+        self[self._media_type] = default
+        return default
+
+
+def _document(route: APIRoute, options: HttpOptions) -> None:
+    """Put what the layer adds into the document; routers that are included copy a route, and it comes here again."""
+    validates = bool(get_flat_params(route.dependant) or route.body_field)
+    models = (_UNPROCESSABLE, IdempotencyKeyProblem)  # which nobody else declares
+    declared = {str(status) for status, each in route.responses.items() if each.get("model") not in models}
+    if options.problem_body is None:  # else only the service knows what its problems are like
+        _share_problem(route, declared, options, validates=validates)
     own: dict[str, Any] = route.openapi_extra or {}
-    declared = {str(status) for status in route.responses}
     responses = openapi.responses(
         options,
         own={*_success_status(route), *filter(str.isdigit, declared)},
-        described=declared,
-        validates=bool(get_flat_params(route.dependant) or route.body_field),
+        described={str(status) for status in route.responses},
+        specified={str(status) for status, each in route.responses.items() if MEDIA_TYPE in each.get("content", ())},
+        validates=validates,
+        schema=_PROBLEM,
     )
     extra = _merged({"responses": responses}, own)
     parameters: list[dict[str, Any]] = own.get("parameters", [])
     headers = {each["name"] for each in parameters if each.get("in") == "header"} | {*_header_names(route.dependant)}
-    if openapi.KEY_HEADER.lower() not in map(str.lower, headers):
+    if options.header_name.lower() not in map(str.lower, headers):
         required = options.required and all(method in options.methods for method in route.methods or ())
         extra["parameters"] = [openapi.key_parameter(options, required=required), *parameters]
-    return extra
+    route.openapi_extra = extra
+
+
+def _share_problem(route: APIRoute, declared: set[str], options: HttpOptions, *, validates: bool) -> None:
+    """Make the problem a component, and a part of every model of a status that the layer answers as well.
+
+    Many generated clients read one media type of a status, and must understand both bodies there.
+    """
+    found = dict(route.responses)
+    for status, each in route.responses.items():
+        if str(status) in declared & openapi.STATUSES and each.get("model") is not None:
+            found[status] = each | {"model": each["model"] | IdempotencyKeyProblem}
+    status = "422" if "422" in found else 422
+    if found.get(status, {}).get("model") is None:
+        is_ours = validates and not {"422", "4XX", "DEFAULT"} & {each.upper() for each in declared}
+        media_type, model = ("application/json", _UNPROCESSABLE) if is_ours else (MEDIA_TYPE, IdempotencyKeyProblem)
+        response: dict[str, Any] = {"description": openapi.description(options, 422, validates=validates)}
+        response |= found.get(status, {})
+        found[status] = response | {"model": model, "content": _Content(media_type, response.get("content", {}))}
+    route.responses = found
+    route.response_fields = {
+        status: create_model_field(f"Response_{status}_{route.unique_id}", each["model"], mode="serialization")
+        for status, each in found.items()
+        if each.get("model") is not None
+    }
 
 
 def _merged(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:

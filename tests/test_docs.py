@@ -16,6 +16,7 @@ import pytest
 import aidem
 from aidem import IdempotencyConfig, _http_answers
 from aidem._distribution import DISTRIBUTION, how_to_install
+from aidem.asgi import Problem
 from aidem.hooks import EventKind
 
 ROOT = Path(__file__).parents[1]
@@ -146,7 +147,7 @@ def test_every_kind_of_event_is_described() -> None:
 def test_every_answer_of_the_http_layer_is_described() -> None:
     row = r"^\| (\d+)( with `Retry-After`)? \| .* \| `([\w-]+)` \| (?:no|yes) \|$"
     rows = re.findall(row, page("http.md"), re.MULTILINE)
-    answers = [value for value in vars(_http_answers).values() if isinstance(value, _http_answers.Problem)]
+    answers = [value for value in vars(_http_answers).values() if isinstance(value, Problem)]
     described = {(int(status), bool(retry_after), name) for status, retry_after, name in rows}
     assert described == {(answer.status, answer.is_temporary, answer.name) for answer in answers}
 

@@ -7,7 +7,7 @@ Records are kept in Redis, if REDIS_URL is set, else in an SQLite file that all 
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -37,12 +37,17 @@ class Authentication:
         await self.app(scope, receive, send)
 
 
-def authenticated(request: Request) -> str:
-    """Return the customer; a request from nobody passes the idempotency layer, and is refused here."""
-    customer: str | None = request.scope["customer"]
+def customer_of(scope: MutableMapping[str, Any]) -> str:
+    """Return the customer, who stays the same when the token is renewed; the idempotency layer asks first."""
+    customer: str | None = scope["customer"]
     if customer is None:
         raise HTTPException(401, headers={"WWW-Authenticate": "Bearer"})
     return customer
+
+
+def authenticated(request: Request) -> str:
+    """Return the customer to a route."""
+    return customer_of(request.scope)
 
 
 class Payment(BaseModel):
@@ -71,7 +76,7 @@ def append(line: str) -> None:
 payments = APIRouter(
     route_class=IdempotentRoute.configure(
         key_prefix="payments",
-        scope=lambda request: request["customer"],
+        scope=customer_of,
         persistence_store=layer,
         config=IdempotencyConfig(expires_after_seconds=24 * 3600, wait_timeout_seconds=10),
         required=True,

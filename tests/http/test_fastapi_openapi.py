@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import json
 import re
 from collections.abc import Callable
 from typing import Annotated, Any
 
 import pytest
 from fastapi import APIRouter, Depends, FastAPI, Header, Query, Response
-from fastapi.responses import JSONResponse, RedirectResponse
+from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse
 from hypothesis import example, given
 from hypothesis import strategies as st
 from openapi_spec_validator import validate
@@ -18,10 +19,12 @@ from pydantic import BaseModel, Field
 from aidem import _http_answers
 from aidem._http_key import MalformedKeyError, parse_key
 from aidem._http_openapi import key_pattern
-from aidem.fastapi import IdempotentRoute
-from tests.http.fastapi_support import ORJSON, UJSON, Order, PublicReceipt
+from aidem.fastapi import IdempotentRoute, Problem
+from tests.http.fastapi_support import ORJSON, UJSON, Order, PublicReceipt, served
 
 PROBLEM = "application/problem+json"
+PROBLEM_SCHEMA = {"$ref": "#/components/schemas/IdempotencyKeyProblem"}
+PROBLEM_MEMBERS = {"type": "", "title": "", "status": 0, "detail": ""}.keys()
 
 
 def route_class(**options: Any) -> type[IdempotentRoute]:
@@ -69,14 +72,116 @@ def test_the_header_and_the_answers_of_the_layer_are_added_and_nothing_else_chan
     for status in ("400", "409", "413", "503"):
         assert list(responses.pop(status)["content"]) == [PROBLEM]
     assert responses["201"].pop("headers").keys() == {"Idempotent-Replayed"}
-    assert responses["422"]["content"].pop(PROBLEM)["schema"]["title"] == "Problem"
-    responses["422"]["description"] = "Validation Error"
+    assert responses["422"]["content"].pop(PROBLEM) == {"schema": PROBLEM_SCHEMA}
+    errors = responses["422"]["content"]["application/json"]["schema"]
+    assert errors.pop("anyOf") == [PROBLEM_SCHEMA, {"$ref": "#/components/schemas/HTTPValidationError"}]
+    assert errors.pop("title").startswith("Response 422")
+    responses["422"] = expected["paths"]["/payments"]["post"]["responses"]["422"]
+    assert document["components"]["schemas"].pop("IdempotencyKeyProblem")["required"] == [*PROBLEM_MEMBERS]
     assert document == expected
 
 
+def test_all_answers_of_the_layer_have_one_schema() -> None:
+    app = app_of(required=True)
+    app.post("/payments", responses={409: {"model": PublicReceipt}})(create_payment)
+    app.post("/pings")(lambda: None)
+    app.post("/pages", response_class=HTMLResponse)(create_payment)
+    document = document_of(app)
+    assert sum("Problem" in name for name in document["components"]["schemas"]) == 1
+    contents = [
+        response["content"][PROBLEM]
+        for path in document["paths"].values()
+        for response in path["post"]["responses"].values()
+        if PROBLEM in response.get("content", {})
+    ]
+    assert contents == [{"schema": PROBLEM_SCHEMA}] * 3 * len({"400", "409", "413", "422", "503"})
+
+
+async def test_an_answer_of_the_layer_fits_its_schema() -> None:
+    app = app_of(required=True)
+    app.post("/payments")(create_payment)
+    async with served(app) as client:
+        response = await client.post("/payments", json={})
+    assert response.status_code == 400
+    schema = document_of(app)["components"]["schemas"]["IdempotencyKeyProblem"]
+    assert response.json().keys() == schema["properties"].keys() == PROBLEM_MEMBERS
+
+
+def test_both_bodies_of_a_status_are_named_where_a_generated_client_looks_first() -> None:
+    app = app_of()
+    declared: dict[int | str, dict[str, Any]] = {
+        409: {"model": PublicReceipt},
+        "422": {"model": PublicReceipt},
+        404: {"model": PublicReceipt},
+    }
+    app.post("/payments", responses=declared)(create_payment)
+    responses = operation_of(app)["responses"]
+    receipt = {"$ref": "#/components/schemas/PublicReceipt"}
+    for status in ("409", "422"):
+        assert list(responses[status]["content"]) == ["application/json", PROBLEM]
+        assert responses[status]["content"]["application/json"]["schema"]["anyOf"] == [receipt, PROBLEM_SCHEMA]
+    assert responses["404"]["content"] == {"application/json": {"schema": receipt}}
+    assert declared[409] == {"model": PublicReceipt}
+
+
+@pytest.mark.parametrize("status", ["4XX", "default"])
+def test_a_route_that_describes_its_validation_errors_by_a_range_has_none_of_fastapi(status: str) -> None:
+    app = app_of()
+    app.post("/payments", responses={status: {"model": PublicReceipt}})(create_payment)
+    document = document_of(app)
+    assert list(document["paths"]["/payments"]["post"]["responses"]["422"]["content"]) == [PROBLEM]
+    assert "HTTPValidationError" not in document["components"]["schemas"]
+
+
+def test_validation_errors_are_json_also_where_responses_are_not() -> None:
+    app = app_of()
+    app.post("/payments", response_class=HTMLResponse)(create_payment)
+    assert list(operation_of(app)["responses"]["422"]["content"]) == ["application/json", PROBLEM]
+
+
+def test_a_problem_that_a_route_specifies_itself_stays() -> None:
+    app = app_of()
+    own = {PROBLEM: {"schema": {"type": "object", "required": ["code"]}}}
+    app.post("/payments", responses={409: {"content": own}})(create_payment)
+    assert operation_of(app)["responses"]["409"]["content"] == own
+
+
+def test_where_a_service_has_a_format_of_its_own_nothing_is_said_of_it() -> None:
+    app = app_of(problem_body=lambda problem, _scope: (b"", "application/vnd.api+json"))
+    app.post("/payments")(create_payment)
+    document = document_of(app)
+    responses = document["paths"]["/payments"]["post"]["responses"]
+    assert list(responses["422"]["content"]) == ["application/json"]
+    assert "content" not in responses["409"]
+    assert "in progress" in responses["409"]["description"]
+    assert "IdempotencyKeyProblem" not in document["components"]["schemas"]
+
+
+def test_headers_have_the_names_that_were_chosen() -> None:
+    app = app_of(header_name="X-Request-Key", replayed_header="X-Replayed", required=True)
+    app.post("/payments", status_code=201)(create_payment)
+    app.post("/orders")(with_other_header)
+    document = document_of(app)
+    operation = document["paths"]["/payments"]["post"]
+    assert [each["name"] for each in operation["parameters"]] == ["X-Request-Key"]
+    assert operation["responses"]["201"]["headers"].keys() == {"X-Replayed"}
+    assert "X-Request-Key is missing" in operation["responses"]["400"]["description"]
+    assert "Idempotency-Key" not in json.dumps(operation)
+    assert len(document["paths"]["/orders"]["post"]["parameters"]) == 1
+
+
+def test_a_document_that_is_made_twice_is_the_same() -> None:
+    app = app_of()
+    app.post("/payments", responses={409: {"model": PublicReceipt}})(create_payment)
+    app.post("/pings")(lambda: None)
+    first = copy.deepcopy(document_of(app))
+    app.openapi_schema = None
+    assert document_of(app) == first
+
+
 def test_every_answer_of_the_layer_is_described_by_what_it_means() -> None:
-    problems = [each for each in vars(_http_answers).values() if isinstance(each, _http_answers.Problem)]
-    assert len(problems) == 10
+    problems = [each for each in vars(_http_answers).values() if isinstance(each, Problem)]
+    assert len(problems) == 12
     app = app_of(required=True)
     app.post("/payments")(create_payment)
     responses = operation_of(app)["responses"]
@@ -156,6 +261,10 @@ def with_header(idempotency_key: Annotated[str, Header()]) -> None:
     """Declare it as a parameter."""
 
 
+def with_other_header(x_request_key: Annotated[str, Header()]) -> None:
+    """Declare a header of another name."""
+
+
 def with_alias(key: Annotated[str, Header(alias="IDEMPOTENCY-KEY")]) -> None:
     """Declare it by another name."""
 
@@ -231,6 +340,7 @@ def test_a_route_that_validates_nothing_promises_no_validation_error() -> None:
     app.post("/payments")(lambda: None)
     response = operation_of(app)["responses"]["422"]
     assert (response["description"], list(response["content"])) == (_http_answers.KEY_REUSED.title, [PROBLEM])
+    assert document_of(app)["components"]["schemas"].keys() == {"IdempotencyKeyProblem"}
 
 
 def test_the_mark_of_a_replay_is_at_the_status_that_a_response_class_has() -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
+import re
 from typing import Any
 
 import pytest
 
 from aidem import IdempotencyConfig
 from aidem._http_options import HttpOptions
-from aidem.asgi import IdempotencyMiddleware, by_header
+from aidem.asgi import IdempotencyMiddleware, IdempotencyOptions, by_header
 from aidem.exceptions import IdempotencyConfigError
 from aidem.persistence.memory import MemoryPersistenceLayer
 from tests.http.client import scope_of
@@ -48,11 +51,23 @@ def test_prefix_and_scope_must_be_given(missing: str) -> None:
         ("methods", ["OPTIONS"]),
         ("required", 1),
         ("strict", "yes"),
+        ("header_name", ""),
+        ("header_name", "Idempotency Key"),
+        ("header_name", "Idempotency-Key:"),
+        ("header_name", b"idempotency-key"),
+        ("header_name", None),
+        ("replayed_header", "replayed\r\n"),
+        ("replayed_header", None),
         ("max_request_bytes", -1),
         ("max_request_bytes", 1.5),
         ("max_response_bytes", True),
         ("store_if", 200),
         ("store_if", None),
+        ("store_if", app),
+        ("fingerprint", "body"),
+        ("fingerprint", app),
+        ("problem_body", {"error": "no"}),
+        ("problem_body", app),
         ("store_set_cookie", None),
         ("documentation_url", 7),
     ],
@@ -97,6 +112,21 @@ def test_every_other_setting_is_used_as_it_is() -> None:
 
 def test_without_a_config_results_are_kept_for_24_hours() -> None:
     assert HttpOptions(key_prefix="shop", scope=None).settings == IdempotencyConfig(expires_after_seconds=24 * 3600)
+
+
+def test_every_option_of_the_fronts_is_checked_and_has_the_type_that_it_is_given() -> None:
+    given = {
+        name: annotation.__forward_arg__.removeprefix("Required[").removesuffix(
+            "]" * annotation.__forward_arg__.startswith("Required[")
+        )
+        for name, annotation in IdempotencyOptions.__annotations__.items()
+    }
+    assert given == {field.name: field.type for field in dataclasses.fields(HttpOptions)}
+
+
+def test_every_option_of_the_fronts_is_described_with_its_default() -> None:
+    described = re.findall(r"^ {4}    (\w+): (?:.|\n {8}    )+$", inspect.getsource(IdempotencyOptions), re.MULTILINE)
+    assert described == [field.name for field in dataclasses.fields(HttpOptions)]
 
 
 def test_methods_may_be_written_in_lower_case() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
+from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Mount, Route
@@ -186,18 +187,6 @@ async def test_a_scope_function_may_be_async_and_gets_the_scope_of_the_request()
     assert seen[0]["path"] == "/payments"
 
 
-@pytest.mark.parametrize("nobody", [None, ""])
-async def test_a_request_of_nobody_passes_untouched(nobody: str | None) -> None:
-    shop = Shop()
-    front = front_of(shop, scope=lambda _scope: nobody, required=True)
-    connection, scope = Connection([b"{}"]), scope_of()
-    receive = connection.receive
-    await front(scope, receive, connection.send)
-    assert shop.scopes[0] is scope
-    assert shop.receive == receive
-    assert front.layer.calls == []
-
-
 async def test_the_shared_space_is_nobody_elses() -> None:
     shop = Shop()
     layer = PlannedLayer()
@@ -339,18 +328,49 @@ async def test_a_request_without_a_key_may_be_of_any_size() -> None:
     assert (await request(front_of(shop, max_request_bytes=5), key=None, body=b"123456")).status == 201
 
 
-async def test_half_a_request_does_not_run() -> None:
-    shop = Shop()
-    front = front_of(shop)
-    connection = Connection([b"{"])
+def breaking_off(*chunks: bytes) -> Any:
+    """Return the `receive` of a request whose client goes in the middle of its body."""
+    left = [{"type": "http.request", "body": chunk, "more_body": True} for chunk in chunks]
 
     async def receive() -> dict[str, Any]:
-        if connection.chunks:
-            return {"type": "http.request", "body": connection.chunks.pop(), "more_body": True}
-        return {"type": "http.disconnect"}
+        return left.pop(0) if left else {"type": "http.disconnect"}
 
-    await front(scope_of(), receive, connection.send)
-    assert (shop.runs, front.layer.calls, connection.messages) == (0, [], [])
+    return receive
+
+
+@pytest.mark.parametrize("chunks", [(), (b"{",)])
+async def test_half_a_request_does_not_run_and_is_answered(chunks: tuple[bytes, ...]) -> None:
+    shop = Shop()
+    front = front_of(shop)
+    connection = Connection([])
+    await front(scope_of(), breaking_off(*chunks), connection.send)
+    assert (shop.runs, front.layer.calls, connection.response.status) == (0, [], 400)
+    assert connection.response.problem["title"] == "The body of the request is incomplete"
+
+
+async def test_half_a_request_is_no_fault_where_a_server_says_that_nobody_is_there_for_its_answer() -> None:
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+        raise OSError("the client is gone")
+
+    front = front_of(Shop())
+    await front(scope_of(), breaking_off(b"{"), send)
+    assert (len(sent), front.layer.calls) == (1, [])
+
+
+async def test_half_a_request_does_not_make_middleware_further_out_fail() -> None:
+    async def pass_on(incoming: Request, call_next: Any) -> Response:
+        response: Response = await call_next(incoming)
+        return response
+
+    front = front_of(Shop())
+    connection = Connection([])
+    outer: Any = BaseHTTPMiddleware(front, pass_on)
+    await outer(scope_of(), breaking_off(b"{"), connection.send)
+    assert connection.response.status == 400
+    assert front.layer.calls == []
 
 
 # --- While another one runs -------------------------------------------------------------------------------------------

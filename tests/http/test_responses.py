@@ -425,7 +425,7 @@ async def test_a_store_if_decides_about_what_no_route_has_too(method: str, path:
     assert (await request(front, method, path)).is_replay
 
 
-@pytest.mark.parametrize("status", [307, 308, 401, 403, 408, 422, 425, 429, 500, 502, 503, 504])
+@pytest.mark.parametrize("status", [307, 308, 401, 403, 408, 421, 422, 423, 425, 426, 428, 429, 500, 502, 503, 504])
 async def test_what_may_be_another_the_next_time_is_not_recorded(status: int) -> None:
     shop = Shop(status=status)
     front = front_of(shop)
@@ -435,6 +435,16 @@ async def test_what_may_be_another_the_next_time_is_not_recorded(status: int) ->
     assert shop.runs == 2
     assert records_of(front) == []
     assert front.listener.kinds == [EventKind.RELEASED, EventKind.RELEASED]
+
+
+@pytest.mark.parametrize("status", [202, 303, 409])
+async def test_what_says_to_come_back_later_is_not_recorded(status: int) -> None:
+    shop = Shop(status=status, headers=[JSON, (b"Retry-After", b"3")])
+    front = front_of(shop)
+    for _ in range(2):
+        assert not (await request(front)).is_replay
+    assert shop.runs == 2
+    assert records_of(front) == []
 
 
 async def test_whether_to_record_may_be_said_by_status_and_headers() -> None:
