@@ -3,7 +3,7 @@
 Sorted keys, separators ", " and ": ", ASCII, NaN and Infinity allowed: byte for byte what AWS Powertools for Python
 hashes. What JSON does not know is replaced first:
 
-    Decimal → its str (NaN → NaN) · pydantic model → model_dump(mode="json") · dataclass → dict of fields
+    Decimal → its str (NaN → NaN) · pydantic model → model_dump(mode="json"), sets sorted · dataclass → dict of fields
     Enum → its value · date, datetime, time → isoformat · UUID, PurePath → str
 
 A value of more than one of these kinds is the first of them. Everything else is refused, and only then is the value
@@ -41,6 +41,24 @@ class NotEncodableError(ValueError):
         super().__init__(f"{path} {reason}")
         self.path = path
         self.reason = reason
+
+
+class Lost:
+    """A mark in the place of something that a dump does not show; who looks at it is refused.
+
+    Attributes:
+        reason: As in `NotEncodableError`.
+    """
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+
+    def _refuse(self, *_: object) -> Any:
+        raise NotEncodableError("what it looks at", self.reason)
+
+    # The ways in which a JMESPath expression looks at a value; what it only hands on is refused by the encoder.
+    get = values = __eq__ = __str__ = _refuse
+    __hash__ = object.__hash__
 
 
 def encode(value: Any) -> str:
@@ -88,7 +106,13 @@ def _decimal(value: Decimal) -> float | str:
     return math.nan if value.is_nan() else str(value)
 
 
-_model_dump: Final = methodcaller("model_dump", mode="json")
+def dump_model(model: Any) -> Any:
+    """Return the JSON data of a pydantic model, or of something else with `model_dump`; it may hold `Lost`."""
+    from aidem._model_dump import dump  # of no use without pydantic
+
+    return dump(model)
+
+
 _isoformat: Final = methodcaller("isoformat")
 _REPLACED: Final[tuple[tuple[str, str, Callable[[Any], Any]], ...]] = (
     ("enum", "Enum", attrgetter("value")),
@@ -103,13 +127,13 @@ def _find_replacement(cls: type) -> Callable[[Any], Any] | None:
     if issubclass(cls, loaded("decimal", "Decimal")):
         return _decimal
     if hasattr(cls, "json") and hasattr(cls, "model_dump"):
-        return _model_dump
+        return dump_model
     if hasattr(cls, "__dataclass_fields__"):
         return dataclasses.asdict
     for module, name, replace in _REPLACED:
         if issubclass(cls, loaded(module, name)):
             return replace
-    return _model_dump if hasattr(cls, "model_dump") else None
+    return dump_model if hasattr(cls, "model_dump") else None
 
 
 _replacement: Final[Callable[[type], Callable[[Any], Any] | None]] = lru_cache(maxsize=1024)(_find_replacement)
@@ -204,6 +228,8 @@ def _step(key: Any) -> str:
 
 
 def _replaced(value: object, path: str) -> Any:
+    if isinstance(value, Lost):
+        raise NotEncodableError(path, value.reason)
     cls = type(value)
     replace = _replacement(cls)
     if replace is None:
