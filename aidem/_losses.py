@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import types
+from collections.abc import Collection
 from collections.abc import Set as AbstractSet
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeGuard, cast
@@ -126,8 +127,8 @@ def _text(value: object) -> str | None:
 
 
 def _in_json(value: object) -> Any:
-    """Return what pydantic writes for a value whose field names no type."""
-    if hasattr(value, "get_secret_value"):
+    """Return what pydantic writes for a single value whose field names no type."""
+    if hasattr(value, "get_secret_value") or isinstance(value, Collection) is not isinstance(value, bytes):
         return _MISSING
     try:
         return loaded("pydantic_core", "to_jsonable_python")(value)
@@ -193,8 +194,8 @@ def _lost_of_fields(original: object, rebuilt: object, fields: _Fields) -> str |
     if is_dict(original):  # it became a model or a dataclass by its annotation
         return _lost_of_dict_in_fields(original, rebuilt, fields)
     own = fields if cls is type(rebuilt) else _fields_of(cls)
-    if own is None:
-        return None if _is_same(original, rebuilt) else ""
+    if own is None:  # validation has made a model of a text, say
+        return None if type(original) in _SCALARS else ""
     ours, theirs = _attributes(original, own), _attributes(rebuilt, fields)
     for name, value in ours.items():
         twin = theirs.get(name, _MISSING)

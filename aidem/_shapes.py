@@ -188,11 +188,12 @@ class _Compiler:
             return _Shape(_ARRAY, partial(build_array, tuple, self.compile((arguments or (Any,))[0]).build))
         if origin is tuple:
             return _Shape(_ARRAY, partial(build_tuple, tuple, [self.compile(item).build for item in arguments]))
-        if hasattr(origin, "_make"):  # a NamedTuple
-            named = hints(origin)
-            items = [self.compile(named.get(name, Any)).build for name in origin._fields]
-            return _Shape(_ARRAY, partial(build_tuple, origin._make, items))
-        return None
+        return self._named_tuple(origin) if hasattr(origin, "_make") else None
+
+    def _named_tuple(self, cls: Any) -> _Shape:
+        annotations = hints(cls)
+        items = [self.compile(annotations.get(name, Any)).build for name in cls._fields]
+        return _Shape(_ARRAY, partial(build_tuple, cls._make, items))
 
     def _leaf(self, cls: Any) -> _Shape:
         shape = _leaf(cls)
