@@ -219,7 +219,7 @@ class Recording:
     @classmethod
     def of(cls, result: Any, serializer: OutputSerializer, *, function: str) -> Recording:
         """Turn a result into text and back; if that fails, its text says that the result is unavailable."""
-        interruption = None
+        interruption, reason = None, ""
         for _ in range(2):  # what interrupts does so once
             try:
                 text, value = round_trip(result, serializer)

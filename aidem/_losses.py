@@ -22,11 +22,25 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 _SCALARS: Final = frozenset({str, int, float, bool, types.NoneType})
-_NOTHING: Final[frozenset[type]] = frozenset()
 _MISSING: Final = object()
 _IDENTITY: Final[Any] = object.__eq__
 # What comparing two objects may raise where one is not made for it, such as an array of numpy.
 _NOT_COMPARED: Final = (TypeError, ValueError, AttributeError, ArithmeticError, LookupError)
+
+
+class _Named(NamedTuple):
+    """What an annotation says of a value.
+
+    Attributes:
+        classes: The classes that it names.
+        is_filter: Whether a subclass of one of these is to lose what it adds, as under the annotation of a function.
+    """
+
+    classes: frozenset[type] = frozenset()
+    is_filter: bool = False
+
+
+_NOTHING: Final = _Named()
 
 
 def lost(original: object, rebuilt: object, declared: frozenset[type]) -> str | None:
@@ -35,47 +49,47 @@ def lost(original: object, rebuilt: object, declared: frozenset[type]) -> str | 
     Args:
         original: What the function returned.
         rebuilt: What a replay will return.
-        declared: The classes that the annotation names: an instance of one must come back as an instance of it.
+        declared: The classes that the return annotation names: an instance of one must come back as an instance of it.
 
     Returns:
         None where nothing is lost.
     """
     try:
-        path = _lost(original, rebuilt, declared)
+        path = _lost(original, rebuilt, _Named(declared, is_filter=True))
     except RecursionError:
         path = ""  # nested too deeply to be compared
     return None if path is None else f"${path}"
 
 
-def _lost(original: object, rebuilt: object, declared: frozenset[type]) -> str | None:
+def _lost(original: object, rebuilt: object, named: _Named) -> str | None:
     cls = type(original)
     if cls is not type(rebuilt):
-        if any(isinstance(original, named) and not isinstance(rebuilt, named) for named in declared):
+        if any(isinstance(original, declared) and not isinstance(rebuilt, declared) for declared in named.classes):
             return ""
     elif _is_single(cls):
         return None if _is_same(original, rebuilt) else ""
     fields = _fields_of(type(rebuilt))
     if fields is not None:
-        return _lost_of_fields(original, rebuilt, fields)
+        return _lost_of_fields(original, rebuilt, fields, named)
     if is_pydantic(cls):  # the annotation does not name it, and its own dump came back
         return _hidden(original, rebuilt, _NOTHING)
-    return _lost_of_items(original, rebuilt, declared)
+    return _lost_of_items(original, rebuilt, named)
 
 
-def _lost_of_items(original: object, rebuilt: object, declared: frozenset[type]) -> str | None:
+def _lost_of_items(original: object, rebuilt: object, named: _Named) -> str | None:
     if is_dict(original) and is_dict(rebuilt):
-        return _lost_of_dict(original, rebuilt, declared)
+        return _lost_of_dict(original, rebuilt, named)
     if not (is_array(original) and is_array(rebuilt)):
         return None if _is_same(original, rebuilt) else ""
     if len(original) != len(rebuilt):
         return ""
     for index, (item, twin) in enumerate(zip(original, rebuilt, strict=True)):
-        if (path := _lost(item, twin, declared)) is not None:
+        if (path := _lost(item, twin, named)) is not None:
             return f"[{index}]{path}"
     return None
 
 
-def _lost_of_dict(original: dict[Any, Any], rebuilt: dict[Any, Any], declared: frozenset[type]) -> str | None:
+def _lost_of_dict(original: dict[Any, Any], rebuilt: dict[Any, Any], named: _Named) -> str | None:
     if len(original) != len(rebuilt):
         return ""
     keys: dict[str | None, Any] | None = None
@@ -84,9 +98,9 @@ def _lost_of_dict(original: dict[Any, Any], rebuilt: dict[Any, Any], declared: f
         if type(key) is not str or key not in rebuilt:
             keys = keys or {_text(key): key for key in rebuilt}
             twin = keys.get(_text(key), _MISSING)
-            if twin is _MISSING or _lost(key, twin, declared) is not None:
+            if twin is _MISSING or _lost(key, twin, named) is not None:
                 return f".{key}"
-        if (path := _lost(value, rebuilt[twin], declared)) is not None:
+        if (path := _lost(value, rebuilt[twin], named)) is not None:
             return f".{key}{path}"
     return None
 
@@ -147,14 +161,14 @@ class _Fields(NamedTuple):
     """The fields of a model or a dataclass.
 
     Attributes:
-        declared: The classes that the annotation of each field names.
+        named: What the annotation of each field says.
         by_alias: The name of a field by its alias.
         dumped_as: What a field is called in a dump by alias.
         left_out: Fields that its dump does not contain.
         in_slots: Fields that its instances keep in slots.
     """
 
-    declared: dict[str, frozenset[type]]
+    named: dict[str, _Named]
     by_alias: dict[str, str]
     dumped_as: dict[str, str]
     left_out: frozenset[str]
@@ -165,7 +179,7 @@ def _find_fields(cls: type) -> _Fields | None:
     if is_pydantic(cls):
         fields: dict[str, Any] = vars(cls)["__pydantic_fields__"]
         return _Fields(
-            {name: declared_by(field.annotation) for name, field in fields.items()},
+            {name: _Named(declared_by(field.annotation)) for name, field in fields.items()},
             {alias: name for name, field in fields.items() for alias in (field.alias, field.validation_alias)},
             {name: field.serialization_alias or name for name, field in fields.items()},
             frozenset(name for name, field in fields.items() if field.exclude or getattr(field, "exclude_if", None)),
@@ -177,8 +191,8 @@ def _find_fields(cls: type) -> _Fields | None:
         annotations = hints(cls)
     except IdempotencyModelTypeError:  # of a class inside a function, which pydantic has resolved
         annotations = dict.fromkeys((field.name for field in dataclasses.fields(cls)), Any)
-    declared = {name: declared_by(annotation) for name, annotation in annotations.items()}
-    return _Fields(declared, {}, {}, frozenset(), _in_slots(cls, declared))
+    named = {name: _Named(declared_by(annotation)) for name, annotation in annotations.items()}
+    return _Fields(named, {}, {}, frozenset(), _in_slots(cls, named))
 
 
 def _in_slots(cls: type, names: dict[str, Any]) -> tuple[str, ...]:
@@ -189,27 +203,28 @@ _is_single: Final[Callable[[type], bool]] = lru_cache(maxsize=1024)(_find_out_if
 _fields_of: Final[Callable[[type], _Fields | None]] = lru_cache(maxsize=1024)(_find_fields)
 
 
-def _lost_of_fields(original: object, rebuilt: object, fields: _Fields) -> str | None:
+def _lost_of_fields(original: object, rebuilt: object, fields: _Fields, named: _Named) -> str | None:
     cls = type(original)
     if is_dict(original):  # it became a model or a dataclass by its annotation
         return _lost_of_dict_in_fields(original, rebuilt, fields)
     own = fields if cls is type(rebuilt) else _fields_of(cls)
     if own is None:  # validation has made a model of a text, say
         return None if type(original) in _SCALARS else ""
+    is_filtered = named.is_filter and cls is not type(rebuilt)
     ours, theirs = _attributes(original, own), _attributes(rebuilt, fields)
     for name, value in ours.items():
         twin = theirs.get(name, _MISSING)
         if twin is value or (type(value) in _SCALARS and type(twin) is type(value) and twin == value):
             continue
-        named = fields.declared.get(name)
-        if named is None and _is_no_data(cls, name, value):
+        field = fields.named.get(name)
+        if field is None and (is_filtered or _is_no_data(cls, name, value)):
             continue
-        path = "" if twin is _MISSING else _lost(value, twin, named or _NOTHING)
+        path = "" if twin is _MISSING else _lost(value, twin, field or _NOTHING)
         if path is not None and name not in fields.left_out and name not in own.left_out:
             return f".{name}{path}"
     if theirs.keys() <= ours.keys():
         return None
-    unknown = (fields.declared.keys() & theirs.keys()) - ours.keys() - fields.left_out
+    unknown = (fields.named.keys() & theirs.keys()) - ours.keys() - fields.left_out
     return f".{min(unknown)}" if unknown else None  # of a row of SQLModel, say, that has expired
 
 
@@ -217,7 +232,7 @@ def _lost_of_dict_in_fields(original: dict[Any, Any], rebuilt: object, fields: _
     theirs = _attributes(rebuilt, fields)
     for key, value in original.items():
         name = fields.by_alias.get(key, key)
-        if name in fields.declared and (path := _lost(value, theirs[name], fields.declared[name])) is not None:
+        if name in fields.named and (path := _lost(value, theirs[name], fields.named[name])) is not None:
             return f".{name}{path}"
     return None
 
@@ -252,15 +267,15 @@ def hidden(original: object, dumped: Any) -> str | None:
     return None if path is None else f"${path}"
 
 
-def _hidden(original: object, dumped: Any, declared: frozenset[type]) -> str | None:
+def _hidden(original: object, dumped: Any, named: _Named) -> str | None:
     cls = type(original)
     if _is_single(cls):
         return "" if hasattr(cls, "get_secret_value") and dumped and dumped == str(original) else None
     if is_pydantic(cls):
-        return _hidden_in_model(original, dumped, declared)
-    declared = _NOTHING if dataclasses.is_dataclass(cls) else declared
+        return _hidden_in_model(original, dumped, named)
+    named = _NOTHING if dataclasses.is_dataclass(cls) else named
     for step, item, twin in _items(original, dumped):
-        if type(item) not in _SCALARS and (path := _hidden(item, twin, declared)) is not None:
+        if type(item) not in _SCALARS and (path := _hidden(item, twin, named)) is not None:
             return f"{step}{path}"
     return None
 
@@ -278,7 +293,7 @@ def _items(original: object, dumped: Any) -> Iterator[tuple[str, Any, Any]]:
                 yield f".{key}", item, dumped.get(key if isinstance(key, str) else _text(key))
 
 
-def _hidden_in_model(model: object, dumped: Any, declared: frozenset[type]) -> str | None:
+def _hidden_in_model(model: object, dumped: Any, named: _Named) -> str | None:
     cls = type(model)
     if getattr(cls, "__pydantic_root_model__", False):
         dumped = {"root": dumped}
@@ -286,13 +301,13 @@ def _hidden_in_model(model: object, dumped: Any, declared: frozenset[type]) -> s
         return None
     fields = cast("_Fields", _fields_of(cls))
     attributes = _attributes(model, fields)
-    for name in attributes.keys() & fields.declared.keys() - fields.left_out:
+    for name in attributes.keys() & fields.named.keys() - fields.left_out:
         key = name if name in dumped else fields.dumped_as[name]
         if key in dumped:
             value = attributes[name]
-            path = None if type(value) in _SCALARS else _hidden(value, dumped[key], fields.declared[name])
+            path = None if type(value) in _SCALARS else _hidden(value, dumped[key], fields.named[name])
         else:  # left out by the class itself, or by the field that it is in, which is declared to hold a base class
-            path = "" if declared and cls not in declared else None
+            path = "" if named.classes and cls not in named.classes else None
         if path is not None:
             return f".{name}{path}"
     return None

@@ -213,7 +213,6 @@ CARD = Card(number=SecretStr("secret 4242"))
         (Wallet, {"cards": [CARD]}, "$.cards[0].number"),
         (Account, Account(CARD), "$.card.number"),
         (SecretBytes, SecretBytes(b"secret"), "$"),
-        (Payment, CardPayment(amount=Decimal(1), card="secret"), "$.card"),
         (Order, Order(payment=CardPayment(amount=Decimal(1), card="secret")), "$.payment.card"),
         (Order, Order(payments=[CardPayment(amount=Decimal(1), card="secret")]), "$.payments[0].card"),
         (Masked, Masked(number="secret 4242"), "$.number"),
@@ -232,7 +231,7 @@ CARD = Card(number=SecretStr("secret 4242"))
         (Payment, noted(Payment(amount=Decimal(1)), extra="secret"), "$.extra"),
         (Wallet, expired(Wallet()), "$.anything"),
     ],
-    ids=range(29),
+    ids=range(28),
 )
 def test_what_a_model_would_not_bring_back_is_named_by_its_path(annotation: Any, result: Any, path: str) -> None:
     assert loss(result, annotation) == path
@@ -435,6 +434,8 @@ IN_BERLIN = datetime.datetime(2026, 10, 25, 2, 30, tzinfo=BERLIN, fold=1)  # an 
         (Rich, rich(payment=SamePayment(amount=Decimal(1)))),
         (Rich, used(rich())),
         (Payment, SamePayment(amount=Decimal(1))),
+        (Payment, CardPayment(amount=Decimal(1), card="filtered, as the annotation says")),
+        (list[Payment | None], [None, CardPayment(amount=Decimal(1), card="filtered")]),
         (Picky, Picky(number=1)),
         (list[Picky], [Picky(number=1)]),
         (Scientific, Scientific(vector=Vector([1, 2]), handle=Handle())),
@@ -457,7 +458,7 @@ IN_BERLIN = datetime.datetime(2026, 10, 25, 2, 30, tzinfo=BERLIN, fold=1)  # an 
         (Iterable[Payment], [Payment(amount=Decimal(1))]),
         (tuple[Money, Decimal], ("5", Decimal(1))),
     ],
-    ids=range(37),
+    ids=range(39),
 )
 def test_what_comes_back_or_is_kept_out_on_purpose_is_no_loss(annotation: Any, result: Any) -> None:
     trip(result, annotation)

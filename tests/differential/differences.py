@@ -134,15 +134,23 @@ INTENDED = (
         "A result that JSON does not give back as it was: a tuple, a Decimal, keys that are numbers, a dataclass "
         "without annotation",
         "The first call returns it as it is, a replay what JSON makes of it.",
-        "Both return what JSON makes of it.",
+        "Both return what the return annotation says, such as `-> Decimal`; without one, what JSON makes of it.",
         "Code that works with the first result should not fail on a retry.",
     ),
     Intended(
         "more-results",
-        "Results with dates, times, UUIDs, paths and enums",
+        "Results with dates, times, UUIDs, paths and enums; bytes, sets and durations where the annotation names them",
         "Cannot be stored, see the next point.",
         "Stored as their text.",
         "They may be in payloads, too.",
+    ),
+    Intended(
+        "hidden-results",
+        "A result with a model whose dump hides something: a `SecretStr`, what a subclass adds in a field that is "
+        "annotated with its base class, what a serializer drops",
+        "The first call returns it as it is, a replay without what was hidden.",
+        "Cannot be stored, see the next point.",
+        "A replay should be what the first call returned, and `**********` is no card number.",
     ),
     Intended(
         "unstorable-results",
@@ -169,9 +177,10 @@ INTENDED = (
     ),
     Intended(
         "deduced-serializers",
-        "A function that is annotated to return a dataclass or a pydantic model, without `output_serializer`",
-        "A replay returns a dict.",
-        "A replay returns the dataclass or the model. A result that does not fit it, such as `None` in a field that is "
+        "A function that is annotated to return a dataclass, a pydantic model or a type of the standard library such "
+        "as `Decimal`, without `output_serializer`",
+        "A replay returns a dict or a text.",
+        "A replay returns what is annotated. A result that does not fit its model, such as `None` in a field that is "
         "annotated `str`, cannot be stored, see above.",
         "The annotation says what callers get.",
     ),

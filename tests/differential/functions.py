@@ -189,6 +189,14 @@ class ReceiptModel(pydantic.BaseModel):
     on: datetime.date = datetime.date(2026, 1, 2)
 
 
+class CardReceipt(ReceiptModel):
+    card: str
+
+
+class Statement(pydantic.BaseModel):
+    receipt: ReceiptModel
+
+
 class Wrapper:
     """As Powertools' event source data classes."""
 
@@ -243,6 +251,9 @@ returns_full_receipt = _annotated("returns_full_receipt", FullReceipt)
 returns_model = _annotated("returns_model", ReceiptModel)
 returns_optional_model = _annotated("returns_optional_model", ReceiptModel | None)
 returns_text = _annotated("returns_text", str)
+returns_price = _annotated("returns_price", decimal.Decimal)
+returns_blobs = _annotated("returns_blobs", set[bytes])
+returns_statement = _annotated("returns_statement", Statement)
 
 
 def returns_receipt_in_a_string(order: Any) -> Receipt:

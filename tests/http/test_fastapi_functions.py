@@ -186,7 +186,7 @@ async def test_a_response_object_is_sent_once_and_cannot_be_replayed(
 ) -> None:
     @app.post("/payments")
     @idempotent_function(data_keyword_argument="order", persistence_store=layer)
-    async def create_payment(order: Order) -> Response:
+    async def create_payment(order: Order) -> Any:
         return JSONResponse(bank.charge(order).number, 202)
 
     async with served(app) as client:
