@@ -11,7 +11,7 @@ import types
 from collections.abc import Collection
 from collections.abc import Set as AbstractSet
 from functools import cached_property, lru_cache
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeGuard, cast
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeGuard
 
 from aidem._annotations import declared_by, hints
 from aidem._json import NotEncodableError, encode, is_array, is_dict, loaded
@@ -19,7 +19,7 @@ from aidem._pydantic import is_pydantic
 from aidem.exceptions import IdempotencyModelTypeError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
 _SCALARS: Final = frozenset({str, int, float, bool, types.NoneType})
 _MISSING: Final = object()
@@ -71,8 +71,8 @@ def _lost(original: object, rebuilt: object, named: _Named) -> str | None:
     fields = _fields_of(type(rebuilt))
     if fields is not None:
         return _lost_of_fields(original, rebuilt, fields, named)
-    if is_pydantic(cls):  # the annotation does not name it, and its own dump came back
-        return _hidden(original, rebuilt, _NOTHING)
+    if is_pydantic(cls):  # the annotation does not name it, and its own dump came back, which the encoder would judge
+        return "" if _text(original) is None else None
     return _lost_of_items(original, rebuilt, named)
 
 
@@ -163,14 +163,12 @@ class _Fields(NamedTuple):
     Attributes:
         named: What the annotation of each field says.
         by_alias: The name of a field by its alias.
-        dumped_as: What a field is called in a dump by alias.
         left_out: Fields that its dump does not contain.
         in_slots: Fields that its instances keep in slots.
     """
 
     named: dict[str, _Named]
     by_alias: dict[str, str]
-    dumped_as: dict[str, str]
     left_out: frozenset[str]
     in_slots: tuple[str, ...]
 
@@ -181,7 +179,6 @@ def _find_fields(cls: type) -> _Fields | None:
         return _Fields(
             {name: _Named(declared_by(field.annotation)) for name, field in fields.items()},
             {alias: name for name, field in fields.items() for alias in (field.alias, field.validation_alias)},
-            {name: field.serialization_alias or name for name, field in fields.items()},
             frozenset(name for name, field in fields.items() if field.exclude or getattr(field, "exclude_if", None)),
             _in_slots(cls, fields),
         )
@@ -192,7 +189,7 @@ def _find_fields(cls: type) -> _Fields | None:
     except IdempotencyModelTypeError:  # of a class inside a function, which pydantic has resolved
         annotations = dict.fromkeys((field.name for field in dataclasses.fields(cls)), Any)
     named = {name: _Named(declared_by(annotation)) for name, annotation in annotations.items()}
-    return _Fields(named, {}, {}, frozenset(), _in_slots(cls, named))
+    return _Fields(named, {}, frozenset(), _in_slots(cls, named))
 
 
 def _in_slots(cls: type, names: dict[str, Any]) -> tuple[str, ...]:
@@ -248,66 +245,3 @@ def _attributes(value: object, fields: _Fields) -> dict[str, Any]:
 def _is_no_data(cls: type, name: str, value: object) -> bool:
     """Whether an attribute that is no field is none that could be missed."""
     return name.startswith("_") or value is None or value == [] or isinstance(getattr(cls, name, None), cached_property)
-
-
-# --- Models whose own dump comes back, where no annotation names them -------------------------------------------------
-
-
-def hidden(original: object, dumped: Any) -> str | None:
-    """Return the path to what the dump of a model in a result hides: secrets, and fields that a subclass adds.
-
-    Args:
-        original: What the function returned.
-        dumped: Its JSON data.
-
-    Returns:
-        None where nothing is hidden.
-    """
-    path = None if are_equal(original, dumped) else _hidden(original, dumped, _NOTHING)
-    return None if path is None else f"${path}"
-
-
-def _hidden(original: object, dumped: Any, named: _Named) -> str | None:
-    cls = type(original)
-    if _is_single(cls):
-        return "" if hasattr(cls, "get_secret_value") and dumped and dumped == str(original) else None
-    if is_pydantic(cls):
-        return _hidden_in_model(original, dumped, named)
-    named = _NOTHING if dataclasses.is_dataclass(cls) else named
-    for step, item, twin in _items(original, dumped):
-        if type(item) not in _SCALARS and (path := _hidden(item, twin, named)) is not None:
-            return f"{step}{path}"
-    return None
-
-
-def _items(original: object, dumped: Any) -> Iterator[tuple[str, Any, Any]]:
-    """Yield the parts of a value with their paths and their dumps."""
-    if is_array(original) and is_array(dumped):
-        for index, (item, twin) in enumerate(zip(original, dumped, strict=False)):
-            yield f"[{index}]", item, twin
-    elif is_dict(dumped):
-        if dataclasses.is_dataclass(original):
-            original = {field.name: getattr(original, field.name) for field in dataclasses.fields(original)}
-        if is_dict(original):
-            for key, item in original.items():
-                yield f".{key}", item, dumped.get(key if isinstance(key, str) else _text(key))
-
-
-def _hidden_in_model(model: object, dumped: Any, named: _Named) -> str | None:
-    cls = type(model)
-    if getattr(cls, "__pydantic_root_model__", False):
-        dumped = {"root": dumped}
-    if not is_dict(dumped):  # by a serializer of its own
-        return None
-    fields = cast("_Fields", _fields_of(cls))
-    attributes = _attributes(model, fields)
-    for name in attributes.keys() & fields.named.keys() - fields.left_out:
-        key = name if name in dumped else fields.dumped_as[name]
-        if key in dumped:
-            value = attributes[name]
-            path = None if type(value) in _SCALARS else _hidden(value, dumped[key], fields.named[name])
-        else:  # left out by the class itself, or by the field that it is in, which is declared to hold a base class
-            path = "" if named.classes and cls not in named.classes else None
-        if path is not None:
-            return f".{name}{path}"
-    return None

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol, cast
 from aidem._annotations import name_of, parts, return_annotation
 from aidem._dataclasses import AnnotationSerializer, DataclassSerializer
 from aidem._json import ENCODABLE, NotEncodableError, decode, encode, loaded
-from aidem._losses import are_equal, hidden, lost
+from aidem._losses import are_equal, lost
 from aidem._pydantic import PydanticSerializer, is_pydantic
 from aidem._shapes import lenient_rebuilder, names_more_than_json
 from aidem.exceptions import (
@@ -202,22 +202,14 @@ def round_trip(result: Any, serializer: OutputSerializer) -> tuple[str, Any]:
     """
     text = result_text(result, serializer)
     replayed = result_from_text(text, serializer)
-    path = _lost(result, replayed, serializer)
-    if path is not None and not are_equal(result, decode(text)):  # which was JSON, so nothing but validation changed it
-        raise IdempotencySerializationError(
-            f"the result cannot be stored: {path} would not come back as it was; "
-            "leave it out of the result, or pass an output_serializer that keeps it"
-        )
-    return text, replayed
-
-
-def _lost(result: Any, replayed: Any, serializer: OutputSerializer) -> str | None:
-    """Return the path to what a replay would not bring back; a serializer of the user's own is not judged."""
     if isinstance(serializer, PydanticSerializer | AnnotationSerializer):
-        return lost(result, replayed, serializer.declared)
-    if isinstance(serializer, NoOpSerializer):
-        return hidden(result, replayed)
-    return None
+        path = lost(result, replayed, serializer.declared)
+        if path is not None and not are_equal(result, decode(text)):  # which was JSON: only validation changed it
+            raise IdempotencySerializationError(
+                f"the result cannot be stored: {path} would not come back as it was; "
+                "leave it out of the result, or pass an output_serializer that keeps it"
+            )
+    return text, replayed
 
 
 def result_text(result: Any, serializer: OutputSerializer) -> str:

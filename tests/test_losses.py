@@ -52,7 +52,7 @@ def loss(result: Any, annotation: Any = ...) -> str:
     with pytest.raises(IdempotencySerializationError) as caught:
         trip(result, annotation)
     assert "secret" not in str(caught.value)
-    assert "would not come back as it was" in str(caught.value)
+    assert str(caught.value).startswith("the result cannot be stored: $")
     return str(caught.value).removeprefix("the result cannot be stored: ").partition(" ")[0]
 
 
@@ -209,7 +209,7 @@ CARD = Card(number=SecretStr("secret 4242"))
         (Wallet, Wallet(cards=[CARD]), "$.cards[0].number"),
         (Wallet, Wallet(by_name={"b": CARD}), "$.by_name.b.number"),
         (Wallet, Wallet(anything=SecretStr("secret")), "$.anything"),
-        (Wallet, Wallet(anything=[CARD]), "$.anything[0].number"),
+        (Wallet, Wallet(anything=[CARD]), "$.anything[0]"),
         (Wallet, {"cards": [CARD]}, "$.cards[0].number"),
         (Account, Account(CARD), "$.card.number"),
         (SecretBytes, SecretBytes(b"secret"), "$"),
@@ -243,14 +243,15 @@ def test_what_a_model_would_not_bring_back_is_named_by_its_path(annotation: Any,
         (CARD, "$.number"),
         ({"a": [CARD]}, "$.a[0].number"),
         ((1, [CARD]), "$[1][0].number"),
-        ({7: CARD}, "$.7.number"),
+        ({7: CARD}, '$["7"].number'),
         (Account(CARD), "$.card.number"),
         (Wallet(cards=[CARD]), "$.cards[0].number"),
         (Wallet(anything={"x": SecretStr("secret")}), "$.anything.x"),
-        (pydantic.RootModel[list[Card]]([CARD]), "$.root[0].number"),
+        (pydantic.RootModel[list[Card]]([CARD]), "$[0].number"),
         (Order(payments=[CardPayment(amount=Decimal(1), card="secret")]), "$.payments[0].card"),
+        (Masked(number="secret 4242"), "$.number"),
     ],
-    ids=range(9),
+    ids=range(10),
 )
 def test_what_the_dump_of_a_model_would_hide_is_named_where_no_annotation_names_the_model(
     result: Any, path: str
@@ -472,7 +473,6 @@ def test_what_comes_back_or_is_kept_out_on_purpose_is_no_loss(annotation: Any, r
         Order(payment=Payment(amount=Decimal(1))),
         Tags({"a"}),
         WithoutNones(a=1),
-        Masked(number="4242424242424242"),  # the JSON data that its class makes is all that is promised here
         Wallet(anything=CardPayment(amount=Decimal(1), card="x")),
         Slotted(Decimal(1)),
         Guess(anything={"a": 1, 1: 2}),
@@ -481,7 +481,7 @@ def test_what_comes_back_or_is_kept_out_on_purpose_is_no_loss(annotation: Any, r
         float("nan"),
         collections.OrderedDict(b=1, a=2),
     ],
-    ids=range(13),
+    ids=range(12),
 )
 def test_json_data_is_what_is_promised_of_a_result_that_no_annotation_names(result: Any) -> None:
     trip(result)
@@ -535,7 +535,7 @@ def check_unavailable(layer: MemoryPersistenceLayer, logged: str) -> None:
     (record,) = layer._records.values()
     assert record.outcome is OutcomeKind.UNAVAILABLE
     assert "4242" not in str(record.response_data) + logged
-    assert "$.number would not come back as it was" in logged
+    assert "the result cannot be stored: $.number " in logged
 
 
 @pytest.mark.parametrize("annotation", [Card, Any, Card | None], ids=str)

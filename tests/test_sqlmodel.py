@@ -18,48 +18,48 @@ from aidem.serialization import PydanticSerializer
 from tests.test_losses import loss, trip
 
 
-class Team(sqlmodel.SQLModel, table=True):
+class Crew(sqlmodel.SQLModel, table=True):
     id: int | None = sqlmodel.Field(default=None, primary_key=True)
     name: str
 
 
-class Hero(sqlmodel.SQLModel, table=True):
+class Sailor(sqlmodel.SQLModel, table=True):
     id: int | None = sqlmodel.Field(default=None, primary_key=True)
     born: datetime.date | None = None
     price: Decimal = Decimal(0)
-    team_id: int | None = sqlmodel.Field(default=None, foreign_key="team.id")
-    team: Team | None = sqlmodel.Relationship()
+    crew_id: int | None = sqlmodel.Field(default=None, foreign_key="crew.id")
+    crew: Crew | None = sqlmodel.Relationship()
 
 
 class Titled(sqlmodel.SQLModel):
     title: str = sqlmodel.Field(alias="Title")
-    hero: Hero | None = None
+    sailor: Sailor | None = None
 
 
 @dataclasses.dataclass
 class Duo:
-    first: Hero
-    second: Hero | None = None
+    first: Sailor
+    second: Sailor | None = None
 
 
-HERO: dict[str, Any] = {"id": 1, "born": datetime.date(2026, 1, 2), "price": Decimal("1.10")}
+SAILOR: dict[str, Any] = {"id": 1, "born": datetime.date(2026, 1, 2), "price": Decimal("1.10")}
 
 
 @pytest.mark.parametrize(
-    ("annotation", "result", "hero"),
+    ("annotation", "result", "sailor"),
     [
-        (Hero, lambda: Hero(**HERO), lambda hero: hero),
-        (Hero | None, lambda: Hero(**HERO), lambda hero: hero),
-        (list[Hero], lambda: [Hero(**HERO)], lambda heroes: heroes[0]),
-        (dict[str, list[Hero]], lambda: {"a": [Hero(**HERO)]}, lambda heroes: heroes["a"][0]),
-        (Duo, lambda: Duo(Hero(**HERO)), lambda duo: duo.first),
+        (Sailor, lambda: Sailor(**SAILOR), lambda sailor: sailor),
+        (Sailor | None, lambda: Sailor(**SAILOR), lambda sailor: sailor),
+        (list[Sailor], lambda: [Sailor(**SAILOR)], lambda sailors: sailors[0]),
+        (dict[str, list[Sailor]], lambda: {"a": [Sailor(**SAILOR)]}, lambda sailors: sailors["a"][0]),
+        (Duo, lambda: Duo(Sailor(**SAILOR)), lambda duo: duo.first),
     ],
     ids=range(5),
 )
-def test_a_row_of_sqlmodel_comes_back_as_its_class_validates_it(annotation: Any, result: Any, hero: Any) -> None:
-    again = hero(trip(result(), annotation))
-    assert isinstance(again, Hero)
-    assert again.model_dump() == {**HERO, "team_id": None}
+def test_a_row_of_sqlmodel_comes_back_as_its_class_validates_it(annotation: Any, result: Any, sailor: Any) -> None:
+    again = sailor(trip(result(), annotation))
+    assert isinstance(again, Sailor)
+    assert again.model_dump() == {**SAILOR, "crew_id": None}
     assert (type(again.born), type(again.price)) == (datetime.date, Decimal)
 
 
@@ -67,16 +67,16 @@ def test_a_model_of_sqlmodel_with_an_alias_comes_back() -> None:
     assert trip(Titled.model_validate({"Title": "x"}), Titled).title == "x"
 
 
-@pytest.mark.parametrize("annotation", [Hero | Team, list[Hero | Team], Titled])
+@pytest.mark.parametrize("annotation", [Sailor | Crew, list[Sailor | Crew], Titled])
 def test_a_row_that_pydantic_does_not_bring_back_is_unavailable(annotation: Any) -> None:
-    row: Any = Hero(**HERO)
+    row: Any = Sailor(**SAILOR)
     if annotation is Titled:
-        row = Titled.model_validate({"Title": "x", "hero": row})
-    assert "born" in loss([row] if annotation == list[Hero | Team] else row, annotation)
+        row = Titled.model_validate({"Title": "x", "sailor": row})
+    assert "born" in loss([row] if annotation == list[Sailor | Crew] else row, annotation)
 
 
 def test_a_row_that_does_not_fit_is_refused() -> None:
-    for annotation, stored in ((Hero, {"born": "secret"}), (list[Hero], [{"born": "secret"}])):
+    for annotation, stored in ((Sailor, {"born": "secret"}), (list[Sailor], [{"born": "secret"}])):
         with pytest.raises(IdempotencySerializationError, match="the stored result does not fit the model") as caught:
             PydanticSerializer(annotation).from_dict(stored)
         assert "secret" not in str(caught.value)
@@ -92,27 +92,27 @@ def session() -> Iterator[sqlmodel.Session]:
 
 
 def test_a_row_that_has_expired_is_unavailable_instead_of_empty(session: sqlmodel.Session) -> None:
-    hero = Hero(**HERO)
-    session.add(hero)
+    sailor = Sailor(**SAILOR)
+    session.add(sailor)
     session.commit()
-    assert "id" not in vars(hero)
-    assert loss(hero, Hero) == "$.born"
-    session.refresh(hero)
-    assert trip(hero, Hero).id == 1
+    assert "id" not in vars(sailor)
+    assert loss(sailor, Sailor) == "$.born"
+    session.refresh(sailor)
+    assert trip(sailor, Sailor).id == 1
 
 
 def test_a_row_whose_relations_would_not_come_back_is_unavailable(session: sqlmodel.Session) -> None:
-    hero = Hero(**HERO, team=Team(name="A"))
-    session.add(hero)
+    sailor = Sailor(**SAILOR, crew=Crew(name="A"))
+    session.add(sailor)
     session.commit()
-    session.refresh(hero)
-    trip(hero, Hero)
-    assert hero.team is not None
-    assert loss(hero, Hero) == "$.team"
-    lonely = Hero(id=2, team=None)
+    session.refresh(sailor)
+    trip(sailor, Sailor)
+    assert sailor.crew is not None
+    assert loss(sailor, Sailor) == "$.crew"
+    lonely = Sailor(id=2, crew=None)
     session.add(lonely)
     session.commit()
     session.refresh(lonely)
-    assert lonely.team is None
-    assert "team" in vars(lonely)
-    trip(lonely, Hero)
+    assert lonely.crew is None
+    assert "crew" in vars(lonely)
+    trip(lonely, Sailor)
