@@ -140,19 +140,19 @@ class HandsOutExpiredRecords(Broken):
 @noticed_by(Rule.H14, Rule.P2)
 def a_lease_counts_from_the_answer(patch: pytest.MonkeyPatch) -> None:
     take = ClaimedRecord._take
-    patch.setattr(
-        ClaimedRecord, "_take", lambda self, record, asked_at: take(self, record, asked_at=self._loop_state.time())
-    )
+    patch.setattr(ClaimedRecord, "_take", lambda self, record, asked: take(self, record, self._asking()))
 
 
 @noticed_by(Rule.H14, Rule.H13, Rule.P2)
 def the_end_of_a_lease_counts_from_the_answer(patch: pytest.MonkeyPatch) -> None:
-    def take(self: ClaimedRecord, record: DataRecord, *, asked_at: float) -> None:
-        self.record, self._asked_at = record, asked_at
+    take = ClaimedRecord._take
+
+    def take_late(self: ClaimedRecord, record: DataRecord, asked: tuple[float, float]) -> None:
+        take(self, record, asked)
         if self._lease.lease_seconds is not None:
             self.lease_deadline = self._loop_state.time() + self._lease.lease_seconds
 
-    patch.setattr(ClaimedRecord, "_take", take)
+    patch.setattr(ClaimedRecord, "_take", take_late)
 
 
 @noticed_by(Rule.P2)
@@ -212,7 +212,7 @@ def a_claim_whose_caller_was_cancelled_is_not_released(patch: pytest.MonkeyPatch
 
 @noticed_by(Rule.H9)
 def a_claim_of_a_closed_body_is_kept(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Claim, "undo_in_background", lambda self, renewing: None)
+    patch.setattr(Claim, "undo_in_background", lambda self: None)
 
 
 @noticed_by(Rule.P4, where=lambda conditions: conditions.policy == "raise")
@@ -228,13 +228,14 @@ def a_cancelled_body_gives_its_key_back_under_raise(patch: pytest.MonkeyPatch) -
 @noticed_by(
     Rule.H9, where=lambda conditions: conditions.policy == "raise" and conditions.is_gentle and conditions.speed > 0.0
 )
-def a_renewal_under_way_overwrites_the_doubt(patch: pytest.MonkeyPatch) -> None:
-    undo = Claim.undo
+def the_mark_of_doubt_looks_like_a_late_renewal(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(_state, "abandoned", lambda claimed: claimed.replace(lease_expiry_timestamp=1))
 
-    async def at_once(self: Claim, *, renewing: asyncio.Task[None] | None, **options: Any) -> None:
-        await undo(self, renewing=None, **options)
 
-    patch.setattr(Claim, "undo", at_once)
+@store_noticed_by(Rule.H9, Rule.H10, where=lambda conditions: conditions.policy == "raise" and conditions.speed > 0.0)
+class LetsARenewalUnderWayOverwriteTheDoubt(Broken):
+    def _renewed(self, found: DataRecord, moved: DataRecord) -> DataRecord | None:
+        return super()._renewed(found.replace(lease_expiry_timestamp=None), moved)
 
 
 @noticed_by(Rule.H12, where=lambda conditions: conditions.policy == "raise")
@@ -322,12 +323,21 @@ def waiters_look_only_when_their_time_is_over(patch: pytest.MonkeyPatch) -> None
 
 @noticed_by(Rule.H8)
 def followers_do_not_learn_of_the_end(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Flight, "_wake", lambda self, changed: None)
+    patch.setattr(Flight, "_hand_over", lambda self, line, ending: None)
 
 
 @noticed_by(Rule.H7)
 def flights_are_kept(patch: pytest.MonkeyPatch) -> None:
-    def end(self: EngineCall, ending: Any) -> None:
-        self._flight.end(ending)
+    end = EngineCall._end
+    patch.setattr(EngineCall, "_end", lambda self, ending: None if ending is None else end(self, ending))
 
-    patch.setattr(EngineCall, "_end", end)
+
+@noticed_by(Rule.H7, Rule.H8, Rule.H12)
+def a_follower_that_is_cancelled_keeps_its_turn(patch: pytest.MonkeyPatch) -> None:
+    end = Flight.end
+
+    def end_unless_woken(self: Flight, ending: Any) -> None:
+        if self.record is not None or ending is not None or self.line is None:
+            end(self, ending)
+
+    patch.setattr(Flight, "end", end_unless_woken)
