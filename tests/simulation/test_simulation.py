@@ -14,7 +14,7 @@ from tests.simulation.network import Fault
 from tests.simulation.runs import history_of, simulate
 
 SEEDS = 2400
-SEEDS_PER_TEST = 240
+SEEDS_PER_TEST = 480  # enough for the rarest of what has to happen
 MOST_SEEDS_OF_A_CONTROL = 600
 
 HAPPENS = {
