@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from contextlib import suppress
 from contextvars import copy_context
 from functools import partial
 from typing import TYPE_CHECKING, Final
@@ -24,7 +23,7 @@ from aidem.hooks import EventKind
 from aidem.serialization import UNAVAILABLE_TEXT
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Callable
 
     from aidem._record import DataRecord
 
@@ -142,11 +141,12 @@ class Claim(ClaimedRecord):
 
     # --- Ended ------------------------------------------------------------------------------------------------------
 
-    def stop_renewal(self) -> asyncio.Task[None] | None:
-        """Renew no more, as the body has ended; return the task that settles a renewal under way, if there is one."""
+    def stop_renewal(self) -> None:
+        """Renew no more, as the body has ended."""
         self._loop_state.renewals.forget(self)
         renewal, self._renewal = self._renewal, None
-        return None if renewal is None else renewal.stop()
+        if renewal is not None:
+            renewal.stop()
 
     def completion_deadline(self) -> float:
         """Return how long to try to complete it, in seconds of the loop's clock: while the lease is held."""
@@ -181,34 +181,23 @@ class Claim(ClaimedRecord):
             return await self.complete(UNAVAILABLE_TEXT, OutcomeKind.UNAVAILABLE, held_off=held_off)
         return record if is_stored else None
 
-    async def undo(self, *, is_failure: bool, held_off: HeldOff, renewing: asyncio.Task[None] | None) -> None:
-        """Give the key back, or leave it in doubt where the body may have had its effect and must not run again."""
+    async def undo(self, *, is_failure: bool, held_off: HeldOff) -> None:
+        """Give the key back, or leave it in doubt where the body may have had its effect and must not run again.
+
+        A renewal under way need not be waited for: arriving later, it changes neither.
+        """
         if is_failure or self._lease.may_be_taken_over:
             is_ours = await self._released(held_off)
             if is_ours:
                 self._reporter.report(EventKind.RELEASED, fence=self.record.fence)
         else:
-            if renewing is not None:
-                await self._let_settle(renewing, held_off)
             is_ours = await self._ask_persistently(self._abandon, held_off=held_off, effect=FAILED) is not None
         if not is_ours:
             self.note_loss()
 
-    def undo_in_background(self, renewing: asyncio.Task[None] | None) -> None:
+    def undo_in_background(self) -> None:
         """Undo the claim of a body that is being closed, without waiting."""
-        start = self._release if self._lease.may_be_taken_over else self._abandon
-        undo: Callable[[], Awaitable[object]] = partial(self._persist, start, effect=FAILED)
-        if renewing is None:
-            in_background(undo)
+        if self._lease.may_be_taken_over:
+            in_background(partial(self._persist, self._release, effect=FAILED))
         else:
-            renewing.add_done_callback(lambda _task: in_background(undo))
-
-    async def _let_settle(self, renewing: asyncio.Task[None], held_off: HeldOff) -> None:
-        """Wait for a renewal under way, which would overwrite the mark of doubt; but not so long that there is none."""
-        seconds = (held_off.bound(CLEANUP_SECONDS) - self._loop_state.time()) / 2
-        try:
-            with suppress(IdempotencyPersistenceConnectionError):  # the loop was blocked
-                await held_off.settle(asyncio.wait([renewing], timeout=seconds))
-        finally:
-            if not renewing.done():
-                self.undo_in_background(renewing)  # once more, after it
+            in_background(partial(self._persist, self._abandon, effect=FAILED))

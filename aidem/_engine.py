@@ -303,15 +303,15 @@ class Call:
             return True
         claim = self._held_claim()
         try:
-            renewing = claim.stop_renewal()
+            claim.stop_renewal()
             if not claim.is_of_this_process():
                 return True
             if isinstance(error, GeneratorExit):  # nothing may be awaited any more
-                claim.undo_in_background(renewing)
+                claim.undo_in_background()
                 return True
             if isinstance(error, Exception) and type(error) in self.plan.config.stored_exceptions:
                 return await self._complete_with(error)
-            await self._give_back(error, claim, renewing)
+            await self._give_back(error, claim)
             return True
         finally:
             self._end(None)
@@ -329,11 +329,11 @@ class Call:
             self._note(error, failure)
             return True
 
-    async def _give_back(self, error: BaseException, claim: Claim, renewing: asyncio.Task[None] | None) -> None:
+    async def _give_back(self, error: BaseException, claim: Claim) -> None:
         held_off = HeldOff()
         held_off.bound(CLEANUP_SECONDS if isinstance(error, asyncio.CancelledError) else GIVING_BACK_SECONDS)
         try:
-            await claim.undo(is_failure=isinstance(error, Exception), held_off=held_off, renewing=renewing)
+            await claim.undo(is_failure=isinstance(error, Exception), held_off=held_off)
         except IdempotencyPersistenceLayerError as failure:
             self._note(error, failure)
         finally:

@@ -52,14 +52,11 @@ class Renewal:
         self._is_stopped = False
         self._task = asyncio.get_running_loop().create_task(self._renew_repeatedly())
 
-    def stop(self) -> asyncio.Task[None] | None:
-        """Renew no more; return the task that still settles a renewal under way, if there is one."""
+    def stop(self) -> None:
+        """Renew no more; a renewal under way settles by itself."""
         self._is_stopped = True
-        if self._task.done():
-            return None
         if not self._task.get_loop().is_closed():
             self._task.cancel()
-        return self._task
 
     def _find(self) -> Renewable | None:
         """Return the claim if it is held and its body runs in this process."""

@@ -7,11 +7,14 @@ fault: the engine has no seams for faults of its own, and the simulation is only
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+import itertools
+import random
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from aidem import DataRecord
+from tests.simulation.conditions import Conditions
 from tests.simulation.internals import (
     Claim,
     ClaimedRecord,
@@ -33,20 +36,33 @@ if TYPE_CHECKING:
     from tests.simulation.world import World
 
 
+Where = Callable[[Conditions], bool]
+
+
+def always(_conditions: Conditions) -> bool:
+    return True
+
+
 @dataclass(frozen=True)
 class Control:
     """One fault.
 
     Attributes:
         rules: What the judge may say of it; the first violation names one of these.
+        where: In which conditions it can show: a run in others is not worth its time.
         break_engine: Makes the fault for the time of a test.
         store: The store that has it.
     """
 
     name: str
     rules: frozenset[Rule]
+    where: Where
     break_engine: Callable[[pytest.MonkeyPatch], None] | None = None
     store: type[Store] = Store
+
+    def seeds(self) -> Iterator[int]:
+        """Yield the seeds of runs in which it can show."""
+        return (seed for seed in itertools.count() if self.where(Conditions(random.Random(seed))))
 
 
 CONTROLS: list[Control] = []
@@ -54,21 +70,22 @@ CONTROLS: list[Control] = []
 Break = Callable[["pytest.MonkeyPatch"], None]
 
 
-def noticed_by(*rules: Rule) -> Callable[[Break], Break]:
+def noticed_by(*rules: Rule, where: Where = always) -> Callable[[Break], Break]:
     """Make a control of a function that breaks the engine."""
 
     def register(break_engine: Break) -> Break:
-        CONTROLS.append(Control(break_engine.__name__, frozenset(rules), break_engine=break_engine))
+        name = break_engine.__name__
+        CONTROLS.append(Control(name, frozenset(rules), where, break_engine=break_engine))
         return break_engine
 
     return register
 
 
-def store_noticed_by(*rules: Rule) -> Callable[[type[Store]], type[Store]]:
+def store_noticed_by(*rules: Rule, where: Where = always) -> Callable[[type[Store]], type[Store]]:
     """Make a control of a store."""
 
     def register(store: type[Store]) -> type[Store]:
-        CONTROLS.append(Control(store.__name__, frozenset(rules), store=store))
+        CONTROLS.append(Control(store.__name__, frozenset(rules), where, store=store))
         return store
 
     return register
@@ -105,12 +122,6 @@ class TakesOverBeforeTheLeaseHasPassed(Broken):
         return super()._has_lapsed(found, judge + self.world.conditions.lease_or(0.0) / 2)
 
 
-@store_noticed_by(Rule.P2)
-class MovesALeaseBack(Broken):
-    def _renewed(self, found: DataRecord, moved: DataRecord) -> DataRecord:
-        return super()._renewed(found.replace(in_progress_expiry_timestamp=None), moved)
-
-
 @store_noticed_by(Rule.H4)
 class GivesTheSameFenceAgain(Broken):
     def _next_fence(self, old: DataRecord | None, key: str, now: float) -> int:
@@ -129,19 +140,19 @@ class HandsOutExpiredRecords(Broken):
 @noticed_by(Rule.H14, Rule.P2)
 def a_lease_counts_from_the_answer(patch: pytest.MonkeyPatch) -> None:
     take = ClaimedRecord._take
-    patch.setattr(
-        ClaimedRecord, "_take", lambda self, record, asked_at: take(self, record, asked_at=self._loop_state.time())
-    )
+    patch.setattr(ClaimedRecord, "_take", lambda self, record, asked: take(self, record, self._asking()))
 
 
 @noticed_by(Rule.H14, Rule.H13, Rule.P2)
 def the_end_of_a_lease_counts_from_the_answer(patch: pytest.MonkeyPatch) -> None:
-    def take(self: ClaimedRecord, record: DataRecord, *, asked_at: float) -> None:
-        self.record, self._asked_at = record, asked_at
+    take = ClaimedRecord._take
+
+    def take_late(self: ClaimedRecord, record: DataRecord, asked: tuple[float, float]) -> None:
+        take(self, record, asked)
         if self._lease.lease_seconds is not None:
             self.lease_deadline = self._loop_state.time() + self._lease.lease_seconds
 
-    patch.setattr(ClaimedRecord, "_take", take)
+    patch.setattr(ClaimedRecord, "_take", take_late)
 
 
 @noticed_by(Rule.P2)
@@ -173,7 +184,7 @@ def a_lost_lease_is_not_told(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Claim, "note_loss", lambda self: self._flight.end(None))
 
 
-@noticed_by(Rule.P2)
+@noticed_by(Rule.P2, where=lambda conditions: conditions.max_clock_skew > 0.0)
 def clocks_are_taken_for_equal(patch: pytest.MonkeyPatch) -> None:
     def acquisition(self: ClaimedRecord) -> Awaitable[Any]:
         return self._plan.layer.acquire(self.record, now=self._plan.clock())
@@ -201,10 +212,10 @@ def a_claim_whose_caller_was_cancelled_is_not_released(patch: pytest.MonkeyPatch
 
 @noticed_by(Rule.H9)
 def a_claim_of_a_closed_body_is_kept(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Claim, "undo_in_background", lambda self, renewing: None)
+    patch.setattr(Claim, "undo_in_background", lambda self: None)
 
 
-@noticed_by(Rule.P4)
+@noticed_by(Rule.P4, where=lambda conditions: conditions.policy == "raise")
 def a_cancelled_body_gives_its_key_back_under_raise(patch: pytest.MonkeyPatch) -> None:
     undo = Claim.undo
 
@@ -214,17 +225,20 @@ def a_cancelled_body_gives_its_key_back_under_raise(patch: pytest.MonkeyPatch) -
     patch.setattr(Claim, "undo", release)
 
 
-@noticed_by(Rule.H9)
-def a_renewal_under_way_overwrites_the_doubt(patch: pytest.MonkeyPatch) -> None:
-    undo = Claim.undo
-
-    async def at_once(self: Claim, *, renewing: asyncio.Task[None] | None, **options: Any) -> None:
-        await undo(self, renewing=None, **options)
-
-    patch.setattr(Claim, "undo", at_once)
+@noticed_by(
+    Rule.H9, where=lambda conditions: conditions.policy == "raise" and conditions.is_gentle and conditions.speed > 0.0
+)
+def the_mark_of_doubt_looks_like_a_late_renewal(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(_state, "abandoned", lambda claimed: claimed.replace(lease_expiry_timestamp=1))
 
 
-@noticed_by(Rule.H12)
+@store_noticed_by(Rule.H9, Rule.H10, where=lambda conditions: conditions.policy == "raise" and conditions.speed > 0.0)
+class LetsARenewalUnderWayOverwriteTheDoubt(Broken):
+    def _renewed(self, found: DataRecord, moved: DataRecord) -> DataRecord | None:
+        return super()._renewed(found.replace(lease_expiry_timestamp=None), moved)
+
+
+@noticed_by(Rule.H12, where=lambda conditions: conditions.policy == "raise")
 def nothing_is_ever_in_doubt(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(_state, "is_in_doubt", lambda record, *, now: False)
 
@@ -289,7 +303,7 @@ def a_claim_is_cached(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Claim, "_publish", publish_and_cache)
 
 
-@noticed_by(Rule.P1)
+@noticed_by(Rule.P1, where=lambda conditions: not conditions.has_long_window)
 def expired_outcomes_are_cached(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(LocalCache, "get", lambda self, key, *, now: self._records.get(key))
 
@@ -309,12 +323,21 @@ def waiters_look_only_when_their_time_is_over(patch: pytest.MonkeyPatch) -> None
 
 @noticed_by(Rule.H8)
 def followers_do_not_learn_of_the_end(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Flight, "_wake", lambda self, changed: None)
+    patch.setattr(Flight, "_hand_over", lambda self, line, ending: None)
 
 
 @noticed_by(Rule.H7)
 def flights_are_kept(patch: pytest.MonkeyPatch) -> None:
-    def end(self: EngineCall, ending: Any) -> None:
-        self._flight.end(ending)
+    end = EngineCall._end
+    patch.setattr(EngineCall, "_end", lambda self, ending: None if ending is None else end(self, ending))
 
-    patch.setattr(EngineCall, "_end", end)
+
+@noticed_by(Rule.H7, Rule.H8, Rule.H12)
+def a_follower_that_is_cancelled_keeps_its_turn(patch: pytest.MonkeyPatch) -> None:
+    end = Flight.end
+
+    def end_unless_woken(self: Flight, ending: Any) -> None:
+        if self.record is not None or ending is not None or self.line is None:
+            end(self, ending)
+
+    patch.setattr(Flight, "end", end_unless_woken)

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from tests.simulation.world import World
 
 EPOCH = 1_800_000_000.0
+GIVEN_UP = 0.0
+"""The end of the lease of a claim that its owner has left in doubt."""
 
 
 def lease_end(record: DataRecord) -> float | None:
@@ -78,7 +80,9 @@ class Store:
         found = self.records.get(record.idempotency_key)
         answer = None
         if found is not None and self._is_held(found, record):
-            answer = self.records[record.idempotency_key] = self._renewed(found, self._moved(record, now))
+            answer = self._renewed(found, self._moved(record, now))
+            if answer is not None:
+                self.records[record.idempotency_key] = answer
         if self.reference is not None:
             self._compare("renew", answer, self.reference.renew(record, now=now).answer)
         return answer
@@ -128,10 +132,13 @@ class Store:
         fence = int(self._judge(now) * 1000) if old is None else old.fence + 1
         return max(fence, self.last_fence.get(key, 0) + 1)
 
-    def _renewed(self, found: DataRecord, moved: DataRecord) -> DataRecord:
-        before, after = found.in_progress_expiry_timestamp, moved.in_progress_expiry_timestamp
-        if before is not None and after is not None and after < before:
-            return found  # it was applied after its successors
+    def _renewed(self, found: DataRecord, moved: DataRecord) -> DataRecord | None:
+        before, after = lease_end(found), lease_end(moved)
+        if after != GIVEN_UP:
+            if before == GIVEN_UP:
+                return None  # it was applied after the claim was given up
+            if before is not None and after is not None and after < before:
+                return found  # it was applied after its successors
         return found.replace(
             expiry_timestamp=moved.expiry_timestamp,
             in_progress_expiry_timestamp=moved.in_progress_expiry_timestamp,
@@ -150,7 +157,7 @@ class Store:
         )
         return record.replace(
             in_progress_expiry_timestamp=None if in_progress is None else in_progress + delta,
-            lease_expiry_timestamp=None if lease is None else lease + delta,
+            lease_expiry_timestamp=lease + delta if lease else lease,  # none, or `GIVEN_UP`
             expiry_timestamp=None if expiry is None else expiry + ceil(delta / 1000),
         )
 
