@@ -7,11 +7,14 @@ fault: the engine has no seams for faults of its own, and the simulation is only
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+import itertools
+import random
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from aidem import DataRecord
+from tests.simulation.conditions import Conditions
 from tests.simulation.internals import (
     Claim,
     ClaimedRecord,
@@ -33,20 +36,33 @@ if TYPE_CHECKING:
     from tests.simulation.world import World
 
 
+Where = Callable[[Conditions], bool]
+
+
+def always(_conditions: Conditions) -> bool:
+    return True
+
+
 @dataclass(frozen=True)
 class Control:
     """One fault.
 
     Attributes:
         rules: What the judge may say of it; the first violation names one of these.
+        where: In which conditions it can show: a run in others is not worth its time.
         break_engine: Makes the fault for the time of a test.
         store: The store that has it.
     """
 
     name: str
     rules: frozenset[Rule]
+    where: Where
     break_engine: Callable[[pytest.MonkeyPatch], None] | None = None
     store: type[Store] = Store
+
+    def seeds(self) -> Iterator[int]:
+        """Yield the seeds of runs in which it can show."""
+        return (seed for seed in itertools.count() if self.where(Conditions(random.Random(seed))))
 
 
 CONTROLS: list[Control] = []
@@ -54,21 +70,22 @@ CONTROLS: list[Control] = []
 Break = Callable[["pytest.MonkeyPatch"], None]
 
 
-def noticed_by(*rules: Rule) -> Callable[[Break], Break]:
+def noticed_by(*rules: Rule, where: Where = always) -> Callable[[Break], Break]:
     """Make a control of a function that breaks the engine."""
 
     def register(break_engine: Break) -> Break:
-        CONTROLS.append(Control(break_engine.__name__, frozenset(rules), break_engine=break_engine))
+        name = break_engine.__name__
+        CONTROLS.append(Control(name, frozenset(rules), where, break_engine=break_engine))
         return break_engine
 
     return register
 
 
-def store_noticed_by(*rules: Rule) -> Callable[[type[Store]], type[Store]]:
+def store_noticed_by(*rules: Rule, where: Where = always) -> Callable[[type[Store]], type[Store]]:
     """Make a control of a store."""
 
     def register(store: type[Store]) -> type[Store]:
-        CONTROLS.append(Control(store.__name__, frozenset(rules), store=store))
+        CONTROLS.append(Control(store.__name__, frozenset(rules), where, store=store))
         return store
 
     return register
@@ -103,12 +120,6 @@ class CompletesTheClaimsOfOthers(Broken):
 class TakesOverBeforeTheLeaseHasPassed(Broken):
     def _has_lapsed(self, found: DataRecord, judge: float) -> bool:
         return super()._has_lapsed(found, judge + self.world.conditions.lease_or(0.0) / 2)
-
-
-@store_noticed_by(Rule.P2)
-class MovesALeaseBack(Broken):
-    def _renewed(self, found: DataRecord, moved: DataRecord) -> DataRecord:
-        return super()._renewed(found.replace(in_progress_expiry_timestamp=None), moved)
 
 
 @store_noticed_by(Rule.H4)
@@ -173,7 +184,7 @@ def a_lost_lease_is_not_told(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Claim, "note_loss", lambda self: self._flight.end(None))
 
 
-@noticed_by(Rule.P2)
+@noticed_by(Rule.P2, where=lambda conditions: conditions.max_clock_skew > 0.0)
 def clocks_are_taken_for_equal(patch: pytest.MonkeyPatch) -> None:
     def acquisition(self: ClaimedRecord) -> Awaitable[Any]:
         return self._plan.layer.acquire(self.record, now=self._plan.clock())
@@ -204,7 +215,7 @@ def a_claim_of_a_closed_body_is_kept(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Claim, "undo_in_background", lambda self, renewing: None)
 
 
-@noticed_by(Rule.P4)
+@noticed_by(Rule.P4, where=lambda conditions: conditions.policy == "raise")
 def a_cancelled_body_gives_its_key_back_under_raise(patch: pytest.MonkeyPatch) -> None:
     undo = Claim.undo
 
@@ -214,7 +225,9 @@ def a_cancelled_body_gives_its_key_back_under_raise(patch: pytest.MonkeyPatch) -
     patch.setattr(Claim, "undo", release)
 
 
-@noticed_by(Rule.H9)
+@noticed_by(
+    Rule.H9, where=lambda conditions: conditions.policy == "raise" and conditions.is_gentle and conditions.speed > 0.0
+)
 def a_renewal_under_way_overwrites_the_doubt(patch: pytest.MonkeyPatch) -> None:
     undo = Claim.undo
 
@@ -224,7 +237,7 @@ def a_renewal_under_way_overwrites_the_doubt(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Claim, "undo", at_once)
 
 
-@noticed_by(Rule.H12)
+@noticed_by(Rule.H12, where=lambda conditions: conditions.policy == "raise")
 def nothing_is_ever_in_doubt(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(_state, "is_in_doubt", lambda record, *, now: False)
 
@@ -289,7 +302,7 @@ def a_claim_is_cached(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Claim, "_publish", publish_and_cache)
 
 
-@noticed_by(Rule.P1)
+@noticed_by(Rule.P1, where=lambda conditions: not conditions.has_long_window)
 def expired_outcomes_are_cached(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(LocalCache, "get", lambda self, key, *, now: self._records.get(key))
 

@@ -81,8 +81,8 @@ class Judge:
     def _holds(self, call: Call, what: str) -> None:
         """Look whether the store holds the claim for the call at this very moment."""
         world = self.world
-        if call.owner in world.resolved:
-            return
+        if call.owner in world.resolved or world.conditions.lease is None:
+            return  # a claim without a lease ends when it expires, also while its process is paused
         found = world.store.records.get(world.key_text(call))
         if found is None or found.owner != call.owner or found.status is not RecordStatus.INPROGRESS:
             world.violate(Rule.P2, f"{what} in {call}, and the store has {found}")
