@@ -28,7 +28,7 @@ from tests.simulation.internals import (
     ask,
 )
 from tests.simulation.rules import Rule
-from tests.simulation.store import Store
+from tests.simulation.store import Store, is_given_up
 
 if TYPE_CHECKING:
     import pytest
@@ -122,6 +122,14 @@ class TakesOverBeforeTheLeaseHasPassed(Broken):
         return super()._has_lapsed(found, judge + self.world.conditions.lease_or(0.0) / 2)
 
 
+@store_noticed_by(Rule.H9, where=lambda conditions: conditions.policy == "raise")
+class LetsARenewalOverwriteTheDoubt(Broken):
+    def _renewed(self, found: DataRecord, moved: DataRecord) -> DataRecord | None:
+        if is_given_up(found) and not is_given_up(moved):
+            found = found.replace(lease_expiry_timestamp=1)
+        return super()._renewed(found, moved)
+
+
 @store_noticed_by(Rule.H4)
 class GivesTheSameFenceAgain(Broken):
     def _next_fence(self, old: DataRecord | None, key: str, now: float) -> int:
@@ -139,20 +147,27 @@ class HandsOutExpiredRecords(Broken):
 
 @noticed_by(Rule.H14, Rule.P2)
 def a_lease_counts_from_the_answer(patch: pytest.MonkeyPatch) -> None:
-    take = ClaimedRecord._take
-    patch.setattr(
-        ClaimedRecord, "_take", lambda self, record, asked_at: take(self, record, asked_at=self._loop_state.time())
-    )
+    count_from = ClaimedRecord._count_from
+    patch.setattr(ClaimedRecord, "_count_from", lambda self, asked: count_from(self, self._asking()))
 
 
 @noticed_by(Rule.H14, Rule.H13, Rule.P2)
 def the_end_of_a_lease_counts_from_the_answer(patch: pytest.MonkeyPatch) -> None:
-    def take(self: ClaimedRecord, record: DataRecord, *, asked_at: float) -> None:
-        self.record, self._asked_at = record, asked_at
-        if self._lease.lease_seconds is not None:
-            self.lease_deadline = self._loop_state.time() + self._lease.lease_seconds
+    count_from = ClaimedRecord._count_from
 
-    patch.setattr(ClaimedRecord, "_take", take)
+    def count(self: ClaimedRecord, asked: tuple[float, float]) -> None:
+        count_from(self, self._asking())
+        self._asked_at, _ = asked
+
+    patch.setattr(ClaimedRecord, "_count_from", count)
+
+
+@noticed_by(Rule.P2)
+def time_in_suspension_is_not_counted(patch: pytest.MonkeyPatch) -> None:
+    def has_lapsed(self: ClaimedRecord, *, in_seconds: float = 0.0) -> bool:
+        return self.lease_deadline is not None and self._loop_state.time() + in_seconds >= self.lease_deadline
+
+    patch.setattr(ClaimedRecord, "has_lapsed", has_lapsed)
 
 
 @noticed_by(Rule.P2)
@@ -223,18 +238,6 @@ def a_cancelled_body_gives_its_key_back_under_raise(patch: pytest.MonkeyPatch) -
         await undo(self, is_failure=True, **options)
 
     patch.setattr(Claim, "undo", release)
-
-
-@noticed_by(
-    Rule.H9, where=lambda conditions: conditions.policy == "raise" and conditions.is_gentle and conditions.speed > 0.0
-)
-def a_renewal_under_way_overwrites_the_doubt(patch: pytest.MonkeyPatch) -> None:
-    undo = Claim.undo
-
-    async def at_once(self: Claim, *, renewing: asyncio.Task[None] | None, **options: Any) -> None:
-        await undo(self, renewing=None, **options)
-
-    patch.setattr(Claim, "undo", at_once)
 
 
 @noticed_by(Rule.H12, where=lambda conditions: conditions.policy == "raise")
@@ -322,12 +325,9 @@ def waiters_look_only_when_their_time_is_over(patch: pytest.MonkeyPatch) -> None
 
 @noticed_by(Rule.H8)
 def followers_do_not_learn_of_the_end(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Flight, "_wake", lambda self, changed: None)
+    patch.setattr(Flight, "_hand_over", lambda self, line, ending: None)
 
 
-@noticed_by(Rule.H7)
+@noticed_by(Rule.H7, Rule.H8)
 def flights_are_kept(patch: pytest.MonkeyPatch) -> None:
-    def end(self: EngineCall, ending: Any) -> None:
-        self._flight.end(ending)
-
-    patch.setattr(EngineCall, "_end", end)
+    patch.setattr(Flight, "end", lambda self, ending: None)

@@ -16,6 +16,11 @@ if TYPE_CHECKING:
 EPOCH = 1_800_000_000.0
 
 
+def is_given_up(record: DataRecord) -> bool:
+    """Whether its owner left the claim in doubt."""
+    return record.in_progress_expiry_timestamp is None and record.lease_expiry_timestamp == 0
+
+
 def lease_end(record: DataRecord) -> float | None:
     """Return when a claim lapses or is in doubt, in epoch seconds; None: it holds until it expires."""
     end = record.in_progress_expiry_timestamp or record.lease_expiry_timestamp
@@ -78,7 +83,9 @@ class Store:
         found = self.records.get(record.idempotency_key)
         answer = None
         if found is not None and self._is_held(found, record):
-            answer = self.records[record.idempotency_key] = self._renewed(found, self._moved(record, now))
+            answer = self._renewed(found, self._moved(record, now))
+            if answer is not None:
+                self.records[record.idempotency_key] = answer
         if self.reference is not None:
             self._compare("renew", answer, self.reference.renew(record, now=now).answer)
         return answer
@@ -128,10 +135,12 @@ class Store:
         fence = int(self._judge(now) * 1000) if old is None else old.fence + 1
         return max(fence, self.last_fence.get(key, 0) + 1)
 
-    def _renewed(self, found: DataRecord, moved: DataRecord) -> DataRecord:
-        before, after = found.in_progress_expiry_timestamp, moved.in_progress_expiry_timestamp
-        if before is not None and after is not None and after < before:
-            return found  # it was applied after its successors
+    def _renewed(self, found: DataRecord, moved: DataRecord) -> DataRecord | None:
+        if not is_given_up(moved):
+            if is_given_up(found):
+                return None
+            if _held_until(moved) < _held_until(found):
+                return found  # it is applied after its successors
         return found.replace(
             expiry_timestamp=moved.expiry_timestamp,
             in_progress_expiry_timestamp=moved.in_progress_expiry_timestamp,
@@ -150,7 +159,7 @@ class Store:
         )
         return record.replace(
             in_progress_expiry_timestamp=None if in_progress is None else in_progress + delta,
-            lease_expiry_timestamp=None if lease is None else lease + delta,
+            lease_expiry_timestamp=lease + delta if lease else lease,  # 0 is no instant
             expiry_timestamp=None if expiry is None else expiry + ceil(delta / 1000),
         )
 
@@ -159,6 +168,11 @@ class Store:
         if _gist(ours) != _gist(theirs):
             text = f"MemoryPersistenceLayer.{operation} answers {theirs}, and the store of the simulation {ours}"
             self.world.violate(Rule.H10, text)
+
+
+def _held_until(record: DataRecord) -> float:
+    end = lease_end(record)
+    return float(record.expiry_timestamp or 0) if end is None else end
 
 
 def _is_done_before(found: DataRecord, record: DataRecord) -> bool:

@@ -37,6 +37,7 @@ HAPPENS = {
     "pause",
     "resolved by hand",
     "store restart",
+    "suspension",
     "take-over",
     "wait_for_change",
 }
