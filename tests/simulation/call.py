@@ -212,7 +212,8 @@ class Call:
         if self.is_paused_in_trap and not world.conditions.is_gentle:
             world.happened[f"paused while asking to {operation}"] += 1
             seconds = world.rng.uniform(0.5, 1.5) * world.conditions.lease_or(3)
-            world.at(world.now + after, lambda: self.process.freeze(seconds))
+            is_suspended = world.rng.random() < 0.3
+            world.at(world.now + after, lambda: self.process.freeze(seconds, is_suspended=is_suspended))
         elif self.way in TASK_CANCELS:
             world.happened[f"cancelled while asking to {operation}"] += 1
             self._cancel_after(after)

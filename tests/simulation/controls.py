@@ -28,7 +28,7 @@ from tests.simulation.internals import (
     ask,
 )
 from tests.simulation.rules import Rule
-from tests.simulation.store import Store
+from tests.simulation.store import Store, is_given_up
 
 if TYPE_CHECKING:
     import pytest
@@ -122,6 +122,14 @@ class TakesOverBeforeTheLeaseHasPassed(Broken):
         return super()._has_lapsed(found, judge + self.world.conditions.lease_or(0.0) / 2)
 
 
+@store_noticed_by(Rule.H9, where=lambda conditions: conditions.policy == "raise")
+class LetsARenewalOverwriteTheDoubt(Broken):
+    def _renewed(self, found: DataRecord, moved: DataRecord) -> DataRecord | None:
+        if is_given_up(found) and not is_given_up(moved):
+            found = found.replace(lease_expiry_timestamp=1)
+        return super()._renewed(found, moved)
+
+
 @store_noticed_by(Rule.H4)
 class GivesTheSameFenceAgain(Broken):
     def _next_fence(self, old: DataRecord | None, key: str, now: float) -> int:
@@ -139,20 +147,27 @@ class HandsOutExpiredRecords(Broken):
 
 @noticed_by(Rule.H14, Rule.P2)
 def a_lease_counts_from_the_answer(patch: pytest.MonkeyPatch) -> None:
-    take = ClaimedRecord._take
-    patch.setattr(ClaimedRecord, "_take", lambda self, record, asked: take(self, record, self._asking()))
+    count_from = ClaimedRecord._count_from
+    patch.setattr(ClaimedRecord, "_count_from", lambda self, asked: count_from(self, self._asking()))
 
 
 @noticed_by(Rule.H14, Rule.H13, Rule.P2)
 def the_end_of_a_lease_counts_from_the_answer(patch: pytest.MonkeyPatch) -> None:
-    take = ClaimedRecord._take
+    count_from = ClaimedRecord._count_from
 
-    def take_late(self: ClaimedRecord, record: DataRecord, asked: tuple[float, float]) -> None:
-        take(self, record, asked)
-        if self._lease.lease_seconds is not None:
-            self.lease_deadline = self._loop_state.time() + self._lease.lease_seconds
+    def count(self: ClaimedRecord, asked: tuple[float, float]) -> None:
+        count_from(self, self._asking())
+        self._asked_at, _ = asked
 
-    patch.setattr(ClaimedRecord, "_take", take_late)
+    patch.setattr(ClaimedRecord, "_count_from", count)
+
+
+@noticed_by(Rule.P2)
+def time_in_suspension_is_not_counted(patch: pytest.MonkeyPatch) -> None:
+    def has_lapsed(self: ClaimedRecord, *, in_seconds: float = 0.0) -> bool:
+        return self.lease_deadline is not None and self._loop_state.time() + in_seconds >= self.lease_deadline
+
+    patch.setattr(ClaimedRecord, "has_lapsed", has_lapsed)
 
 
 @noticed_by(Rule.P2)
@@ -212,7 +227,7 @@ def a_claim_whose_caller_was_cancelled_is_not_released(patch: pytest.MonkeyPatch
 
 @noticed_by(Rule.H9)
 def a_claim_of_a_closed_body_is_kept(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Claim, "undo_in_background", lambda self: None)
+    patch.setattr(Claim, "undo_in_background", lambda self, renewing: None)
 
 
 @noticed_by(Rule.P4, where=lambda conditions: conditions.policy == "raise")
@@ -223,19 +238,6 @@ def a_cancelled_body_gives_its_key_back_under_raise(patch: pytest.MonkeyPatch) -
         await undo(self, is_failure=True, **options)
 
     patch.setattr(Claim, "undo", release)
-
-
-@noticed_by(
-    Rule.H9, where=lambda conditions: conditions.policy == "raise" and conditions.is_gentle and conditions.speed > 0.0
-)
-def the_mark_of_doubt_looks_like_a_late_renewal(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(_state, "abandoned", lambda claimed: claimed.replace(lease_expiry_timestamp=1))
-
-
-@store_noticed_by(Rule.H9, Rule.H10, where=lambda conditions: conditions.policy == "raise" and conditions.speed > 0.0)
-class LetsARenewalUnderWayOverwriteTheDoubt(Broken):
-    def _renewed(self, found: DataRecord, moved: DataRecord) -> DataRecord | None:
-        return super()._renewed(found.replace(lease_expiry_timestamp=None), moved)
 
 
 @noticed_by(Rule.H12, where=lambda conditions: conditions.policy == "raise")
@@ -326,18 +328,6 @@ def followers_do_not_learn_of_the_end(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Flight, "_hand_over", lambda self, line, ending: None)
 
 
-@noticed_by(Rule.H7)
+@noticed_by(Rule.H7, Rule.H8)
 def flights_are_kept(patch: pytest.MonkeyPatch) -> None:
-    end = EngineCall._end
-    patch.setattr(EngineCall, "_end", lambda self, ending: None if ending is None else end(self, ending))
-
-
-@noticed_by(Rule.H7, Rule.H8, Rule.H12)
-def a_follower_that_is_cancelled_keeps_its_turn(patch: pytest.MonkeyPatch) -> None:
-    end = Flight.end
-
-    def end_unless_woken(self: Flight, ending: Any) -> None:
-        if self.record is not None or ending is not None or self.line is None:
-            end(self, ending)
-
-    patch.setattr(Flight, "end", end_unless_woken)
+    patch.setattr(Flight, "end", lambda self, ending: None)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-from aidem import _cancellation, _key, _state
+from aidem import _cancellation, _claimed_record, _key, _state
 from aidem._cancellation import CLEANUP_SECONDS, HeldOff, writes
 from aidem._claim import Claim
 from aidem._claimed_record import ClaimedRecord
@@ -20,6 +21,7 @@ from aidem._waiting import Patience
 
 if TYPE_CHECKING:
     import asyncio
+    from collections.abc import Callable, Iterator
 
     from aidem.persistence import PersistenceLayer
 
@@ -36,6 +38,16 @@ __all__ = [
     "_state",
     "ask",
 ]
+
+
+@contextlib.contextmanager
+def clock_since_boot(read: Callable[[], float]) -> Iterator[None]:
+    """Let claims read this clock for one that goes on while the machine is suspended: it cannot be handed to them."""
+    real, _claimed_record.seconds_since_boot = _claimed_record.seconds_since_boot, read
+    try:
+        yield
+    finally:
+        _claimed_record.seconds_since_boot = real
 
 
 def key_text(prefix: str, selected: str) -> str:

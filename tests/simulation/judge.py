@@ -10,7 +10,7 @@ from aidem.persistence import Claimed
 from tests.simulation.call import End
 from tests.simulation.network import CURRENT
 from tests.simulation.rules import Rule
-from tests.simulation.store import EPOCH, lease_end
+from tests.simulation.store import EPOCH, is_given_up, lease_end
 from tests.simulation.verdict import Verdict
 
 if TYPE_CHECKING:
@@ -148,9 +148,8 @@ class Judge:
         world, process = self.world, request.process
         if (current := CURRENT.get()) not in {call, None}:
             world.violate(Rule.H2, f"a renewal of {call} in the context of {current}")
-        end = record.lease_expiry_timestamp
-        if end is not None and end < int(process.epoch() * 1000):
-            return  # it marks the claim as in doubt
+        if is_given_up(record):
+            return
         if call.ended_at is not None:
             world.violate(Rule.H2, f"{call} has ended, and is renewed")
         due, call.renewal_due_at = call.renewal_due_at, None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import traceback
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from tests.simulation.conditions import EAGER_TASKS
@@ -59,20 +60,24 @@ class Process:
     def is_runnable(self) -> bool:
         return not (self.is_dead or self.is_frozen())
 
-    def freeze(self, seconds: float) -> None:
-        """Step it no more for a while: SIGSTOP, or a body that blocks the loop."""
+    def freeze(self, seconds: float, *, is_suspended: bool = False) -> None:
+        """Step it no more for a while: SIGSTOP, a body that blocks the loop, or a machine that is suspended.
+
+        The clock of the loop stands still while the machine is suspended.
+        """
         if not self.is_runnable():
             return
         world = self.world
         self.frozen_until = world.now + seconds
         self.frozen_total += seconds
         self.note_fault(world.now, self.frozen_until)
-        world.happened["pause"] += 1
-        world.tell(f"p{self.number} is paused for {seconds:.3f}")
-        world.at(self.frozen_until, self._thaw)
+        world.happened["suspension" if is_suspended else "pause"] += 1
+        world.tell(f"p{self.number} is {'suspended' if is_suspended else 'paused'} for {seconds:.3f}")
+        world.at(self.frozen_until, partial(self._thaw, stood_still_seconds=seconds if is_suspended else 0.0))
 
-    def _thaw(self) -> None:
+    def _thaw(self, *, stood_still_seconds: float) -> None:
         """See the replies that came meanwhile before the timers, or after one iteration with the timers alone."""
+        self.loop.offset -= stood_still_seconds
         inbox, self._inbox = self._inbox, []
         if inbox and self.rng.random() < 0.3 and not self.is_dead:
             self.loop.step()

@@ -11,6 +11,7 @@ import warnings
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
+from tests.simulation.internals import clock_since_boot
 from tests.simulation.rules import Rule
 from tests.simulation.store import Store
 from tests.simulation.world import World
@@ -89,7 +90,8 @@ def run(
     unraisable.clear()
     random.seed(seed)  # the jitter of aidem
     world = World(seed, is_verbose=is_verbose, make_store=make_store)
-    world.run()
+    with clock_since_boot(lambda: world.now):
+        world.run()
     if unraisable:
         world.violate(Rule.H7, f"unraisable: {unraisable[:3]}")
     return world

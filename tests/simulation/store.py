@@ -14,8 +14,11 @@ if TYPE_CHECKING:
     from tests.simulation.world import World
 
 EPOCH = 1_800_000_000.0
-GIVEN_UP = 0.0
-"""The end of the lease of a claim that its owner has left in doubt."""
+
+
+def is_given_up(record: DataRecord) -> bool:
+    """Whether its owner left the claim in doubt."""
+    return record.in_progress_expiry_timestamp is None and record.lease_expiry_timestamp == 0
 
 
 def lease_end(record: DataRecord) -> float | None:
@@ -133,12 +136,11 @@ class Store:
         return max(fence, self.last_fence.get(key, 0) + 1)
 
     def _renewed(self, found: DataRecord, moved: DataRecord) -> DataRecord | None:
-        before, after = lease_end(found), lease_end(moved)
-        if after != GIVEN_UP:
-            if before == GIVEN_UP:
-                return None  # it was applied after the claim was given up
-            if before is not None and after is not None and after < before:
-                return found  # it was applied after its successors
+        if not is_given_up(moved):
+            if is_given_up(found):
+                return None
+            if _held_until(moved) < _held_until(found):
+                return found  # it is applied after its successors
         return found.replace(
             expiry_timestamp=moved.expiry_timestamp,
             in_progress_expiry_timestamp=moved.in_progress_expiry_timestamp,
@@ -157,7 +159,7 @@ class Store:
         )
         return record.replace(
             in_progress_expiry_timestamp=None if in_progress is None else in_progress + delta,
-            lease_expiry_timestamp=lease + delta if lease else lease,  # none, or `GIVEN_UP`
+            lease_expiry_timestamp=lease + delta if lease else lease,  # 0 is no instant
             expiry_timestamp=None if expiry is None else expiry + ceil(delta / 1000),
         )
 
@@ -166,6 +168,11 @@ class Store:
         if _gist(ours) != _gist(theirs):
             text = f"MemoryPersistenceLayer.{operation} answers {theirs}, and the store of the simulation {ours}"
             self.world.violate(Rule.H10, text)
+
+
+def _held_until(record: DataRecord) -> float:
+    end = lease_end(record)
+    return float(record.expiry_timestamp or 0) if end is None else end
 
 
 def _is_done_before(found: DataRecord, record: DataRecord) -> bool:

@@ -14,7 +14,7 @@ from tests.simulation.network import Fault
 from tests.simulation.runs import history_of, simulate
 
 SEEDS = 2400
-SEEDS_PER_TEST = 480  # enough for the rarest of what has to happen
+SEEDS_PER_TEST = 240
 MOST_SEEDS_OF_A_CONTROL = 600
 
 HAPPENS = {
@@ -37,6 +37,7 @@ HAPPENS = {
     "pause",
     "resolved by hand",
     "store restart",
+    "suspension",
     "take-over",
     "wait_for_change",
 }

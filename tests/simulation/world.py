@@ -221,7 +221,7 @@ class World:
         rng, lease = self.rng, self.conditions.lease_or(3)
         for _ in range(rng.choice([0, 0, 1, 2])):
             pause = rng.choice([rng.uniform(0, lease), rng.uniform(lease, 3 * lease), rng.uniform(0, 15)])
-            self.at(rng.uniform(0, horizon), partial(process.freeze, pause))
+            self.at(rng.uniform(0, horizon), partial(process.freeze, pause, is_suspended=rng.random() < 0.2))
         if rng.random() < 0.2:
             self.at(rng.uniform(0, horizon), process.crash)
         if rng.random() < 0.2 and has_network:
