@@ -6,6 +6,7 @@ import base64
 import gzip
 import io
 import json
+from collections.abc import Set as AbstractSet
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ import jmespath
 from jmespath.exceptions import JMESPathError, JMESPathTypeError
 from jmespath.functions import Functions, signature
 
+from aidem._json import NotEncodableError, plain
 from aidem.exceptions import IdempotencyKeyError
 
 if TYPE_CHECKING:
@@ -83,7 +85,7 @@ def search(compiled: ParsedResult, data: Any, options: Mapping[str, Any] | None,
     except JMESPathTypeError as error:
         # Its own message shows the value, so it is neither quoted nor chained.
         raise _failed(compiled, f"{error.function_name}() does not take a value of type {error.actual_type}") from None
-    except (JMESPathError, InflatedTooLargeError) as error:
+    except (JMESPathError, InflatedTooLargeError, NotEncodableError) as error:
         raise _failed(compiled, str(error)) from error
     except Exception as error:
         raise _failed(compiled, f"evaluating it raised {type(error).__name__}") from error
@@ -111,6 +113,10 @@ class _BuiltInFunctions(Functions):
         self._max_inflated_bytes = max_inflated_bytes
         self._left = max_inflated_bytes
 
+    @signature({"types": []})
+    def _func_to_string(self, value: Any) -> str:
+        return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"), default=_text)
+
     @signature({"types": ["string"]})
     def _func_powertools_json(self, text: str) -> Any:
         return json.loads(text)
@@ -127,3 +133,11 @@ class _BuiltInFunctions(Functions):
         if self._left < 0:
             raise InflatedTooLargeError(self._max_inflated_bytes)
         return inflated.decode()
+
+
+def _text(value: object) -> str:
+    """Return the text of a value as jmespath writes it, unless that differs between processes or hides something."""
+    text, kind = str(value), type(value).__qualname__
+    if isinstance(value, AbstractSet) or isinstance(plain(value), dict | list):
+        raise NotEncodableError("what it looks at", f"is of type {kind}")
+    return text

@@ -13,13 +13,18 @@ from collections.abc import Sized
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any, Final
 
-from aidem._json import ENCODABLE, NotEncodableError, encode, explain, is_array, is_dict, plain
+from aidem._json import ENCODABLE, NotEncodableError, dump_model, encode, explain, is_array, is_dict, key_part
 from aidem.exceptions import IdempotencyKeyError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable
 
-_JSON_TYPES: Final = frozenset({dict, list, str, int, float, bool, type(None)})
+_WAYS_OUT: Final = (
+    "select other parts of it with event_key_jmespath or payload_validation_jmespath, or name the call with key="
+)
+_LEAVES: Final = frozenset({str, int, float, bool})
+_JSON_TYPES: Final = frozenset({dict, list, type(None), *_LEAVES})
+_NOTHING: Final = (None, "")
 
 
 def prepare(payload: Any) -> Any:
@@ -33,40 +38,39 @@ def prepare(payload: Any) -> Any:
     try:
         return _prepared(payload)
     except Exception as error:
-        raise _refused(explain(payload, error)) from error
+        raise _refused(explain(payload, error, is_key=True)) from error
 
 
 def _prepared(payload: Any) -> Any:
     if hasattr(payload, "__dataclass_fields__"):
         return dataclasses.asdict(payload)
-    if callable(model_dump := getattr(payload, "model_dump", None)):
-        return model_dump(mode="json")
+    if callable(getattr(payload, "model_dump", None)):
+        return dump_model(payload)
     if callable(as_dict := getattr(payload, "dict", None)):
         return as_dict()
     return getattr(payload, "raw_event", payload)
 
 
 def is_missing(selected: Any) -> bool:
-    """Whether a value is no key: None, `""`, or a container of nothing but those at any depth. `0` is a key."""
+    """Whether a value is no key: None, `""`, or a container of nothing but those at any depth. `0` is a key.
+
+    Raises:
+        IdempotencyKeyError: It is circular, too deep, or of a type that cannot be a key.
+    """
     try:
         return _is_nothing(selected)
-    except Exception:  # noqa: BLE001 - circular, too deep, or without a dump: the encoder says so
-        return False
+    except Exception as error:
+        raise _refused(explain(selected, error, is_key=True)) from error
 
 
 def _is_nothing(value: Any) -> bool:
+    if value is None or type(value) in _LEAVES:  # nearly always, and asking whether something is sized takes long
+        return value in _NOTHING
     if is_dict(value):
-        values: Iterable[Any] = value.values()
-    elif is_array(value):
-        values = value
-    elif isinstance(value, Sized):
-        return len(value) == 0
-    else:
-        return value is None or (type(value) not in _JSON_TYPES and _is_nothing(plain(value)))
-    for item in values:  # noqa: SIM110 - nearly always the first one decides, before `all` would have begun
-        if item is not None and not _is_nothing(item):
-            return False
-    return True
+        return all(map(_is_nothing, value.values()))
+    if is_array(value):
+        return all(map(_is_nothing, value))
+    return len(value) == 0 if isinstance(value, Sized) else _is_nothing(key_part(value))
 
 
 def payload_digest(selected: Any, hash_function: str) -> str:
@@ -76,14 +80,14 @@ def payload_digest(selected: Any, hash_function: str) -> str:
         IdempotencyKeyError: The value cannot be encoded; the message names the path to the fault.
     """
     try:
-        text = encode(selected)
+        text = encode(selected, is_key=True)
     except NotEncodableError as error:
         raise _refused(error) from error
     return hash_text(text, hash_function)
 
 
 def _refused(error: NotEncodableError) -> IdempotencyKeyError:
-    return IdempotencyKeyError(f"the payload cannot be a key: {error}; allowed are {ENCODABLE}")
+    return IdempotencyKeyError(f"the payload cannot be a key: {error}; allowed are {ENCODABLE}; {_WAYS_OUT}")
 
 
 def hash_text(text: str, hash_function: str) -> str:

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
+import enum
 import gzip
 import json
 import tracemalloc
 import zlib
+from datetime import date
+from decimal import Decimal
 from typing import Any
+from uuid import UUID
 
 import jmespath
 import jmespath.parser
+import pydantic
 import pytest
 from aws_lambda_powertools.utilities.jmespath_utils import PowertoolsFunctions
 from jmespath.functions import Functions, signature
@@ -31,6 +37,10 @@ def base64_text(data: bytes) -> str:
     return base64.b64encode(data).decode()
 
 
+class Color(enum.Enum):
+    RED = "red"
+
+
 BODY = {"user": "ü", "items": [1, 2]}
 TEXT = json.dumps(BODY, ensure_ascii=False)
 EVENTS = [
@@ -42,6 +52,8 @@ EVENTS = [
     ("powertools_base64_gzip(body)", {"body": base64_text(gzip.compress(TEXT.encode()))}),
     ("powertools_base64_gzip(body)", {"body": base64_text(gzip.compress(b"a") + gzip.compress(b"b") + b"\0\0")}),
     ("powertools_base64_gzip(body)", {"body": ""}),
+    ("[to_string(body), to_string(id), to_string(@)]", {"body": "x", "id": 1}),
+    ("to_string([a, b, c, d])", {"a": Decimal("1.50"), "b": UUID(int=1), "c": date(2026, 1, 2), "d": Color.RED}),
     ("Records[*].powertools_json(body).id", {"Records": [{"body": '{"id": 1}'}, {"body": '{"id": "2"}'}]}),
 ]
 
@@ -50,6 +62,26 @@ EVENTS = [
 def test_expressions_select_what_they_select_in_powertools(expression: str, event: Any) -> None:
     expected = jmespath.search(expression, event, options=jmespath.Options(custom_functions=PowertoolsFunctions()))
     assert select(expression, event) == expected
+
+
+class Model(pydantic.BaseModel):
+    name: str = "secret"
+
+
+@dataclasses.dataclass
+class Data:
+    name: str = "secret"
+
+
+@pytest.mark.parametrize("value", [{"secret"}, Model(), Data()], ids=type)
+def test_the_text_of_what_has_none_or_another_one_in_every_process_is_refused(value: Any) -> None:
+    for data in (value, [value]):
+        reason, _ = refusal("to_string(@)", data)
+        assert reason == f"what it looks at is of type {type(value).__name__}"
+
+
+def test_the_text_of_any_object_would_be_its_address_and_is_refused() -> None:
+    assert refusal("to_string(@)", object())[0] == "evaluating it raised TypeError"
 
 
 def test_an_expression_is_compiled_once() -> None:

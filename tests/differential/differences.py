@@ -45,6 +45,15 @@ INTENDED = (
         "The store has nothing to do with it, and a retry does not help.",
     ),
     Intended(
+        "hidden-by-dumps",
+        "A pydantic model in the payload whose dump masks a secret, drops the fields of a subclass where an annotation "
+        "names its base, or writes two values alike",
+        "The key is made of what is left: two cards with masked numbers have one key.",
+        "`IdempotencyKeyError`, if the key or the validated part is made of it. Select other fields, or name the call "
+        "with `key=`. Sets in models are sorted.",
+        "Different calls must not get each other's result, and one call must have the same key in every process.",
+    ),
+    Intended(
         "nothing-deeper",
         'A key of nothing but `None`, `""` and empty containers below the first level, such as `[[null, null]]`',
         "A key, which all payloads share that lack the selected fields.",

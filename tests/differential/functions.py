@@ -179,6 +179,11 @@ class OrderModel(pydantic.BaseModel):
     when: datetime.date = datetime.date(2026, 1, 2)
 
 
+class Card(pydantic.BaseModel):
+    number: pydantic.SecretStr
+    name: str = "Ada"
+
+
 class ReceiptModel(pydantic.BaseModel):
     order: int
     on: datetime.date = datetime.date(2026, 1, 2)

@@ -9,6 +9,7 @@ import json
 from typing import Any
 
 import jmespath.functions
+from pydantic import SecretStr
 
 from tests.differential import functions
 from tests.differential.functions import PAYLOADS
@@ -150,6 +151,23 @@ WHOLE = (
             "keys of mixed types": {1: "a", "b": 2},
             "any object": functions.Currency,
         }.items()
+    ),
+    Scenario(
+        title="a model with a secret that its dump masks",
+        feature=Feature.PAYLOADS,
+        steps=(Call(functions.Card(number=SecretStr("4242"))), Call(functions.Card(number=SecretStr("5555")))),
+        differs=differ(
+            "hidden-by-dumps",
+            ("answer", "returned {'paid': True, 'run': 1}", "raised IdempotencyKeyError", 1, 2),
+            ("ran", "[{'order': Card(number=SecretStr('**********'), name='Ada')}]", "nothing", 1),
+            ("records.status", "'COMPLETED'", "absent", 1, 2),
+        ),
+    ),
+    Scenario(
+        title="a field beside a secret",
+        feature=Feature.PAYLOADS,
+        config={"event_key_jmespath": "name"},
+        steps=(Call(functions.Card(number=SecretStr("4242"))), Call(functions.Card(number=SecretStr("5555")))),
     ),
     Scenario(
         title="a body that changes its payload",
