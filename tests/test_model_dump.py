@@ -47,7 +47,7 @@ T = TypeVar("T")
 
 def text_of(payload: Any) -> str:
     """Return the text that the key of a payload is made of."""
-    return encode(prepare(payload))
+    return encode(prepare(payload), is_key=True)
 
 
 def refused(payload: Any) -> str:
@@ -652,7 +652,7 @@ def test_what_is_no_model_of_pydantic_says_itself_what_it_is() -> None:
     assert refused(Duck(ids={1})) == "$.ids is of type set"
 
 
-class Hero(SQLModel, table=True):
+class Customer(SQLModel, table=True):
     id: int | None = Column(default=None, primary_key=True)
     name: str
 
@@ -667,13 +667,13 @@ def session() -> Iterator[Session]:
 
 
 def test_a_row_that_is_not_loaded_is_refused_and_loads_nothing(session: Session) -> None:
-    hero = Hero(name="4242")
-    session.add(hero)
+    customer = Customer(name="4242")
+    session.add(customer)
     session.commit()  # which expires it
-    assert refused(hero) == "$.id is Hero.id, which is not loaded"
-    assert "name" not in vars(hero)
-    session.refresh(hero)
-    assert prepare(hero) == {"id": 1, "name": "4242"}
+    assert refused(customer) == "$.id is Customer.id, which is not loaded"
+    assert "name" not in vars(customer)
+    session.refresh(customer)
+    assert prepare(customer) == {"id": 1, "name": "4242"}
 
 
 def test_a_model_without_some_of_its_fields_is_what_it_has() -> None:
