@@ -3,7 +3,7 @@
 Sorted keys, separators ", " and ": ", ASCII, NaN and Infinity allowed: byte for byte what AWS Powertools for Python
 hashes. What JSON does not know is replaced first:
 
-    Decimal → its str (NaN → NaN) · pydantic model → model_dump(mode="json"), sets sorted · dataclass → dict of fields
+    Decimal → its str (NaN → NaN) · pydantic model → model_dump(mode="json") · dataclass → dict of fields
     Enum → its value · date, datetime, time → isoformat · UUID, PurePath → str
 
 A value of more than one of these kinds is the first of them. Everything else is refused, and only then is the value
@@ -141,13 +141,13 @@ def _find_replacement(cls: type) -> Callable[[Any], Any] | None:
     if issubclass(cls, loaded("decimal", "Decimal")):
         return _decimal
     if hasattr(cls, "json") and hasattr(cls, "model_dump"):
-        return dump_model
+        return _model_dump
     if hasattr(cls, "__dataclass_fields__"):
         return dataclasses.asdict
     for module, name, replace in _REPLACED:
         if issubclass(cls, loaded(module, name)):
             return replace
-    return dump_model if hasattr(cls, "model_dump") else None
+    return _model_dump if hasattr(cls, "model_dump") else None
 
 
 _replacement: Final[Callable[[type], Callable[[Any], Any] | None]] = lru_cache(maxsize=1024)(_find_replacement)
