@@ -154,6 +154,13 @@ def mutate(session: nox.Session) -> None:
 
 
 @nox.session
+def simulate(session: nox.Session) -> None:
+    """Look for a seed that breaks a promise in a simulated world: `nox -s simulate -- --count 10000 --start 0`."""
+    session.install("-e", ".")
+    session.run("python", "-m", "tests.simulation", *session.posargs)
+
+
+@nox.session
 def bench(session: nox.Session) -> None:
     """Measure against other libraries and print one table of ratios; see docs/benchmarks.md."""
     _install(session, "bench")

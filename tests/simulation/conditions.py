@@ -43,7 +43,7 @@ class Conditions:
         """Whether outcomes outlast the run."""
         self.kept = 100_000.0 if self.has_long_window else rng.choice([1.0, 3.0, 8.0])
         self.stores_exceptions = rng.random() < 0.5
-        self.fail_open = self.policy == "run_again" and rng.random() < 0.08
+        self.fail_open = self.policy == "run_again" and rng.random() < 0.15
         # The network and the machines.
         self.is_gentle = rng.random() < 0.2
         """Whether nothing goes wrong at all."""

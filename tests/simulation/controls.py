@@ -123,11 +123,9 @@ class TakesOverBeforeTheLeaseHasPassed(Broken):
 
 
 @store_noticed_by(Rule.H9, where=lambda conditions: conditions.policy == "raise")
-class LetsARenewalOverwriteTheDoubt(Broken):
+class ForgetsThatAClaimIsInDoubt(Broken):
     def _renewed(self, found: DataRecord, moved: DataRecord) -> DataRecord | None:
-        if is_given_up(found) and not is_given_up(moved):
-            found = found.replace(lease_expiry_timestamp=1)
-        return super()._renewed(found, moved)
+        return found if is_given_up(moved) else super()._renewed(found, moved)
 
 
 @store_noticed_by(Rule.H4)

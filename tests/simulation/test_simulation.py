@@ -14,8 +14,8 @@ from tests.simulation.network import Fault
 from tests.simulation.runs import history_of, simulate
 
 SEEDS = 2400
-SEEDS_PER_TEST = 240
-MOST_SEEDS_OF_A_CONTROL = 600
+SEEDS_PER_TEST = 400
+MOST_SEEDS_OF_A_CONTROL = 1000
 
 HAPPENS = {
     *(f"{fault}: acquire" for fault in Fault),
@@ -48,7 +48,7 @@ HAPPENS = {
 def test_no_rule_is_broken_whatever_happens(start: int) -> None:
     report = simulate(range(start, start + SEEDS_PER_TEST))
     assert not report.violations, str(report)
-    assert not HAPPENS - {what for what, count in report.happened.items() if count}
+    assert HAPPENS - {what for what, count in report.happened.items() if count} == set()
 
 
 @pytest.mark.parametrize("seed", range(10))

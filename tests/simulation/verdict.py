@@ -46,7 +46,7 @@ class Verdict:
     def give(self) -> None:
         """Look at everything."""
         world, call = self.world, self.call
-        world.tell(f"{call} ends: {call.outcome} {call.value!r} {type(call.error).__name__}: {call.error}")
+        world.tell(f"{call} ends: {self._outcome_text() or call.outcome} {call.error!r}")
         world.happened[f"outcome: {call.outcome if call.error is None else type(call.error).__name__}"] += 1
         if call.is_running:
             self._violate(Rule.H2, "has ended, and its body runs")
