@@ -3,7 +3,7 @@
 Sorted keys, separators ", " and ": ", ASCII, NaN and Infinity allowed: byte for byte what AWS Powertools for Python
 hashes. What JSON does not know is replaced first:
 
-    Decimal → its str (NaN → NaN) · pydantic model → model_dump(mode="json") · dataclass → dict of fields
+    Decimal → its str (NaN → NaN) · pydantic model → model_dump(mode="json"), sets sorted · dataclass → dict of fields
     Enum → its value · date, datetime, time → isoformat · UUID, PurePath → str
 
 A value of more than one of these kinds is the first of them. Everything else is refused, and only then is the value
@@ -61,21 +61,17 @@ class Lost:
     __hash__ = object.__hash__
 
 
-def encode(value: Any, *, is_key: bool = False) -> str:
+def encode(value: Any) -> str:
     """Return the canonical JSON text of a value.
-
-    Args:
-        value: What to encode.
-        is_key: Whether it is to tell calls apart: then what the dump of a model hides is refused, and sets are sorted.
 
     Raises:
         NotEncodableError: The value, or something in it, is of another type, circular or too deep.
         Exception: What interrupted the encoder and is no fault of the value, such as Celery's soft time limit.
     """
     try:
-        return "".join((_key_chunks if is_key else _chunks)(value, 0))
+        return "".join(_chunks(value, 0))
     except Exception as error:
-        raise explain(value, error, is_key=is_key) from error
+        raise explain(value, error) from error
 
 
 def plain(value: object) -> Any:
@@ -89,15 +85,6 @@ def plain(value: object) -> Any:
     if replace is None:
         raise TypeError(f"values of type {cls.__qualname__} are not encoded")
     return replace(value)
-
-
-def key_part(value: object) -> Any:
-    """Return what the encoder writes in the place of a value in a key, as `plain` does.
-
-    Raises:
-        TypeError: There is nothing to write for this type.
-    """
-    return dump_model(value) if _replacement(type(value)) is _model_dump else plain(value)
 
 
 def is_dict(value: object) -> TypeGuard[dict[Any, Any]]:
@@ -126,7 +113,6 @@ def dump_model(model: Any) -> Any:
     return dump(model)
 
 
-_model_dump: Final = methodcaller("model_dump", mode="json")
 _isoformat: Final = methodcaller("isoformat")
 _REPLACED: Final[tuple[tuple[str, str, Callable[[Any], Any]], ...]] = (
     ("enum", "Enum", attrgetter("value")),
@@ -141,32 +127,31 @@ def _find_replacement(cls: type) -> Callable[[Any], Any] | None:
     if issubclass(cls, loaded("decimal", "Decimal")):
         return _decimal
     if hasattr(cls, "json") and hasattr(cls, "model_dump"):
-        return _model_dump
+        return dump_model
     if hasattr(cls, "__dataclass_fields__"):
         return dataclasses.asdict
     for module, name, replace in _REPLACED:
         if issubclass(cls, loaded(module, name)):
             return replace
-    return _model_dump if hasattr(cls, "model_dump") else None
+    return dump_model if hasattr(cls, "model_dump") else None
 
 
 _replacement: Final[Callable[[type], Callable[[Any], Any] | None]] = lru_cache(maxsize=1024)(_find_replacement)
 
 
-def make_chunks(default: Callable[[Any], Any] = plain) -> Callable[[Any, int], Iterable[str]]:
+def make_chunks() -> Callable[[Any, int], Iterable[str]]:
     """Return what encodes a value in pieces; `JSONEncoder.encode` would make the one in C anew for every value."""
-    encoder = json.JSONEncoder(sort_keys=True, default=default)
+    encoder = json.JSONEncoder(sort_keys=True, default=plain)
     make = getattr(json.encoder, "c_make_encoder", None)
     if make is None:
         return lambda value, _indent: encoder.iterencode(value)
     quoted = json.encoder.encode_basestring_ascii
     # Without a dict of markers it does not look for cycles, but ends in a RecursionError, which is explained.
-    chunks: Callable[[Any, int], Iterable[str]] = make(None, default, quoted, None, ": ", ", ", True, False, True)  # noqa: FBT003 - in C
+    chunks: Callable[[Any, int], Iterable[str]] = make(None, plain, quoted, None, ": ", ", ", True, False, True)  # noqa: FBT003 - in C
     return chunks
 
 
 _chunks: Final = make_chunks()
-_key_chunks: Final = make_chunks(key_part)
 _decoder: Final = json.JSONDecoder()
 _scan: Final[Callable[[str, int], tuple[Any, int]]] = vars(_decoder)["scan_once"]
 
@@ -185,10 +170,10 @@ def decode(text: str) -> Any:
     return value if end == len(text) else _decoder.decode(text)  # there is white space, or a fault to be told
 
 
-def explain(value: Any, error: Exception, *, is_key: bool = False) -> NotEncodableError:
+def explain(value: Any, error: Exception) -> NotEncodableError:
     """Find out where and why encoding `value` ended in `error`, which is raised again if the value has no fault."""
     try:
-        _check(value, "$", frozenset(), is_key=is_key)
+        _check(value, "$", frozenset())
     except NotEncodableError as found:
         return found
     except RecursionError:
@@ -198,7 +183,7 @@ def explain(value: Any, error: Exception, *, is_key: bool = False) -> NotEncodab
     raise error
 
 
-def _check(value: Any, path: str, ancestors: frozenset[int], *, is_key: bool) -> None:
+def _check(value: Any, path: str, ancestors: frozenset[int]) -> None:
     """Raise `NotEncodableError` for the first value in `value` that cannot be encoded."""
     if value is None or isinstance(value, str | float):
         return
@@ -211,12 +196,12 @@ def _check(value: Any, path: str, ancestors: frozenset[int], *, is_key: bool) ->
     if is_dict(value):
         _check_keys(value, path)
         for key, item in value.items():
-            _check(item, path + _step(key), ancestors, is_key=is_key)
+            _check(item, path + _step(key), ancestors)
     elif is_array(value):
         for index, item in enumerate(value):
-            _check(item, f"{path}[{index}]", ancestors, is_key=is_key)
+            _check(item, f"{path}[{index}]", ancestors)
     else:
-        _check(_replaced(value, path, is_key=is_key), path, ancestors, is_key=is_key)
+        _check(_replaced(value, path), path, ancestors)
 
 
 def _check_int(value: int, path: str) -> None:
@@ -242,7 +227,7 @@ def _step(key: Any) -> str:
     return f".{key}" if isinstance(key, str) and key.isidentifier() else f"[{json.dumps(str(key))}]"
 
 
-def _replaced(value: object, path: str, *, is_key: bool) -> Any:
+def _replaced(value: object, path: str) -> Any:
     if isinstance(value, Lost):
         raise NotEncodableError(path, value.reason)
     cls = type(value)
@@ -252,7 +237,7 @@ def _replaced(value: object, path: str, *, is_key: bool) -> Any:
     if replace is dataclasses.asdict:  # which ends at the first fault in the depth, and does not say where
         return {field.name: getattr(value, field.name) for field in dataclasses.fields(cast("Any", value))}
     try:
-        return key_part(value) if is_key else replace(value)
+        return replace(value)
     except Exception as error:
         reason = f"is a {cls.__qualname__} that cannot be dumped: {type(error).__name__}"
         raise NotEncodableError(path, reason) from error

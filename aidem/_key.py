@@ -13,7 +13,7 @@ from collections.abc import Sized
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any, Final
 
-from aidem._json import ENCODABLE, NotEncodableError, dump_model, encode, explain, is_array, is_dict, key_part
+from aidem._json import ENCODABLE, NotEncodableError, dump_model, encode, explain, is_array, is_dict, plain
 from aidem.exceptions import IdempotencyKeyError
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def prepare(payload: Any) -> Any:
     try:
         return _prepared(payload)
     except Exception as error:
-        raise _refused(explain(payload, error, is_key=True)) from error
+        raise _refused(explain(payload, error)) from error
 
 
 def _prepared(payload: Any) -> Any:
@@ -60,7 +60,7 @@ def is_missing(selected: Any) -> bool:
     try:
         return _is_nothing(selected)
     except Exception as error:
-        raise _refused(explain(selected, error, is_key=True)) from error
+        raise _refused(explain(selected, error)) from error
 
 
 def _is_nothing(value: Any) -> bool:
@@ -70,7 +70,7 @@ def _is_nothing(value: Any) -> bool:
         return all(map(_is_nothing, value.values()))
     if is_array(value):
         return all(map(_is_nothing, value))
-    return len(value) == 0 if isinstance(value, Sized) else _is_nothing(key_part(value))
+    return len(value) == 0 if isinstance(value, Sized) else _is_nothing(plain(value))
 
 
 def payload_digest(selected: Any, hash_function: str) -> str:
@@ -80,7 +80,7 @@ def payload_digest(selected: Any, hash_function: str) -> str:
         IdempotencyKeyError: The value cannot be encoded; the message names the path to the fault.
     """
     try:
-        text = encode(selected, is_key=True)
+        text = encode(selected)
     except NotEncodableError as error:
         raise _refused(error) from error
     return hash_text(text, hash_function)

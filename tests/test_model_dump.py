@@ -47,7 +47,7 @@ T = TypeVar("T")
 
 def text_of(payload: Any) -> str:
     """Return the text that the key of a payload is made of."""
-    return encode(prepare(payload), is_key=True)
+    return encode(prepare(payload))
 
 
 def refused(payload: Any) -> str:
