@@ -1,10 +1,10 @@
 """aidem makes asyncio code safe to retry: a call named by an idempotency key runs once within a window."""
 
-from aidem._context import BlockExecution, idempotency
-from aidem._decorators import idempotent, idempotent_function
+from aidem._api.block import BlockExecution, idempotency
+from aidem._api.decorators import idempotent, idempotent_function
+from aidem._api.execution import Execution, current_execution
 from aidem._distribution import __version__
-from aidem._execution import Execution, current_execution
-from aidem._record import DataRecord, RecordStatus
+from aidem._rules.record import DataRecord, RecordStatus
 from aidem.config import IdempotencyConfig, configure, register_lambda_context
 
 __all__ = [

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from aidem._http_gate import Gate
-from aidem._http_lifespan import Lifespan
-from aidem._http_options import HttpOptions, IdempotencyOptions, by_header
-from aidem._http_types import Problem, RequestParts
+from aidem._http.gate import Gate
+from aidem._http.lifespan import Lifespan
+from aidem._http.options import HttpOptions, IdempotencyOptions, by_header
+from aidem._http.types import Problem, RequestParts
 
 if TYPE_CHECKING:
     from typing import Unpack
 
-    from aidem._http_types import ASGIApp, Receive, Scope, Send
+    from aidem._http.types import ASGIApp, Receive, Scope, Send
 
 __all__ = ["IdempotencyMiddleware", "IdempotencyOptions", "Problem", "RequestParts", "by_header"]
 

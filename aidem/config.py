@@ -9,16 +9,16 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Protocol, runtime_checkable
 
-from aidem._fork import Guard
-from aidem._options import check_options, check_settings, kind_of, refused
+from aidem._checks import check_options, check_settings, kind_of, refused
+from aidem._runtime.fork import Guard
 from aidem.exceptions import IdempotencyPersistenceConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
     from contextvars import Token
 
-    from aidem._options import OnAbandoned, OnPersistenceError
-    from aidem._record import DataRecord
+    from aidem._checks import OnAbandoned, OnPersistenceError
+    from aidem._rules.record import DataRecord
     from aidem.hooks import IdempotencyHook
     from aidem.persistence import PersistenceLayer
 

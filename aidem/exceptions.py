@@ -25,7 +25,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
-    from aidem._record import DataRecord
+    from aidem._rules.record import DataRecord
 
 
 class IdempotencyError(Exception):

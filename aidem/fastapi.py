@@ -16,11 +16,11 @@ try:
 except ImportError as error:
     raise ImportError(f"aidem.fastapi needs FastAPI: {how_to_install('fastapi')}") from error
 
-from aidem import _http_openapi as openapi
-from aidem._http_answers import MEDIA_TYPE
-from aidem._http_gate import Gate
-from aidem._http_options import HttpOptions, IdempotencyOptions, by_header
-from aidem._http_types import Problem, RequestParts
+from aidem._http import openapi
+from aidem._http.answers import MEDIA_TYPE
+from aidem._http.gate import Gate
+from aidem._http.options import HttpOptions, IdempotencyOptions, by_header
+from aidem._http.types import Problem, RequestParts
 from aidem.exceptions import IdempotencyConfigError
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from fastapi.dependencies.models import Dependant
     from pydantic.fields import FieldInfo
 
-    from aidem._http_types import Receive, Scope, Send
+    from aidem._http.types import Receive, Scope, Send
 
 __all__ = ["IdempotencyOptions", "IdempotentRoute", "Problem", "RequestParts", "by_header"]
 

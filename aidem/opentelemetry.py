@@ -17,7 +17,7 @@ except ModuleNotFoundError as missing:
     message = f"aidem.opentelemetry needs the API of OpenTelemetry: {how_to_install('otel')}"
     raise ImportError(message) from missing
 
-from aidem._fork import Guard
+from aidem._runtime.fork import Guard
 from aidem.hooks import EventKind
 
 if TYPE_CHECKING:

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING
 import aiosqlite
 
 from aidem import idempotent_function
-from aidem.persistence import _sqlite_records
-from aidem.persistence.sqlite import SQLitePersistenceLayer
+from aidem.persistence.sqlite import SQLitePersistenceLayer, _records
 from benchmarks._measure import first_and_replay, one_after_another, race
 from benchmarks._rows import at_least, at_most
 from benchmarks._servers import directory_on_disk
@@ -81,7 +80,7 @@ async def _ours(path: Path, stack: AsyncExitStack) -> Call:
 
 async def _aiosqlite(path: Path, stack: AsyncExitStack) -> Call:
     connection = await stack.enter_async_context(aiosqlite.connect(path, isolation_level=None))
-    for statement in (*DURABLE, *_sqlite_records.SCHEMA):
+    for statement in (*DURABLE, *_records.SCHEMA):
         await connection.execute(statement)
 
     async def pay(order: str) -> None:
@@ -100,7 +99,7 @@ async def _aiosqlite(path: Path, stack: AsyncExitStack) -> Call:
 def _bare(path: Path, cleanup: ExitStack) -> Callable[[str], None]:
     connection = sqlite3.connect(path, isolation_level=None)
     cleanup.callback(connection.close)
-    for statement in (*DURABLE, *_sqlite_records.SCHEMA):
+    for statement in (*DURABLE, *_records.SCHEMA):
         connection.execute(statement)
 
     def pay(order: str) -> None:

@@ -1,6 +1,6 @@
 """The judge of the stateful tests: aidem's promises in plain words, checked against everything that is seen.
 
-It shares no rule with `aidem._state`: what a record means is written down here once more, as plainly as can be.
+It shares no rule with `aidem._rules.lifecycle`: what a record means is written down here once more, as plainly as can be.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from aidem import DataRecord, RecordStatus
-from aidem._record import OutcomeKind
+from aidem._rules.record import OutcomeKind
 from aidem.exceptions import (
     IdempotencyAlreadyInProgressError,
     IdempotencyInDoubtError,

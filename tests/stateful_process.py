@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Self
 
-from aidem._cancellation import SettlingFuture
+from aidem._runtime.cancellation import SettlingFuture
 from aidem.exceptions import IdempotencyPersistenceConnectionError
 from aidem.testing import FakeClock
 from tests.stateful_model import CallSeen

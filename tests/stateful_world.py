@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from aidem import IdempotencyConfig, current_execution, idempotency, idempotent_function
-from aidem._cancellation import CLEANUP_SECONDS
+from aidem._runtime.cancellation import CLEANUP_SECONDS
 from aidem.exceptions import IdempotencyInDoubtError, IdempotencyPersistenceConnectionError
 from aidem.testing import FakeClock
 from tests.stateful_model import CallSeen, DeclinedError, Judge, RefusedError, Run, Write

@@ -9,7 +9,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Self
 
-from aidem._cancellation import SettlingFuture
+from aidem._runtime.cancellation import SettlingFuture
 from aidem.persistence.memory import MemoryPersistenceLayer
 
 if TYPE_CHECKING:

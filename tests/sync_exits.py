@@ -15,7 +15,8 @@ import warnings
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
-from aidem import IdempotencyConfig, _background, current_execution, sync
+from aidem import IdempotencyConfig, current_execution, sync
+from aidem._runtime import background_loop
 from aidem.exceptions import IdempotencyLeaseLostError
 from aidem.persistence.memory import MemoryPersistenceLayer
 from aidem.persistence.sqlite import SQLitePersistenceLayer
@@ -152,7 +153,7 @@ def forked_while_asking() -> None:
     is_locked, has_forked = threading.Event(), threading.Event()
 
     def ask() -> None:
-        with _background._process.lock:
+        with background_loop._process.lock:
             is_locked.set()
             has_forked.wait()
 

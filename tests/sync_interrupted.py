@@ -16,7 +16,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from aidem import _state, sync
+from aidem import sync
+from aidem._rules import lifecycle
 from aidem.exceptions import IdempotencyError
 from aidem.persistence.memory import MemoryPersistenceLayer
 from tests.support import PlannedLayer, real_now
@@ -125,7 +126,7 @@ async def complete_early(layer: StagedLayer) -> None:
     """Do what nobody may: record the outcome of a body that still runs."""
     for record in list(layer.inner._records.values()):
         now = real_now()
-        early = _state.completed(record, response_data='"early"', outcome=None, expires_after_seconds=60, now=now)
+        early = lifecycle.completed(record, response_data='"early"', outcome=None, expires_after_seconds=60, now=now)
         await layer.inner.complete(early, now=now)
 
 

@@ -20,7 +20,7 @@ import aidem
 from aidem import (
     IdempotencyConfig,
     RecordStatus,
-    _options,
+    _checks,
     configure,
     current_execution,
     idempotency,
@@ -626,7 +626,7 @@ class HalfALayer:
 
 def test_the_operations_that_are_asked_for_are_those_of_the_contract() -> None:
     contract = {name for name, member in vars(PersistenceLayer).items() if inspect.isfunction(member)}
-    assert set(_options._OPERATIONS) == contract - {"__init__", "__subclasshook__"}
+    assert set(_checks._OPERATIONS) == contract - {"__init__", "__subclasshook__"}
 
 
 @pytest.mark.parametrize("decorator", [idempotent, idempotent_function])

@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 
 import aidem
-from aidem import IdempotencyConfig, _http_answers
+from aidem import IdempotencyConfig
 from aidem._distribution import DISTRIBUTION, how_to_install
+from aidem._http import answers
 from aidem.asgi import Problem
 from aidem.hooks import EventKind
 
@@ -147,7 +148,7 @@ def test_every_kind_of_event_is_described() -> None:
 def test_every_answer_of_the_http_layer_is_described() -> None:
     row = r"^\| (\d+)( with `Retry-After`)? \| .* \| `([\w-]+)` \| (?:no|yes) \|$"
     rows = re.findall(row, page("http.md"), re.MULTILINE)
-    answers = [value for value in vars(_http_answers).values() if isinstance(value, Problem)]
+    answers = [value for value in vars(answers).values() if isinstance(value, Problem)]
     described = {(int(status), bool(retry_after), name) for status, retry_after, name in rows}
     assert described == {(answer.status, answer.is_temporary, answer.name) for answer in answers}
 

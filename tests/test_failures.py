@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from aidem import IdempotencyConfig, RecordStatus, current_execution, idempotency, idempotent_function
-from aidem._cancellation import CLEANUP_SECONDS
-from aidem._claimed_record import GIVING_BACK_SECONDS
+from aidem._engine.claimed_record import GIVING_BACK_SECONDS
+from aidem._runtime.cancellation import CLEANUP_SECONDS
 from aidem.exceptions import (
     IdempotencyError,
     IdempotencyPersistenceConfigError,

@@ -10,9 +10,9 @@ import anyio
 import pytest
 
 from aidem import IdempotencyConfig, RecordStatus, current_execution, idempotency, idempotent, idempotent_function
-from aidem._cancellation import HeldOff, SettlingFuture
-from aidem._engine import Call
-from aidem._plan import Key, Plan
+from aidem._engine.call import Call
+from aidem._engine.plan import Key, Plan
+from aidem._runtime.cancellation import HeldOff, SettlingFuture
 from aidem.exceptions import (
     IdempotencyAlreadyInProgressError,
     IdempotencyInDoubtError,

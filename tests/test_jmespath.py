@@ -21,7 +21,7 @@ import pytest
 from aws_lambda_powertools.utilities.jmespath_utils import PowertoolsFunctions
 from jmespath.functions import Functions, signature
 
-from aidem._jmespath import compile_expression, search
+from aidem._rules.expressions import compile_expression, search
 from aidem.exceptions import IdempotencyKeyError
 
 MIB = 1024**2

@@ -19,7 +19,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aidem._json import NotEncodableError, decode, encode, loaded, make_chunks, plain
+from aidem._rules.canonical_json import NotEncodableError, decode, encode, loaded, make_chunks, plain
 
 Json = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
@@ -234,5 +234,5 @@ def test_a_class_whose_module_nobody_imported_is_not_imported_to_ask_for_it() ->
 
 
 def test_importing_keys_and_results_does_not_import_pydantic() -> None:
-    code = "import sys, aidem._json, aidem._key, aidem.serialization; sys.exit('pydantic' in sys.modules)"
+    code = "import sys, aidem._rules.canonical_json, aidem._rules.key, aidem.serialization; sys.exit('pydantic' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

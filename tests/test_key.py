@@ -26,7 +26,7 @@ from aws_lambda_powertools.utilities.idempotency.persistence.base import BasePer
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aidem import _key
+from aidem._rules import key as _key
 from aidem.exceptions import IdempotencyKeyError
 
 VECTORS: dict[str, dict[str, str]] = json.loads((Path(__file__).parent / "data/golden-keys.json").read_text())[
@@ -132,7 +132,7 @@ def test_a_refusal_names_the_path_and_what_is_allowed_and_no_value() -> None:
 @pytest.mark.parametrize("seed", ["0", "1", "4242"])
 def test_keys_do_not_depend_on_the_hash_seed_of_the_process(seed: str) -> None:
     code = (
-        "import dataclasses, aidem._key as k\n"
+        "import dataclasses, aidem._rules.key as k\n"
         "C = dataclasses.make_dataclass('C', [('b', dict), ('a', list)])\n"
         "v = k.prepare(C({'z': 1, 'é': {'k': 1, 'j': 2}, 'a': None}, ['x', {'q': 1, 'p': 2}]))\n"
         "print(k.idempotency_key('f', k.payload_digest(v, 'sha256')))"

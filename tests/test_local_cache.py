@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from aidem import IdempotencyConfig, RecordStatus, idempotency, idempotent_function
-from aidem._local_cache import LocalCache
-from aidem._record import DataRecord
+from aidem._engine.local_cache import LocalCache
+from aidem._rules.record import DataRecord
 from aidem.exceptions import (
     IdempotencyAlreadyInProgressError,
     IdempotencyResultUnavailableError,

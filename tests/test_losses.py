@@ -22,8 +22,7 @@ import pytest
 from pydantic import BaseModel, ConfigDict, Field, SecretBytes, SecretStr
 
 from aidem import configure, idempotency, idempotent_function, sync
-from aidem._losses import lost
-from aidem._record import OutcomeKind
+from aidem._rules.record import OutcomeKind
 from aidem.exceptions import IdempotencyResultUnavailableError, IdempotencySerializationError, IdempotencyWarning
 from aidem.persistence.memory import MemoryPersistenceLayer
 from aidem.serialization import (
@@ -33,6 +32,7 @@ from aidem.serialization import (
     PydanticSerializer,
     round_trip,
 )
+from aidem.serialization._losses import lost
 
 T = TypeVar("T")
 BERLIN = ZoneInfo("Europe/Berlin")

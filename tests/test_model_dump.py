@@ -37,8 +37,8 @@ from sqlmodel import Session, SQLModel, create_engine
 from typing_extensions import TypedDict
 
 from aidem import IdempotencyConfig, idempotency, idempotent, idempotent_function, sync
-from aidem._json import encode
-from aidem._key import payload_digest, prepare
+from aidem._rules.canonical_json import encode
+from aidem._rules.key import payload_digest, prepare
 from aidem.exceptions import IdempotencyKeyError
 from aidem.persistence.memory import MemoryPersistenceLayer
 

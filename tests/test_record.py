@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from aidem import DataRecord, RecordStatus, exceptions
-from aidem._record import OutcomeKind
+from aidem._rules.record import OutcomeKind
 from aidem.exceptions import (
     IdempotencyAlreadyInProgressError,
     IdempotencyError,

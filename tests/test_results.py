@@ -15,7 +15,7 @@ import pytest
 from pydantic import BaseModel, ConfigDict, Field, computed_field
 
 from aidem import DataRecord, IdempotencyConfig, RecordStatus, configure, idempotent, idempotent_function
-from aidem._record import OutcomeKind
+from aidem._rules.record import OutcomeKind
 from aidem.exceptions import (
     IdempotencyConfigError,
     IdempotencyModelTypeError,

@@ -28,7 +28,7 @@ from aws_lambda_powertools.utilities.idempotency.serialization.pydantic import (
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aidem._json import encode
+from aidem._rules.canonical_json import encode
 from aidem.exceptions import (
     IdempotencyModelTypeError,
     IdempotencyNoSerializationModelError,

@@ -15,8 +15,8 @@ import pydantic
 import pytest
 
 from aidem import IdempotencyConfig, idempotency, idempotent_function, sync
-from aidem._json import NotEncodableError, encode
-from aidem._record import OutcomeKind
+from aidem._rules.canonical_json import NotEncodableError, encode
+from aidem._rules.record import OutcomeKind
 from aidem.exceptions import IdempotencyResultUnavailableError
 from aidem.persistence.memory import MemoryPersistenceLayer
 from aidem.serialization import CustomDictSerializer

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from aidem import IdempotencyConfig, idempotent_function
-from aidem._signature import Target
+from aidem._api.signature import Target
 from aidem.exceptions import IdempotencyConfigError, IdempotencyKeyError, IdempotencyWarning
 from aidem.persistence.memory import MemoryPersistenceLayer
 

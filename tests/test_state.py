@@ -9,9 +9,9 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from aidem import _state
-from aidem._record import DataRecord, OutcomeKind, RecordStatus
-from aidem._state import Blocked, Claimed, Completion, Lease, Step
+from aidem._rules import lifecycle
+from aidem._rules.lifecycle import Blocked, Claimed, Completion, Lease, Step
+from aidem._rules.record import DataRecord, OutcomeKind, RecordStatus
 
 NOW = 1_800_000_000.5
 NOW_S = 1_800_000_000
@@ -56,31 +56,31 @@ def test_a_record_is_expired_when_its_expiry_lies_before_the_second(
     expiry: int | None, expected: bool, now: float
 ) -> None:
     for record in (claim(expiry_timestamp=expiry), result(expiry_timestamp=expiry)):
-        assert _state.is_expired(record, now=now) is expected
-        assert _state.status_of(record, now=now) is (RecordStatus.EXPIRED if expected else record.status)
+        assert lifecycle.is_expired(record, now=now) is expected
+        assert lifecycle.status_of(record, now=now) is (RecordStatus.EXPIRED if expected else record.status)
 
 
 @pytest.mark.parametrize(("end", "expected"), [(None, False), (NOW_MS - 1, True), (NOW_MS, False), (NOW_MS + 1, False)])
 def test_a_claim_is_lapsed_when_its_lease_ended_before_the_millisecond(end: int | None, expected: bool) -> None:
-    assert _state.is_lapsed(claim(in_progress_expiry_timestamp=end), now=NOW) is expected
-    assert not _state.is_lapsed(result(in_progress_expiry_timestamp=end), now=NOW)
-    assert not _state.is_lapsed(claim(lease_expiry_timestamp=end), now=NOW)
+    assert lifecycle.is_lapsed(claim(in_progress_expiry_timestamp=end), now=NOW) is expected
+    assert not lifecycle.is_lapsed(result(in_progress_expiry_timestamp=end), now=NOW)
+    assert not lifecycle.is_lapsed(claim(lease_expiry_timestamp=end), now=NOW)
 
 
 @pytest.mark.parametrize(("end", "expected"), [(NOW_MS - 2001, True), (NOW_MS - 2000, False)])
 def test_clock_skew_prolongs_a_lease(end: int, expected: bool) -> None:
     record = claim(in_progress_expiry_timestamp=end)
-    assert _state.is_lapsed(record, now=NOW, max_clock_skew_seconds=2) is expected
-    answer = _state.acquire(record, PROPOSED, now=NOW, max_clock_skew_seconds=2)
+    assert lifecycle.is_lapsed(record, now=NOW, max_clock_skew_seconds=2) is expected
+    answer = lifecycle.acquire(record, PROPOSED, now=NOW, max_clock_skew_seconds=2)
     assert isinstance(answer, Claimed) is expected
 
 
 @pytest.mark.parametrize(("end", "expected"), [(None, False), (NOW_MS - 1, True), (NOW_MS, False), (NOW_MS + 1, False)])
 def test_a_claim_is_in_doubt_when_a_lease_that_nobody_may_take_over_has_ended(end: int | None, expected: bool) -> None:
-    assert _state.is_in_doubt(claim(lease_expiry_timestamp=end), now=NOW) is expected
-    assert not _state.is_in_doubt(result(lease_expiry_timestamp=end), now=NOW)
+    assert lifecycle.is_in_doubt(claim(lease_expiry_timestamp=end), now=NOW) is expected
+    assert not lifecycle.is_in_doubt(result(lease_expiry_timestamp=end), now=NOW)
     both = claim(lease_expiry_timestamp=end, in_progress_expiry_timestamp=NOW_MS)
-    assert not _state.is_in_doubt(both, now=NOW)
+    assert not lifecycle.is_in_doubt(both, now=NOW)
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_a_claim_is_in_doubt_when_a_lease_that_nobody_may_take_over_has_ended(en
     ],
 )
 def test_a_claim_is_held_by_its_owner(record: DataRecord | None, owner: str | None, expected: bool) -> None:
-    assert _state.is_held_by(record, owner) is expected
+    assert lifecycle.is_held_by(record, owner) is expected
 
 
 @pytest.mark.parametrize(
@@ -107,54 +107,54 @@ def test_a_lease_ends_when_it_lapses_or_becomes_in_doubt(
     in_progress: int | None, lease: int | None, expected: int | None
 ) -> None:
     record = claim(in_progress_expiry_timestamp=in_progress, lease_expiry_timestamp=lease)
-    assert _state.lease_end(record) == expected
+    assert lifecycle.lease_end(record) == expected
 
 
 # --- Acquire --------------------------------------------------------------------------------------------------------
 
 
 def test_a_key_without_record_is_claimed_as_proposed() -> None:
-    assert _state.acquire(None, PROPOSED, now=NOW) == Claimed(PROPOSED.replace(fence=NOW_MS), taken_over=False)
+    assert lifecycle.acquire(None, PROPOSED, now=NOW) == Claimed(PROPOSED.replace(fence=NOW_MS), taken_over=False)
 
 
 def test_the_fence_of_a_key_without_record_is_higher_than_the_last_one() -> None:
     for last, expected in [(NOW_MS - 2, NOW_MS), (NOW_MS - 1, NOW_MS), (NOW_MS, NOW_MS + 1), (NOW_MS + 9, NOW_MS + 10)]:
-        answer = _state.acquire(None, PROPOSED, now=NOW, last_fence=last)
+        answer = lifecycle.acquire(None, PROPOSED, now=NOW, last_fence=last)
         assert answer.record.fence == expected
 
 
 def test_a_store_that_has_given_out_no_fence_begins_with_one_at_the_latest() -> None:
-    assert _state.acquire(None, PROPOSED, now=0.0).record.fence == 1
+    assert lifecycle.acquire(None, PROPOSED, now=0.0).record.fence == 1
 
 
 def test_an_expired_record_is_replaced_and_nothing_of_it_is_left() -> None:
-    assert _state.acquire(OLD, PROPOSED, now=NOW) == Claimed(PROPOSED.replace(fence=8), taken_over=False)
+    assert lifecycle.acquire(OLD, PROPOSED, now=NOW) == Claimed(PROPOSED.replace(fence=8), taken_over=False)
 
 
 def test_an_expired_claim_of_ours_is_claimed_anew() -> None:
     found = claim(owner="ours", expiry_timestamp=NOW_S - 1)
-    assert _state.acquire(found, PROPOSED, now=NOW) == Claimed(PROPOSED.replace(fence=8), taken_over=False)
+    assert lifecycle.acquire(found, PROPOSED, now=NOW) == Claimed(PROPOSED.replace(fence=8), taken_over=False)
 
 
 def test_a_lapsed_claim_is_taken_over_and_nothing_of_it_is_left() -> None:
     found = OLD.replace(status=RecordStatus.INPROGRESS, expiry_timestamp=None, in_progress_expiry_timestamp=NOW_MS - 1)
-    assert _state.acquire(found, PROPOSED, now=NOW) == Claimed(PROPOSED.replace(fence=8), taken_over=True)
+    assert lifecycle.acquire(found, PROPOSED, now=NOW) == Claimed(PROPOSED.replace(fence=8), taken_over=True)
 
 
 @pytest.mark.parametrize("found", [OLD, claim(in_progress_expiry_timestamp=1)])
 def test_the_fence_is_the_one_found_plus_one_and_higher_than_the_last_one(found: DataRecord) -> None:
     for last, expected in [(0, 8), (6, 8), (7, 8), (8, 9), (99, 100)]:
-        assert _state.acquire(found, PROPOSED, now=NOW, last_fence=last).record.fence == expected
+        assert lifecycle.acquire(found, PROPOSED, now=NOW, last_fence=last).record.fence == expected
 
 
 @pytest.mark.parametrize("found", [OLD, claim(in_progress_expiry_timestamp=1)])
 def test_a_fence_found_by_another_library_counts_as_the_time(found: DataRecord) -> None:
-    assert _state.acquire(found.replace(fence=0), PROPOSED, now=NOW).record.fence == NOW_MS + 1
+    assert lifecycle.acquire(found.replace(fence=0), PROPOSED, now=NOW).record.fence == NOW_MS + 1
 
 
 def test_our_own_claim_is_claimed_as_found() -> None:
     found = claim(owner="ours", payload_hash="found")
-    assert _state.acquire(found, PROPOSED, now=NOW) == Claimed(found, taken_over=False)
+    assert lifecycle.acquire(found, PROPOSED, now=NOW) == Claimed(found, taken_over=False)
 
 
 @pytest.mark.parametrize(
@@ -171,7 +171,7 @@ def test_our_own_claim_is_claimed_as_found() -> None:
     ],
 )
 def test_everything_else_blocks(found: DataRecord) -> None:
-    assert _state.acquire(found, PROPOSED, now=NOW) == Blocked(found, NOW)
+    assert lifecycle.acquire(found, PROPOSED, now=NOW) == Blocked(found, NOW)
 
 
 # --- Complete -------------------------------------------------------------------------------------------------------
@@ -190,14 +190,14 @@ COMPLETED = result(owner="ours", response_data="2", payload_hash=HASH)
     ],
 )
 def test_an_outcome_is_stored_over_our_claim_or_nothing(found: DataRecord | None) -> None:
-    assert _state.complete(found, COMPLETED, now=NOW) is Completion.STORE
+    assert lifecycle.complete(found, COMPLETED, now=NOW) is Completion.STORE
 
 
 @pytest.mark.parametrize("outcome", [None, *OutcomeKind])
 def test_the_same_outcome_of_ours_is_stored_already(outcome: OutcomeKind | None) -> None:
     record = COMPLETED.replace(outcome=outcome)
     found = record.replace(expiry_timestamp=NOW_S, fence=1)
-    assert _state.complete(found, record, now=NOW) is Completion.ALREADY_STORED
+    assert lifecycle.complete(found, record, now=NOW) is Completion.ALREADY_STORED
 
 
 @pytest.mark.parametrize(
@@ -215,13 +215,13 @@ def test_the_same_outcome_of_ours_is_stored_already(outcome: OutcomeKind | None)
     ],
 )
 def test_any_other_record_refuses_an_outcome(found: DataRecord) -> None:
-    assert _state.complete(found, COMPLETED, now=NOW) is Completion.REFUSED
+    assert lifecycle.complete(found, COMPLETED, now=NOW) is Completion.REFUSED
 
 
 @pytest.mark.parametrize("status", [RecordStatus.INPROGRESS, RecordStatus.COMPLETED])
 def test_a_record_without_owner_refuses_an_outcome_without_owner(status: RecordStatus) -> None:
     record = COMPLETED.replace(owner=None)
-    assert _state.complete(record.replace(status=status), record, now=NOW) is Completion.REFUSED
+    assert lifecycle.complete(record.replace(status=status), record, now=NOW) is Completion.REFUSED
 
 
 # --- Renew ----------------------------------------------------------------------------------------------------------
@@ -234,7 +234,7 @@ def test_a_renewed_claim_has_the_new_instants_and_keeps_everything_else() -> Non
         in_progress_expiry_timestamp=NOW_MS + 30_000,
         lease_expiry_timestamp=NOW_MS + 31_000,
     )
-    assert _state.renewed(found, PROPOSED) == expected
+    assert lifecycle.renewed(found, PROPOSED) == expected
 
 
 @pytest.mark.parametrize(
@@ -249,30 +249,30 @@ def test_a_renewed_claim_has_the_new_instants_and_keeps_everything_else() -> Non
 )
 def test_a_renewal_that_would_move_a_claim_back_changes_nothing(held: dict[str, int], until: float) -> None:
     found = claim(owner="ours", **held)
-    assert _state.held_until(found) == until
+    assert lifecycle.held_until(found) == until
     for renewal in (
         claim(in_progress_expiry_timestamp=1999),
         claim(lease_expiry_timestamp=1),
         claim(expiry_timestamp=1),
     ):
-        assert _state.renewed(found, renewal.replace(owner="ours")) is found
-    assert _state.renewed(found, found) == found
+        assert lifecycle.renewed(found, renewal.replace(owner="ours")) is found
+    assert lifecycle.renewed(found, found) == found
     later = claim(owner="ours", expiry_timestamp=None)
-    assert _state.renewed(found, later) == later
+    assert lifecycle.renewed(found, later) == later
 
 
 def test_giving_a_claim_up_is_final() -> None:
     held = claim(owner="ours", expiry_timestamp=NOW_S + 60, lease_expiry_timestamp=NOW_MS + 30_000)
-    given_up = _state.abandoned(held)
-    assert _state.renewed(held, given_up) == given_up
-    assert _state.renewed(given_up, given_up) == given_up
+    given_up = lifecycle.abandoned(held)
+    assert lifecycle.renewed(held, given_up) == given_up
+    assert lifecycle.renewed(given_up, given_up) == given_up
     for renewal in (held, held.replace(lease_expiry_timestamp=None), PROPOSED):
-        assert _state.renewed(given_up, renewal) is None
+        assert lifecycle.renewed(given_up, renewal) is None
 
 
 @pytest.mark.parametrize("found", [None, claim(), claim(owner=None), result(owner="ours")])
 def test_what_is_not_ours_is_not_renewed(found: DataRecord | None) -> None:
-    assert _state.renewed(found, PROPOSED) is None
+    assert lifecycle.renewed(found, PROPOSED) is None
 
 
 # --- The records a call proposes ------------------------------------------------------------------------------------
@@ -312,7 +312,7 @@ def test_what_is_not_ours_is_not_renewed(found: DataRecord | None) -> None:
 def test_the_instants_of_a_lease(lease: Lease, expected: tuple[int, int | None, int | None]) -> None:
     assert lease.instants(now=NOW) == expected
     expiry, in_progress_expiry, lease_expiry = expected
-    assert _state.claim("key", owner="ours", payload_hash=HASH, lease=lease, now=NOW) == DataRecord(
+    assert lifecycle.claim("key", owner="ours", payload_hash=HASH, lease=lease, now=NOW) == DataRecord(
         idempotency_key="key",
         status=RecordStatus.INPROGRESS,
         expiry_timestamp=expiry,
@@ -321,22 +321,22 @@ def test_the_instants_of_a_lease(lease: Lease, expected: tuple[int, int | None, 
         payload_hash=HASH,
         owner="ours",
     )
-    assert _state.renewal(PROPOSED, lease=lease, now=NOW) == PROPOSED.replace(
+    assert lifecycle.renewal(PROPOSED, lease=lease, now=NOW) == PROPOSED.replace(
         expiry_timestamp=expiry, in_progress_expiry_timestamp=in_progress_expiry, lease_expiry_timestamp=lease_expiry
     )
 
 
 def test_an_abandoned_claim_is_in_doubt_at_once() -> None:
     held = claim(expiry_timestamp=NOW_S + 60, lease_expiry_timestamp=NOW_MS + 30_000)
-    abandoned = _state.abandoned(held)
-    assert abandoned == held.replace(lease_expiry_timestamp=_state.GIVEN_UP)
-    assert _state.is_in_doubt(abandoned, now=NOW)
-    assert _state.shifted(abandoned, seconds=5).lease_expiry_timestamp == _state.GIVEN_UP
+    abandoned = lifecycle.abandoned(held)
+    assert abandoned == held.replace(lease_expiry_timestamp=lifecycle.GIVEN_UP)
+    assert lifecycle.is_in_doubt(abandoned, now=NOW)
+    assert lifecycle.shifted(abandoned, seconds=5).lease_expiry_timestamp == lifecycle.GIVEN_UP
 
 
 @pytest.mark.parametrize("outcome", [None, OutcomeKind.EXCEPTION])
 def test_a_completed_record_keeps_what_names_its_claim(outcome: OutcomeKind | None) -> None:
-    record = _state.completed(
+    record = lifecycle.completed(
         PROPOSED.replace(fence=5), response_data="[]", outcome=outcome, expires_after_seconds=60.5, now=NOW
     )
     assert record == DataRecord(
@@ -367,7 +367,7 @@ def test_a_completed_record_keeps_what_names_its_claim(outcome: OutcomeKind | No
     ],
 )
 def test_a_shifted_record_has_later_instants(seconds: float, expiry: int, instants: int) -> None:
-    assert _state.shifted(PROPOSED, seconds=seconds) == PROPOSED.replace(
+    assert lifecycle.shifted(PROPOSED, seconds=seconds) == PROPOSED.replace(
         expiry_timestamp=NOW_S + 60 + expiry,
         in_progress_expiry_timestamp=NOW_MS + 30_000 + instants,
         lease_expiry_timestamp=NOW_MS + 31_000 + instants,
@@ -375,14 +375,14 @@ def test_a_shifted_record_has_later_instants(seconds: float, expiry: int, instan
 
 
 def test_instants_that_are_not_set_are_not_shifted() -> None:
-    assert _state.shifted(claim(), seconds=10) == claim()
+    assert lifecycle.shifted(claim(), seconds=10) == claim()
 
 
 @pytest.mark.parametrize(
     ("seconds", "expected"), [(NOW, NOW_MS), (1.9990234375, 1999), (0.0009765625, 0), (0.0, 0), (2.0, 2000)]
 )
 def test_milliseconds_are_floored(seconds: float, expected: int) -> None:
-    assert _state.milliseconds(seconds) == expected
+    assert lifecycle.milliseconds(seconds) == expected
 
 
 # --- What a call does about the record that blocks it ---------------------------------------------------------------
@@ -404,7 +404,7 @@ def test_milliseconds_are_floored(seconds: float, expected: int) -> None:
     ],
 )
 def test_what_a_call_does_about_a_live_record(record: DataRecord, expected: Step) -> None:
-    assert _state.next_step(record, payload_hash=HASH, now=NOW) is expected
+    assert lifecycle.next_step(record, payload_hash=HASH, now=NOW) is expected
 
 
 @pytest.mark.parametrize(
@@ -412,7 +412,7 @@ def test_what_a_call_does_about_a_live_record(record: DataRecord, expected: Step
     [("a", "a", False), ("a", "b", True), ("", "b", False), ("a", "", False), ("", "", False)],
 )
 def test_a_side_without_hash_is_not_compared(stored: str, sent: str, expected: bool) -> None:
-    assert _state.differs(claim(payload_hash=stored), sent) is expected
+    assert lifecycle.differs(claim(payload_hash=stored), sent) is expected
 
 
 # --- Laws -----------------------------------------------------------------------------------------------------------
@@ -446,12 +446,12 @@ leases = st.builds(
 def test_a_key_is_claimed_exactly_when_it_is_absent_expired_ours_or_lapsed(
     found: DataRecord | None, owner: str | None, now: float, last_fence: int
 ) -> None:
-    answer = _state.acquire(found, PROPOSED.replace(owner=owner), now=now, last_fence=last_fence)
+    answer = lifecycle.acquire(found, PROPOSED.replace(owner=owner), now=now, last_fence=last_fence)
     may_be_had = (
         found is None
-        or _state.is_expired(found, now=now)
-        or _state.is_held_by(found, owner)
-        or _state.is_lapsed(found, now=now)
+        or lifecycle.is_expired(found, now=now)
+        or lifecycle.is_held_by(found, owner)
+        or lifecycle.is_lapsed(found, now=now)
     )
     assert isinstance(answer, Claimed) is may_be_had
     if answer.record is not found:
@@ -460,7 +460,7 @@ def test_a_key_is_claimed_exactly_when_it_is_absent_expired_ours_or_lapsed(
 
 @given(found=records, now=nows, hash_=st.sampled_from(["", HASH]))
 def test_nobody_waits_for_a_completed_record(found: DataRecord, now: float, hash_: str) -> None:
-    step = _state.next_step(found, payload_hash=hash_, now=now)
+    step = lifecycle.next_step(found, payload_hash=hash_, now=now)
     is_completed = found.status is RecordStatus.COMPLETED
     assert (step in {Step.WAIT, Step.IN_DOUBT}) <= (not is_completed)
     assert (step is Step.REPLAY) <= is_completed
@@ -470,9 +470,9 @@ def test_nobody_waits_for_a_completed_record(found: DataRecord, now: float, hash
 def test_an_outcome_never_changes_a_live_record_that_is_not_ours(
     found: DataRecord, record: DataRecord, now: float
 ) -> None:
-    is_live = not _state.is_expired(found, now=now)
-    if _state.complete(found, record, now=now) is Completion.STORE and is_live:
-        assert _state.is_held_by(found, record.owner)
+    is_live = not lifecycle.is_expired(found, now=now)
+    if lifecycle.complete(found, record, now=now) is Completion.STORE and is_live:
+        assert lifecycle.is_held_by(found, record.owner)
         assert found.owner == record.owner is not None
 
 
@@ -480,32 +480,32 @@ def test_an_outcome_never_changes_a_live_record_that_is_not_ours(
 def test_a_renewed_claim_is_held_and_neither_expired_nor_lapsed_nor_in_doubt(
     found: DataRecord, lease: Lease, now: float
 ) -> None:
-    end, expiry = _state.lease_end(found), found.expiry_timestamp
+    end, expiry = lifecycle.lease_end(found), found.expiry_timestamp
     assume(end is None or expiry is None or end <= expiry * 1000)  # as every claim is made
-    assume(not _state.is_given_up(found))
-    renewed = _state.renewed(found, _state.renewal(found, lease=lease, now=now))
-    assert (renewed is not None) == _state.is_held_by(found, found.owner)
+    assume(not lifecycle.is_given_up(found))
+    renewed = lifecycle.renewed(found, lifecycle.renewal(found, lease=lease, now=now))
+    assert (renewed is not None) == lifecycle.is_held_by(found, found.owner)
     if renewed is not None:
-        assert _state.is_held_by(renewed, found.owner)
-        assert not _state.is_expired(renewed, now=now)
-        assert not _state.is_lapsed(renewed, now=now)
-        assert not _state.is_in_doubt(renewed, now=now)
+        assert lifecycle.is_held_by(renewed, found.owner)
+        assert not lifecycle.is_expired(renewed, now=now)
+        assert not lifecycle.is_lapsed(renewed, now=now)
+        assert not lifecycle.is_in_doubt(renewed, now=now)
         assert renewed.fence == found.fence
 
 
 @given(lease=leases, now=nows, shift_seconds=st.floats(-5, 5))
 def test_a_lease_never_ends_after_its_record(lease: Lease, now: float, shift_seconds: float) -> None:
-    made = _state.claim("key", owner="ours", payload_hash="", lease=lease, now=now)
-    for record in (made, _state.shifted(made, seconds=shift_seconds)):
-        end = _state.lease_end(record)
+    made = lifecycle.claim("key", owner="ours", payload_hash="", lease=lease, now=now)
+    for record in (made, lifecycle.shifted(made, seconds=shift_seconds)):
+        end = lifecycle.lease_end(record)
         assert record.expiry_timestamp is not None
         assert end is None or end <= record.expiry_timestamp * 1000
 
 
 @given(record=records, seconds=st.floats(-5, 5))
 def test_shifting_keeps_the_length_of_a_lease_and_never_shortens_the_window(record: DataRecord, seconds: float) -> None:
-    shifted = _state.shifted(record, seconds=seconds)
-    moved = _state.milliseconds(abs(seconds)) * (1 if seconds > 0 else -1)
+    shifted = lifecycle.shifted(record, seconds=seconds)
+    moved = lifecycle.milliseconds(abs(seconds)) * (1 if seconds > 0 else -1)
     instants: list[Callable[[DataRecord], int | None]] = [
         lambda record: record.in_progress_expiry_timestamp,
         lambda record: record.lease_expiry_timestamp,

@@ -14,8 +14,9 @@ import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
 
-from aidem import DataRecord, _state
-from aidem._cancellation import Settled
+from aidem import DataRecord
+from aidem._rules import lifecycle
+from aidem._runtime.cancellation import Settled
 from aidem.exceptions import IdempotencyAlreadyInProgressError
 from aidem.persistence import Blocked, Claimed
 from aidem.persistence.memory import MemoryPersistenceLayer
@@ -319,7 +320,7 @@ class LooksThenWrites(MemoryPersistenceLayer):
         key = record.idempotency_key
         seen = self.looks.setdefault(key, self._records.get(key))
         asyncio.get_running_loop().call_soon(self.looks.pop, key, None)
-        answer = _state.acquire(seen, record, now=self.clock(), last_fence=self._last_fence)
+        answer = lifecycle.acquire(seen, record, now=self.clock(), last_fence=self._last_fence)
         if isinstance(answer, Claimed):
             self._records[key] = answer.record
             self._last_fence = max(self._last_fence, answer.record.fence)
@@ -345,7 +346,7 @@ class ForgetsFences(MemoryPersistenceLayer):
 
     def _is_lapsed(self, record: DataRecord) -> bool:
         found = self._records.get(record.idempotency_key)
-        return found is not None and _state.is_lapsed(found, now=self.clock())
+        return found is not None and lifecycle.is_lapsed(found, now=self.clock())
 
 
 class NeverGivesBack(Process):

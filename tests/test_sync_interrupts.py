@@ -23,7 +23,7 @@ from typing import Any, Self
 import pytest
 
 from aidem import IdempotencyConfig, sync
-from aidem._background import INTERRUPTED_SECONDS, BackgroundLoop, Step
+from aidem._runtime.background_loop import INTERRUPTED_SECONDS, BackgroundLoop, Step
 from aidem.exceptions import IdempotencyAlreadyInProgressError
 from aidem.persistence.memory import MemoryPersistenceLayer
 from tests.support import PlannedLayer, real_now
@@ -214,7 +214,10 @@ def test_an_async_response_hook_is_cancelled_by_an_interrupt() -> None:
 # --- An interrupt between two lines of ours ---------------------------------------------------------------------------
 
 
-OURS = {str(ROOT / "aidem" / name) for name in ("sync.py", "_blocking.py", "_background.py", "_context.py")}
+OURS = {
+    str(ROOT / "aidem" / name)
+    for name in ("sync/__init__.py", "sync/_blocking.py", "_runtime/background_loop.py", "_api/block.py")
+}
 
 
 class InterruptAt:

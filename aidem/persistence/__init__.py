@@ -8,15 +8,15 @@ from __future__ import annotations
 from collections.abc import Awaitable  # noqa: TC003 - a user's tools resolve the protocol's annotations
 from typing import TYPE_CHECKING, Final, Protocol, Self, cast, runtime_checkable
 
-from aidem._cancellation import Settled, SettlingFuture
-from aidem._record import OutcomeKind
-from aidem._state import Blocked, Claimed
+from aidem._rules.lifecycle import Blocked, Claimed
+from aidem._rules.record import OutcomeKind
+from aidem._runtime.cancellation import Settled, SettlingFuture
 from aidem.exceptions import IdempotencyPersistenceConfigError
 
 if TYPE_CHECKING:
     from types import TracebackType
 
-    from aidem._record import DataRecord
+    from aidem._rules.record import DataRecord
 
 __all__ = [
     "Blocked",

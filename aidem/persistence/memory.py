@@ -5,16 +5,16 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Final, Self
 
-from aidem import _state
-from aidem._cancellation import Settled
-from aidem._fork import Guard
-from aidem._state import Blocked, Claimed, Completion
+from aidem._rules import lifecycle
+from aidem._rules.lifecycle import Blocked, Claimed, Completion
+from aidem._runtime.cancellation import Settled
+from aidem._runtime.fork import Guard
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from types import TracebackType
 
-    from aidem._record import DataRecord
+    from aidem._rules.record import DataRecord
 
 SWEEP_EVERY: Final = 64
 """After how many claims that were asked for some records are checked for expiry."""
@@ -53,9 +53,9 @@ class MemoryPersistenceLayer:
         key = record.idempotency_key
         with self._guard.lock:
             own_now = self.clock()
-            proposed = _state.shifted(record, seconds=own_now - now)
+            proposed = lifecycle.shifted(record, seconds=own_now - now)
             found = self._records.get(key)
-            answer = _state.acquire(found, proposed, now=own_now, last_fence=self._last_fence)
+            answer = lifecycle.acquire(found, proposed, now=own_now, last_fence=self._last_fence)
             if isinstance(answer, Claimed):
                 self._records[key] = answer.record
                 self._last_fence = max(self._last_fence, answer.record.fence)
@@ -69,17 +69,17 @@ class MemoryPersistenceLayer:
         key = record.idempotency_key
         with self._guard.lock:
             own_now = self.clock()
-            decision = _state.complete(self._records.get(key), record, now=own_now)
+            decision = lifecycle.complete(self._records.get(key), record, now=own_now)
             if decision is Completion.STORE:
-                self._records[key] = _state.shifted(record, seconds=own_now - now)
+                self._records[key] = lifecycle.shifted(record, seconds=own_now - now)
         return Settled(decision is not Completion.REFUSED)
 
     def renew(self, record: DataRecord, *, now: float) -> Settled[DataRecord | None]:
         """Move the instants of the claim."""
         key = record.idempotency_key
         with self._guard.lock:
-            proposed = _state.shifted(record, seconds=self.clock() - now)
-            renewed = _state.renewed(self._records.get(key), proposed)
+            proposed = lifecycle.shifted(record, seconds=self.clock() - now)
+            renewed = lifecycle.renewed(self._records.get(key), proposed)
             if renewed is not None:
                 self._records[key] = renewed
         return Settled(renewed)
@@ -88,7 +88,7 @@ class MemoryPersistenceLayer:
         """Delete the claim."""
         key = record.idempotency_key
         with self._guard.lock:
-            held = _state.is_held_by(self._records.get(key), record.owner)
+            held = lifecycle.is_held_by(self._records.get(key), record.owner)
             if held:
                 del self._records[key]
         return Settled(held)
@@ -125,6 +125,6 @@ class MemoryPersistenceLayer:
             self._unchecked = list(reversed(self._records))
         for key in self._unchecked[-SWEPT_AT_ONCE:]:
             record = self._records.get(key)
-            if record is not None and _state.is_expired(record, now=now):
+            if record is not None and lifecycle.is_expired(record, now=now):
                 del self._records[key]
         del self._unchecked[-SWEPT_AT_ONCE:]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from aidem._record import OutcomeKind
-from aidem._state import Claimed, lease_end
+from aidem._rules.lifecycle import Claimed, lease_end
+from aidem._rules.record import OutcomeKind
 from aidem.testing._base import LayerTests
 from aidem.testing._trial import KEPT_SECONDS, LEASE_SECONDS, completed_of, kinds_of_instants, timeless
 

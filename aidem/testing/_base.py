@@ -14,7 +14,7 @@ from aidem.testing._trial import Trial
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
 
-    from aidem._record import DataRecord
+    from aidem._rules.record import DataRecord
     from aidem.persistence import PersistenceLayer
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final
 
 from anyio import to_thread
 
-from aidem._state import Blocked, Claimed, lease_end
+from aidem._rules.lifecycle import Blocked, Claimed, lease_end
 from aidem.testing._base import LayerTests
 from aidem.testing._trial import KEPT_SECONDS, LEASE_SECONDS, claim_of
 

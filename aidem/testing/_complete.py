@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from aidem._record import OutcomeKind
-from aidem._state import lease_end
+from aidem._rules.lifecycle import lease_end
+from aidem._rules.record import OutcomeKind
 from aidem.testing._base import LayerTests
 from aidem.testing._trial import claim_of, completed_of, timeless
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from aidem._state import GIVEN_UP, lease_end
+from aidem._rules.lifecycle import GIVEN_UP, lease_end
 from aidem.testing._base import LayerTests
 from aidem.testing._trial import KEPT_SECONDS, LEASE_SECONDS, kinds_of_instants, timeless
 

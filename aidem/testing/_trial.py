@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from aidem._record import DataRecord, OutcomeKind, RecordStatus
-from aidem._state import Blocked, Claimed, milliseconds
+from aidem._rules.lifecycle import Blocked, Claimed, milliseconds
+from aidem._rules.record import DataRecord, OutcomeKind, RecordStatus
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable

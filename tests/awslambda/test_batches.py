@@ -18,7 +18,8 @@ from typing import Any
 import anyio
 import pytest
 
-from aidem import IdempotencyConfig, _kept_loop, current_execution, idempotent_function, register_lambda_context
+from aidem import IdempotencyConfig, current_execution, idempotent_function, register_lambda_context
+from aidem._runtime import lambda_loop
 from aidem.awslambda import lambda_handler, process_batch
 from aidem.config import reset_lambda_context
 from aidem.exceptions import IdempotencyConfigError, IdempotencyUsageError
@@ -538,7 +539,7 @@ class Minute:
 @pytest.fixture
 def _no_loop_is_left() -> Iterator[None]:
     yield
-    _kept_loop.close()
+    lambda_loop.close()
 
 
 def deliver_twice(layer: Any) -> None:

@@ -18,7 +18,8 @@ from aws_lambda_powertools.utilities.validation import SchemaValidationError, va
 from aws_xray_sdk.core import xray_recorder
 from pydantic import Field
 
-from aidem import IdempotencyConfig, _kept_loop, current_execution, idempotent, idempotent_function, sync
+from aidem import IdempotencyConfig, current_execution, idempotent, idempotent_function, sync
+from aidem._runtime import lambda_loop
 from aidem.awslambda import lambda_handler
 from aidem.hooks import EventKind, IdempotencyEvent
 from aidem.persistence.memory import MemoryPersistenceLayer
@@ -47,7 +48,7 @@ class Context:
 def _no_loop_is_left() -> Iterator[None]:
     yield
     sync.close()
-    _kept_loop.close()
+    lambda_loop.close()
 
 
 class Orders:

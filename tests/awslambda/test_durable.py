@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 
-from aidem import IdempotencyConfig, _kept_loop, current_execution, idempotent, sync
+from aidem import IdempotencyConfig, current_execution, idempotent, sync
+from aidem._runtime import lambda_loop
 from aidem.awslambda import lambda_handler
 from aidem.config import current_lambda_context
 from aidem.exceptions import IdempotencyAlreadyInProgressError, IdempotencyLeaseLostError
@@ -97,7 +98,7 @@ def store(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
 def _no_loop_is_left() -> Iterator[None]:
     yield
     sync.close()
-    _kept_loop.close()
+    lambda_loop.close()
 
 
 class Steps:

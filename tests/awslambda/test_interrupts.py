@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from aidem import _kept_loop, idempotent, idempotent_function
+from aidem import idempotent, idempotent_function
+from aidem._runtime import lambda_loop
 from aidem.awslambda import lambda_handler, process_batch
 from tests.support import PlannedLayer
 
@@ -28,7 +29,7 @@ def _defaults() -> Iterator[None]:
     before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
     yield
     signal.signal(signal.SIGTERM, before)
-    _kept_loop.close()
+    lambda_loop.close()
 
 
 @pytest.fixture
@@ -194,7 +195,7 @@ def test_a_signal_that_the_handler_itself_begins_to_handle_is_left_to_it_from_th
         handler(True, None)
         handler(False, None)
     finally:
-        _kept_loop.close()  # and with the loop what it handles
+        lambda_loop.close()  # and with the loop what it handles
         signal.signal(number, before)
     assert heard == [number, number]
 

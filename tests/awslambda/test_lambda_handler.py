@@ -16,8 +16,9 @@ from typing import Any
 
 import pytest
 
-from aidem import IdempotencyConfig, _kept_loop, current_execution, idempotent, idempotent_function
-from aidem._warming import WARM_SECONDS
+from aidem import IdempotencyConfig, current_execution, idempotent, idempotent_function
+from aidem._runtime import lambda_loop
+from aidem._runtime.warming import WARM_SECONDS
 from aidem.awslambda import lambda_handler
 from aidem.config import current_lambda_context
 from aidem.exceptions import IdempotencyConfigError, IdempotencyPersistenceConnectionError, IdempotencyUsageError
@@ -40,7 +41,7 @@ class Context:
 @pytest.fixture(autouse=True)
 def _fresh_loops() -> Iterator[None]:
     yield
-    _kept_loop.close()
+    lambda_loop.close()
 
 
 # --- The function -----------------------------------------------------------------------------------------------------
@@ -145,7 +146,7 @@ def test_all_calls_of_all_handlers_run_on_one_loop_which_stands_still_in_between
 
 def test_closing_closes_the_loop_and_the_next_call_makes_another() -> None:
     loop = loop_of_call(None, None)
-    _kept_loop.close()
+    lambda_loop.close()
     assert loop.is_closed()
     assert loop_of_call(None, None) is not loop
 
@@ -366,5 +367,5 @@ def test_a_task_of_a_layer_that_was_opened_early_stays() -> None:
         return resident.task.done()
 
     assert [handler(None, None), handler(None, None)] == [False, False]
-    _kept_loop.close()
+    lambda_loop.close()
     assert resident.task.cancelled()

@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from aidem import IdempotencyConfig, _kept_loop, idempotent_function
+from aidem import IdempotencyConfig, idempotent_function
+from aidem._runtime import lambda_loop
 from aidem.awslambda import lambda_handler
 from aidem.persistence.memory import MemoryPersistenceLayer
 from tests.support import PlannedLayer
@@ -32,7 +33,7 @@ class Context:
 @pytest.fixture(autouse=True)
 def _fresh_loops() -> Iterator[None]:
     yield
-    _kept_loop.close()
+    lambda_loop.close()
 
 
 @pytest.fixture
@@ -320,7 +321,7 @@ def test_an_async_generator_that_is_held_stays_open_until_its_loop_is_closed(sai
 
     assert [handler(None, None), handler(None, None)] == [1, 1]
     assert said == []
-    _kept_loop.close()
+    lambda_loop.close()
     assert said == ["closed"]
 
 

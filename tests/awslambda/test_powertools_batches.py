@@ -23,14 +23,8 @@ from aws_lambda_powertools.utilities.batch.exceptions import BatchProcessingErro
 from aws_lambda_powertools.utilities.parser.models import SqsRecordModel
 from pydantic import BaseModel, Json
 
-from aidem import (
-    IdempotencyConfig,
-    _kept_loop,
-    idempotent,
-    idempotent_function,
-    register_lambda_context,
-    sync,
-)
+from aidem import IdempotencyConfig, idempotent, idempotent_function, register_lambda_context, sync
+from aidem._runtime import lambda_loop
 from aidem.awslambda import lambda_handler
 from aidem.config import current_lambda_context, reset_lambda_context
 from aidem.exceptions import IdempotencyUsageError
@@ -48,7 +42,7 @@ BY_MESSAGE = IdempotencyConfig(event_key_jmespath="messageId", raise_on_no_idemp
 def _no_loop_is_left() -> Iterator[None]:
     yield
     sync.close()
-    _kept_loop.close()
+    lambda_loop.close()
 
 
 @pytest.fixture

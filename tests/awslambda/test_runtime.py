@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from aidem import _kept_loop
+from aidem._runtime import lambda_loop
 from aidem.awslambda import lambda_handler
 from tests.aws_servers import Database
 from tests.awslambda.runtime import Answer, Environment, environment
@@ -285,7 +285,7 @@ async def test_a_tls_connection_that_was_closed_while_the_loop_stood_still_is_fo
         await writer.wait_closed()
     assert await asyncio.to_thread(client.call, None, None) is False
     server.close()
-    await asyncio.to_thread(_kept_loop.close)
+    await asyncio.to_thread(lambda_loop.close)
 
 
 class TlsClient(asyncio.Protocol):

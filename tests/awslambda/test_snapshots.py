@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import snapshot_restore_py
 
-from aidem import _kept_loop, sync
+from aidem import sync
+from aidem._runtime import lambda_loop
 from aidem.awslambda import lambda_handler
 from aidem.persistence.memory import MemoryPersistenceLayer
 from tests.support import PlannedLayer
@@ -58,7 +59,7 @@ def _fresh() -> Iterator[None]:
 
 
 def close_all() -> None:
-    _kept_loop.close()
+    lambda_loop.close()
     sync.close()
     take_snapshot()  # of nothing: what was armed before is not any more
     snapshot_restore_py.get_after_restore().clear()
@@ -175,6 +176,6 @@ def test_hooks_do_not_pile_up(prepared: Callable[[ClientLayer], Callable[[], obj
     call = prepared(layer)
     for _ in range(3):
         call()
-        _kept_loop.close()
+        lambda_loop.close()
         sync.close()
     assert len(snapshot_restore_py.get_before_snapshot()) == 1

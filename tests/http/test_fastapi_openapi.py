@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from openapi_spec_validator import validate
 from pydantic import BaseModel, Field
 
-from aidem import _http_answers
-from aidem._http_key import MalformedKeyError, parse_key
-from aidem._http_openapi import key_pattern
+from aidem._http import answers
+from aidem._http.key import MalformedKeyError, parse_key
+from aidem._http.openapi import key_pattern
 from aidem.fastapi import IdempotentRoute, Problem
 from tests.http.fastapi_support import ORJSON, UJSON, Order, PublicReceipt, served
 
@@ -180,7 +180,7 @@ def test_a_document_that_is_made_twice_is_the_same() -> None:
 
 
 def test_every_answer_of_the_layer_is_described_by_what_it_means() -> None:
-    problems = [each for each in vars(_http_answers).values() if isinstance(each, Problem)]
+    problems = [each for each in vars(answers).values() if isinstance(each, Problem)]
     assert len(problems) == 12
     app = app_of(required=True)
     app.post("/payments")(create_payment)
@@ -339,7 +339,7 @@ def test_a_route_that_validates_nothing_promises_no_validation_error() -> None:
     app = app_of()
     app.post("/payments")(lambda: None)
     response = operation_of(app)["responses"]["422"]
-    assert (response["description"], list(response["content"])) == (_http_answers.KEY_REUSED.title, [PROBLEM])
+    assert (response["description"], list(response["content"])) == (answers.KEY_REUSED.title, [PROBLEM])
     assert document_of(app)["components"]["schemas"].keys() == {"IdempotencyKeyProblem"}
 
 

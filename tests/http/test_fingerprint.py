@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aidem._http_fingerprint import Fingerprint, full_path, lookup_key, parts
+from aidem._http.fingerprint import Fingerprint, full_path, lookup_key, parts
 from tests.http.client import JSON, scope_of
 
 FORM = b"multipart/form-data; boundary="

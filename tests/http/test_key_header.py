@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from aidem._http_key import MAX_KEY_CHARACTERS, MalformedKeyError, parse_key
+from aidem._http.key import MAX_KEY_CHARACTERS, MalformedKeyError, parse_key
 
 PRINTABLE = "".join(map(chr, range(0x20, 0x7F)))
 KEYS = st.text(alphabet=PRINTABLE, min_size=1, max_size=MAX_KEY_CHARACTERS)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from aidem import IdempotencyConfig
-from aidem._http_options import HttpOptions
+from aidem._http.options import HttpOptions
 from aidem.asgi import IdempotencyMiddleware, IdempotencyOptions, by_header
 from aidem.exceptions import IdempotencyConfigError
 from aidem.persistence.memory import MemoryPersistenceLayer

@@ -16,7 +16,7 @@ from starlette.routing import Mount, Route
 
 import aidem
 from aidem import IdempotencyConfig, current_execution
-from aidem._http_request import PIECE_BYTES
+from aidem._http.request import PIECE_BYTES
 from aidem.asgi import IdempotencyMiddleware, by_header
 from aidem.exceptions import IdempotencyPersistenceConnectionError, IdempotencyUsageError, IdempotencyWarning
 from aidem.hooks import EventKind

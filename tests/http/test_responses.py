@@ -22,7 +22,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Mount, Route, Router
 
 from aidem import RecordStatus
-from aidem._http_response import RESPONSES, StoredResponse, text_of
+from aidem._http.response import RESPONSES, StoredResponse, text_of
 from aidem.asgi import IdempotencyMiddleware
 from aidem.exceptions import IdempotencyPersistenceConnectionError
 from aidem.hooks import EventKind

@@ -11,7 +11,7 @@ import pytest
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
-from aidem._http_exchange import LINGER_SECONDS
+from aidem._http.exchange import LINGER_SECONDS
 from aidem.exceptions import IdempotencySerializationError
 from aidem.hooks import EventKind
 from tests.http.client import JSON, Connection, Shop, front_of, request, scope_of

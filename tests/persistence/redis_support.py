@@ -11,8 +11,8 @@ from typing import Any
 
 from redis.asyncio import Redis
 
-from aidem._record import DataRecord
-from aidem._state import Blocked, Claimed
+from aidem._rules.lifecycle import Blocked, Claimed
+from aidem._rules.record import DataRecord
 from aidem.persistence.redis import RedisPersistenceLayer
 from aidem.testing import claim_of, completed_of
 from tests.servers import RedisServer
@@ -130,7 +130,7 @@ def no_complaints() -> Iterator[list[dict[str, Any]]]:
 
 FORKING = """
 import asyncio, os, sys
-from aidem.persistence._redis_urls import servers_of_url
+from aidem.persistence.redis._urls import servers_of_url
 from aidem.persistence.redis import RedisPersistenceLayer
 from tests.persistence.redis_support import acquired
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
-from aidem._state import Claimed
+from aidem._rules.lifecycle import Claimed
 from aidem.persistence.sqlite import SQLitePersistenceLayer
 from aidem.testing import claim_of, completed_of
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from aidem import _state
-from aidem._cancellation import Settled
-from aidem._record import DataRecord, RecordStatus
-from aidem._state import Blocked, Claimed, milliseconds
+from aidem._rules import lifecycle
+from aidem._rules.lifecycle import Blocked, Claimed, milliseconds
+from aidem._rules.record import DataRecord, RecordStatus
+from aidem._runtime.cancellation import Settled
 from aidem.persistence import PersistenceLayer
 from aidem.persistence.memory import MemoryPersistenceLayer
 from aidem.testing import FakeClock, PersistenceLayerConformance
@@ -133,7 +133,7 @@ class LeavesExpiryToTheStore(ChangesTheRecordFound):
 )
 class TakesOverWhatMustNotBeTakenOver(ChangesTheRecordFound):
     def seen(self, found: DataRecord, record: DataRecord, now: float) -> DataRecord | None:
-        return found.replace(in_progress_expiry_timestamp=_state.lease_end(found))
+        return found.replace(in_progress_expiry_timestamp=lifecycle.lease_end(found))
 
 
 @breaks(
@@ -149,7 +149,7 @@ class BlocksItsOwnClaim(ChangesTheRecordFound):
 @breaks("acquire_finds_our_own_claim_again_as_it_was_stored")
 class GrantsItsOwnClaimAnew(ChangesTheRecordFound):
     def seen(self, found: DataRecord, record: DataRecord, now: float) -> DataRecord | None:
-        return None if _state.is_held_by(found, record.owner) else found
+        return None if lifecycle.is_held_by(found, record.owner) else found
 
 
 @breaks("acquire_is_blocked_by_a_result")
@@ -361,7 +361,7 @@ class CompletesAnyClaim(MemoryPersistenceLayer):
 class CompletesOverALapsedClaim(MemoryPersistenceLayer):
     def complete(self, record: DataRecord, *, now: float) -> Settled[bool]:
         found = self._records.get(record.idempotency_key)
-        if found is not None and _state.is_lapsed(found, now=now):
+        if found is not None and lifecycle.is_lapsed(found, now=now):
             del self._records[record.idempotency_key]
         return super().complete(record, now=now)
 
@@ -370,7 +370,7 @@ class CompletesOverALapsedClaim(MemoryPersistenceLayer):
 class CompletesOnlyWhileTheLeaseLasts(MemoryPersistenceLayer):
     def complete(self, record: DataRecord, *, now: float) -> Settled[bool]:
         found = self._records.get(record.idempotency_key)
-        if found is not None and _state.is_lapsed(found, now=now):
+        if found is not None and lifecycle.is_lapsed(found, now=now):
             return Settled(False)
         return super().complete(record, now=now)
 
@@ -405,10 +405,10 @@ class CompletesWhereARecordExpiresThisSecond(MemoryPersistenceLayer):
 
 
 def _complete_as_of(layer: MemoryPersistenceLayer, record: DataRecord, judged_now: float, now: float) -> bool:
-    decision = _state.complete(layer._records.get(record.idempotency_key), record, now=judged_now)
-    if decision is _state.Completion.STORE:
+    decision = lifecycle.complete(layer._records.get(record.idempotency_key), record, now=judged_now)
+    if decision is lifecycle.Completion.STORE:
         layer._records[record.idempotency_key] = record
-    return decision is not _state.Completion.REFUSED
+    return decision is not lifecycle.Completion.REFUSED
 
 
 @breaks("complete_leaves_another_outcome_of_ours_alone")
@@ -440,7 +440,7 @@ class TakesAForeignOutcomeForOurs(MemoryPersistenceLayer):
 class RefusesToRepeatACompletion(MemoryPersistenceLayer):
     def complete(self, record: DataRecord, *, now: float) -> Settled[bool]:
         found = self._records.get(record.idempotency_key)
-        if found is not None and found.status is RecordStatus.COMPLETED and not _state.is_expired(found, now=now):
+        if found is not None and found.status is RecordStatus.COMPLETED and not lifecycle.is_expired(found, now=now):
             return Settled(False)
         return super().complete(record, now=now)
 
@@ -568,7 +568,7 @@ class RenewsWhatIsGone(MemoryPersistenceLayer):
 class RenewsOnlyWhileTheLeaseLasts(MemoryPersistenceLayer):
     def renew(self, record: DataRecord, *, now: float) -> Settled[DataRecord | None]:
         found = self._records.get(record.idempotency_key)
-        is_lapsed = found is not None and _state.is_lapsed(found, now=now)
+        is_lapsed = found is not None and lifecycle.is_lapsed(found, now=now)
         return Settled(None) if is_lapsed else super().renew(record, now=now)
 
 
@@ -610,9 +610,9 @@ class RenewsWithoutRemovingAnInstant(MemoryPersistenceLayer):
 class RenewsToEarlierInstantsAsCallersSendThem(MemoryPersistenceLayer):
     def renew(self, record: DataRecord, *, now: float) -> Settled[DataRecord | None]:
         found = self._records.get(record.idempotency_key)
-        is_back = found is not None and _state.held_until(record) < _state.held_until(found)
-        is_ours = _state.is_held_by(found, record.owner) and found is not None and not _state.is_given_up(found)
-        if is_ours and is_back and not _state.is_given_up(record):
+        is_back = found is not None and lifecycle.held_until(record) < lifecycle.held_until(found)
+        is_ours = lifecycle.is_held_by(found, record.owner) and found is not None and not lifecycle.is_given_up(found)
+        if is_ours and is_back and not lifecycle.is_given_up(record):
             return _renew(self, found, record)
         return super().renew(record, now=now)
 
@@ -621,8 +621,8 @@ class RenewsToEarlierInstantsAsCallersSendThem(MemoryPersistenceLayer):
 class ShortensTheClaim(MemoryPersistenceLayer):
     def renew(self, record: DataRecord, *, now: float) -> Settled[DataRecord | None]:
         found = self._records.get(record.idempotency_key)
-        if found is not None and _state.is_held_by(found, record.owner) and not _state.is_given_up(found):
-            return _renew(self, found, _state.shifted(record, seconds=self.clock() - now))
+        if found is not None and lifecycle.is_held_by(found, record.owner) and not lifecycle.is_given_up(found):
+            return _renew(self, found, lifecycle.shifted(record, seconds=self.clock() - now))
         return super().renew(record, now=now)
 
 
@@ -630,7 +630,7 @@ class ShortensTheClaim(MemoryPersistenceLayer):
 class RenewsWhatWasGivenUp(MemoryPersistenceLayer):
     def renew(self, record: DataRecord, *, now: float) -> Settled[DataRecord | None]:
         found = self._records.get(record.idempotency_key)
-        is_given_up = found is not None and _state.is_given_up(found)
+        is_given_up = found is not None and lifecycle.is_given_up(found)
         return _renew(self, found, record) if is_given_up else super().renew(record, now=now)
 
 
@@ -638,14 +638,14 @@ class RenewsWhatWasGivenUp(MemoryPersistenceLayer):
 class GivesUpOnlyOnce(MemoryPersistenceLayer):
     def renew(self, record: DataRecord, *, now: float) -> Settled[DataRecord | None]:
         found = self._records.get(record.idempotency_key)
-        is_given_up = found is not None and _state.is_given_up(found)
+        is_given_up = found is not None and lifecycle.is_given_up(found)
         return Settled(None) if is_given_up else super().renew(record, now=now)
 
 
 @breaks("a_claim_that_is_given_up_is_in_doubt_at_once_and_not_renewed_any_more")
 class MovesTheMarkOfBeingGivenUp(MemoryPersistenceLayer):
     def renew(self, record: DataRecord, *, now: float) -> Settled[DataRecord | None]:
-        if _state.is_given_up(record):
+        if lifecycle.is_given_up(record):
             found = self._records.get(record.idempotency_key)
             return _renew(self, found, record.replace(lease_expiry_timestamp=milliseconds(self.clock() - now)))
         return super().renew(record, now=now)
@@ -681,7 +681,7 @@ class AnswersTheRenewalAsProposed(MemoryPersistenceLayer):
 class NeverRenews(MemoryPersistenceLayer):
     def renew(self, record: DataRecord, *, now: float) -> Settled[DataRecord | None]:
         found = self._records.get(record.idempotency_key)
-        return Settled(found if _state.is_held_by(found, record.owner) else None)
+        return Settled(found if lifecycle.is_held_by(found, record.owner) else None)
 
 
 # --- Releases -------------------------------------------------------------------------------------------------------
@@ -726,7 +726,7 @@ class SaysReleasedWhereNothingIs(MemoryPersistenceLayer):
 class ReleasesOnlyWhileTheLeaseLasts(MemoryPersistenceLayer):
     def release(self, record: DataRecord) -> Settled[bool]:
         found = self._records.get(record.idempotency_key)
-        is_lapsed = found is not None and _state.is_lapsed(found, now=self.clock())
+        is_lapsed = found is not None and lifecycle.is_lapsed(found, now=self.clock())
         return Settled(False) if is_lapsed else super().release(record)
 
 
@@ -749,7 +749,7 @@ class InventsARecord(MemoryPersistenceLayer):
 class ChangesExpiredRecordsOnGet(MemoryPersistenceLayer):
     def get(self, key: str) -> Settled[DataRecord | None]:
         found = super().get(key).answer
-        is_expired = found is not None and _state.is_expired(found, now=self.clock())
+        is_expired = found is not None and lifecycle.is_expired(found, now=self.clock())
         return Settled(found.replace(payload_hash="expired") if found is not None and is_expired else found)
 
 

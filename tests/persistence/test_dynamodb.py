@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from aidem import IdempotencyConfig, idempotent_function
-from aidem._record import DataRecord, OutcomeKind, RecordStatus
-from aidem._state import Blocked, Claimed
+from aidem._rules.lifecycle import Blocked, Claimed
+from aidem._rules.record import DataRecord, OutcomeKind, RecordStatus
 from aidem.exceptions import (
     IdempotencyInvalidStatusError,
     IdempotencyPersistenceConfigError,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import aioboto3
 import pytest
 
-from aidem._state import Claimed
+from aidem._rules.lifecycle import Claimed
 from aidem.persistence.dynamodb import DynamoDBPersistenceLayer
 from aidem.testing import claim_of
 from tests.aws_servers import Database

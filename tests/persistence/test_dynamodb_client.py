@@ -18,7 +18,7 @@ from aiobotocore.config import AioConfig
 from aiobotocore.session import get_session
 from botocore.config import Config
 
-from aidem._state import Blocked, Claimed
+from aidem._rules.lifecycle import Blocked, Claimed
 from aidem.exceptions import IdempotencyPersistenceConfigError
 from aidem.persistence.dynamodb import DynamoDBPersistenceLayer
 from aidem.testing import claim_of

@@ -11,8 +11,8 @@ import pytest
 from botocore.config import Config
 
 from aidem import IdempotencyConfig, idempotent_function
-from aidem._record import DataRecord
-from aidem._state import Claimed
+from aidem._rules.lifecycle import Claimed
+from aidem._rules.record import DataRecord
 from aidem.exceptions import IdempotencyPersistenceConnectionError, IdempotencySerializationError
 from aidem.persistence.dynamodb import DynamoDBPersistenceLayer
 from aidem.testing import claim_of, completed_of

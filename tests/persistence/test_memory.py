@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import pytest
 
-from aidem._cancellation import HeldOff
-from aidem._record import DataRecord
-from aidem._state import Claimed
+from aidem._rules.lifecycle import Claimed
+from aidem._rules.record import DataRecord
+from aidem._runtime.cancellation import HeldOff
 from aidem.persistence import PersistenceLayer
 from aidem.persistence.memory import MemoryPersistenceLayer
 from aidem.testing import FakeClock, PersistenceLayerConformance, claim_of, completed_of

@@ -11,8 +11,8 @@ import pytest
 from fakeredis import FakeAsyncRedis
 
 from aidem import IdempotencyConfig, idempotent_function
-from aidem._record import OutcomeKind, RecordStatus
-from aidem._state import Blocked, Claimed
+from aidem._rules.lifecycle import Blocked, Claimed
+from aidem._rules.record import OutcomeKind, RecordStatus
 from aidem.exceptions import (
     IdempotencyInvalidStatusError,
     IdempotencyPersistenceConfigError,

@@ -16,7 +16,7 @@ from redis.asyncio import Redis, RedisCluster
 from redis.crc import key_slot
 
 from aidem import IdempotencyConfig, idempotent_function
-from aidem._state import Blocked
+from aidem._rules.lifecycle import Blocked
 from aidem.exceptions import IdempotencyPersistenceConfigError, IdempotencyPersistenceConnectionError
 from aidem.persistence import PersistenceLayer, open_persistence_layer
 from aidem.persistence.redis import RedisPersistenceLayer

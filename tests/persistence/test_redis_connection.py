@@ -18,17 +18,17 @@ from typing import Any
 import pytest
 
 from aidem import IdempotencyConfig, idempotent_function
-from aidem._state import Blocked, Claimed
+from aidem._rules.lifecycle import Blocked, Claimed
 from aidem.exceptions import (
     IdempotencyPersistenceConfigError,
     IdempotencyPersistenceConnectionError,
     IdempotencyPersistenceLayerError,
 )
-from aidem.persistence._redis_line import COLLECTED_AT_MOST, IDLE_SECONDS
-from aidem.persistence._redis_listener import Listener
-from aidem.persistence._redis_server import Taker, _take_over
-from aidem.persistence._redis_urls import servers_of_url
 from aidem.persistence.redis import RedisPersistenceLayer
+from aidem.persistence.redis._line import COLLECTED_AT_MOST, IDLE_SECONDS
+from aidem.persistence.redis._listener import Listener
+from aidem.persistence.redis._server import Taker, _take_over
+from aidem.persistence.redis._urls import servers_of_url
 from aidem.testing import claim_of
 from tests.persistence.redis_support import (
     FORKING,

@@ -20,8 +20,8 @@ from aidem.exceptions import (
     IdempotencyPersistenceConnectionError,
     IdempotencyPersistenceLayerError,
 )
-from aidem.persistence._redis_errors import ReplyError, connecting_failed
 from aidem.persistence.redis import RedisPersistenceLayer
+from aidem.persistence.redis._errors import ReplyError, connecting_failed
 from tests.persistence.redis_support import (
     FakeServer,
     acquired,

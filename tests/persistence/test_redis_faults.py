@@ -12,7 +12,7 @@ import pytest
 from redis.asyncio import Redis
 
 from aidem import IdempotencyConfig, current_execution, idempotent_function
-from aidem._state import Blocked, Claimed
+from aidem._rules.lifecycle import Blocked, Claimed
 from aidem.exceptions import IdempotencyLeaseLostError, IdempotencyPersistenceConnectionError
 from aidem.persistence.redis import RedisPersistenceLayer
 from tests.persistence.redis_support import acquired, claimed, client_of, completed, until

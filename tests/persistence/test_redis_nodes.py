@@ -14,9 +14,9 @@ from aidem.exceptions import (
     IdempotencyPersistenceConnectionError,
     IdempotencyPersistenceLayerError,
 )
-from aidem.persistence._redis_cluster import PAUSE_SECONDS
-from aidem.persistence._redis_errors import ReplyError
 from aidem.persistence.redis import RedisPersistenceLayer
+from aidem.persistence.redis._cluster import PAUSE_SECONDS
+from aidem.persistence.redis._errors import ReplyError
 from tests.persistence.redis_support import FakeServer, claimed, fake_server, no_complaints, until
 from tests.proxy import Proxy
 

@@ -17,7 +17,7 @@ from aws_lambda_powertools.utilities.idempotency import idempotent_function as t
 from aws_lambda_powertools.utilities.idempotency.persistence.redis import RedisCachePersistenceLayer as TheirLayer
 
 from aidem import IdempotencyConfig, idempotent_function
-from aidem._state import Blocked, Claimed
+from aidem._rules.lifecycle import Blocked, Claimed
 from aidem.exceptions import (
     IdempotencyAlreadyInProgressError,
     IdempotencyResultUnavailableError,

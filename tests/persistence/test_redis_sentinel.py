@@ -19,9 +19,9 @@ from redis.backoff import NoBackoff
 
 from aidem.exceptions import IdempotencyPersistenceConfigError, IdempotencyPersistenceConnectionError
 from aidem.persistence import PersistenceLayer, open_persistence_layer
-from aidem.persistence._redis_command import pack
-from aidem.persistence._redis_urls import sentinels_of_url
 from aidem.persistence.redis import RedisPersistenceLayer
+from aidem.persistence.redis._command import pack
+from aidem.persistence.redis._urls import sentinels_of_url
 from aidem.testing import FakeClock, PersistenceLayerConformance
 from tests.persistence.redis_support import FORKING, FakeServer, claimed, completed, fake_server, no_complaints, until
 from tests.redis_clusters import SERVICE, Watched, told, watched

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from aidem import idempotent_function
-from aidem._record import DataRecord
-from aidem._state import Blocked, Claimed, milliseconds
+from aidem._rules.lifecycle import Blocked, Claimed, milliseconds
+from aidem._rules.record import DataRecord
 from aidem.exceptions import (
     IdempotencyInvalidStatusError,
     IdempotencyPersistenceConfigError,
@@ -24,9 +24,9 @@ from aidem.exceptions import (
     IdempotencyResultUnavailableError,
 )
 from aidem.persistence import PersistenceLayer
-from aidem.persistence._sqlite_thread import MAX_BATCH
 from aidem.persistence._stored import NOT_A_TEXT
 from aidem.persistence.sqlite import SQLitePersistenceLayer
+from aidem.persistence.sqlite._thread import MAX_BATCH
 from aidem.testing import FakeClock, PersistenceLayerConformance, claim_of, completed_of
 from aidem.testing._trial import KEPT_SECONDS, LEASE_SECONDS
 

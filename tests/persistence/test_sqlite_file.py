@@ -22,9 +22,8 @@ from aidem.exceptions import (
     IdempotencyPersistenceLayerError,
     IdempotencySerializationError,
 )
-from aidem.persistence import _sqlite_file
-from aidem.persistence._sqlite_file import DatabaseFile
-from aidem.persistence.sqlite import SQLitePersistenceLayer
+from aidem.persistence.sqlite import SQLitePersistenceLayer, _file
+from aidem.persistence.sqlite._file import DatabaseFile
 from aidem.testing import FakeClock, claim_of, completed_of
 
 NOBODY = 65534
@@ -114,7 +113,7 @@ def test_every_commit_reaches_the_disk(path: Path) -> None:
 
 def test_the_log_is_bounded(path: Path) -> None:
     with closing(DatabaseFile(path, busy_timeout_seconds=1).connect()) as connection:
-        assert connection.execute("PRAGMA wal_autocheckpoint").fetchone() == (_sqlite_file.PAGES_IN_LOG,)
+        assert connection.execute("PRAGMA wal_autocheckpoint").fetchone() == (_file.PAGES_IN_LOG,)
 
 
 def test_an_empty_file_is_filled(layer: SQLitePersistenceLayer, path: Path) -> None:
@@ -168,7 +167,7 @@ THINGS: dict[str, tuple[Callable[[Path], object], str]] = {
     "a version of others": (lambda path: foreign_database(path, "PRAGMA user_version = 1"), "another application"),
     "a later schema": (
         lambda path: foreign_database(
-            path, f"PRAGMA application_id = {_sqlite_file.APPLICATION_ID}", "PRAGMA user_version = 2"
+            path, f"PRAGMA application_id = {_file.APPLICATION_ID}", "PRAGMA user_version = 2"
         ),
         r"newer aidem \(schema 2\); upgrade aidem",
     ),
@@ -518,7 +517,7 @@ def test_a_file_of_another_user_is_warned_of_and_one_that_a_group_shares_is_not(
     if os.geteuid() == 0:
         os.chown(path, NOBODY, NOBODY)
     else:
-        monkeypatch.setattr(_sqlite_file, "_user", lambda: NOBODY)
+        monkeypatch.setattr(_file, "_user", lambda: NOBODY)
     use(layer, "foreign")
     assert f"{path} belongs to another user, who can forge results and drop claims" in caplog.text
 

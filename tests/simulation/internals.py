@@ -7,17 +7,20 @@ import gc
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-from aidem import _cancellation, _claimed_record, _key, _state
-from aidem._cancellation import CLEANUP_SECONDS, HeldOff, writes
-from aidem._claim import Claim
-from aidem._claimed_record import ClaimedRecord
-from aidem._engine import Call as EngineCall
-from aidem._flights import Flight
-from aidem._local_cache import LocalCache
-from aidem._operations import ask
-from aidem._renewal import Renewal
-from aidem._shared import shared_by
-from aidem._waiting import Patience
+from aidem._engine.call import Call as EngineCall
+from aidem._engine.call import claimed_record
+from aidem._engine.claim import Claim
+from aidem._engine.claimed_record import ClaimedRecord
+from aidem._engine.local_cache import LocalCache
+from aidem._engine.operations import ask
+from aidem._engine.renewal import Renewal
+from aidem._engine.shared import shared_by
+from aidem._engine.single_flight import Flight
+from aidem._engine.waiting import Patience
+from aidem._rules import key as _key
+from aidem._rules import lifecycle
+from aidem._runtime import cancellation
+from aidem._runtime.cancellation import CLEANUP_SECONDS, HeldOff, writes
 
 if TYPE_CHECKING:
     import asyncio
@@ -43,11 +46,11 @@ __all__ = [
 @contextlib.contextmanager
 def clock_since_boot(read: Callable[[], float]) -> Iterator[None]:
     """Let claims read this clock for one that goes on while the machine is suspended: it cannot be handed to them."""
-    real, _claimed_record.seconds_since_boot = _claimed_record.seconds_since_boot, read
+    real, claimed_record.seconds_since_boot = claimed_record.seconds_since_boot, read
     try:
         yield
     finally:
-        _claimed_record.seconds_since_boot = real
+        claimed_record.seconds_since_boot = real
 
 
 def key_text(prefix: str, selected: str) -> str:

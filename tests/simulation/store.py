@@ -1,4 +1,4 @@
-"""The store: records and the operations on them, written from what is promised, not from `aidem._state`."""
+"""The store: records and the operations on them, written from what is promised, not from `aidem._rules.lifecycle`."""
 
 from __future__ import annotations
 

@@ -1,0 +1,1 @@
+"""The async front: decorators, the block, and the execution that a body sees."""

@@ -1,0 +1,248 @@
+"""The async decorators: `idempotent` for Lambda handlers, `idempotent_function` for any async callable."""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any, ClassVar, Concatenate, ParamSpec, TypeVar, overload
+
+from aidem._api.execution import execute
+from aidem._api.signature import Target, check_takes_event, payload_finder
+from aidem._engine.call import Call
+from aidem._engine.plan import Plan, is_disabled, unprotected_call
+from aidem.config import (
+    check_call_options,
+    default_config,
+    default_persistence_store,
+    lambda_context_of,
+    register_lambda_context,
+    reset_lambda_context,
+)
+from aidem.serialization import check_returns
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine
+
+    from aidem._api.signature import FindKey
+    from aidem._engine.plan import Key
+    from aidem.config import IdempotencyConfig
+    from aidem.persistence import PersistenceLayer
+    from aidem.serialization import ModelSerializer, OutputSerializer
+
+P = ParamSpec("P")
+R = TypeVar("R")
+EventT = TypeVar("EventT")
+ContextT = TypeVar("ContextT")
+
+
+class Binding:
+    """One decorated function with its options: makes the call of each invocation."""
+
+    call_type: ClassVar[type[Call]] = Call
+
+    __slots__ = ("_config", "_find_key", "_key_prefix", "_layer", "_output_serializer", "_plan", "target")
+
+    def __init__(
+        self,
+        target: Target,
+        find_key: FindKey,
+        *,
+        persistence_store: PersistenceLayer | None,
+        config: IdempotencyConfig | None,
+        key_prefix: str | None,
+        output_serializer: type[ModelSerializer] | OutputSerializer | None = None,
+    ) -> None:
+        if output_serializer is None:
+            check_returns(target.function)
+        self.target = target
+        self._find_key = find_key
+        self._layer = persistence_store
+        self._config = config
+        self._key_prefix = key_prefix
+        self._output_serializer = output_serializer
+        self._plan: Plan | None = None
+
+    def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        """Return the call of one invocation; its key is fixed now."""
+        config = self._config or default_config()
+        if is_disabled(self.target.name):
+            plan, key = unprotected_call(
+                lambda plan: self._find_key(plan, args, kwargs),
+                config=config,
+                function=self.target.name,
+                prefix=self._prefix(),
+            )
+            return self.call_type(plan, key, bypassed=True)
+        plan = self._plan_for(config)
+        return self.call_type(plan, self._find_key(plan, args, kwargs))
+
+    def _plan_for(self, config: IdempotencyConfig) -> Plan:
+        layer = default_persistence_store() if self._layer is None else self._layer
+        plan = self._plan
+        if plan is None or plan.layer is not layer or plan.config is not config:
+            plan = self._plan = Plan(
+                layer=layer,
+                config=config,
+                function=self.target.name,
+                prefix=self._prefix() if plan is None else plan.prefix,  # read at the first call
+                output_serializer=self._output_serializer,
+                returns=self.target.function,
+            )
+        return plan
+
+    def _prefix(self) -> str:
+        return self._key_prefix or self.target.default_prefix()
+
+
+@overload
+def idempotent(
+    handler: Callable[Concatenate[EventT, ContextT, P], Coroutine[Any, Any, R]],
+    /,
+    *,
+    persistence_store: PersistenceLayer | None = None,
+    config: IdempotencyConfig | None = None,
+    key_prefix: str | None = None,
+) -> Callable[Concatenate[EventT, ContextT, P], Coroutine[Any, Any, R]]: ...
+@overload
+def idempotent(
+    *,
+    persistence_store: PersistenceLayer | None = None,
+    config: IdempotencyConfig | None = None,
+    key_prefix: str | None = None,
+) -> Callable[
+    [Callable[Concatenate[EventT, ContextT, P], Coroutine[Any, Any, R]]],
+    Callable[Concatenate[EventT, ContextT, P], Coroutine[Any, Any, R]],
+]: ...
+def idempotent(
+    handler: Callable[..., Coroutine[Any, Any, Any]] | None = None,
+    /,
+    *,
+    persistence_store: PersistenceLayer | None = None,
+    config: IdempotencyConfig | None = None,
+    key_prefix: str | None = None,
+) -> Any:
+    """Make `async def handler(event, context)` idempotent: the payload is the whole event.
+
+    The context, if it has `get_remaining_time_in_millis`, is registered for this call, so that its claim lasts as long
+    as the invocation. Of a durable context (`.state` and `.lambda_context`) the inner one is.
+
+    Args:
+        handler: The handler, where the decorator is used without options.
+        persistence_store: Where records are kept; by default what `configure` says.
+        config: Settings; by default what `configure` says.
+        key_prefix: Replaces the name of the function in its keys.
+
+    Raises:
+        TypeError: The handler is not an `async def` function of event and context.
+        IdempotencyConfigError: An option has a value that cannot work.
+    """
+    check_call_options(config=config, persistence_store=persistence_store, key_prefix=key_prefix)
+    if handler is None:
+        return functools.partial(idempotent, persistence_store=persistence_store, config=config, key_prefix=key_prefix)
+    target = Target(handler, decorator="idempotent", key_prefix=key_prefix)
+    check_takes_event(target)
+    binding = Binding(target, key_of_event, persistence_store=persistence_store, config=config, key_prefix=key_prefix)
+
+    @functools.wraps(handler)
+    async def wrapper(event: Any, context: Any, *args: Any, **kwargs: Any) -> Any:
+        lambda_context, is_durable_replay = lambda_context_of(context)
+        token = None if lambda_context is None else register_lambda_context(lambda_context)
+        try:
+            call = binding.call((event,), {})
+            call.supersedes = is_durable_replay
+            return await execute(call, handler, (event, context, *args), kwargs)
+        finally:
+            if token is not None:
+                reset_lambda_context(token)
+
+    return wrapper
+
+
+def key_of_event(plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Key:  # noqa: ARG001 - a FindKey
+    """Return the key of a handler's call: the payload is the whole event."""
+    return plan.key(args[0])
+
+
+@overload
+def idempotent_function(
+    function: Callable[P, Coroutine[Any, Any, R]],
+    /,
+    *,
+    data_keyword_argument: str | None = None,
+    key: Callable[..., Any] | None = None,
+    persistence_store: PersistenceLayer | None = None,
+    config: IdempotencyConfig | None = None,
+    output_serializer: type[ModelSerializer] | OutputSerializer | None = None,
+    key_prefix: str | None = None,
+) -> Callable[P, Coroutine[Any, Any, R]]: ...
+@overload
+def idempotent_function(
+    *,
+    data_keyword_argument: str | None = None,
+    key: Callable[..., Any] | None = None,
+    persistence_store: PersistenceLayer | None = None,
+    config: IdempotencyConfig | None = None,
+    output_serializer: type[ModelSerializer] | OutputSerializer | None = None,
+    key_prefix: str | None = None,
+) -> Callable[[Callable[P, Coroutine[Any, Any, R]]], Callable[P, Coroutine[Any, Any, R]]]: ...
+def idempotent_function(
+    function: Any = None,
+    /,
+    *,
+    data_keyword_argument: str | None = None,
+    key: Callable[..., Any] | None = None,
+    persistence_store: PersistenceLayer | None = None,
+    config: IdempotencyConfig | None = None,
+    output_serializer: type[ModelSerializer] | OutputSerializer | None = None,
+    key_prefix: str | None = None,
+) -> Any:
+    """Make any async callable idempotent: functions, methods, partials, callable objects.
+
+    Args:
+        function: The callable, where the decorator is used without options.
+        data_keyword_argument: The parameter that is the payload, however it is passed; or a name among `**kwargs`.
+        key: Gets the bound arguments by name, and returns the payload; the alternative to `data_keyword_argument`.
+            Without either, the payload is all arguments by name, without `self` and `cls`.
+        persistence_store: Where records are kept; by default what `configure` says.
+        config: Settings; by default what `configure` says.
+        output_serializer: Turns the result into JSON values and back. Default: the return annotation says how, by
+            dataclasses, pydantic models and types of the standard library, also in lists, dicts, tuples and unions.
+        key_prefix: Replaces the name of the function in its keys; partials and callable objects need one.
+
+    Raises:
+        TypeError: It is not an async callable.
+        IdempotencyConfigError: An option has a value that cannot work, or does not suit the signature.
+        IdempotencyUsageError: It is annotated to return a response of Starlette or FastAPI.
+    """
+    options: dict[str, Any] = {
+        "data_keyword_argument": data_keyword_argument,
+        "key": key,
+        "persistence_store": persistence_store,
+        "config": config,
+        "output_serializer": output_serializer,
+        "key_prefix": key_prefix,
+    }
+    check_call_options(**options)
+    if function is None:
+        return functools.partial(idempotent_function, **options)
+    if isinstance(function, classmethod | staticmethod):  # below @classmethod it is a function already
+        return _rewrapped(function, options)
+    target = Target(function, decorator="idempotent_function", key_prefix=key_prefix)
+    binding = Binding(
+        target,
+        payload_finder(target, data_keyword_argument=data_keyword_argument, key=key),
+        persistence_store=persistence_store,
+        config=config,
+        key_prefix=key_prefix,
+        output_serializer=output_serializer,
+    )
+
+    @functools.wraps(function)
+    async def wrapper(*args: Any, **kwargs: Any) -> Any:
+        return await execute(binding.call(args, kwargs), function, args, kwargs)
+
+    return wrapper
+
+
+def _rewrapped(method: Any, options: dict[str, Any]) -> Any:
+    """Decorate the function inside a classmethod or staticmethod."""
+    return type(method)(idempotent_function(method.__func__, **options))

@@ -1,0 +1,1 @@
+"""One call from its claim to its outcome."""

@@ -1,0 +1,375 @@
+"""The engine: the async shell around `lifecycle` that takes one call from its claim to its outcome.
+
+A front makes a `Call` and awaits `begin`; the call then has claimed its key, found an outcome to replay, or runs
+unprotected. After the body it awaits `complete` or `fail`. What a record means is `lifecycle`'s to say.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from enum import Enum, auto
+from typing import TYPE_CHECKING
+
+from aidem._engine.claim import Claim
+from aidem._engine.claimed_record import GIVING_BACK_SECONDS
+from aidem._engine.operations import NOTHING_RUN, ask
+from aidem._engine.single_flight import Flight
+from aidem._engine.waiting import Patience, winner
+from aidem._rules import lifecycle
+from aidem._rules.lifecycle import Blocked, Step
+from aidem._rules.record import OutcomeKind
+from aidem._runtime.cancellation import CLEANUP_SECONDS, HeldOff
+from aidem.exceptions import (
+    IdempotencyError,
+    IdempotencyInDoubtError,
+    IdempotencyLeaseLostError,
+    IdempotencyPersistenceConnectionError,
+    IdempotencyPersistenceLayerError,
+    IdempotencySerializationError,
+    IdempotencyUsageError,
+    IdempotencyValidationError,
+)
+from aidem.hooks import SILENT, EventKind, Reporter
+from aidem.serialization import UNAVAILABLE_TEXT, exception_text
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from aidem._engine.plan import Key, Plan
+    from aidem._engine.shared import LoopState
+    from aidem._engine.single_flight import Ending
+    from aidem._rules.record import DataRecord
+
+logger = logging.getLogger("aidem")
+
+
+class Phase(Enum):
+    """How far a call has come."""
+
+    NEW = auto()
+    CLAIMED = auto()
+    REPLAYED = auto()
+    BYPASSED = auto()
+    ENDED = auto()
+
+
+class Call:
+    """One idempotent call.
+
+    Attributes:
+        plan: What is the same for every call of the function.
+        key: What names the call.
+        phase: How far it has come.
+        record: The claim as stored, or the record that is replayed or counts; None: it runs unprotected.
+        reporter: Tells the hooks.
+        supersedes: Whether to take the claim of an earlier attempt from its owner (a durable function's replay).
+        has_body_ended: Whether what runs the body is gone; None: the task that awaits `begin` runs it.
+    """
+
+    __slots__ = (
+        "_claim",
+        "_flight",
+        "_loop_state",
+        "_patience",
+        "has_body_ended",
+        "key",
+        "phase",
+        "plan",
+        "record",
+        "reporter",
+        "supersedes",
+    )
+
+    _flight: Flight
+    _loop_state: LoopState
+
+    def __init__(self, plan: Plan, key: Key, *, bypassed: bool = False) -> None:
+        self.plan = plan
+        self.key = key
+        self.phase = Phase.BYPASSED if bypassed or not key.text else Phase.NEW
+        self.record: DataRecord | None = None
+        self.reporter = SILENT
+        if plan.config.hooks:
+            self.reporter = Reporter(plan.config.hooks, key=key.text, function=plan.function)
+        self.supersedes = False
+        self.has_body_ended: Callable[[], bool] | None = None
+        self._claim: Claim | None = None
+        self._patience: Patience | None = None
+
+    @property
+    def fence(self) -> int:
+        """The fence of the record; 0 where there is none."""
+        return 0 if self.record is None else self.record.fence
+
+    def held_record(self) -> DataRecord:
+        """Return the record, of a call that claimed, found or completed one."""
+        if self.record is None:
+            raise IdempotencyUsageError("this call has no record", key=self.key.text)
+        return self.record
+
+    # --- Before the body --------------------------------------------------------------------------------------------
+
+    async def begin(self) -> None:
+        """Claim the key or find its outcome; afterwards `phase` is CLAIMED, REPLAYED or BYPASSED.
+
+        Raises:
+            IdempotencyValidationError: The key was used with another payload.
+            IdempotencyAlreadyInProgressError: Another execution did not end in time.
+            IdempotencyInDoubtError: The owner of the claim vanished, and it must not be taken over.
+            IdempotencyPersistenceLayerError: The layer failed; nothing was run.
+            IdempotencyUsageError: No asyncio event loop runs the call.
+        """
+        if self.phase is Phase.BYPASSED:
+            self.reporter.report(EventKind.BYPASSED)
+            return
+        self._loop_state = self.plan.shared.of(_running_loop())
+        try:
+            await self._find()
+        except IdempotencyPersistenceLayerError as failure:
+            self.reporter.report(EventKind.PERSISTENCE_ERROR, error=failure)
+            if not self._may_run_unprotected(failure):
+                raise
+            logger.warning("%s runs without idempotency: %s", self.plan.function, failure)
+            self.phase = Phase.BYPASSED
+            self.record = None
+            self.reporter.report(EventKind.BYPASSED, error=failure)
+        except IdempotencyError as conflict:
+            self.reporter.report(EventKind.CONFLICT, error=conflict)
+            raise
+        if self._patience is not None and self._patience.has_waited:
+            self.reporter.report(EventKind.WAITED, fence=self.fence)
+
+    def _may_run_unprotected(self, failure: IdempotencyPersistenceLayerError) -> bool:
+        is_outage = isinstance(failure, IdempotencyPersistenceConnectionError)
+        return is_outage and self.plan.config.on_persistence_error == "run"
+
+    async def _find(self) -> None:
+        config = self.plan.config
+        if config.use_local_cache:
+            cached = self.plan.shared.cache.get(self.key.text, now=self.plan.clock())
+            if cached is not None:
+                self._replay(cached)
+                return
+        flight = self._flight = Flight(self._loop_state.flights, self.key)
+        try:
+            if config.wait_timeout_seconds > 0 and not self.supersedes:
+                await self._follow_others(flight)
+            while self.phase is Phase.NEW:  # ask until the key is ours, has an outcome, or the time is over
+                flight.lead()
+                await self._ask(flight)
+        except BaseException as error:
+            if self.phase is Phase.NEW:  # else the claim is held, and `fail` gives it back
+                self._end(error if isinstance(error, IdempotencyPersistenceLayerError) else None)
+            raise
+
+    async def _follow_others(self, flight: Flight) -> None:
+        """Wait while other calls of this loop are at the store: for an outcome, or until it is our turn."""
+        while self.phase is Phase.NEW and (leader := flight.leader) is not None and leader is not flight:
+            outcome = await self._waiting().follow(leader, flight)
+            if outcome is not None and not lifecycle.is_expired(outcome, now=self.plan.clock()):
+                self._replay(outcome)
+
+    async def _ask(self, flight: Flight) -> None:
+        claim = Claim(self.plan, self.key, flight, self._loop_state, self.reporter)
+        try:
+            answer = await claim.acquire()
+        except IdempotencyPersistenceConnectionError:
+            if flight.record is None or self._waiting().remaining_seconds() <= 0:
+                raise
+            await self._pause(flight.record, flight, now=self.plan.clock())  # one poll in vain, of several
+            return
+        if isinstance(answer, Blocked):
+            await self._consider(answer, flight)
+        elif answer is not None:
+            self._claim = claim
+            self.record = claim.record
+            self.phase = Phase.CLAIMED
+            claim.hold(taken_over=answer.taken_over, has_body_ended=self.has_body_ended)
+
+    async def _consider(self, answer: Blocked, flight: Flight) -> None:
+        """Act on the record that blocks us: replay it, raise, or pause before asking again."""
+        record, now = answer.record, answer.now
+        if now is None:  # judged by the clock of whoever asks, so its writer's may be behind
+            now = self.plan.clock() - self.plan.config.max_clock_skew_seconds
+        step = lifecycle.next_step(record, payload_hash=self.key.payload_hash, now=now)
+        match step:
+            case Step.REPLAY:
+                self._end(record)
+                self._replay(record)
+            case Step.MISMATCH:
+                raise IdempotencyValidationError(record=record)
+            case _ if self.supersedes:
+                await self._supersede(record, now=now)
+            case Step.IN_DOUBT:
+                raise IdempotencyInDoubtError(record=record)
+            case _:  # Step.WAIT
+                holds = lifecycle.blocks_for_seconds(record, now=now)
+                flight.publish(record, blocks_until=None if holds is None else self._loop_state.time() + holds)
+                await self._pause(record, flight, now=now)
+
+    async def _supersede(self, record: DataRecord, *, now: float) -> None:
+        """Take the claim from the attempt that a durable function replays, once, so that one of two replays wins."""
+        self.supersedes = False
+        if record.owner is None:
+            raise self._waiting().in_progress(record, now=now)  # nobody could tell whose it is
+        release = self.plan.layer.release
+        with HeldOff() as held_off:
+            await ask(lambda: release(record), held_off=held_off, key=self.key.text, effect=NOTHING_RUN)
+
+    async def _pause(self, record: DataRecord, flight: Flight, *, now: float) -> None:
+        await self._waiting().pause(record, polls=flight.polls, now=now)
+        flight.polls += 1
+
+    def _waiting(self) -> Patience:
+        if self._patience is None:
+            self._patience = Patience(self.plan, self.key)
+        return self._patience
+
+    def _replay(self, record: DataRecord) -> None:
+        if lifecycle.differs(record, self.key.payload_hash):
+            raise IdempotencyValidationError(record=record)
+        self.record = record
+        self.phase = Phase.REPLAYED
+        self._cache(record)
+        self.reporter.report(EventKind.REPLAYED, fence=record.fence)
+
+    # --- While the body runs ----------------------------------------------------------------------------------------
+
+    async def ensure_owned(self) -> None:
+        """Renew the claim at the store, never by a local guess; an unprotected call has none, and passes.
+
+        Raises:
+            IdempotencyLeaseLostError: The claim is not ours any more.
+            IdempotencyPersistenceLayerError: The layer failed to answer.
+            IdempotencyUsageError: The call replays, or is over.
+        """
+        if self.phase is Phase.BYPASSED:
+            return
+        if self._claim is None or self.phase is not Phase.CLAIMED:
+            message = "ensure_owned() asks about a running claim; call it in the body of a call that is not replayed"
+            raise IdempotencyUsageError(message, key=self.key.text)
+        if not await self._claim.confirm():
+            reason = "another call owns it, or it was released by hand"
+            raise IdempotencyLeaseLostError(key=self.key.text, record=None, reason=reason)
+        self.record = self._claim.record
+
+    def holds_lease(self, *, for_seconds: float) -> bool:
+        """Whether, by our own clock, no other call can take over for so long; also once this call has ended."""
+        return self._claim is not None and not self._claim.has_lapsed(in_seconds=for_seconds)
+
+    # --- After the body ---------------------------------------------------------------------------------------------
+
+    async def complete(self, text: str, outcome: OutcomeKind | None = None) -> bool:
+        """Record the outcome; `record` then is the one that counts.
+
+        Returns:
+            True: it is ours. False: our claim was lost, and the record is the winner's.
+
+        Raises:
+            IdempotencyLeaseLostError: The claim was lost, and the winner has no outcome.
+            IdempotencyPersistenceLayerError: The outcome could not be recorded while the lease was held.
+        """
+        claim = self._held_claim()
+        try:
+            claim.stop_renewal()
+            claim.check_process()
+            with HeldOff(deadline=claim.completion_deadline()) as held_off:
+                ours = await claim.complete(text, outcome, held_off=held_off)
+                if ours is not None:
+                    self._count(ours, EventKind.EXECUTED)
+            if ours is None:
+                claim.note_loss()
+                self._count(await winner(self.plan, self.key), EventKind.REPLAYED)
+        except BaseException:
+            self._end(None)
+            raise
+        return ours is not None
+
+    async def fail(self, error: BaseException) -> bool:
+        """Give the key back, or store the exception if it is an outcome.
+
+        A failure to do so is logged and noted on the error. A cancellation meanwhile is requested again instead of
+        delivered: the error of the body goes first.
+
+        Returns:
+            True: the error is to be raised. False: it would have been the outcome, but our claim was lost, and the
+            winner's outcome counts.
+
+        Raises:
+            IdempotencyLeaseLostError: The same, but the winner has no outcome.
+        """
+        if self.phase is not Phase.CLAIMED:
+            return True
+        claim = self._held_claim()
+        try:
+            claim.stop_renewal()
+            if not claim.is_of_this_process():
+                return True
+            if isinstance(error, GeneratorExit):  # nothing may be awaited any more
+                claim.undo_in_background()
+                return True
+            if isinstance(error, Exception) and type(error) in self.plan.config.stored_exceptions:
+                return await self._complete_with(error)
+            await self._give_back(error, claim)
+            return True
+        finally:
+            self._end(None)
+
+    async def _complete_with(self, error: Exception) -> bool:
+        """Store an exception of the body as its outcome."""
+        try:
+            text, outcome = exception_text(error), OutcomeKind.EXCEPTION
+        except IdempotencySerializationError as exc:
+            logger.error("an exception of %s cannot be stored: %s", self.plan.function, exc)  # noqa: TRY400 - no trace: it may show data
+            text, outcome = UNAVAILABLE_TEXT, OutcomeKind.UNAVAILABLE
+        try:
+            return await self.complete(text, outcome)
+        except IdempotencyPersistenceLayerError as failure:
+            self._note(error, failure)
+            return True
+
+    async def _give_back(self, error: BaseException, claim: Claim) -> None:
+        held_off = HeldOff()
+        held_off.bound(CLEANUP_SECONDS if isinstance(error, asyncio.CancelledError) else GIVING_BACK_SECONDS)
+        try:
+            await claim.undo(is_failure=isinstance(error, Exception), held_off=held_off)
+        except IdempotencyPersistenceLayerError as failure:
+            self._note(error, failure)
+        finally:
+            held_off.request_again()
+
+    def _note(self, error: BaseException, failure: IdempotencyError) -> None:
+        error.add_note(f"aidem could not give back idempotency key {self.key.text!r}: {failure}")
+        logger.error("%s could not give its idempotency key back: %s", self.plan.function, failure)
+        self.reporter.report(EventKind.PERSISTENCE_ERROR, fence=self.fence, error=failure)
+
+    def _count(self, record: DataRecord, kind: EventKind) -> None:
+        """Take the record as the outcome of the call."""
+        self.record = record
+        self._end(record)
+        self._cache(record)
+        self.reporter.report(kind, fence=record.fence)
+
+    def _held_claim(self) -> Claim:
+        if self._claim is None or self.phase is not Phase.CLAIMED:
+            message = "this call holds no claim that could be completed"
+            raise IdempotencyUsageError(message, key=self.key.text)
+        return self._claim
+
+    def _end(self, ending: Ending) -> None:
+        if self.phase is Phase.CLAIMED:
+            self.phase = Phase.ENDED
+        self._flight.end(ending)
+
+    def _cache(self, record: DataRecord) -> None:
+        if self.plan.config.use_local_cache:
+            self.plan.shared.cache.put(record, max_items=self.plan.config.local_cache_max_items)
+
+
+def _running_loop() -> asyncio.AbstractEventLoop:
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        message = "aidem needs asyncio, but no asyncio event loop runs this call; trio and others are not supported"
+        raise IdempotencyUsageError(message) from None

@@ -1,0 +1,169 @@
+"""Waiting: for another call of this loop, for another process, and for the winner of a claim that was lost."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from functools import partial
+from typing import TYPE_CHECKING, Final
+
+from aidem._engine.operations import DELAY_GROWTH, LONGEST_DELAY_SECONDS, LOST, ask, backoff_seconds
+from aidem._rules import lifecycle
+from aidem._rules.lifecycle import Step
+from aidem._runtime.cancellation import HeldOff
+from aidem.exceptions import (
+    IdempotencyAlreadyInProgressError,
+    IdempotencyLeaseLostError,
+    IdempotencyPersistenceConfigError,
+    IdempotencyPersistenceLayerError,
+    IdempotencyValidationError,
+)
+
+if TYPE_CHECKING:
+    from aidem._engine.plan import Key, Plan
+    from aidem._engine.single_flight import Flight
+    from aidem._rules.record import DataRecord
+
+logger = logging.getLogger("aidem")
+
+SHORTEST_PAUSE_SECONDS: Final = 0.01
+
+
+class Patience:
+    """How long one call waits.
+
+    Attributes:
+        has_waited: Whether it had to.
+    """
+
+    __slots__ = ("_deadline", "_key", "_plan", "has_waited")
+
+    def __init__(self, plan: Plan, key: Key) -> None:
+        self._plan = plan
+        self._key = key
+        self._deadline: float | None = None
+        self.has_waited = False
+
+    def remaining_seconds(self) -> float:
+        """Return how long it may wait yet; the time counts from the first question."""
+        now = asyncio.get_running_loop().time()
+        if self._deadline is None:
+            self._deadline = now + self._plan.config.wait_timeout_seconds
+        return self._deadline - now
+
+    async def follow(self, leader: Flight, flight: Flight) -> DataRecord | None:
+        """Wait in line while another call of this loop is at the store.
+
+        Returns:
+            The outcome that it found, or a live record of another payload; None: it is our turn to ask the store, or
+            the time is over.
+
+        Raises:
+            IdempotencyValidationError: The other call has another payload.
+            IdempotencyAlreadyInProgressError: It did not end in time.
+            IdempotencyPersistenceLayerError: It could not ask the store.
+        """
+        differing = leader.differing_record(self._key.payload_hash, now=asyncio.get_running_loop().time())
+        if differing is not None:
+            raise IdempotencyValidationError(record=differing)
+        remaining = self.remaining_seconds()
+        if remaining <= 0:
+            raise self.in_progress(leader.record, now=self._plan.clock())
+        self.has_waited = True
+        ending = await flight.wait_behind(leader, timeout_seconds=remaining)
+        if isinstance(ending, IdempotencyPersistenceLayerError):
+            raise _own(ending) from ending
+        return ending
+
+    async def pause(self, record: DataRecord | None, *, polls: int, now: float) -> None:
+        """Wait until it is worth asking the store again.
+
+        Args:
+            record: What blocks the call; None: the store did not say.
+            polls: How often the store was asked in vain.
+            now: Epoch seconds by the clock that judged the record.
+
+        Raises:
+            IdempotencyAlreadyInProgressError: The time is over.
+        """
+        remaining = self.remaining_seconds()
+        if remaining <= 0:
+            raise self.in_progress(record, now=now)
+        self.has_waited = True
+        seconds = min(backoff_seconds(polls), remaining)
+        end = None if record is None else lifecycle.lease_end(record)
+        if end is not None and end / 1000 > now:
+            seconds = min(seconds, end / 1000 - now + 0.001)
+        shortest = SHORTEST_PAUSE_SECONDS * DELAY_GROWTH ** min(polls, 20)
+        await self._until_change(seconds, shortest=min(seconds, shortest))
+
+    async def _until_change(self, seconds: float, *, shortest: float) -> None:
+        """Wait for the layer to tell of a change, if it does; sleep where it cannot, or comes back too soon."""
+        layer = self._plan.waits_for_change
+        if layer is None:
+            await asyncio.sleep(seconds)
+            return
+        loop = asyncio.get_running_loop()
+        started_at = loop.time()
+        try:
+            await layer.wait_for_change(self._key.text, seconds)
+        except Exception as error:  # noqa: BLE001 - polling works without it
+            logger.debug("wait_for_change failed: %s", type(error).__name__)
+            shortest = seconds
+        await asyncio.sleep(max(0.0, shortest - (loop.time() - started_at)))
+
+    def in_progress(self, record: DataRecord | None, *, now: float) -> IdempotencyAlreadyInProgressError:
+        """Return the error for a call that waits no longer."""
+        end = None if record is None else lifecycle.lease_end(record)
+        # It may end at any moment, so even a long lease is worth a look after a second.
+        wait = LONGEST_DELAY_SECONDS if end is None else min(LONGEST_DELAY_SECONDS, max(0.0, end / 1000 - now))
+        return IdempotencyAlreadyInProgressError(key=self._key.text, record=record, retry_after_seconds=wait)
+
+
+async def winner(plan: Plan, key: Key) -> DataRecord:
+    """Return the outcome of whoever took our claim over, waiting for it as a waiter does.
+
+    Raises:
+        IdempotencyLeaseLostError: There is none.
+        IdempotencyPersistenceLayerError: The layer failed to answer.
+    """
+    patience, polls = Patience(plan, key), 0
+    while True:
+        record = await _look(plan, key, patience)
+        now = plan.clock()
+        if record is None or lifecycle.is_expired(record, now=now):
+            raise IdempotencyLeaseLostError(key=key.text, record=None, reason="it was taken over and given back")
+        step = lifecycle.next_step(record, payload_hash=key.payload_hash, now=now)
+        if step is Step.REPLAY:
+            return record
+        try:
+            if step is not Step.WAIT:
+                raise patience.in_progress(record, now=now)
+            await patience.pause(record, polls=polls, now=now)
+        except IdempotencyAlreadyInProgressError as running:
+            reason = "another call took it over and has no outcome for this payload yet"
+            raise IdempotencyLeaseLostError(key=key.text, record=record, reason=reason) from running
+        polls += 1
+
+
+async def _look(plan: Plan, key: Key, patience: Patience) -> DataRecord | None:
+    """Return the record as stored; while the store fails to answer, ask again as long as a waiter waits."""
+    polls = 0
+    while True:
+        try:
+            with HeldOff() as held_off:
+                return await ask(partial(plan.layer.get, key.text), held_off=held_off, key=key.text, effect=LOST)
+        except IdempotencyPersistenceConfigError:
+            raise
+        except IdempotencyPersistenceLayerError:
+            if patience.remaining_seconds() <= 0:
+                raise
+            await patience.pause(None, polls=polls, now=plan.clock())
+            polls += 1
+
+
+def _own(failure: IdempotencyPersistenceLayerError) -> IdempotencyPersistenceLayerError:
+    """Return an error for one of many callers: each may add notes to its own."""
+    own = type(failure)(str(failure), key=failure.key)
+    own.may_be_applied = failure.may_be_applied
+    return own

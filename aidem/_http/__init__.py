@@ -1,0 +1,1 @@
+"""The `Idempotency-Key` layer behind `aidem.asgi` and `aidem.fastapi`."""

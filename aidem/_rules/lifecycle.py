@@ -1,0 +1,361 @@
+"""The algorithm: what a record means at an instant, and what an operation or a call does about it.
+
+Everything here is pure: the instant (`now`, epoch seconds), the token of a claim and the record found are arguments.
+The engine asks the second half, layers that can run Python under their own atomic step ask the first; layers whose
+server decides (a condition expression, a script) mirror it, and the conformance suite proves that they agree.
+
+                 acquire                  complete (ours and INPROGRESS, or no record)
+    (no record) ─────────► INPROGRESS ──────────────────────────────────────────────► COMPLETED
+         ▲                  │  ▲   │                                                      │
+         │ release (ours    │  └───┘ acquire, once the lease has passed                   │
+         │ and INPROGRESS)  │  └───┘ renew (ours and INPROGRESS)      expiry passed: as if absent
+         └──────────────────┘◄────────────────────────────────────────────────────────────┘
+
+The rules, each in one place:
+
+- *expired*: `expiry < now`, `now` floored to seconds. An expired record counts as absent, whether or not the store
+  has purged it already.
+- *lapsed*: INPROGRESS and `in_progress_expiry < now`, in milliseconds. A lapsed claim may be taken over.
+- *in doubt*: INPROGRESS, never to be taken over, and `lease_expiry < now`: its owner vanished.
+- *given up*: INPROGRESS, never to be taken over, and `lease_expiry == 0`: its owner left it in doubt. That is final: a
+  renewal that arrives late must not make it look held again.
+- *ours*: the stored owner is our token and the status is INPROGRESS. Only then may we renew or release; we may
+  complete also where no record is left. A record without an owner is somebody else's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum, auto
+from math import ceil, inf
+from typing import Final, NamedTuple
+
+from aidem._rules.record import DataRecord, OutcomeKind, RecordStatus
+
+GIVEN_UP: Final = 0
+"""The lease expiry of a claim that its owner left in doubt; no lease that merely passed ends then."""
+
+# --- What layers answer ---------------------------------------------------------------------------------------------
+
+
+class Claimed(NamedTuple):
+    """The key is ours.
+
+    Attributes:
+        record: The claim as stored: with its fence, and with instants by the store's clock where it has one.
+        taken_over: Whether a lapsed claim was there; layers whose store does not say leave it False.
+    """
+
+    record: DataRecord
+    taken_over: bool = False
+
+
+class Blocked(NamedTuple):
+    """A live record of somebody else is there.
+
+    Attributes:
+        record: The record found.
+        now: Epoch seconds by the clock that judged it; None: by the caller's.
+    """
+
+    record: DataRecord
+    now: float | None = None
+
+
+class Completion(Enum):
+    """What becomes of a wish to complete."""
+
+    STORE = auto()
+    ALREADY_STORED = auto()
+    REFUSED = auto()
+
+
+# --- What a record means at an instant ------------------------------------------------------------------------------
+
+
+def is_expired(record: DataRecord, *, now: float) -> bool:
+    """Whether the record counts as absent."""
+    return record.expiry_timestamp is not None and record.expiry_timestamp < int(now)
+
+
+def is_lapsed(record: DataRecord, *, now: float, max_clock_skew_seconds: float = 0.0) -> bool:
+    """Whether the record is a claim that another caller may take over."""
+    end = record.in_progress_expiry_timestamp
+    return (
+        record.status is RecordStatus.INPROGRESS
+        and end is not None
+        and end < milliseconds(now - max_clock_skew_seconds)
+    )
+
+
+def is_held_by(record: DataRecord | None, owner: str | None) -> bool:
+    """Whether the record is a claim of that owner, so that the owner may renew, release or complete it."""
+    return (
+        record is not None and owner is not None and record.owner == owner and record.status is RecordStatus.INPROGRESS
+    )
+
+
+def status_of(record: DataRecord, *, now: float) -> RecordStatus:
+    """Return the status at an instant, `EXPIRED` included."""
+    return RecordStatus.EXPIRED if is_expired(record, now=now) else record.status
+
+
+def lease_end(record: DataRecord) -> int | None:
+    """Return when the claim lapses or becomes in doubt, in epoch milliseconds; None: it holds until it expires."""
+    if record.in_progress_expiry_timestamp is not None:
+        return record.in_progress_expiry_timestamp
+    return record.lease_expiry_timestamp
+
+
+def blocks_for_seconds(record: DataRecord, *, now: float) -> float | None:
+    """Return for how many seconds a claim yet keeps others from acquiring its key; None: for ever."""
+    ends: list[float] = []
+    if record.in_progress_expiry_timestamp is not None:
+        ends.append(record.in_progress_expiry_timestamp / 1000)
+    if record.expiry_timestamp is not None:
+        ends.append(record.expiry_timestamp + 1.0)  # it counts as absent from the next second on
+    return min(ends) - now if ends else None
+
+
+def is_given_up(record: DataRecord) -> bool:
+    """Whether the record is a claim that its owner left in doubt at once."""
+    return lease_end(record) == GIVEN_UP
+
+
+def held_until(record: DataRecord) -> float:
+    """Return until when the claim holds, in epoch milliseconds: the end of its lease, or without one its expiry."""
+    end = lease_end(record)
+    if end is not None:
+        return end
+    return inf if record.expiry_timestamp is None else record.expiry_timestamp * 1000
+
+
+# --- The operations of a layer, given the record found --------------------------------------------------------------
+
+
+def acquire(
+    found: DataRecord | None,
+    proposed: DataRecord,
+    *,
+    now: float,
+    max_clock_skew_seconds: float = 0.0,
+    last_fence: int = 0,
+) -> Claimed | Blocked:
+    """Decide a claim.
+
+    Args:
+        found: The record in the store.
+        proposed: The claim to store; its fence is set here.
+        now: Epoch seconds.
+        max_clock_skew_seconds: Added to a foreign lease before it may be taken over.
+        last_fence: The highest fence the store has given out, if it knows; the new one is higher.
+    """
+    if found is None or is_expired(found, now=now):
+        return Claimed(_fenced(proposed, found, now=now, last_fence=last_fence))
+    if is_held_by(found, proposed.owner):
+        return Claimed(found)  # our own write, whose reply was lost
+    if is_lapsed(found, now=now, max_clock_skew_seconds=max_clock_skew_seconds):
+        return Claimed(_fenced(proposed, found, now=now, last_fence=last_fence), taken_over=True)
+    return Blocked(found, now)
+
+
+def complete(found: DataRecord | None, record: DataRecord, *, now: float) -> Completion:
+    """Decide a completion: it must not change a foreign record, nor another outcome of ours."""
+    if found is None or is_expired(found, now=now) or is_held_by(found, record.owner):
+        return Completion.STORE
+    if record.owner is not None and found.owner == record.owner and _same_outcome(found, record):
+        return Completion.ALREADY_STORED  # our own write, whose reply was lost
+    return Completion.REFUSED
+
+
+def renewed(found: DataRecord | None, record: DataRecord) -> DataRecord | None:
+    """Return what is stored after a renewal to the instants of `record`; None: the claim is not ours any more.
+
+    Renewals may arrive late, twice and out of order. One that would move the claim back changes nothing, as does one
+    of a claim that was given up meanwhile: nobody may be told that it is held.
+    """
+    if found is None or not is_held_by(found, record.owner):
+        return None
+    if not is_given_up(record):
+        if is_given_up(found):
+            return None
+        if held_until(record) < held_until(found):
+            return found
+    return found.replace(
+        expiry_timestamp=record.expiry_timestamp,
+        in_progress_expiry_timestamp=record.in_progress_expiry_timestamp,
+        lease_expiry_timestamp=record.lease_expiry_timestamp,
+    )
+
+
+def _fenced(proposed: DataRecord, found: DataRecord | None, *, now: float, last_fence: int) -> DataRecord:
+    fence = milliseconds(now)
+    if found is not None:
+        fence = (found.fence or fence) + 1
+    return DataRecord(
+        idempotency_key=proposed.idempotency_key,
+        status=proposed.status,
+        expiry_timestamp=proposed.expiry_timestamp,
+        in_progress_expiry_timestamp=proposed.in_progress_expiry_timestamp,
+        lease_expiry_timestamp=proposed.lease_expiry_timestamp,
+        payload_hash=proposed.payload_hash,
+        sort_key=proposed.sort_key,
+        owner=proposed.owner,
+        fence=max(fence, last_fence + 1),
+    )
+
+
+def _same_outcome(found: DataRecord, record: DataRecord) -> bool:
+    return (
+        found.status is RecordStatus.COMPLETED
+        and found.response_data == record.response_data
+        and found.outcome == record.outcome
+    )
+
+
+# --- The records a call proposes ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lease:
+    """How long a claim of a call holds.
+
+    Attributes:
+        expires_after_seconds: How long its outcome is kept.
+        lease_seconds: How long it holds without being renewed; None: until it expires.
+        may_be_taken_over: Whether a lapsed claim goes to the next caller (at least once) or is in doubt.
+        max_clock_skew_seconds: How much longer others hold it for held.
+    """
+
+    expires_after_seconds: float
+    lease_seconds: float | None
+    may_be_taken_over: bool
+    max_clock_skew_seconds: float = 0.0
+
+    def instants(self, *, now: float) -> tuple[int, int | None, int | None]:
+        """Return expiry (seconds), in-progress expiry and lease expiry (milliseconds) of a claim made or renewed now.
+
+        A lease that is held, or that others hold for held, is never past its record's expiry.
+        """
+        expiry = int(now + self.expires_after_seconds)
+        if self.lease_seconds is None:
+            return expiry, None, None
+        end = int((now + self.lease_seconds) * 1000)
+        held_until = int((now + self.lease_seconds + self.max_clock_skew_seconds) * 1000)
+        expiry = max(expiry, -(-held_until // 1000))
+        return (expiry, end, None) if self.may_be_taken_over else (expiry, None, end)
+
+
+def claim(key: str, *, owner: str, payload_hash: str, lease: Lease, now: float) -> DataRecord:
+    """Return the claim to propose to a layer."""
+    expiry, in_progress_expiry, lease_expiry = lease.instants(now=now)
+    return DataRecord(
+        idempotency_key=key,
+        status=RecordStatus.INPROGRESS,
+        expiry_timestamp=expiry,
+        in_progress_expiry_timestamp=in_progress_expiry,
+        lease_expiry_timestamp=lease_expiry,
+        payload_hash=payload_hash,
+        owner=owner,
+    )
+
+
+def renewal(claimed: DataRecord, *, lease: Lease, now: float) -> DataRecord:
+    """Return a claim with its instants counted from now."""
+    expiry, in_progress_expiry, lease_expiry = lease.instants(now=now)
+    return claimed.replace(
+        expiry_timestamp=expiry,
+        in_progress_expiry_timestamp=in_progress_expiry,
+        lease_expiry_timestamp=lease_expiry,
+    )
+
+
+def abandoned(claimed: DataRecord) -> DataRecord:
+    """Return a claim that is given up: in doubt at once."""
+    return claimed.replace(lease_expiry_timestamp=GIVEN_UP)
+
+
+def completed(
+    claimed: DataRecord,
+    *,
+    response_data: str,
+    outcome: OutcomeKind | None,
+    expires_after_seconds: float,
+    now: float,
+) -> DataRecord:
+    """Return the completed record of a claim; the window counts from now."""
+    return DataRecord(
+        idempotency_key=claimed.idempotency_key,
+        status=RecordStatus.COMPLETED,
+        expiry_timestamp=int(now + expires_after_seconds),
+        response_data=response_data,
+        outcome=outcome,
+        payload_hash=claimed.payload_hash,
+        sort_key=claimed.sort_key,
+        owner=claimed.owner,
+        fence=claimed.fence,
+    )
+
+
+def shifted(record: DataRecord, *, seconds: float) -> DataRecord:
+    """Return the record with its instants moved from the caller's clock to the layer's.
+
+    A queue or a busy file may have held the operation up; the durations that the caller asked for count from the
+    moment it is done.
+    """
+    delta = int(seconds * 1000)
+    if delta == 0:
+        return record
+    in_progress_expiry, lease_expiry = (
+        instant + delta if instant else instant  # none, or `GIVEN_UP`
+        for instant in (record.in_progress_expiry_timestamp, record.lease_expiry_timestamp)
+    )
+    expiry = record.expiry_timestamp
+    return record.replace(
+        expiry_timestamp=None if expiry is None else expiry + ceil(delta / 1000),
+        in_progress_expiry_timestamp=in_progress_expiry,
+        lease_expiry_timestamp=lease_expiry,
+    )
+
+
+def milliseconds(seconds: float) -> int:
+    """Return epoch milliseconds, floored."""
+    return int(seconds * 1000)
+
+
+# --- What a call does about the record that blocks it ---------------------------------------------------------------
+
+
+class Step(Enum):
+    """What a call does about a live record that it found."""
+
+    REPLAY = auto()
+    WAIT = auto()
+    IN_DOUBT = auto()
+    MISMATCH = auto()
+
+
+def next_step(record: DataRecord, *, payload_hash: str, now: float) -> Step:
+    """Decide what a call does about a live record: the hash first, also while it is INPROGRESS."""
+    if differs(record, payload_hash):
+        return Step.MISMATCH
+    if record.status is RecordStatus.COMPLETED:
+        return Step.REPLAY
+    if is_in_doubt(record, now=now):
+        return Step.IN_DOUBT
+    return Step.WAIT
+
+
+def differs(record: DataRecord, payload_hash: str) -> bool:
+    """Whether the record was made for another payload; a side that has no hash is not compared."""
+    return bool(record.payload_hash and payload_hash) and record.payload_hash != payload_hash
+
+
+def is_in_doubt(record: DataRecord, *, now: float) -> bool:
+    """Whether the record is a claim whose owner vanished and that nobody may take over."""
+    return (
+        record.status is RecordStatus.INPROGRESS
+        and record.in_progress_expiry_timestamp is None
+        and record.lease_expiry_timestamp is not None
+        and record.lease_expiry_timestamp < milliseconds(now)
+    )

@@ -1,0 +1,1 @@
+"""Event loops, threads, signals and forks: what the rest is run by; it knows nothing of idempotency."""

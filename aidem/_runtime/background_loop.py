@@ -1,0 +1,254 @@
+"""The background event loop of the process: runs coroutines for threads that wait for them.
+
+One thread with one loop, started on first use and kept, since a client that a layer opens belongs to its loop. A fork
+has none of its parent's threads, so a child starts its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import contextlib
+import os
+import threading
+import time
+from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
+
+from aidem._runtime.cancellation import CLEANUP_SECONDS, writes
+from aidem._runtime.lambda_lifecycle import BeforeSnapshot
+from aidem.exceptions import IdempotencyUsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine
+
+T = TypeVar("T")
+
+INTERRUPTED_SECONDS: Final = CLEANUP_SECONDS + 1.0
+"""How long an interrupted thread waits for its step, which bounds its own clean-up a little shorter."""
+
+CLOSED = "aidem.sync was closed while this call waited for its layer; close it when no thread is in an idempotent call"
+
+
+def run(start: Callable[[], Coroutine[Any, Any, T]], *, closed: str = CLOSED) -> T:
+    """Run a coroutine on the background loop, in a copy of the caller's context, and wait for it.
+
+    Whatever interrupts the waiting thread, such as Ctrl-C, cancels the coroutine, and goes on once that has cleaned up.
+
+    Args:
+        start: Starts the coroutine.
+        closed: What the error says if the loop was closed meanwhile.
+
+    Raises:
+        IdempotencyUsageError: The loop was closed meanwhile.
+    """
+    step = Step(start)
+    try:
+        submit(step)
+        step.wait()
+    except BaseException:
+        step.abandon()
+        raise
+    return step.answer(closed)
+
+
+def run_unattended(start: Callable[[], Coroutine[Any, Any, Any]]) -> None:
+    """Run a coroutine for nobody, if there is a background loop.
+
+    For finalizers, which may run at any point, also while this thread holds the lock: it takes none.
+    """
+    loop = _process.loop
+    if loop is not None:
+        Step(start).submit_to(loop)
+
+
+def submit(step: Step[Any]) -> None:
+    """Let the background loop begin a step; start the loop if there is none."""
+    with _process.lock:
+        if _process.loop is None or not _process.loop.is_alive():
+            _process.loop = BackgroundLoop()
+            _process.loop.start()
+            atexit.register(close, is_exiting=True)  # so it runs before what layers have registered
+            _before_snapshot.arm()
+        step.submit_to(_process.loop)
+
+
+def close(*, is_exiting: bool = False) -> None:
+    """End the background loop, after the steps that are under way; the next one starts another.
+
+    Args:
+        is_exiting: Whether the interpreter exits: then only daemon threads are left. Their steps are cancelled at once,
+            which leaves no write half-done, and they are not woken.
+    """
+    with _process.lock:
+        loop, _process.loop = _process.loop, None
+        if loop is not None:
+            loop.end(is_exiting=is_exiting)  # under the lock: a step comes before this, or goes to another loop
+    if loop is not None:
+        atexit.unregister(close)
+        loop.join()
+
+
+class Step(Generic[T]):
+    """One coroutine, which runs on the background loop while the thread that asked for it waits."""
+
+    __slots__ = ("_answer", "_error", "_finished", "_is_asked", "_is_over", "_loop", "_start", "_task")
+
+    _answer: T
+    _loop: BackgroundLoop
+
+    def __init__(self, start: Callable[[], Coroutine[Any, Any, T]]) -> None:
+        self._start = start
+        self._is_asked = False
+        self._task: asyncio.Task[None] | None = None
+        self._error: BaseException | None = None
+        self._is_over = False
+        self._finished = threading.Lock()  # waiting for a lock is the cheapest way to be woken by another thread
+        self._finished.acquire()
+
+    # --- In the thread that waits -----------------------------------------------------------------------------------
+
+    def submit_to(self, loop: BackgroundLoop) -> None:
+        """Let the loop begin the coroutine."""
+        self._loop = loop
+        self._is_asked = True  # before it is: an interrupt may come between any two lines
+        loop.call(self._begin)
+
+    def wait(self) -> None:
+        """Wait until it is over."""
+        self._finished.acquire()
+
+    def abandon(self) -> None:
+        """Cancel it, and wait for its clean-up, bounded; another interrupt does not cut that short."""
+        deadline = time.monotonic() + INTERRUPTED_SECONDS
+        if not (self._is_asked and self._loop.call(self._cancel)):
+            return
+        while not self._is_over and (remaining := deadline - time.monotonic()) > 0:
+            with contextlib.suppress(BaseException):
+                self._finished.acquire(timeout=remaining)
+
+    def answer(self, closed: str) -> T:
+        """Return what the coroutine returned, or raise what it raised; `closed` is for one that was cancelled."""
+        error, self._error = self._error, None
+        if error is None:
+            return self._answer
+        try:
+            if isinstance(error, asyncio.CancelledError):
+                raise IdempotencyUsageError(closed) from error
+            raise error
+        finally:
+            del error  # or its traceback would keep this frame in a cycle
+
+    # --- On the loop ------------------------------------------------------------------------------------------------
+
+    def _begin(self) -> None:
+        # In the context of the thread that waits: a callback runs in a copy of it, and a task copies that.
+        self._task = asyncio.get_running_loop().create_task(self._run())
+        self._loop.steps.add(self._task)
+
+    def _cancel(self) -> None:
+        if self._task is None:  # interrupted before the loop was asked
+            self._end()
+        else:
+            self._task.add_done_callback(self._end)  # it may end before it has begun
+            self._task.cancel()
+
+    async def _run(self) -> None:
+        try:
+            self._answer = await self._start()
+        except BaseException as error:  # noqa: BLE001 - it is the thread's that waits, SystemExit too
+            self._error = error
+        self._end()
+
+    def _end(self, _task: object = None) -> None:
+        if self._task is not None:
+            self._loop.steps.discard(self._task)
+        if not (self._is_over or self._loop.is_exiting):
+            self._is_over = True
+            self._finished.release()
+
+
+class BackgroundLoop:
+    """A thread with an event loop.
+
+    Attributes:
+        start: Starts the thread.
+        is_alive: Whether the thread runs; an interrupt may have kept it from being started.
+        steps: The tasks that threads wait for.
+        is_exiting: Whether it ends because the interpreter exits.
+    """
+
+    def __init__(self) -> None:
+        self.is_exiting = False
+        self.steps: set[asyncio.Task[None]] = set()
+        self._loop = asyncio.new_event_loop()
+        self._ending: asyncio.Task[None] | None = None
+        self._has_ended = False
+        # A daemon, for nobody would end it before the interpreter waits for its threads.
+        self._thread = threading.Thread(target=self._serve, name="aidem.sync", daemon=True)
+        self.start = self._thread.start
+        self.is_alive = self._thread.is_alive
+
+    def call(self, callback: Callable[[], object]) -> bool:
+        """Let the loop call something; False: it is closed."""
+        try:
+            self._loop.call_soon_threadsafe(callback)
+        except RuntimeError:
+            return False
+        return True
+
+    def end(self, *, is_exiting: bool = False) -> None:
+        """Let it finish, then end the thread."""
+        self.is_exiting = is_exiting
+        self.call(self._begin_to_end)
+
+    def join(self) -> None:
+        """Wait until the thread has ended, bounded."""
+        self._thread.join(4 * CLEANUP_SECONDS)
+
+    def _serve(self) -> None:
+        while not self._has_ended:
+            # A task that raises one of these stops the loop, which other threads need.
+            with contextlib.suppress(KeyboardInterrupt, SystemExit):
+                self._loop.run_forever()
+        self._loop.close()
+
+    def _begin_to_end(self) -> None:
+        self._ending = self._loop.create_task(self._end())
+
+    async def _end(self) -> None:
+        """Let the steps end, cancel what is left, and close the clients that layers keep in async generators."""
+        if not self.is_exiting:
+            await _wait(self.steps)
+        left = asyncio.all_tasks() - {self._ending}
+        for task in left - writes:
+            task.cancel()
+        await _wait(left)
+        await _wait({self._loop.create_task(self._loop.shutdown_asyncgens())})
+        self._has_ended = True
+        self._loop.stop()
+
+
+async def _wait(tasks: set[asyncio.Task[Any]]) -> None:
+    if tasks:
+        await asyncio.wait(tasks, timeout=CLEANUP_SECONDS)
+
+
+class _Process:
+    """What this process has: the loop, and what is held to start, ask or end it."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.loop: BackgroundLoop | None = None
+
+
+_process = _Process()
+_before_snapshot: Final = BeforeSnapshot(close)
+
+
+def _forked() -> None:
+    global _process  # noqa: PLW0603 - the lock may have been held by a thread that the child does not have
+    _process = _Process()
+
+
+# Where there is no fork, there is no such function either.
+getattr(os, "register_at_fork", dict)(after_in_child=_forked)

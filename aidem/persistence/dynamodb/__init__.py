@@ -1,0 +1,252 @@
+"""Records in a DynamoDB table, which may be shared with AWS Powertools for Python."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, Self, TypeAlias
+
+from aidem._distribution import how_to_install
+from aidem._rules import lifecycle
+from aidem._rules.lifecycle import Blocked, Claimed, Completion
+from aidem._runtime.fork import Guard
+from aidem.exceptions import IdempotencyPersistenceConfigError
+
+try:
+    from aidem.persistence.dynamodb import _table
+    from aidem.persistence.dynamodb._client import GivenClient, OwnClients, connect_with
+    from aidem.persistence.dynamodb._errors import CONDITION_FAILED, code_of, response_of, too_large, translation
+except ModuleNotFoundError as missing:
+    message = f"the DynamoDB layer needs aioboto3 or aiobotocore: {how_to_install('dynamodb')}"
+    raise ImportError(message) from missing
+from aidem.persistence.dynamodb._items import Attributes
+from aidem.persistence.dynamodb._requests import Requests
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import TracebackType
+
+    from aidem._rules.record import DataRecord
+    from aidem.persistence.dynamodb._client import Action
+    from aidem.persistence.dynamodb._items import Item
+    from aidem.persistence.dynamodb._requests import Request
+
+__all__ = ["DynamoDBPersistenceLayer"]
+
+MAX_ITEM_BYTES: Final = 400 * 1024
+"""https://docs.aws.amazon.com/amazondynamodb/latest/developerguide/Constraints.html"""
+
+
+Response: TypeAlias = "dict[str, Any]"
+
+
+@dataclass(frozen=True, slots=True)
+class _Refused:
+    """The condition of a write did not hold.
+
+    Attributes:
+        item: What is there instead; None: nothing.
+        was_retried: Whether the client had sent the request before, so that it may have been applied already.
+    """
+
+    item: Item | None
+    was_retried: bool
+
+
+class DynamoDBPersistenceLayer:
+    """Keeps records in a table, one item each; region, endpoint and credentials come from the AWS environment.
+
+    DynamoDB has no clock that a condition could ask, so claims are judged by their callers' clocks: set
+    `max_clock_skew_seconds` in the config where those may differ.
+
+    Args:
+        table_name: The table, or its ARN.
+        key_attr: The partition key.
+        static_pk_value: Under a composite key the partition value of all records; by default
+            `idempotency#{AWS_LAMBDA_FUNCTION_NAME}`.
+        sort_key_attr: The sort key, if the table has one; it then holds the idempotency key.
+        expiry_attr: Epoch seconds; the table's TTL attribute.
+        in_progress_expiry_attr: Epoch milliseconds.
+        status_attr: `INPROGRESS` or `COMPLETED`.
+        data_attr: The result as JSON text.
+        validation_key_attr: The hash of the validated part of the payload.
+        owner_attr: The token of the claim.
+        fence_attr: The number that grows with every claim of the key.
+        lease_expiry_attr: Epoch milliseconds, of claims that must not be taken over.
+        outcome_attr: What is stored instead of a result.
+        boto_config: A `botocore.config.Config` or `AioConfig` on top of the layer's own.
+        session: An `aioboto3.Session` that makes the client.
+        client: An open DynamoDB client of aioboto3 or aiobotocore; it is used as it is and never closed, and the layer
+            then belongs to its event loop.
+        clock: Answers epoch seconds.
+
+    Raises:
+        IdempotencyPersistenceConfigError: No table is named, two attributes have one name, or a client is not
+            asynchronous, not open, or comes with what would make one.
+    """
+
+    # Slots: what is set on a layer by mistake, such as `layer.client = ...`, is refused.
+    __slots__ = ("__weakref__", "_attributes", "_clients", "_guard", "_last_fence", "_requests", "clock")
+
+    def __init__(
+        self,
+        table_name: str,
+        *,
+        key_attr: str = "id",
+        static_pk_value: str | None = None,
+        sort_key_attr: str | None = None,
+        expiry_attr: str = "expiration",
+        in_progress_expiry_attr: str = "in_progress_expiration",
+        status_attr: str = "status",
+        data_attr: str = "data",
+        validation_key_attr: str = "validation",
+        owner_attr: str = "owner",
+        fence_attr: str = "fence",
+        lease_expiry_attr: str = "lease_expiration",
+        outcome_attr: str = "outcome",
+        boto_config: Any | None = None,
+        session: Any | None = None,
+        client: Any | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        if not table_name:
+            raise IdempotencyPersistenceConfigError(
+                f"table_name={table_name!r} names no DynamoDB table; give its name or its ARN"
+            )
+        if client is not None and (session is not None or boto_config is not None):
+            raise IdempotencyPersistenceConfigError(
+                "a client is used as it is: pass no session or boto_config beside it"
+            )
+        self.clock = clock
+        self._clients = OwnClients(connect_with(session, boto_config)) if client is None else GivenClient(client)
+        self._attributes = Attributes(
+            key=key_attr,
+            sort_key=sort_key_attr,
+            static_pk_value=static_pk_value or f"idempotency#{os.environ.get('AWS_LAMBDA_FUNCTION_NAME', '')}",
+            expiry=expiry_attr,
+            in_progress_expiry=in_progress_expiry_attr,
+            lease_expiry=lease_expiry_attr,
+            status=status_attr,
+            data=data_attr,
+            validation=validation_key_attr,
+            owner=owner_attr,
+            fence=fence_attr,
+            outcome=outcome_attr,
+        )
+        self._requests = Requests(table_name, self._attributes)
+        # No item remembers the fence of a claim that was released; the next one may come within the same millisecond.
+        self._last_fence = 0
+        self._guard = Guard()
+
+    async def acquire(
+        self, record: DataRecord, *, now: float, max_clock_skew_seconds: float = 0.0
+    ) -> Claimed | Blocked:
+        """Store a claim unless a live record of somebody else is there."""
+        request = self._requests.claim(
+            record, now=now, max_clock_skew_seconds=max_clock_skew_seconds, last_fence=self._last_fence
+        )
+        answer = await self._write("update_item", request)
+        if not isinstance(answer, _Refused):
+            claimed = self._record(record.idempotency_key, answer["Attributes"])
+            with self._guard.lock:
+                self._last_fence = max(self._last_fence, claimed.fence)
+            return Claimed(claimed)
+        if answer.item is None:
+            raise IdempotencyPersistenceConfigError(
+                "this DynamoDB endpoint does not answer the item that a condition refused "
+                "(ReturnValuesOnConditionCheckFailure); use a current one"
+            )
+        found = self._record(record.idempotency_key, answer.item)
+        return Claimed(found) if lifecycle.is_held_by(found, record.owner) else Blocked(found)
+
+    async def complete(self, record: DataRecord, *, now: float) -> bool:
+        """Store an outcome over the claim of the same owner, or where no record is."""
+        if len(record.response_data or "") > MAX_ITEM_BYTES:
+            raise too_large()
+        answer = await self._write("update_item", self._requests.complete(record, now=now))
+        if not isinstance(answer, _Refused):
+            return True
+        found = None if answer.item is None else self._record(record.idempotency_key, answer.item)
+        return lifecycle.complete(found, record, now=now) is Completion.ALREADY_STORED
+
+    async def renew(self, record: DataRecord, *, now: float) -> DataRecord | None:  # noqa: ARG002 - an owner needs no clock
+        """Set the instants of our claim."""
+        if record.owner is None:
+            return None
+        answer = await self._write("update_item", self._requests.renew(record))
+        if not isinstance(answer, _Refused):
+            return self._record(record.idempotency_key, answer["Attributes"])
+        found = None if answer.item is None else self._record(record.idempotency_key, answer.item)
+        return (
+            found if lifecycle.renewed(found, record) == found else None
+        )  # ours, and renewed for longer by a later one
+
+    async def release(self, record: DataRecord) -> bool:
+        """Delete our claim."""
+        if record.owner is None:
+            return False
+        answer = await self._write("delete_item", self._requests.release(record))
+        # Nothing there, and the client has asked before: that was the delete, and its reply was lost.
+        return not isinstance(answer, _Refused) or (answer.was_retried and answer.item is None)
+
+    async def get(self, key: str) -> DataRecord | None:
+        """Return the record of a key as it is stored now."""
+        answer = await self._send("get_item", self._requests.get(key))
+        return self._record(key, answer["Item"]) if "Item" in answer else None
+
+    async def forget(self, key: str) -> None:
+        """Drop any record of the key."""
+        await self._send("delete_item", self._requests.forget(key))
+
+    async def open(self) -> None:
+        """Connect, and look at the table's keys if the role may describe it.
+
+        Raises:
+            IdempotencyPersistenceConfigError: The table is missing, or has other keys.
+        """
+        await self._ask(lambda client: _table.check(client, self._requests))
+
+    async def create_table(self) -> None:
+        """Create the table with its TTL, for development; one that exists is checked, and waited for while it is made.
+
+        Raises:
+            IdempotencyPersistenceConfigError: It exists with other keys, or may not be created.
+        """
+        await self._ask(lambda client: _table.create(client, self._requests))
+
+    async def aclose(self) -> None:
+        """Close the client of this event loop, unless it was passed in."""
+        await self._clients.aclose()
+
+    async def __aenter__(self) -> Self:
+        """Open the layer; a table that is missing is logged, so that `create_table` may be called inside."""
+        await self._ask(lambda client: _table.check(client, self._requests, may_be_missing=True))
+        return self
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Close the layer."""
+        await self.aclose()
+
+    def _record(self, key: str, item: Item) -> DataRecord:
+        return self._attributes.record_of(key, item)
+
+    async def _write(self, operation: str, request: Request) -> Response | _Refused:
+        try:
+            return await self._send(operation, request)
+        except Exception as error:
+            if code_of(error) != CONDITION_FAILED:
+                raise
+            response = response_of(error)
+            was_retried = response["ResponseMetadata"].get("RetryAttempts", 0) > 0
+            return _Refused(response.get("Item"), was_retried)
+
+    async def _send(self, operation: str, request: Request) -> Response:
+        response: Response = await self._ask(lambda client: getattr(client, operation)(**request))
+        return response
+
+    async def _ask(self, action: Action) -> Any:
+        with translation(self._requests.table_name):
+            return await self._clients.ask(action)

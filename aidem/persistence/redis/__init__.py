@@ -1,0 +1,271 @@
+"""Records in Redis or Valkey: for any number of processes on any number of machines."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
+
+from aidem._distribution import how_to_install
+from aidem._rules import lifecycle
+from aidem._rules.lifecycle import Blocked, Claimed, Completion
+from aidem._rules.record import DataRecord, RecordStatus
+from aidem._runtime.cancellation import SettlingFuture
+from aidem.exceptions import IdempotencyPersistenceLayerError, IdempotencySerializationError
+
+try:
+    from aidem.persistence.redis import _checks
+    from aidem.persistence.redis._client import Mode, deployment_of, is_lock_respected
+    from aidem.persistence.redis._command import Command
+    from aidem.persistence.redis._connections import ConnectionsByLoop
+except ImportError as error:
+    raise ImportError(f"RedisPersistenceLayer needs redis-py and hiredis: {how_to_install('redis')}") from error
+from aidem.persistence.redis._records import RecordText, durations
+from aidem.persistence.redis._scripts import CHANNEL, AttributeNames, Script, Scripts, Verdict
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import TracebackType
+
+    from redis.asyncio import Redis, RedisCluster
+
+__all__ = ["RedisCachePersistenceLayer", "RedisPersistenceLayer"]
+
+logger = logging.getLogger("aidem")
+
+T = TypeVar("T")
+
+MAX_RECORD_BYTES: Final = 64 * 1024 * 1024
+
+
+class RedisPersistenceLayer:
+    """Keeps records in Redis 6.2 or newer, or Valkey; what its settings must be like is in docs/redis.md.
+
+    Every operation is one script on one key, judged by the server's clock. All operations of an event loop share one
+    connection to each server; concurrent ones share its round trips.
+
+    Args:
+        url: `redis://`, `rediss://` (TLS) or `unix://`, as redis-py understands it; `redis+cluster://host,host2`;
+            `redis+sentinel://host,host2/service/0`. It goes before `host` and the rest. A username and a password in it
+            are percent-encoded.
+        host: Name or address of the server.
+        port: Its port.
+        username: A user of its ACL; empty: the default user.
+        password: The password of that user; empty: none.
+        db_index: Number of the database.
+        mode: `"standalone"`, `"cluster"` or `"sentinel"`; some URLs, and a client, say it by themselves.
+        ssl: Whether to use TLS with `host`; certificates are checked.
+        client: A `Redis`, also of `Sentinel.master_for`, or a `RedisCluster` of `redis.asyncio` to take all of this
+            from. The layer connects by itself, as the client would, and never closes the client.
+        shared_with_powertools: Whether to respect the lock of AWS Powertools for Python; None: unless in a cluster.
+        timeout_seconds: How long connecting may take, and then how long an operation.
+        clock: Answers epoch seconds, to judge by instead of the server's clock; for tests.
+        expiry_attr: What the expiry of a record is called in its JSON; the other `_attr` options likewise. Each needs a
+            name of its own.
+
+    Raises:
+        IdempotencyPersistenceConfigError: The options cannot work.
+    """
+
+    # Slots: what is set on a layer by mistake, such as `layer.client = ...`, is refused.
+    __slots__ = (
+        "__weakref__",
+        "_connections",
+        "_is_checked",
+        "_mode",
+        "_own_clock",
+        "_respects_lock",
+        "_scripts",
+        "_text",
+        "clock",
+    )
+
+    clock: Callable[[], float]
+
+    def __init__(
+        self,
+        url: str = "",
+        *,
+        host: str = "",
+        port: int = 6379,
+        username: str = "",
+        password: str = "",
+        db_index: int = 0,
+        mode: Mode = "standalone",
+        ssl: bool = True,
+        client: Redis | RedisCluster | None = None,
+        shared_with_powertools: bool | None = None,
+        timeout_seconds: float = 5.0,
+        clock: Callable[[], float] | None = None,
+        expiry_attr: str = "expiration",
+        in_progress_expiry_attr: str = "in_progress_expiration",
+        status_attr: str = "status",
+        data_attr: str = "data",
+        validation_key_attr: str = "validation",
+        owner_attr: str = "owner",
+        fence_attr: str = "fence",
+        lease_expiry_attr: str = "lease_expiration",
+        outcome_attr: str = "outcome",
+    ) -> None:
+        deployment = deployment_of(
+            client, url=url, host=host, port=port, username=username, password=password, db=db_index, ssl=ssl, mode=mode
+        )
+        if clock is not None:
+            self.clock = clock  # the engine asks for it by this name
+        self._own_clock = clock
+        self._mode = deployment.mode
+        self._respects_lock = is_lock_respected(shared_with_powertools, mode=deployment.mode)
+        names = AttributeNames(
+            expiry=expiry_attr,
+            in_progress_expiry=in_progress_expiry_attr,
+            status=status_attr,
+            data=data_attr,
+            validation_key=validation_key_attr,
+            owner=owner_attr,
+            fence=fence_attr,
+            lease_expiry=lease_expiry_attr,
+            outcome=outcome_attr,
+        )
+        self._is_checked = False
+        self._text = RecordText(names)
+        self._scripts = Scripts(names)
+        self._connections = ConnectionsByLoop(lambda: deployment.connections(timeout_seconds=timeout_seconds))
+
+    # --- Operations -------------------------------------------------------------------------------------------------
+
+    def acquire(
+        self,
+        record: DataRecord,
+        *,
+        now: float,
+        max_clock_skew_seconds: float = 0.0,  # noqa: ARG002 - the server's clock is the only one
+    ) -> SettlingFuture[Claimed | Blocked]:
+        """Store a claim unless a live record of somebody else is there."""
+        key = record.idempotency_key
+        keys = (key, f"{key}:lock") if self._respects_lock else (key,)
+        return self._ask(
+            (len(keys), *keys, *self._judge(record), *durations(record, now=now), self._text.claim(record)),
+            lambda reply: self._claim_answer(key, *reply),
+            self._scripts.acquire,
+        )
+
+    def complete(self, record: DataRecord, *, now: float) -> SettlingFuture[bool]:
+        """Store an outcome over the claim of the same owner, or where no record is.
+
+        Raises:
+            IdempotencySerializationError: It is too large.
+        """
+        text = self._text.outcome(record)
+        if len(text) > MAX_RECORD_BYTES:
+            raise IdempotencySerializationError(
+                f"a record of {len(text)} bytes is more than the {MAX_RECORD_BYTES} that aidem keeps in Redis",
+                key=record.idempotency_key,
+            )
+        kept, _, _ = durations(record, now=now)
+        return self._ask(
+            (1, record.idempotency_key, *self._judge(record), kept, text),
+            lambda reply: self._is_stored(record, *reply),
+            self._scripts.complete,
+        )
+
+    def renew(self, record: DataRecord, *, now: float) -> SettlingFuture[DataRecord | None]:
+        """Set the instants of our claim."""
+        key = record.idempotency_key
+        return self._ask(
+            (1, key, *self._judge(record), *durations(record, now=now)),
+            lambda reply: self._text.read(key, reply),
+            self._scripts.renew,
+        )
+
+    def release(self, record: DataRecord) -> SettlingFuture[bool]:
+        """Delete our claim."""
+        return self._ask((1, record.idempotency_key, *self._judge(record)), bool, self._scripts.release)
+
+    def get(self, key: str) -> SettlingFuture[DataRecord | None]:
+        """Return the record of a key as it is stored now."""
+        return self._ask(("GET", key), lambda reply: self._text.read(key, reply))
+
+    async def forget(self, key: str) -> None:
+        """Drop any record of the key."""
+        await self._ask(("DEL", key), lambda _reply: None)
+
+    async def wait_for_change(self, key: str, timeout_seconds: float) -> None:
+        """Return when the record was completed or released, or after the timeout.
+
+        Raises:
+            IdempotencyPersistenceLayerError: The server does not let us listen.
+        """
+        await self._connections.here().listener.wait(f"{CHANNEL}{key}", timeout_seconds=timeout_seconds)
+
+    # --- Life -------------------------------------------------------------------------------------------------------
+
+    async def open(self) -> None:
+        """Connect, and look whether the server can keep the promises; what endangers them is logged, once.
+
+        Raises:
+            IdempotencyPersistenceLayerError: It cannot be reached or used.
+        """
+        problems = await _checks.problems(await self._connections.here().line.nodes(), mode=self._mode)
+        if not self._is_checked:
+            self._is_checked = True
+            for problem in problems:
+                logger.warning("Redis: %s", problem)
+
+    async def aclose(self) -> None:
+        """Finish what was asked so far in this event loop, then close its connection."""
+        await self._connections.aclose()
+
+    async def __aenter__(self) -> Self:
+        """Open the layer."""
+        await self.open()
+        return self
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Close the layer."""
+        await self.aclose()
+
+    # --- Inside -----------------------------------------------------------------------------------------------------
+
+    def _judge(self, record: DataRecord) -> tuple[str | int, str]:
+        """Return what every script begins with: the clock to judge by, if it is not the server's, and our token."""
+        now = "" if self._own_clock is None else lifecycle.milliseconds(self._own_clock())
+        return now, record.owner or ""
+
+    def _ask(
+        self, arguments: tuple[Any, ...], read: Callable[[Any], T], script: Script | None = None
+    ) -> SettlingFuture[T]:
+        future: SettlingFuture[T] = SettlingFuture(loop=asyncio.get_running_loop())
+        self._connections.here().line.ask(Command(future, arguments, read, script))
+        return future
+
+    def _claim_answer(self, key: str, verdict: int, now: int, stored: Any) -> Claimed | Blocked:
+        if verdict == Verdict.LOCKED:
+            return Blocked(_being_taken_over(key, until=now + stored), now / 1000)
+        record = self._text.read(key, stored)
+        if record is None:
+            raise IdempotencyPersistenceLayerError(
+                "the stored text is a record to Redis but not to JSON; see forget(key)"
+            )
+        if verdict == Verdict.REFUSED:
+            return Blocked(record, now / 1000)
+        if verdict == Verdict.ORPHAN:
+            logger.warning(
+                "Redis: a text that is no record stood under %s, and gave way to a claim; see who writes it", key
+            )
+        return Claimed(record, taken_over=verdict in {Verdict.TAKEN_OVER, Verdict.ORPHAN})
+
+    def _is_stored(self, record: DataRecord, verdict: int, now: int, found: bytes) -> bool:
+        if verdict == Verdict.STORED:
+            return True
+        known = self._text.read(record.idempotency_key, found)
+        return lifecycle.complete(known, record, now=now / 1000) is Completion.ALREADY_STORED
+
+
+RedisCachePersistenceLayer = RedisPersistenceLayer
+
+
+def _being_taken_over(key: str, *, until: int) -> DataRecord:
+    """Return what stands for a record that Powertools has locked, to overwrite it: somebody's claim."""
+    return DataRecord(idempotency_key=key, status=RecordStatus.INPROGRESS, in_progress_expiry_timestamp=until)

@@ -1,0 +1,240 @@
+"""The lines to the nodes of a cluster: a command goes to the node that has the slot of its key.
+
+The nodes are asked who has which slots when nobody is known to have one, and again when a node sends a command
+elsewhere, or is lost. What was not sent, or was refused, goes where the slot is then; until its time is over.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from contextvars import Context
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final
+
+from redis.crc import REDIS_CLUSTER_HASH_SLOTS, key_slot
+
+from aidem.exceptions import IdempotencyPersistenceConnectionError
+from aidem.persistence.redis._command import Asking, Question
+from aidem.persistence.redis._errors import CLOSED, copy_of, failure_of, translated
+from aidem.persistence.redis._line import Line
+from aidem.persistence.redis._questions import first_of
+from aidem.persistence.redis._shards import shards_seen_by
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from aidem.exceptions import IdempotencyPersistenceLayerError
+    from aidem.persistence.redis._command import Command
+    from aidem.persistence.redis._errors import ReplyError
+    from aidem.persistence.redis._server import Server, Taker
+    from aidem.persistence.redis._shards import Address, Shard
+
+DETOURS_AT_MOST: Final = 5
+"""How often a command follows what nodes say, before it waits until they are asked anew."""
+
+PAUSE_SECONDS: Final = 0.1
+"""How long the nodes are left alone after they were asked."""
+
+
+class _Stray:
+    """A command that was not served where it was sent.
+
+    Attributes:
+        failure: What came of it last.
+        detours: How often that happened.
+        timer: Gives it up.
+    """
+
+    __slots__ = ("detours", "failure", "timer")
+
+    def __init__(self, timer: asyncio.TimerHandle) -> None:
+        self.timer = timer
+        self.failure: IdempotencyPersistenceLayerError
+        self.detours = 0
+
+
+class Cluster:
+    """Takes commands from anywhere in one event loop.
+
+    Args:
+        seeds: Nodes to ask first; the others are like the first of them.
+        timeout_seconds: How long connecting may take, then how long an operation, and how long one may go astray.
+        remap: Turns what the nodes call themselves into where they are.
+    """
+
+    def __init__(
+        self, seeds: Sequence[Server], *, timeout_seconds: float, remap: Callable[[str, int], Address] | None = None
+    ) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._seeds = seeds
+        self._timeout_seconds = timeout_seconds
+        self._remap = remap
+        self._known = list(seeds)
+        self._lines: dict[Address, Line] = {}
+        self._line_of_slot: list[Line | None] = [None] * REDIS_CLUSTER_HASH_SLOTS
+        self._held: list[Command[Any]] = []
+        self._strays: dict[Command[Any], _Stray] = {}
+        self._looking: asyncio.Task[None] | None = None
+        self._looked_at = self._loop.time() - PAUSE_SECONDS
+        self._is_closed = False
+
+    def ask(self, command: Command[Any]) -> None:
+        """Send a command to the node that has its key; its future is settled, whatever happens."""
+        line = self._line_of_slot[key_slot(command.key.encode())]
+        if line is None:
+            self._hold(command)
+        else:
+            line.ask(command)
+
+    async def nodes(self) -> Sequence[Line]:
+        """Ask for the nodes; return the lines to all primaries."""
+        await self._find()
+        return [line for line in dict.fromkeys(self._line_of_slot) if line is not None]
+
+    async def connect(self, taker: Taker, *, timeout_seconds: float) -> None:
+        """Connect to any node: what is published at one is heard at all."""
+        await first_of(
+            self._known,
+            lambda node, seconds: node.connect(taker, timeout_seconds=seconds),
+            timeout_seconds=timeout_seconds,
+        )
+
+    async def aclose(self) -> None:
+        """Finish what was asked so far, then close all connections."""
+        while pending := self._pending():
+            await asyncio.wait(pending)
+        await self.abort()
+
+    async def abort(self) -> None:
+        """Close all connections now."""
+        self._is_closed = True
+        if self._looking is not None:
+            self._looking.cancel()
+            await asyncio.wait([self._looking])
+        for line in self._lines.values():
+            await line.abort()
+
+    # --- Commands that go astray ------------------------------------------------------------------------------------
+
+    def redirected(self, line: Line, command: Command[Any], error: ReplyError) -> bool:
+        """Whether a command that a node has refused goes on elsewhere."""
+        if error.code not in {"MOVED", "ASK", "TRYAGAIN", "CLUSTERDOWN"}:
+            return False
+        stray = self._stray(command, translated(error))
+        command.asked_at = self._loop.time()  # or the next node would have but the rest of the time of this one
+        if error.address is None or stray.detours > DETOURS_AT_MOST:
+            self._hold(command)
+            return True
+        host, port = error.address
+        target = self._line_to((host or self._place_of(line)[0], port))
+        if error.code == "ASK":
+            target.ask_importing(command)
+        else:
+            self._line_of_slot[key_slot(command.key.encode())] = target
+            self._look()
+            target.ask(command)
+        return True
+
+    def stranded(self, line: Line, commands: Sequence[Command[Any]], failure: IdempotencyPersistenceLayerError) -> None:
+        """Send what a node did not get where its slots are by now; no connection means that the node may be gone."""
+        self._line_of_slot = [None if each is line else each for each in self._line_of_slot]
+        for command in commands:
+            if isinstance(command, Asking):
+                continue
+            if isinstance(command, Question) or not isinstance(failure, IdempotencyPersistenceConnectionError):
+                command.fail(copy_of(failure))
+            else:
+                self._stray(command, failure)
+                self._hold(command)
+        self._look()
+
+    def _stray(self, command: Command[Any], failure: IdempotencyPersistenceLayerError) -> _Stray:
+        stray = self._strays.get(command)
+        if stray is None:
+            timer = self._loop.call_later(self._timeout_seconds, self._give_up, command)
+            stray = self._strays[command] = _Stray(timer)
+            command.future.add_done_callback(partial(self._settled, command))
+        stray.failure = failure
+        stray.detours += 1
+        return stray
+
+    def _give_up(self, command: Command[Any]) -> None:
+        command.fail(copy_of(self._strays[command].failure))
+
+    def _settled(self, command: Command[Any], _future: asyncio.Future[Any]) -> None:
+        self._strays.pop(command).timer.cancel()
+
+    # --- Who has which slots ----------------------------------------------------------------------------------------
+
+    def _hold(self, command: Command[Any]) -> None:
+        if self._is_closed:
+            command.fail(IdempotencyPersistenceConnectionError(CLOSED))
+        else:
+            self._held.append(command)
+            self._look()
+
+    def _look(self) -> None:
+        if self._looking is None and not self._is_closed:
+            # In an empty context: what it connects outlives the caller, and must not keep what that has in its own.
+            name = "aidem looks for the nodes of a Redis cluster"
+            self._looking = self._loop.create_task(self._find(), name=name, context=Context())
+            self._looking.add_done_callback(self._looked)
+
+    async def _find(self) -> None:
+        await asyncio.sleep(max(0.0, self._looked_at + PAUSE_SECONDS - self._loop.time()))
+        try:
+            shards = await first_of(
+                self._known,
+                lambda node, seconds: shards_seen_by(node, timeout_seconds=seconds),
+                timeout_seconds=self._timeout_seconds,
+            )
+        finally:
+            self._looked_at = self._loop.time()
+        self._learn(shards)
+
+    def _looked(self, task: asyncio.Task[None]) -> None:
+        self._looking = None
+        failure = failure_of(task)
+        held, self._held = [command for command in self._held if not command.future.done()], []
+        for command in held:
+            command.asked_at = self._loop.time()
+            line = self._line_of_slot[key_slot(command.key.encode())]
+            if failure is not None:
+                command.fail(copy_of(failure))
+            elif line is not None:
+                line.ask(command)
+            else:
+                self._stray(command, IdempotencyPersistenceConnectionError(_NOT_SERVED))
+                self._hold(command)
+
+    def _learn(self, shards: Sequence[Shard]) -> None:
+        self._line_of_slot = [None] * REDIS_CLUSTER_HASH_SLOTS
+        for shard in shards:
+            lines = [self._line_to(shard.nodes[0])] * (shard.last + 1 - shard.first)
+            self._line_of_slot[shard.first : shard.last + 1] = lines
+        nodes = [self._server_at(node) for node in dict.fromkeys(node for shard in shards for node in shard.nodes)]
+        places = {node.address for node in nodes}
+        random.shuffle(nodes)  # one that is cut off from the others is then not asked again and again
+        self._known = [*nodes, *(seed for seed in self._seeds if seed.address not in places)]
+
+    def _line_to(self, address: Address) -> Line:
+        line = self._lines.get(address)
+        if line is None:
+            line = Line(self._server_at(address), timeout_seconds=self._timeout_seconds, detours=self)
+            self._lines[address] = line
+        return line
+
+    def _server_at(self, address: Address) -> Server:
+        place = address if self._remap is None else self._remap(*address)
+        return self._seeds[0].at(*place)
+
+    def _place_of(self, line: Line) -> Address:
+        return next(address for address, each in self._lines.items() if each is line)
+
+    def _pending(self) -> list[asyncio.Future[Any]]:
+        held = [command.future for command in self._held if not command.future.done()]
+        return held + [future for line in self._lines.values() for future in line.pending()]
+
+
+_NOT_SERVED: Final = "no node of the Redis cluster serves the slot of the key; repair the cluster"

@@ -1,0 +1,183 @@
+"""Records in one SQLite file: for one machine, and any number of processes, threads and event loops on it."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from typing import TYPE_CHECKING, Any, Self, TypeVar
+
+from aidem._runtime.cancellation import SettlingFuture
+from aidem.exceptions import IdempotencyPersistenceConnectionError
+from aidem.persistence.sqlite import _thread
+from aidem.persistence.sqlite._file import DatabaseFile
+from aidem.persistence.sqlite._thread import Job, RecordThread
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Callable
+    from pathlib import Path
+    from types import TracebackType
+
+    from aidem._rules.record import DataRecord
+    from aidem.persistence import Blocked, Claimed
+    from aidem.persistence.sqlite._records import Records
+
+__all__ = ["SQLitePersistenceLayer"]
+
+T = TypeVar("T")
+
+
+class SQLitePersistenceLayer:
+    """Keeps records in an SQLite file, which is made when it is first needed.
+
+    Whatever is asked while a transaction runs goes into the next one, and every answer comes after its COMMIT has
+    reached the disk. Expired records are removed a few at a time, by the claims that come after.
+
+    The file must be on a local disk: SQLite's locks do not work on network file systems. `fork` is safe: it waits for
+    the transaction that is running, and no connection is inherited.
+
+    Args:
+        path: The file, in a directory that exists. A relative path is resolved now, so that a later change of the
+            working directory does not move it.
+        clock: Answers epoch seconds; asked inside the transaction.
+        busy_timeout_seconds: How long to wait while another process writes. Default: 4.
+        timeout_seconds: How long an operation may take, with all that it waits for. Default: 5. One that takes longer,
+            as on a disk that hangs, fails and may still be applied.
+
+    Raises:
+        IdempotencyPersistenceConfigError: The path is `:memory:`.
+    """
+
+    _thread: RecordThread | None = None  # here, since a layer that could not be made is dropped, too
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        clock: Callable[[], float] = time.time,
+        busy_timeout_seconds: float = 4.0,
+        timeout_seconds: float = 5.0,
+    ) -> None:
+        self.clock = clock
+        self._file = DatabaseFile(path, busy_timeout_seconds=busy_timeout_seconds)
+        self._timeout_seconds = timeout_seconds
+        self._deadlines: dict[asyncio.AbstractEventLoop, _Deadlines] = {}
+
+    def acquire(
+        self,
+        record: DataRecord,
+        *,
+        now: float,
+        max_clock_skew_seconds: float = 0.0,  # noqa: ARG002 - one machine, one clock
+    ) -> SettlingFuture[Claimed | Blocked]:
+        """Store a claim unless a live record of somebody else is there."""
+        return self._ask(lambda records: records.acquire(record, now=now))
+
+    def complete(self, record: DataRecord, *, now: float) -> SettlingFuture[bool]:
+        """Store an outcome over the claim of the same owner, or where no record is."""
+        return self._ask(lambda records: records.complete(record, now=now), is_of_use_late=True)
+
+    def renew(self, record: DataRecord, *, now: float) -> SettlingFuture[DataRecord | None]:
+        """Set the instants of our claim."""
+        return self._ask(lambda records: records.renew(record, now=now))
+
+    def release(self, record: DataRecord) -> SettlingFuture[bool]:
+        """Delete our claim."""
+        return self._ask(lambda records: records.release(record), is_of_use_late=True)
+
+    def get(self, key: str) -> SettlingFuture[DataRecord | None]:
+        """Return the record of a key as it is stored now."""
+        return self._ask(lambda records: records.get(key), writes=False)
+
+    def forget(self, key: str) -> SettlingFuture[None]:
+        """Drop any record of the key."""
+        return self._ask(lambda records: records.forget(key), is_of_use_late=True)
+
+    async def open(self) -> None:
+        """Open the file, or make it.
+
+        Raises:
+            IdempotencyPersistenceConfigError: The file cannot be used.
+        """
+        await self._ask(lambda _records: None, writes=False)
+
+    async def aclose(self) -> None:
+        """Finish what was asked so far, then close the file and end the thread."""
+        done: SettlingFuture[None] = SettlingFuture(loop=asyncio.get_running_loop())
+        with _thread.gate:
+            thread, self._thread = self._thread, None
+            if thread is None or thread.ended:
+                return
+            thread.end(done)
+        await done
+        thread.join()  # does not wait: to answer was the last thing it did
+
+    async def __aenter__(self) -> Self:
+        """Open the layer."""
+        await self.open()
+        return self
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Close the layer."""
+        await self.aclose()
+
+    def __del__(self) -> None:
+        if self._thread is not None:
+            self._thread.end_unwatched()
+
+    def _ask(
+        self, operation: Callable[[Records], T], *, writes: bool = True, is_of_use_late: bool = False
+    ) -> SettlingFuture[T]:
+        loop = asyncio.get_running_loop()
+        future: SettlingFuture[T] = SettlingFuture(loop=loop)
+        job = Job(future, operation, writes, is_of_use_late)
+        with _thread.gate:
+            if self._thread is None or self._thread.ended:
+                self._thread = RecordThread(self._file, self.clock)
+            deadlines = self._deadlines.get(loop)
+            if deadlines is None:
+                open_loops = {other: kept for other, kept in self._deadlines.items() if not other.is_closed()}
+                deadlines = _Deadlines(loop, self._file.path, timeout_seconds=self._timeout_seconds)
+                self._deadlines = open_loops | {loop: deadlines}
+            self._thread.jobs.put(job)
+        deadlines.watch(future)
+        return future
+
+
+class _Deadlines:
+    """Fails what one event loop has asked for and has no answer to in time; one timer serves all of it."""
+
+    __slots__ = ("_asked", "_loop", "_path", "_timeout_seconds", "_timer")
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, path: Path, *, timeout_seconds: float) -> None:
+        self._loop = loop
+        self._path = path
+        self._timeout_seconds = timeout_seconds
+        self._asked: deque[tuple[float, SettlingFuture[Any]]] = deque()
+        self._timer: asyncio.TimerHandle | None = None
+
+    def watch(self, future: SettlingFuture[Any]) -> None:
+        """Fail it in time; answers come in the order of asking, so those that have come are the first."""
+        while self._asked and self._asked[0][1].done():
+            self._asked.popleft()
+        self._asked.append((self._loop.time() + self._timeout_seconds, future))
+        if self._timer is None:
+            self._timer = self._loop.call_at(self._asked[0][0], self._look)
+
+    def _look(self) -> None:
+        self._timer = None
+        while self._asked:
+            due, future = self._asked[0]
+            if not future.done() and due > self._loop.time():
+                self._timer = self._loop.call_at(due, self._look)
+                return
+            self._asked.popleft()
+            future.fail(
+                IdempotencyPersistenceConnectionError(
+                    f"{self._path}: SQLite did not answer within {self._timeout_seconds:g} s, which timeout_seconds "
+                    "allows; the operation may have been applied"
+                )
+            )

@@ -1,0 +1,297 @@
+"""The file: made, recognised and opened; and what SQLite's errors mean."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import random
+import sqlite3
+import stat
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, TypeVar
+
+from aidem.exceptions import (
+    IdempotencyError,
+    IdempotencyPersistenceConfigError,
+    IdempotencyPersistenceConnectionError,
+    IdempotencyPersistenceLayerError,
+    IdempotencySerializationError,
+)
+from aidem.persistence._stored import decoded
+from aidem.persistence.sqlite._records import SCHEMA
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+logger = logging.getLogger("aidem")
+
+T = TypeVar("T")
+
+APPLICATION_ID: Final = int.from_bytes(b"aide")
+SCHEMA_VERSION: Final = 1
+SMALLEST_DATABASE: Final = 512
+PAGES_IN_LOG: Final = 4000  # 16 MB
+RETRY_SECONDS: Final = (0.0002, 0.002)
+LOGS: Final = ("-wal", "-shm")
+
+# Where there are no users, every file belongs to 0 and says that everybody may write it.
+_user: Final = getattr(os, "geteuid", int)
+_WRITABLE_BY_ALL: Final = stat.S_IWOTH if hasattr(os, "geteuid") else 0
+
+# Whoever closes a descriptor of a file drops all locks that its process has on it, SQLite's too: so a file is created,
+# and that descriptor closed, before any thread of this process opens it.
+_creating: Final = threading.Lock()
+
+# One statement, so that it sees one state.
+_IDENTIFY: Final = """
+    SELECT application_id, user_version, (SELECT count(*) FROM sqlite_master)
+    FROM pragma_application_id, pragma_user_version
+"""
+
+_TRANSIENT: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EMFILE, errno.ENFILE})
+_LOCKED: Final = (
+    IdempotencyPersistenceConnectionError,
+    "it is locked by another process; retry, look for a transaction left open, or raise busy_timeout_seconds",
+)
+_MEANINGS: Final[dict[int, tuple[type[IdempotencyError], str]]] = {
+    sqlite3.SQLITE_BUSY: _LOCKED,
+    sqlite3.SQLITE_PROTOCOL: _LOCKED,
+    sqlite3.SQLITE_FULL: (IdempotencyPersistenceConnectionError, "the disk is full; free some space and retry"),
+    sqlite3.SQLITE_IOERR: (
+        IdempotencyPersistenceConnectionError,
+        "it cannot be read or written; see that the disk works and has space left, then retry",
+    ),
+    sqlite3.SQLITE_TOOBIG: (IdempotencySerializationError, "the record is too large for SQLite; return less"),
+    sqlite3.SQLITE_READONLY: (
+        IdempotencyPersistenceConfigError,
+        "it must not be written; give this user the right to write to it and to its directory",
+    ),
+    sqlite3.SQLITE_CANTOPEN: (
+        IdempotencyPersistenceConfigError,
+        "it cannot be opened; give this user the right to read and write it, and to write to its directory",
+    ),
+    sqlite3.SQLITE_CORRUPT: (
+        IdempotencyPersistenceConfigError,
+        "it is damaged; restore it, or move it away, with its -wal and -shm files, to begin with an empty one",
+    ),
+    sqlite3.SQLITE_NOTADB: (
+        IdempotencyPersistenceConfigError,
+        "it is not an SQLite database; give the path of a file that is, or that does not exist yet",
+    ),
+    sqlite3.SQLITE_ERROR: (
+        IdempotencyPersistenceConfigError,
+        "its tables were changed; move it away, with its -wal and -shm files, to begin with an empty one",
+    ),
+}
+
+
+class DatabaseFile:
+    """A file that holds records, or will.
+
+    Attributes:
+        path: Where it is, absolute.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, busy_timeout_seconds: float) -> None:
+        if os.fspath(path) == ":memory:":
+            raise IdempotencyPersistenceConfigError(
+                "SQLitePersistenceLayer(':memory:') would forget its records with its connection; "
+                "use aidem.persistence.memory.MemoryPersistenceLayer()"
+            )
+        self.path = Path(os.path.abspath(path))  # noqa: PTH100 - Path.absolute keeps `..`
+        self._busy_timeout_seconds = busy_timeout_seconds
+        self._identity: tuple[int, int] | None = None
+        self._warnings = set[str]()
+
+    def connect(self) -> sqlite3.Connection:
+        """Open the file, made if it is not there, without touching one that is not ours.
+
+        Raises:
+            IdempotencyPersistenceConfigError: It is not a file of ours, or must not be written.
+            sqlite3.Error: See `translated`.
+        """
+        try:
+            self._create()
+            self._refuse_other_than_a_file()
+            self._narrow_logs()
+        except OSError as error:
+            raise self._unusable(error) from error
+        connection = sqlite3.connect(
+            f"{self.path.as_uri()}?mode=rw",
+            uri=True,
+            timeout=0,  # see `patiently`
+            isolation_level=None,
+            check_same_thread=False,
+        )
+        try:
+            self.patiently(lambda: self._prepare(connection))
+        except BaseException:
+            connection.close()
+            raise
+        connection.text_factory = decoded
+        return connection
+
+    def patiently(self, action: Callable[[], T]) -> T:
+        """Repeat the action, which does nothing where the file is locked, until it is not.
+
+        SQLite's own handler sleeps ever longer, so that who comes last waits longest; and it is not asked at all
+        while the write-ahead log is turned on.
+
+        Raises:
+            sqlite3.OperationalError: It stayed locked for `busy_timeout_seconds`.
+        """
+        deadline = time.monotonic() + self._busy_timeout_seconds
+        while True:
+            try:
+                return action()
+            except sqlite3.OperationalError as error:
+                if _code(error) != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                    raise
+            time.sleep(random.uniform(*RETRY_SECONDS))  # noqa: S311 - not a secret
+
+    def was_replaced(self) -> bool:
+        """Whether another file, or none, is at the path by now; other processes then do not see what we write."""
+        try:
+            return _identity(os.lstat(self.path)) != self._identity
+        except OSError:
+            return True
+
+    def translated(self, error: Exception) -> Exception:
+        """Return what the caller is to see: an error for this caller alone, with the original as its cause.
+
+        What SQLite says is left out: it may quote what is stored. So are the tracebacks of its causes, whose
+        frames hold the futures of all callers, which hold the error.
+        """
+        if isinstance(error, sqlite3.Error):
+            kind, advice = _MEANINGS.get(
+                _code(error), (IdempotencyPersistenceLayerError, f"SQLite failed with {_name(error)}")
+            )
+            own: Exception = kind(f"{self.path}: {advice}")
+        elif isinstance(error, (IdempotencyPersistenceConfigError, IdempotencyPersistenceConnectionError)):
+            own = type(error)(str(error))
+        else:
+            return error
+        own.__cause__ = error
+        cause: BaseException | None = error
+        while cause is not None:
+            cause.__traceback__ = None
+            cause = cause.__cause__ or cause.__context__
+        return own
+
+    def _create(self) -> None:
+        """Make an empty file that only its owner may read; SQLite gives its `-wal` and `-shm` files the same rights."""
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)
+        with _creating, contextlib.suppress(FileExistsError):
+            os.close(os.open(self.path, flags, 0o600))
+
+    def _refuse_other_than_a_file(self) -> None:
+        status = os.lstat(self.path)
+        self._refuse_link_or_device(status, "it")
+        if 0 < status.st_size < SMALLEST_DATABASE:  # SQLite would take a single byte for nothing
+            raise self._refusal("it is not an SQLite database; give the path of one, or a new one")
+        self._warn_of_other_writers(self.path, status)
+        self._identity = _identity(status)
+        self._mode = stat.S_IMODE(status.st_mode)
+
+    def _narrow_logs(self) -> None:
+        """See to logs that are there already: SQLite gives only new ones the rights of the file."""
+        for suffix in LOGS:
+            log = self.path.with_name(f"{self.path.name}{suffix}")
+            with contextlib.suppress(FileNotFoundError):
+                status = os.lstat(log)
+                self._refuse_link_or_device(status, f"its {suffix} file")
+                mode = stat.S_IMODE(status.st_mode)
+                if mode & ~self._mode:
+                    with contextlib.suppress(PermissionError):  # it belongs to another user, of which we warn
+                        log.chmod(mode & self._mode)
+                self._warn_of_other_writers(log, status)
+
+    def _refuse_link_or_device(self, status: os.stat_result, what: str) -> None:
+        if stat.S_ISLNK(status.st_mode):
+            raise self._refusal(f"{what} is a symbolic link; give the path of the file itself")
+        if not stat.S_ISREG(status.st_mode):
+            raise self._refusal(f"{what} is not a regular file; give the path of a file")
+
+    def _warn_of_other_writers(self, path: Path, status: os.stat_result) -> None:
+        """Say once who else can forge results and drop claims; services that share a file by group are let be."""
+        problems = {
+            f"{path} is writable by all users, who can forge results and drop claims; chmod o-w": (
+                status.st_mode & _WRITABLE_BY_ALL
+            ),
+            f"{path} belongs to another user, who can forge results and drop claims; chown it to this one": (
+                status.st_uid not in {0, _user()}
+            ),
+        }
+        for problem in [problem for problem, found in problems.items() if found and problem not in self._warnings]:
+            self._warnings.add(problem)
+            logger.warning("SQLite: %s", problem)
+
+    def _prepare(self, connection: sqlite3.Connection) -> None:
+        self._refuse_swapped(connection)
+        self._is_empty(connection)  # before anything is written
+        self._switch_to_wal(connection)
+        connection.execute("PRAGMA synchronous = FULL")
+        connection.execute("PRAGMA fullfsync = ON")  # macOS: fsync alone does not reach the disk
+        # Claims of a large file touch pages all over it: the more of them gather in the log, the less is written twice.
+        connection.execute(f"PRAGMA wal_autocheckpoint = {PAGES_IN_LOG}")
+        self._make_schema(connection)
+
+    def _make_schema(self, connection: sqlite3.Connection) -> None:
+        connection.execute("BEGIN IMMEDIATE")
+        is_empty = self._is_empty(connection)
+        connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")  # fails if the file must not be written
+        if is_empty:
+            connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+            for statement in SCHEMA:
+                connection.execute(statement)
+        connection.execute("COMMIT" if is_empty else "ROLLBACK")
+
+    def _refuse_swapped(self, connection: sqlite3.Connection) -> None:
+        """Find out what SQLite has opened: it resolves a symbolic link that was put there after we looked."""
+        ((_, _, opened),) = connection.execute("PRAGMA database_list")
+        if Path(opened).resolve() != self.path.parent.resolve() / self.path.name or self.was_replaced():
+            raise self._refusal("it was replaced while it was being opened; see who writes to its directory")
+
+    def _is_empty(self, connection: sqlite3.Connection) -> bool:
+        """Whether the schema is still to be made; refuses a database that is not ours."""
+        application_id, version, tables = connection.execute(_IDENTIFY).fetchone()
+        if (application_id, version, tables) == (0, 0, 0):
+            return True
+        if application_id != APPLICATION_ID:
+            raise self._refusal("it is a database of another application; give aidem a file of its own")
+        if version != SCHEMA_VERSION:
+            raise self._refusal(f"it was made by a newer aidem (schema {version}); upgrade aidem, or give another path")
+        return False
+
+    def _switch_to_wal(self, connection: sqlite3.Connection) -> None:
+        (mode,) = connection.execute("PRAGMA journal_mode = WAL").fetchone()
+        if mode != "wal":
+            raise self._refusal("its file system does not support a write-ahead log; use a local disk")
+
+    def _unusable(self, error: OSError) -> IdempotencyPersistenceLayerError:
+        if error.errno in _TRANSIENT:
+            return IdempotencyPersistenceConnectionError(
+                f"{self.path} cannot be made: {error.strerror}; retry after that"
+            )
+        return self._refusal(
+            f"{error.strerror}; its directory must exist, and this user must have the right to write there"
+        )
+
+    def _refusal(self, reason: str) -> IdempotencyPersistenceConfigError:
+        return IdempotencyPersistenceConfigError(f"{self.path} cannot hold records: {reason}")
+
+
+def _identity(status: os.stat_result) -> tuple[int, int]:
+    return status.st_dev, status.st_ino
+
+
+def _code(error: sqlite3.Error) -> int:
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF  # the higher bits tell details
+
+
+def _name(error: sqlite3.Error) -> str:
+    return getattr(error, "sqlite_errorname", type(error).__name__)

@@ -1,0 +1,247 @@
+"""What a round trip through JSON loses of a result, found by comparing the result with what a replay will return.
+
+What a class itself keeps out of its dump is no loss: excluded and computed fields, private attributes, cached
+properties. Neither is a conversion that the annotation asks for, nor the JSON form of what it does not name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+from collections.abc import Collection
+from collections.abc import Set as AbstractSet
+from functools import cached_property, lru_cache
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeGuard
+
+from aidem._rules.canonical_json import NotEncodableError, encode, is_array, is_dict, loaded
+from aidem.exceptions import IdempotencyModelTypeError
+from aidem.serialization._annotations import declared_by, hints
+from aidem.serialization._pydantic import is_pydantic
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_SCALARS: Final = frozenset({str, int, float, bool, types.NoneType})
+_MISSING: Final = object()
+_IDENTITY: Final[Any] = object.__eq__
+# What comparing two objects may raise where one is not made for it, such as an array of numpy.
+_NOT_COMPARED: Final = (TypeError, ValueError, AttributeError, ArithmeticError, LookupError)
+
+
+class _Named(NamedTuple):
+    """What an annotation says of a value.
+
+    Attributes:
+        classes: The classes that it names.
+        is_filter: Whether a subclass of one of these is to lose what it adds, as under the annotation of a function.
+    """
+
+    classes: frozenset[type] = frozenset()
+    is_filter: bool = False
+
+
+_NOTHING: Final = _Named()
+
+
+def lost(original: object, rebuilt: object, declared: frozenset[type]) -> str | None:
+    """Return the path to the first part of a result that does not come back, such as `$.lines[0].price`.
+
+    Args:
+        original: What the function returned.
+        rebuilt: What a replay will return.
+        declared: The classes that the return annotation names: an instance of one must come back as an instance of it.
+
+    Returns:
+        None where nothing is lost.
+    """
+    try:
+        path = _lost(original, rebuilt, _Named(declared, is_filter=True))
+    except RecursionError:
+        path = ""  # nested too deeply to be compared
+    return None if path is None else f"${path}"
+
+
+def _lost(original: object, rebuilt: object, named: _Named) -> str | None:
+    cls = type(original)
+    if cls is not type(rebuilt):
+        if any(isinstance(original, declared) and not isinstance(rebuilt, declared) for declared in named.classes):
+            return ""
+    elif _is_single(cls):
+        return None if _is_same(original, rebuilt) else ""
+    fields = _fields_of(type(rebuilt))
+    if fields is not None:
+        return _lost_of_fields(original, rebuilt, fields, named)
+    if is_pydantic(cls):  # the annotation does not name it, and its own dump came back, which the encoder would judge
+        return "" if _text(original) is None else None
+    return _lost_of_items(original, rebuilt, named)
+
+
+def _lost_of_items(original: object, rebuilt: object, named: _Named) -> str | None:
+    if is_dict(original) and is_dict(rebuilt):
+        return _lost_of_dict(original, rebuilt, named)
+    if not (is_array(original) and is_array(rebuilt)):
+        return None if _is_same(original, rebuilt) else ""
+    if len(original) != len(rebuilt):
+        return ""
+    for index, (item, twin) in enumerate(zip(original, rebuilt, strict=True)):
+        if (path := _lost(item, twin, named)) is not None:
+            return f"[{index}]{path}"
+    return None
+
+
+def _lost_of_dict(original: dict[Any, Any], rebuilt: dict[Any, Any], named: _Named) -> str | None:
+    if len(original) != len(rebuilt):
+        return ""
+    keys: dict[str | None, Any] | None = None
+    for key, value in original.items():
+        twin = key
+        if type(key) is not str or key not in rebuilt:
+            keys = keys or {_text(key): key for key in rebuilt}
+            twin = keys.get(_text(key), _MISSING)
+            if twin is _MISSING or _lost(key, twin, named) is not None:
+                return f".{key}"
+        if (path := _lost(value, rebuilt[twin], named)) is not None:
+            return f".{key}{path}"
+    return None
+
+
+def _is_same(original: object, rebuilt: object) -> bool:
+    equal = are_equal(original, rebuilt)
+    if equal:
+        return True
+    cls = type(original)
+    if cls is type(rebuilt) and (equal is None or cls.__eq__ is _IDENTITY):  # nothing can be said about them
+        return True
+    if hasattr(rebuilt, "__next__"):  # pydantic's form of an Iterable, which a look would consume
+        return True
+    if _is_set(original) and (_is_set(rebuilt) or is_array(rebuilt)):
+        return set(map(_text, original)) == set(map(_text, rebuilt)) - {None}
+    text = _text(original)
+    return (text is not None and text == _text(rebuilt)) or are_equal(_in_json(original), rebuilt) is True
+
+
+def _is_set(value: object) -> TypeGuard[AbstractSet[Any]]:
+    return isinstance(value, AbstractSet)
+
+
+def are_equal(original: object, rebuilt: object) -> bool | None:
+    """Whether two values are equal; None: they cannot be compared."""
+    try:
+        return bool(original == rebuilt)
+    except _NOT_COMPARED:
+        return None
+
+
+def _text(value: object) -> str | None:
+    """Return the JSON text of a value, the same for a number and its text; None: it has none."""
+    try:
+        return encode(value).strip('"')
+    except NotEncodableError:
+        return None
+
+
+def _in_json(value: object) -> Any:
+    """Return what pydantic writes for a single value whose field names no type."""
+    if hasattr(value, "get_secret_value") or isinstance(value, Collection) is not isinstance(value, bytes):
+        return _MISSING
+    try:
+        return loaded("pydantic_core", "to_jsonable_python")(value)
+    except _NOT_COMPARED:  # it has nothing to write, or pydantic is not in use: `()` is called
+        return _MISSING
+
+
+def _find_out_if_single(cls: type) -> bool:
+    return not (is_pydantic(cls) or dataclasses.is_dataclass(cls) or issubclass(cls, dict | list | tuple))
+
+
+# --- Models and dataclasses -------------------------------------------------------------------------------------------
+
+
+class _Fields(NamedTuple):
+    """The fields of a model or a dataclass.
+
+    Attributes:
+        named: What the annotation of each field says.
+        by_alias: The name of a field by its alias.
+        left_out: Fields that its dump does not contain.
+        in_slots: Fields that its instances keep in slots.
+    """
+
+    named: dict[str, _Named]
+    by_alias: dict[str, str]
+    left_out: frozenset[str]
+    in_slots: tuple[str, ...]
+
+
+def _find_fields(cls: type) -> _Fields | None:
+    if is_pydantic(cls):
+        fields: dict[str, Any] = vars(cls)["__pydantic_fields__"]
+        return _Fields(
+            {name: _Named(declared_by(field.annotation)) for name, field in fields.items()},
+            {alias: name for name, field in fields.items() for alias in (field.alias, field.validation_alias)},
+            frozenset(name for name, field in fields.items() if field.exclude or getattr(field, "exclude_if", None)),
+            _in_slots(cls, fields),
+        )
+    if not dataclasses.is_dataclass(cls):
+        return None
+    try:
+        annotations = hints(cls)
+    except IdempotencyModelTypeError:  # of a class inside a function, which pydantic has resolved
+        annotations = dict.fromkeys((field.name for field in dataclasses.fields(cls)), Any)
+    named = {name: _Named(declared_by(annotation)) for name, annotation in annotations.items()}
+    return _Fields(named, {}, frozenset(), _in_slots(cls, named))
+
+
+def _in_slots(cls: type, names: dict[str, Any]) -> tuple[str, ...]:
+    return tuple(name for name in names if isinstance(getattr(cls, name, None), types.MemberDescriptorType))
+
+
+_is_single: Final[Callable[[type], bool]] = lru_cache(maxsize=1024)(_find_out_if_single)
+_fields_of: Final[Callable[[type], _Fields | None]] = lru_cache(maxsize=1024)(_find_fields)
+
+
+def _lost_of_fields(original: object, rebuilt: object, fields: _Fields, named: _Named) -> str | None:
+    cls = type(original)
+    if is_dict(original):  # it became a model or a dataclass by its annotation
+        return _lost_of_dict_in_fields(original, rebuilt, fields)
+    own = fields if cls is type(rebuilt) else _fields_of(cls)
+    if own is None:  # validation has made a model of a text, say
+        return None if type(original) in _SCALARS else ""
+    is_filtered = named.is_filter and cls is not type(rebuilt)
+    ours, theirs = _attributes(original, own), _attributes(rebuilt, fields)
+    for name, value in ours.items():
+        twin = theirs.get(name, _MISSING)
+        if twin is value or (type(value) in _SCALARS and type(twin) is type(value) and twin == value):
+            continue
+        field = fields.named.get(name)
+        if field is None and (is_filtered or _is_no_data(cls, name, value)):
+            continue
+        path = "" if twin is _MISSING else _lost(value, twin, field or _NOTHING)
+        if path is not None and name not in fields.left_out and name not in own.left_out:
+            return f".{name}{path}"
+    if theirs.keys() <= ours.keys():
+        return None
+    unknown = (fields.named.keys() & theirs.keys()) - ours.keys() - fields.left_out
+    return f".{min(unknown)}" if unknown else None  # of a row of SQLModel, say, that has expired
+
+
+def _lost_of_dict_in_fields(original: dict[Any, Any], rebuilt: object, fields: _Fields) -> str | None:
+    theirs = _attributes(rebuilt, fields)
+    for key, value in original.items():
+        name = fields.by_alias.get(key, key)
+        if name in fields.named and (path := _lost(value, theirs[name], fields.named[name])) is not None:
+            return f".{name}{path}"
+    return None
+
+
+def _attributes(value: object, fields: _Fields) -> dict[str, Any]:
+    attributes: dict[str, Any] = getattr(value, "__dict__", {})
+    if fields.in_slots:
+        attributes = attributes | {name: getattr(value, name) for name in fields.in_slots}
+    extra: dict[str, Any] | None = getattr(value, "__pydantic_extra__", None)
+    return attributes | extra if extra else attributes
+
+
+def _is_no_data(cls: type, name: str, value: object) -> bool:
+    """Whether an attribute that is no field is none that could be missed."""
+    return name.startswith("_") or value is None or value == [] or isinstance(getattr(cls, name, None), cached_property)

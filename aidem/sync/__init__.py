@@ -1,0 +1,283 @@
+"""Idempotency for ordinary code: the decorators and the context manager of `aidem`, blocking.
+
+The function runs in the thread that called it, and so do `key=`, serializers and hooks. The persistence layer runs on
+one background event loop of the process. What happens while a body runs, such as a lost lease, is told to the hooks at
+once, and therefore by the background thread. An async `response_hook` is awaited there, too.
+
+Whatever interrupts a call, such as Ctrl-C, gives its key back, and goes on once that is done. A child that was forked
+in a body does not own its parent's claim: there, the call ends with `IdempotencyLeaseLostError`.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar, Concatenate, ParamSpec, TypeVar, cast, overload
+
+from aidem._api import block
+from aidem._api.decorators import key_of_event
+from aidem._api.signature import Target, check_takes_event, payload_finder
+from aidem._checks import check_options
+from aidem._engine.call import Phase
+from aidem._runtime import background_loop, lambda_lifecycle
+from aidem._runtime.warming import open_all
+from aidem.config import check_call_options, lambda_context_of, register_lambda_context, reset_lambda_context
+from aidem.sync._blocking import (
+    BlockingBinding,
+    BlockingCall,
+    Execution,
+    drive,
+    execute,
+    refuse_event_loop,
+    settled,
+    with_blocking_hook,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from contextlib import AbstractContextManager
+    from types import TracebackType
+
+    from aidem._engine.call import Call
+    from aidem.config import IdempotencyConfig
+    from aidem.persistence import PersistenceLayer
+    from aidem.serialization import ModelSerializer, OutputSerializer
+
+__all__ = ["BlockExecution", "Execution", "close", "idempotency", "idempotent", "idempotent_function", "warm"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+EventT = TypeVar("EventT")
+ContextT = TypeVar("ContextT")
+
+
+# --- Decorators -------------------------------------------------------------------------------------------------------
+
+
+@overload
+def idempotent(
+    handler: Callable[Concatenate[EventT, ContextT, P], R],
+    /,
+    *,
+    persistence_store: PersistenceLayer | None = None,
+    config: IdempotencyConfig | None = None,
+    key_prefix: str | None = None,
+) -> Callable[Concatenate[EventT, ContextT, P], R]: ...
+@overload
+def idempotent(
+    *,
+    persistence_store: PersistenceLayer | None = None,
+    config: IdempotencyConfig | None = None,
+    key_prefix: str | None = None,
+) -> Callable[[Callable[Concatenate[EventT, ContextT, P], R]], Callable[Concatenate[EventT, ContextT, P], R]]: ...
+def idempotent(
+    handler: Callable[..., Any] | None = None,
+    /,
+    *,
+    persistence_store: PersistenceLayer | None = None,
+    config: IdempotencyConfig | None = None,
+    key_prefix: str | None = None,
+) -> Any:
+    """Make `def handler(event, context)` idempotent; options and errors are those of `aidem.idempotent`."""
+    check_call_options(config=config, persistence_store=persistence_store, key_prefix=key_prefix)
+    if handler is None:
+        return partial(idempotent, persistence_store=persistence_store, config=config, key_prefix=key_prefix)
+    target = Target(handler, decorator="idempotent", key_prefix=key_prefix, is_async=False)
+    check_takes_event(target)
+    binding = BlockingBinding(
+        target, key_of_event, persistence_store=persistence_store, config=config, key_prefix=key_prefix
+    )
+
+    @functools.wraps(handler)
+    def wrapper(event: Any, context: Any, *args: Any, **kwargs: Any) -> Any:
+        refuse_event_loop("make the handler async and decorate it with aidem.idempotent")
+        lambda_context, is_durable_replay = lambda_context_of(context)
+        token = None if lambda_context is None else register_lambda_context(lambda_context)
+        try:
+            call = binding.call((event,), {})
+            call.supersedes = is_durable_replay
+            return execute(call, handler, (event, context, *args), kwargs)
+        finally:
+            if token is not None:
+                reset_lambda_context(token)
+
+    return wrapper
+
+
+@overload
+def idempotent_function(
+    function: Callable[P, R],
+    /,
+    *,
+    data_keyword_argument: str | None = None,
+    key: Callable[..., Any] | None = None,
+    persistence_store: PersistenceLayer | None = None,
+    config: IdempotencyConfig | None = None,
+    output_serializer: type[ModelSerializer] | OutputSerializer | None = None,
+    key_prefix: str | None = None,
+) -> Callable[P, R]: ...
+@overload
+def idempotent_function(
+    *,
+    data_keyword_argument: str | None = None,
+    key: Callable[..., Any] | None = None,
+    persistence_store: PersistenceLayer | None = None,
+    config: IdempotencyConfig | None = None,
+    output_serializer: type[ModelSerializer] | OutputSerializer | None = None,
+    key_prefix: str | None = None,
+) -> Callable[[Callable[P, R]], Callable[P, R]]: ...
+def idempotent_function(
+    function: Any = None,
+    /,
+    *,
+    data_keyword_argument: str | None = None,
+    key: Callable[..., Any] | None = None,
+    persistence_store: PersistenceLayer | None = None,
+    config: IdempotencyConfig | None = None,
+    output_serializer: type[ModelSerializer] | OutputSerializer | None = None,
+    key_prefix: str | None = None,
+) -> Any:
+    """Make any callable idempotent that is not async; options and errors are those of `aidem.idempotent_function`."""
+    options: dict[str, Any] = {
+        "data_keyword_argument": data_keyword_argument,
+        "key": key,
+        "persistence_store": persistence_store,
+        "config": config,
+        "output_serializer": output_serializer,
+        "key_prefix": key_prefix,
+    }
+    check_call_options(**options)
+    if function is None:
+        return partial(idempotent_function, **options)
+    if isinstance(function, classmethod | staticmethod):  # below @classmethod it is a function already
+        return _rewrapped(function, options)
+    target = Target(function, decorator="idempotent_function", key_prefix=key_prefix, is_async=False)
+    binding = BlockingBinding(
+        target,
+        payload_finder(target, data_keyword_argument=data_keyword_argument, key=key),
+        persistence_store=persistence_store,
+        config=config,
+        key_prefix=key_prefix,
+        output_serializer=output_serializer,
+    )
+
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        refuse_event_loop("make the function async and decorate it with aidem.idempotent_function")
+        return execute(binding.call(args, kwargs), function, args, kwargs)
+
+    return wrapper
+
+
+def _rewrapped(method: Any, options: dict[str, Any]) -> Any:
+    return type(method)(idempotent_function(method.__func__, **options))
+
+
+# --- Blocks -----------------------------------------------------------------------------------------------------------
+
+
+def idempotency(
+    key: Any,
+    *,
+    payload: Any = ...,
+    persistence_store: PersistenceLayer | None = None,
+    config: IdempotencyConfig | None = None,
+    output_serializer: OutputSerializer | None = None,
+    key_prefix: str = "aidem",
+) -> AbstractContextManager[BlockExecution]:
+    """Run a `with` block once per key; options and errors are those of `aidem.idempotency`."""
+    check_call_options(
+        config=config,
+        persistence_store=persistence_store,
+        output_serializer=output_serializer,
+        key_prefix=key_prefix,
+    )
+    return _Block(
+        key,
+        payload,
+        layer=persistence_store,
+        config=config,
+        serializer=output_serializer,
+        key_prefix=key_prefix,
+    )
+
+
+class BlockExecution(block.BlockExecution):
+    """The execution of a `with` block."""
+
+    __slots__ = ()
+
+    def ensure_owned(self) -> None:  # type: ignore[override] # blocking code cannot await it
+        """Renew the claim at the store, as the async one does, and wait for it."""
+        drive(super().ensure_owned)
+
+    def run(self, func: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:  # type: ignore[override]
+        """Call the function, or hand out what it returned before, as the async one does.
+
+        Raises:
+            TypeError: The function is async.
+            IdempotencyUsageError: It was called before: a block has one result.
+        """
+        if inspect.iscoroutinefunction(func):
+            raise TypeError("execution.run() of aidem.sync calls no async function; use `async with aidem.idempotency`")
+        return cast("R", drive(partial(super().run, cast("Any", func), *args, **kwargs)))
+
+
+class _Block(block.Block):
+    """The context manager behind `idempotency`."""
+
+    __slots__ = ()
+    call_type: ClassVar[type[Call]] = BlockingCall
+    execution_type: ClassVar[type[block.BlockExecution]] = BlockExecution
+
+    def __enter__(self) -> BlockExecution:
+        refuse_event_loop("use `async with aidem.idempotency(...)`")
+        self.prepare()
+        return cast("BlockExecution", settled(self._call, lambda: drive(self.enter)))
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        settled(self._call, lambda: drive(partial(self.leave, exc)))
+
+    def __del__(self) -> None:
+        # Ctrl-C may strike where Python enters `__exit__`, before any `try`. Nobody can wait for the answer here.
+        call = getattr(self, "_call", None)  # a key that cannot be one leaves none
+        if call is not None and call.phase is Phase.CLAIMED:
+            background_loop.run_unattended(partial(call.fail, KeyboardInterrupt()))
+
+    def config(self) -> IdempotencyConfig:
+        """Return the settings of the call."""
+        return with_blocking_hook(super().config())
+
+
+# --- The background loop ----------------------------------------------------------------------------------------------
+
+
+def warm(*persistence_stores: PersistenceLayer) -> None:
+    """Open layers now, so that the first call need not: for the init of a Lambda function, and again after a restore.
+
+    One that cannot be opened within 5 seconds is logged, and opened at its first use.
+
+    Raises:
+        IdempotencyConfigError: One of them is no persistence layer.
+        IdempotencyUsageError: An event loop runs on this thread, and would stand still.
+    """
+    check_options(warm=persistence_stores)
+    refuse_event_loop("use `await asyncio.to_thread(sync.warm, layer)`")
+    open_them = partial(background_loop.run, partial(open_all, persistence_stores))
+    open_them()
+    lambda_lifecycle.after_restore(open_them)
+
+
+def close() -> None:
+    """Close the background loop and the clients that layers have opened on it; the next call starts another.
+
+    Calls that wait for their layer are waited for, a few seconds at most; claims held meanwhile are renewed no more.
+
+    Raises:
+        IdempotencyUsageError: An event loop runs on this thread, and would stand still.
+    """
+    refuse_event_loop("use `await asyncio.to_thread(sync.close)`")
+    background_loop.close()

@@ -1,0 +1,205 @@
+"""A call from blocking code: the body in the calling thread, the persistence layer on the background loop.
+
+The flows of the async fronts serve here, too: a `BlockingCall` looks like any call, but its coroutines never suspend,
+for the thread waits within them. Such a flow is driven to its end by one `send`.
+
+Whatever interrupts a call, such as Ctrl-C, gives its key back: the `try` that does so is entered before the claim is
+asked for, and what interrupts a thread that waits for a step is held up until the step has cleaned up.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import threading
+
+# The public one raises where there is none, which costs more than all the rest of asking.
+from asyncio import _get_running_loop as running_loop  # pyright: ignore[reportPrivateUsage]
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
+
+from aidem._api import execution
+from aidem._api.decorators import Binding
+from aidem._api.execution import Recording, replayed_value, running
+from aidem._engine.call import Call, Phase
+from aidem._engine.operations import EFFECT_HAPPENED, FAILED, NOTHING_RUN, RUNNING
+from aidem._rules import lifecycle
+from aidem._runtime import background_loop
+from aidem.exceptions import IdempotencyUsageError
+from aidem.hooks import SILENT
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Coroutine
+
+    from aidem._engine.plan import Key, Plan
+    from aidem._rules.record import DataRecord, OutcomeKind
+    from aidem.config import IdempotencyConfig, ResponseHook
+    from aidem.hooks import IdempotencyEvent
+
+T = TypeVar("T")
+
+
+class Execution(execution.Execution):
+    """What `aidem.current_execution()` answers in the body of a blocking call."""
+
+    __slots__ = ()
+
+    def ensure_owned(self) -> None:  # type: ignore[override] # blocking code cannot await it
+        """Renew the claim at the store, as the async one does, and wait for it."""
+        drive(super().ensure_owned)
+
+
+class BlockingCall(Call):
+    """A call whose steps run on the background loop, while the thread that takes them waits.
+
+    Its coroutines never suspend in such a thread, so that one flow serves async and blocking code.
+    """
+
+    __slots__ = ()
+
+    def __init__(self, plan: Plan, key: Key, *, bypassed: bool = False) -> None:
+        super().__init__(plan, key, bypassed=bypassed)
+        thread = threading.current_thread()
+        self.has_body_ended = lambda: not thread.is_alive()
+
+    async def begin(self) -> None:
+        """Claim the key or find its outcome; one in the local cache is found without the background loop."""
+        cached = None
+        if self.phase is Phase.NEW and self.plan.config.use_local_cache:
+            cached = self.plan.shared.cache.get(self.key.text, now=self.plan.clock())
+        if cached is None or lifecycle.differs(cached, self.key.payload_hash):
+            await self._step(super().begin, NOTHING_RUN)
+        else:
+            self._replay(cached)
+
+    async def ensure_owned(self) -> None:
+        """Renew the claim at the store."""
+        await self._step(super().ensure_owned, RUNNING)
+
+    async def complete(self, text: str, outcome: OutcomeKind | None = None) -> bool:
+        """Record the outcome."""
+        return await self._step(partial(super().complete, text, outcome), EFFECT_HAPPENED)
+
+    async def fail(self, error: BaseException) -> bool:
+        """Give the key back, or store the exception if it is an outcome."""
+        if self.phase is not Phase.CLAIMED:
+            return True
+        try:
+            return await self._step(partial(super().fail, error), FAILED)
+        except IdempotencyUsageError as closed:
+            self._note(error, closed)
+            return True
+
+    async def _step(self, step: Callable[[], Coroutine[Any, Any, T]], effect: str) -> T:
+        """Take a step on the background loop, unless it asks nothing there, or is part of one that runs there."""
+        is_at_store = self.phase is Phase.NEW or self.phase is Phase.CLAIMED
+        if not is_at_store or running_loop() is not None:
+            return await step()
+        closed = f"{background_loop.CLOSED}; {effect}"
+        if self.reporter is SILENT:
+            return background_loop.run(step, closed=closed)
+        events: list[IdempotencyEvent] = []
+        self.reporter.redirect = events.append
+        try:
+            return background_loop.run(step, closed=closed)
+        finally:
+            self.reporter.redirect = None
+            for event in events:
+                self.reporter.tell(event)
+
+
+class BlockingBinding(Binding):
+    """One decorated function with its options."""
+
+    __slots__ = ()
+    call_type: ClassVar[type[Call]] = BlockingCall
+
+    def _plan_for(self, config: IdempotencyConfig) -> Plan:
+        return super()._plan_for(with_blocking_hook(config))
+
+
+def execute(call: Call, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run a function under a call, or hand out what it returned before."""
+    return settled(call, lambda: _run(call, function, args, kwargs))
+
+
+def _run(call: Call, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    drive(call.begin)
+    if call.phase is Phase.REPLAYED:
+        return drive(partial(replayed_value, call))
+    try:
+        with running(Execution(call)):
+            result = function(*args, **kwargs)
+        _refuse_coroutine(result, call)
+        if call.phase is Phase.BYPASSED:
+            return result
+        recording = Recording.of(result, call.plan.serializer, function=call.plan.function)
+    except BaseException as error:
+        if drive(partial(call.fail, error)):
+            raise
+        return drive(partial(replayed_value, call))  # the error would have been the outcome, but another call's counts
+    is_ours = drive(partial(call.complete, recording.text, recording.kind))
+    recording.raise_interruption()
+    if not is_ours:
+        return drive(partial(replayed_value, call))
+    recording.warn_if_unavailable(call)
+    return recording.value
+
+
+def settled(call: Call, action: Callable[[], T]) -> T:
+    """Do something under a call; what interrupts it between two steps gives the key back, too."""
+    try:
+        return action()
+    except BaseException as error:
+        drive(partial(call.fail, error))  # does nothing unless the claim is still held
+        raise
+
+
+def drive(start: Callable[[], Coroutine[Any, Any, T]]) -> T:
+    """Run a coroutine that does not suspend."""
+    try:
+        start().send(None)
+    except StopIteration as end:
+        return cast("T", end.value)
+    except RuntimeError as error:
+        if str(error) == "coroutine raised StopIteration" and error.__cause__ is not None:
+            raise error.__cause__ from None  # the function raised it, and no coroutine lets it pass
+        raise
+    raise TypeError("the function awaits, so it is an async one; use what aidem has for those instead of aidem.sync")
+
+
+def _refuse_coroutine(result: object, call: Call) -> None:
+    if inspect.iscoroutine(result):
+        result.close()
+        message = (
+            f"{call.plan.function} returned a coroutine, which has not run; write an `async def` that awaits it, and "
+            "decorate that with what aidem has for async functions"
+        )
+        raise TypeError(message)
+
+
+def refuse_event_loop(instead: str) -> None:
+    """Check that no event loop runs on this thread, which would stand still."""
+    if running_loop() is not None:
+        raise IdempotencyUsageError(f"aidem.sync would block the event loop that runs on this thread; {instead}")
+
+
+def with_blocking_hook(config: IdempotencyConfig) -> IdempotencyConfig:
+    """Return the settings with a response hook that can be called here, if there is one."""
+    return config if config.response_hook is None else _with_blocking_hook(config)
+
+
+@functools.lru_cache
+def _with_blocking_hook(config: IdempotencyConfig) -> IdempotencyConfig:
+    hook = cast("ResponseHook", config.response_hook)
+
+    def blocking_hook(response: Any, record: DataRecord) -> Any:
+        answer = hook(response, record)
+        return background_loop.run(partial(_await, answer)) if inspect.isawaitable(answer) else answer
+
+    return dataclasses.replace(config, response_hook=blocking_hook)
+
+
+async def _await(answer: Awaitable[T]) -> T:
+    return await answer
