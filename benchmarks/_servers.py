@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tests import aws_servers, servers
+from tests.support import aws_servers, servers
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -12,7 +12,7 @@ from benchmarks._http_load import Load
 from benchmarks._measure import OURS, Race, fresh_keys, race
 from benchmarks._rows import at_least
 from benchmarks._servers import redis_server
-from tests import aws_servers, servers
+from tests.support import aws_servers, servers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

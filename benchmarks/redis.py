@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from redis.asyncio.client import Monitor
 
     from benchmarks._measure import Call, Effort, Stopwatch
-    from tests.servers import RedisServer
+    from tests.support.servers import RedisServer
 
 RAW = "one EVALSHA per await"
 POWERTOOLS = "Powertools, one thread"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from aidem import IdempotencyConfig, idempotent_function
 from benchmarks._rows import Row, at_most, exactly
-from tests.support import PlannedLayer, VirtualTimeLoop
+from tests.support.planned import PlannedLayer, VirtualTimeLoop
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator

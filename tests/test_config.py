@@ -32,7 +32,7 @@ from aidem.config import current_lambda_context, default_persistence_store, rese
 from aidem.exceptions import IdempotencyConfigError, IdempotencyPersistenceConfigError, IdempotencyUsageError
 from aidem.persistence.memory import MemoryPersistenceLayer
 from aidem.persistence.sqlite import SQLitePersistenceLayer
-from tests.support import Listener
+from tests.support.planned import Listener
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.aws_servers import database, ministack_url, moto_url, table
-from tests.support import VirtualTimeLoop
+from tests.support.aws_servers import database, ministack_url, moto_url, table
+from tests.support.planned import VirtualTimeLoop
 
 __all__ = ["database", "ministack_url", "moto_url", "table"]
 

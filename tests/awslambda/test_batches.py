@@ -26,7 +26,7 @@ from aidem.exceptions import IdempotencyConfigError, IdempotencyUsageError
 from aidem.persistence.dynamodb import DynamoDBPersistenceLayer
 from aidem.persistence.memory import MemoryPersistenceLayer
 from aidem.persistence.sqlite import SQLitePersistenceLayer
-from tests.support import VIRTUAL_TIME
+from tests.support.planned import VIRTUAL_TIME
 
 EVENTS = Path(__file__).parents[1] / "data" / "events"
 

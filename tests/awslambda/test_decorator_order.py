@@ -23,7 +23,7 @@ from aidem._runtime import lambda_loop
 from aidem.awslambda import lambda_handler
 from aidem.hooks import EventKind, IdempotencyEvent
 from aidem.persistence.memory import MemoryPersistenceLayer
-from tests.support import Listener
+from tests.support.planned import Listener
 
 EVENT = {"order_id": "o-1", "amount": 42}
 

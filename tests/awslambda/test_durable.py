@@ -23,8 +23,8 @@ from aidem.exceptions import IdempotencyAlreadyInProgressError, IdempotencyLease
 from aidem.persistence.dynamodb import DynamoDBPersistenceLayer
 from aidem.persistence.sqlite import SQLitePersistenceLayer
 from aidem.testing import claim_of
-from tests.aws_servers import EMULATORS, OTHER_URL, Database
-from tests.support import Fault, PlannedLayer, real_now
+from tests.support.aws_servers import EMULATORS, OTHER_URL, Database
+from tests.support.planned import Fault, PlannedLayer, real_now
 
 CONFIG = IdempotencyConfig(event_key_jmespath="id")
 EVENT = {"id": 1}

@@ -17,7 +17,7 @@ import pytest
 from aidem import idempotent, idempotent_function
 from aidem._runtime import lambda_loop
 from aidem.awslambda import lambda_handler, process_batch
-from tests.support import PlannedLayer
+from tests.support.planned import PlannedLayer
 
 HOUR = 3600.0
 SIGNALS = [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)]

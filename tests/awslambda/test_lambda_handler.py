@@ -23,7 +23,7 @@ from aidem.awslambda import lambda_handler
 from aidem.config import current_lambda_context
 from aidem.exceptions import IdempotencyConfigError, IdempotencyPersistenceConnectionError, IdempotencyUsageError
 from aidem.persistence.memory import MemoryPersistenceLayer
-from tests.support import PlannedLayer
+from tests.support.planned import PlannedLayer
 
 CONFIG = IdempotencyConfig()
 

@@ -17,7 +17,7 @@ from aidem import IdempotencyConfig, idempotent_function
 from aidem._runtime import lambda_loop
 from aidem.awslambda import lambda_handler
 from aidem.persistence.memory import MemoryPersistenceLayer
-from tests.support import PlannedLayer
+from tests.support.planned import PlannedLayer
 
 HOUR = 3600.0
 

@@ -31,7 +31,7 @@ from aidem.exceptions import IdempotencyUsageError
 from aidem.persistence.dynamodb import DynamoDBPersistenceLayer
 from aidem.persistence.memory import MemoryPersistenceLayer
 from aidem.persistence.sqlite import SQLitePersistenceLayer
-from tests.aws_servers import Database
+from tests.support.aws_servers import Database
 
 EVENTS = Path(__file__).parents[1] / "data" / "events"
 FIRST, SECOND, THIRD = (record["messageId"] for record in json.loads((EVENTS / "sqs.json").read_text())["Records"])

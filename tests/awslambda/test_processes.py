@@ -21,7 +21,7 @@ def path(tmp_path: Path) -> str:
     return str(tmp_path / "records.db")
 
 
-def play(scene: str, path: str, *, python: tuple[str, ...] = ("-m", "tests.awslambda.scenes")) -> list[str]:
+def play(scene: str, path: str, *, python: tuple[str, ...] = ("-m", "tests.support.awslambda.scenes")) -> list[str]:
     """Run a scene in a process with every warning an error; return what it said."""
     command = [sys.executable, *python, scene, path]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_SECONDS)
@@ -40,7 +40,7 @@ def test_a_client_of_the_kept_loop_is_closed_at_exit(path: str) -> None:
 
 def test_without_the_package_for_snapshots_nothing_is_missing(path: str) -> None:
     start = "import runpy, sys; sys.modules['snapshot_restore_py'] = None; runpy.run_module('{}', run_name='__main__')"
-    python = ("-c", start.format("tests.awslambda.scenes"))
+    python = ("-c", start.format("tests.support.awslambda.scenes"))
     assert play("plain", path, python=python) == ["effect 1", "1"]
 
 
@@ -56,7 +56,7 @@ def test_a_child_that_a_handler_forks_can_be_terminated(path: str) -> None:
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, -signal.SIGINT), (signal.SIGTERM, 128 + signal.SIGTERM)])
 def test_an_interrupted_process_leaves_no_claim(number: signal.Signals, code: int, path: str) -> None:
-    command = [sys.executable, "-m", "tests.awslambda.scenes", "interrupted", path]
+    command = [sys.executable, "-m", "tests.support.awslambda.scenes", "interrupted", path]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "in the handler\n"

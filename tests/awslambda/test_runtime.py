@@ -20,10 +20,10 @@ import pytest
 
 from aidem._runtime import lambda_loop
 from aidem.awslambda import lambda_handler
-from tests.aws_servers import Database
-from tests.awslambda.runtime import Answer, Environment, environment
-from tests.proxy import Proxy
-from tests.servers import RedisServer, started
+from tests.support.aws_servers import Database
+from tests.support.awslambda.runtime import Answer, Environment, environment
+from tests.support.proxy import Proxy
+from tests.support.servers import RedisServer, started
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(120, func_only=True)]
 
@@ -244,7 +244,7 @@ async def test_environments_restored_from_one_snapshot_have_connections_and_clai
     handler: str, account: Account, order: str
 ) -> None:
     variables = {**SNAP_START, "AIDEM_TEST_PRIMES": handler, "AIDEM_TEST_WAIT_SECONDS": "60"}
-    async with account.environment(handler, variables, runtime="tests.awslambda.cloning_runtime") as lambda_:
+    async with account.environment(handler, variables, runtime="tests.support.awslambda.cloning_runtime") as lambda_:
         await lambda_.reaches(lambda_.api.snapshot)
         connected = account.proxy.connections
         lambda_.api.restored.set()

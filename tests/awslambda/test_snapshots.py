@@ -15,7 +15,7 @@ from aidem import sync
 from aidem._runtime import lambda_loop
 from aidem.awslambda import lambda_handler
 from aidem.persistence.memory import MemoryPersistenceLayer
-from tests.support import PlannedLayer
+from tests.support.planned import PlannedLayer
 
 
 class ClientLayer(PlannedLayer):

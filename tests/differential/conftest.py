@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.aws_servers import OTHER_URL, Database, moto_url
+from tests.support.aws_servers import OTHER_URL, Database, moto_url
 
 __all__ = ["database", "moto_url"]
 

@@ -16,10 +16,10 @@ from botocore.config import Config
 from redis import asyncio as async_redis
 
 from aidem.persistence.redis import RedisPersistenceLayer
-from tests.aws_servers import Database
 from tests.differential.scenario import Ago
 from tests.migration import own_layer_after, own_layer_before
-from tests.servers import RedisServer
+from tests.support.aws_servers import Database
+from tests.support.servers import RedisServer
 
 MINUTE = 60
 OURS_ALONE = {"owner", "fence"}

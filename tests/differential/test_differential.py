@@ -23,8 +23,8 @@ from tests.differential.seen import LEFT_LEASE, Difference, differences
 from tests.differential.sides import AIDEM, POWERTOOLS
 from tests.differential.stage import Stage
 from tests.differential.stores import DynamoDB, Own, Redis, RedisCluster, Store
-from tests.redis_clusters import cluster
-from tests.servers import RedisServer, started
+from tests.support.redis_clusters import cluster
+from tests.support.servers import RedisServer, started
 
 pytestmark = pytest.mark.filterwarnings("ignore:Redis.* will be removed in v4:DeprecationWarning")
 

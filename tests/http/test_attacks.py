@@ -14,8 +14,8 @@ from starlette.responses import Response as StarletteResponse
 from starlette.responses import StreamingResponse
 
 from aidem.exceptions import IdempotencyConfigError, IdempotencyPersistenceConnectionError
-from tests.http.client import Connection, Front, Response, Shop, front_of, request, scope_of
-from tests.support import VIRTUAL_TIME, Fault, PlannedLayer, SettlingLayer, VirtualTimeLoop
+from tests.support.asgi import Connection, Front, Response, Shop, front_of, request, scope_of
+from tests.support.planned import VIRTUAL_TIME, Fault, PlannedLayer, SettlingLayer, VirtualTimeLoop
 
 DOWN = IdempotencyPersistenceConnectionError("down")
 STREAM = [(b"content-type", b"text/plain")]

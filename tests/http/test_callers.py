@@ -21,9 +21,9 @@ from aidem.asgi import IdempotencyMiddleware, by_header
 from aidem.exceptions import IdempotencyConfigError, IdempotencyWarning
 from aidem.fastapi import IdempotentRoute
 from aidem.hooks import EventKind
-from tests.http.client import JSON, Connection, Shop, front_of, request, scope_of
-from tests.http.fastapi_support import served
-from tests.support import VIRTUAL_TIME, PlannedLayer
+from tests.support.asgi import JSON, Connection, Shop, front_of, request, scope_of
+from tests.support.fastapi import served
+from tests.support.planned import VIRTUAL_TIME, PlannedLayer
 
 AUTHORIZATION, TENANT = b"authorization", b"x-tenant"
 SECRET = "a secret of at least thirty-two bytes"

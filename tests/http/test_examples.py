@@ -20,9 +20,9 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.http.served import HEALTH_CHECK_SECONDS
-from tests.proxy import Proxy
-from tests.servers import RedisServer, free_port, started
+from tests.support.proxy import Proxy
+from tests.support.served import HEALTH_CHECK_SECONDS
+from tests.support.servers import RedisServer, free_port, started
 
 pytestmark = pytest.mark.timeout(180)
 EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"

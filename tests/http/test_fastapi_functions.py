@@ -25,7 +25,7 @@ from aidem.exceptions import (
 )
 from aidem.persistence.memory import MemoryPersistenceLayer
 from aidem.persistence.sqlite import SQLitePersistenceLayer
-from tests.http.fastapi_support import ORDER, Bank, Order, PublicReceipt, Receipt, same, served
+from tests.support.fastapi import ORDER, Bank, Order, PublicReceipt, Receipt, same, served
 
 
 class Camel(BaseModel):

@@ -20,7 +20,7 @@ from aidem._http import answers
 from aidem._http.key import MalformedKeyError, parse_key
 from aidem._http.openapi import key_pattern
 from aidem.fastapi import IdempotentRoute, Problem
-from tests.http.fastapi_support import ORJSON, UJSON, Order, PublicReceipt, served
+from tests.support.fastapi import ORJSON, UJSON, Order, PublicReceipt, served
 
 PROBLEM = "application/problem+json"
 PROBLEM_SCHEMA = {"$ref": "#/components/schemas/IdempotencyKeyProblem"}

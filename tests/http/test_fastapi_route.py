@@ -19,7 +19,7 @@ from aidem.exceptions import IdempotencyConfigError
 from aidem.fastapi import IdempotentRoute, by_header
 from aidem.persistence.memory import MemoryPersistenceLayer
 from aidem.persistence.sqlite import SQLitePersistenceLayer
-from tests.http.fastapi_support import ORDER, ORJSON, UJSON, Bank, Order, PublicReceipt, same, served
+from tests.support.fastapi import ORDER, ORJSON, UJSON, Bank, Order, PublicReceipt, same, served
 
 KEY = {"Idempotency-Key": '"k-1"'}
 REPLAYED = "Idempotent-Replayed"

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aidem._http.fingerprint import Fingerprint, full_path, lookup_key, parts
-from tests.http.client import JSON, scope_of
+from tests.support.asgi import JSON, scope_of
 
 FORM = b"multipart/form-data; boundary="
 

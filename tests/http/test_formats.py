@@ -10,8 +10,8 @@ import pytest
 
 from aidem.asgi import Problem, RequestParts
 from aidem.exceptions import IdempotencyPersistenceConnectionError, IdempotencyUsageError
-from tests.http.client import JSON, Connection, Shop, front_of, request, scope_of
-from tests.support import VIRTUAL_TIME, Fault, PlannedLayer
+from tests.support.asgi import JSON, Connection, Shop, front_of, request, scope_of
+from tests.support.planned import VIRTUAL_TIME, Fault, PlannedLayer
 
 DOWN = IdempotencyPersistenceConnectionError("down")
 

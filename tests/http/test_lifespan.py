@@ -9,7 +9,7 @@ import pytest
 import aidem
 from aidem.asgi import IdempotencyMiddleware
 from aidem.exceptions import IdempotencyPersistenceConfigError, IdempotencyPersistenceConnectionError
-from tests.support import PlannedLayer
+from tests.support.planned import PlannedLayer
 
 
 class Noting(PlannedLayer):

@@ -16,8 +16,8 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from tests.http.client import JSON, Connection, Front, Shop, front_of, scope_of
-from tests.http.client import request as request_to
+from tests.support.asgi import JSON, Connection, Front, Shop, front_of, scope_of
+from tests.support.asgi import request as request_to
 
 WHOLE = (b"content-length", b"9")
 MARK = (b"idempotent-replayed", b"true")

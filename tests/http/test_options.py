@@ -14,7 +14,7 @@ from aidem._http.options import HttpOptions
 from aidem.asgi import IdempotencyMiddleware, IdempotencyOptions, by_header
 from aidem.exceptions import IdempotencyConfigError
 from aidem.persistence.memory import MemoryPersistenceLayer
-from tests.http.client import scope_of
+from tests.support.asgi import scope_of
 
 
 async def app(scope: Any, receive: Any, send: Any) -> None: ...

@@ -21,8 +21,8 @@ from aidem.asgi import IdempotencyMiddleware, by_header
 from aidem.exceptions import IdempotencyPersistenceConnectionError, IdempotencyUsageError, IdempotencyWarning
 from aidem.hooks import EventKind
 from aidem.persistence.memory import MemoryPersistenceLayer
-from tests.http.client import JSON, KEY, Connection, Shop, front_of, request, scope_of
-from tests.support import VIRTUAL_TIME, Fault, PlannedLayer
+from tests.support.asgi import JSON, KEY, Connection, Shop, front_of, request, scope_of
+from tests.support.planned import VIRTUAL_TIME, Fault, PlannedLayer
 
 DOWN = IdempotencyPersistenceConnectionError("down")
 

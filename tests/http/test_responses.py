@@ -26,8 +26,8 @@ from aidem._http.response import RESPONSES, StoredResponse, text_of
 from aidem.asgi import IdempotencyMiddleware
 from aidem.exceptions import IdempotencyPersistenceConnectionError
 from aidem.hooks import EventKind
-from tests.http.client import JSON, Connection, Front, Shop, front_of, request, scope_of
-from tests.support import VIRTUAL_TIME, Fault, PlannedLayer
+from tests.support.asgi import JSON, Connection, Front, Shop, front_of, request, scope_of
+from tests.support.planned import VIRTUAL_TIME, Fault, PlannedLayer
 
 COOKIE = (b"set-cookie", b"session=1")
 

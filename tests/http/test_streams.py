@@ -14,8 +14,8 @@ from starlette.responses import Response, StreamingResponse
 from aidem._http.exchange import LINGER_SECONDS
 from aidem.exceptions import IdempotencySerializationError
 from aidem.hooks import EventKind
-from tests.http.client import JSON, Connection, Shop, front_of, request, scope_of
-from tests.support import VIRTUAL_TIME, Fault, PlannedLayer
+from tests.support.asgi import JSON, Connection, Shop, front_of, request, scope_of
+from tests.support.planned import VIRTUAL_TIME, Fault, PlannedLayer
 
 
 @pytest.fixture

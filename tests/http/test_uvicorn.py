@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.http.served import (
+from tests.support.served import (
     DEADLINE_SECONDS,
     LEASE_SECONDS,
     Service,
@@ -27,9 +27,9 @@ from tests.http.served import (
     raw_request,
     serving,
 )
-from tests.http.served import until as wait_until
-from tests.http.service_data import BINARY, DOCUMENT, Arrivals
-from tests.servers import started
+from tests.support.served import until as wait_until
+from tests.support.servers import started
+from tests.support.service_data import BINARY, DOCUMENT, Arrivals
 
 pytestmark = pytest.mark.server
 

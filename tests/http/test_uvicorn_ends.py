@@ -12,8 +12,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.http.served import Service, is_replay, post, serving
-from tests.servers import RedisServer, started
+from tests.support.served import Service, is_replay, post, serving
+from tests.support.servers import RedisServer, started
 
 pytestmark = pytest.mark.server
 

@@ -21,7 +21,7 @@ from starlette.routing import Route
 
 from aidem.asgi import IdempotencyMiddleware, Problem, RequestParts
 from aidem.persistence.memory import MemoryPersistenceLayer
-from tests.http.served import until
+from tests.support.served import until
 
 CALLERS = {"token-1-of-ann": "ann", "token-2-of-ann": "ann"}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.aws_servers import table
 from tests.differential.conftest import database, moto_url
+from tests.support.aws_servers import table
 
 __all__ = ["database", "moto_url", "table"]

@@ -25,9 +25,9 @@ from aidem.config import IdempotencyConfig
 from aidem.persistence import PersistenceLayer
 from aidem.persistence.redis import RedisPersistenceLayer
 from aidem.testing import FakeClock, PersistenceLayerConformance
-from tests.aws_servers import Database
 from tests.migration import own_layer_after, own_layer_before
-from tests.servers import RedisServer, started
+from tests.support.aws_servers import Database
+from tests.support.servers import RedisServer, started
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Redis.* will be removed in v4:DeprecationWarning"),

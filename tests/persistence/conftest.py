@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.aws_servers import database, ministack_url, moto_url, table
+from tests.support.aws_servers import database, ministack_url, moto_url, table
 
 __all__ = ["database", "ministack_url", "moto_url", "table", "vacant_port"]
 

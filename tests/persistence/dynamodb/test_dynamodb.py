@@ -1,0 +1,342 @@
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+
+from aidem import IdempotencyConfig, idempotent_function
+from aidem._rules.lifecycle import Blocked, Claimed
+from aidem._rules.record import DataRecord, OutcomeKind, RecordStatus
+from aidem.exceptions import (
+    IdempotencyInvalidStatusError,
+    IdempotencyPersistenceConfigError,
+    IdempotencyResultUnavailableError,
+)
+from aidem.persistence import PersistenceLayer, open_persistence_layer
+from aidem.persistence._stored import NOT_A_TEXT
+from aidem.persistence.dynamodb import DynamoDBPersistenceLayer
+from aidem.testing import FakeClock, PersistenceLayerConformance, claim_of, completed_of
+from tests.support.aws_servers import EMULATORS, Database
+
+pytestmark = [pytest.mark.server, pytest.mark.timeout(60, func_only=True)]
+
+# Every one of them is a word that DynamoDB reserves, or would have to escape.
+OTHER_NAMES: dict[str, Any] = {
+    "key_attr": "partition",
+    "sort_key_attr": "key",
+    "static_pk_value": "everything",
+    "expiry_attr": "ttl",
+    "in_progress_expiry_attr": "in-progress.expiry",
+    "status_attr": "state",
+    "data_attr": "values",
+    "validation_key_attr": "hash",
+    "owner_attr": "user",
+    "fence_attr": "count",
+    "lease_expiry_attr": "timestamp",
+    "outcome_attr": "#result",
+}
+NOW = 1_800_000_000.0
+
+
+class TestConformance(PersistenceLayerConformance):
+    adds_clock_skew = True
+
+    @pytest.fixture(autouse=True)
+    def with_table(self, table: str) -> None:
+        self.table = table
+
+    async def make_layer(self, clock: FakeClock) -> PersistenceLayer:
+        return DynamoDBPersistenceLayer(self.table, clock=clock)
+
+
+@pytest.mark.parametrize("database", EMULATORS[-1:], indirect=True)
+class TestConformanceUnderACompositeKeyAndOtherNames(PersistenceLayerConformance):
+    adds_clock_skew = True
+
+    @pytest.fixture(autouse=True)
+    def with_table(self, database: Database) -> None:
+        self.table = database.create_table("partition", "key")
+
+    async def make_layer(self, clock: FakeClock) -> PersistenceLayer:
+        return DynamoDBPersistenceLayer(self.table, clock=clock, **OTHER_NAMES)
+
+
+@pytest.fixture
+def layer(table: str) -> DynamoDBPersistenceLayer:
+    return DynamoDBPersistenceLayer(table)
+
+
+async def claimed(layer: DynamoDBPersistenceLayer, **options: Any) -> DataRecord:
+    now = options.setdefault("now", NOW)
+    answer = await layer.acquire(claim_of("key", **options), now=now)
+    assert isinstance(answer, Claimed)
+    return answer.record
+
+
+# --- The item ---------------------------------------------------------------------------------------------------------
+
+
+async def test_a_claim_is_the_item_of_the_wire_format(
+    layer: DynamoDBPersistenceLayer, database: Database, table: str
+) -> None:
+    record = await claimed(layer, payload_hash="hash")
+    assert database.item(table) == {
+        "id": {"S": "key"},
+        "expiration": {"N": "1800000004"},
+        "in_progress_expiration": {"N": "1800000002000"},
+        "status": {"S": "INPROGRESS"},
+        "validation": {"S": "hash"},
+        "owner": {"S": "ours"},
+        "fence": {"N": "1800000000001"},
+    }
+    assert record.fence == 1_800_000_000_001
+
+
+async def test_an_outcome_is_the_item_of_the_wire_format(
+    layer: DynamoDBPersistenceLayer, database: Database, table: str
+) -> None:
+    record = await claimed(layer, may_be_taken_over=False)
+    assert database.item(table)["lease_expiration"] == {"N": "1800000002000"}
+    assert "in_progress_expiration" not in database.item(table)
+    await layer.complete(completed_of(record, now=NOW, response_data="null"), now=NOW)
+    item = {
+        "id": {"S": "key"},
+        "expiration": {"N": "1800000004"},
+        "status": {"S": "COMPLETED"},
+        "data": {"S": "null"},
+        "owner": {"S": "ours"},
+        "fence": {"N": "1800000000001"},
+    }
+    assert database.item(table) == item
+    await layer.forget("key")
+    unavailable = completed_of(record, now=NOW, response_data="aidem:unavailable", outcome=OutcomeKind.UNAVAILABLE)
+    await layer.complete(unavailable, now=NOW)
+    assert database.item(table) == item | {"data": {"S": "aidem:unavailable"}, "outcome": {"S": "unavailable"}}
+
+
+async def test_a_composite_key_holds_the_idempotency_key_in_its_sort_key(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = database.create_table("pk", "sk")
+    monkeypatch.setenv("AWS_LAMBDA_FUNCTION_NAME", "pay")
+    record = await claimed(DynamoDBPersistenceLayer(table, key_attr="pk", sort_key_attr="sk"))
+    (item,) = database.items(table)
+    assert (item["pk"], item["sk"]) == ({"S": "idempotency#pay"}, {"S": "key"})
+    assert (record.idempotency_key, record.sort_key) == ("key", "key")
+
+
+async def test_every_attribute_has_the_name_that_was_given(database: Database) -> None:
+    table = database.create_table("partition", "key")
+    layer = DynamoDBPersistenceLayer(table, **OTHER_NAMES)
+    record = await claimed(layer, payload_hash="hash", may_be_taken_over=False)
+    names = {*database.items(table)[0]}
+    await layer.forget("key")
+    await claimed(layer)
+    names |= {*database.items(table)[0]}
+    await layer.complete(record.replace(status=RecordStatus.COMPLETED, response_data="1", outcome="exception"), now=NOW)
+    names |= {*database.items(table)[0]}
+    assert names == {name for option, name in OTHER_NAMES.items() if option.endswith("_attr")}
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ({"sort_key_attr": "id"}, "['id'] is used more than once"),
+        ({"data_attr": "x", "owner_attr": "x"}, "['x'] is used more than once"),
+        ({"data_attr": ""}, "one of them is empty"),
+    ],
+)
+def test_attributes_need_names_of_their_own(names: dict[str, Any], message: str) -> None:
+    with pytest.raises(IdempotencyPersistenceConfigError) as refused:
+        DynamoDBPersistenceLayer("table", **names)
+    assert message in str(refused.value)
+
+
+@pytest.mark.parametrize("table_name", [None, ""])
+def test_a_table_needs_a_name(table_name: Any) -> None:
+    with pytest.raises(IdempotencyPersistenceConfigError, match=f"table_name={table_name!r} names no DynamoDB table"):
+        DynamoDBPersistenceLayer(table_name)
+
+
+# --- What others wrote ------------------------------------------------------------------------------------------------
+
+
+async def test_numbers_may_be_fractions_or_text(
+    layer: DynamoDBPersistenceLayer, database: Database, table: str
+) -> None:
+    database.put(
+        table,
+        id={"S": "key"},
+        status={"S": "INPROGRESS"},
+        expiration={"N": "1800000004.75"},
+        in_progress_expiration={"S": "1800000002000"},
+        lease_expiration={"S": "1.8E12"},
+        fence={"N": "7.0"},
+        validation={"NULL": True},
+    )
+    found = await layer.get("key")
+    assert found == DataRecord(
+        idempotency_key="key",
+        status=RecordStatus.INPROGRESS,
+        expiry_timestamp=1_800_000_004,
+        in_progress_expiry_timestamp=1_800_000_002_000,
+        lease_expiry_timestamp=1_800_000_000_000,
+        fence=7,
+    )
+
+
+async def test_a_record_of_few_attributes_is_a_record(
+    layer: DynamoDBPersistenceLayer, database: Database, table: str
+) -> None:
+    database.put(table, id={"S": "key"}, status={"S": "COMPLETED"})
+    found = DataRecord(idempotency_key="key", status=RecordStatus.COMPLETED)
+    assert await layer.get("key") == found
+    assert await layer.acquire(claim_of("key", now=NOW), now=NOW) == Blocked(found)
+
+
+async def test_a_claim_without_a_lease_holds_until_it_expires(
+    layer: DynamoDBPersistenceLayer, database: Database, table: str
+) -> None:
+    database.put(table, id={"S": "key"}, status={"S": "INPROGRESS"}, expiration={"N": str(int(NOW))})
+    assert isinstance(await layer.acquire(claim_of("key", now=NOW), now=NOW), Blocked)
+    assert (await claimed(layer, now=NOW + 1)).fence == int(NOW + 1) * 1000 + 1
+
+
+async def test_the_next_fence_follows_the_one_found(
+    layer: DynamoDBPersistenceLayer, database: Database, table: str
+) -> None:
+    database.put(
+        table, id={"S": "key"}, status={"S": "INPROGRESS"}, expiration={"N": "1"}, fence={"N": "9007199254740993"}
+    )
+    assert (await claimed(layer)).fence == 9_007_199_254_740_994
+
+
+@pytest.mark.parametrize(
+    "attributes",
+    [
+        {},
+        {"status": {"S": "SLEEPING"}},
+        {"status": {"S": "COMPLETED"}, "outcome": {"S": "unheard of"}},
+        {"status": {"S": "COMPLETED"}, "expiration": {"S": "tomorrow"}},
+        {"status": {"S": "COMPLETED"}, "expiration": {"M": {}}},
+        {"status": {"S": "COMPLETED"}, "outcome": {"N": "1"}},
+        {"status": {"N": "1"}},
+    ],
+)
+async def test_an_item_that_is_no_record_is_refused_with_what_to_do(
+    attributes: dict[str, Any], layer: DynamoDBPersistenceLayer, database: Database, table: str
+) -> None:
+    database.put(table, id={"S": "key"}, data={"S": "secret"}, **attributes)
+    with pytest.raises(IdempotencyInvalidStatusError, match=r"forget\(key\)") as refused:
+        await layer.get("key")
+    assert refused.value.key == "key"
+    assert "secret" not in str(refused.value)
+
+
+@pytest.mark.parametrize("data", [{"N": "1"}, {"B": b"null"}, {"M": {}}, {"L": []}, {"BOOL": True}])
+async def test_a_result_of_another_type_is_unavailable_and_no_second_run(
+    data: Any, layer: DynamoDBPersistenceLayer, database: Database, table: str
+) -> None:
+    runs = list[str]()
+
+    @idempotent_function(persistence_store=layer)
+    async def charge(order_id: str) -> str:
+        runs.append(order_id)
+        return "charged"
+
+    assert await charge("o-1") == "charged"
+    (item,) = database.client.scan(TableName=table)["Items"]
+    database.put(table, **(item | {"data": data}))
+    with pytest.raises(IdempotencyResultUnavailableError):
+        await charge("o-1")
+    assert runs == ["o-1"]
+
+
+async def test_a_hash_or_an_owner_of_another_type_is_nobodys_and_null_is_none(
+    layer: DynamoDBPersistenceLayer, database: Database, table: str
+) -> None:
+    odd: dict[str, Any] = {
+        "owner": {"N": "1"},
+        "validation": {"M": {}},
+        "data": {"NULL": True},
+        "in_progress_expiration": {"NULL": True},
+    }
+    database.put(table, id={"S": "key"}, status={"S": "INPROGRESS"}, **odd)
+    record = await layer.get("key")
+    assert record is not None
+    assert (record.owner, record.payload_hash) == (NOT_A_TEXT, NOT_A_TEXT)
+    assert (record.response_data, record.in_progress_expiry_timestamp) == (None, None)
+
+
+# --- Our own, found again ---------------------------------------------------------------------------------------------
+
+
+async def test_our_own_claim_is_found_again_as_it_was_stored_though_it_has_lapsed(
+    layer: DynamoDBPersistenceLayer,
+) -> None:
+    first = await claimed(layer)
+    assert await claimed(layer, now=NOW + 3) == first
+    assert (await claimed(layer, now=NOW + 3, owner="theirs")).fence == first.fence + 1
+
+
+async def test_skew_is_added_to_a_lease_and_not_to_an_expiry(layer: DynamoDBPersistenceLayer) -> None:
+    await claimed(layer, owner="theirs")
+    early = await layer.acquire(claim_of("key", now=NOW + 3), now=NOW + 3, max_clock_skew_seconds=1.5)
+    assert isinstance(early, Blocked)
+    assert early.now is None
+    late = await layer.acquire(claim_of("key", now=NOW + 5), now=NOW + 5, max_clock_skew_seconds=60)
+    assert isinstance(late, Claimed)
+
+
+# --- With the engine --------------------------------------------------------------------------------------------------
+
+
+def test_a_layer_is_judged_by_its_callers_clock() -> None:
+    layer = DynamoDBPersistenceLayer("table")
+    assert isinstance(layer, PersistenceLayer)
+    assert layer.clock is time.time
+
+
+async def test_a_function_runs_once(table: str) -> None:
+    calls = list[dict[str, Any]]()
+
+    async with DynamoDBPersistenceLayer(table) as layer:
+
+        @idempotent_function(data_keyword_argument="order", persistence_store=layer)
+        async def pay(order: dict[str, Any]) -> dict[str, Any]:
+            calls.append(order)
+            return {"paid": "Zürich 東京", "amounts": [1, 2.5, None]}
+
+        first = await pay({"id": 1})
+        assert first == await pay({"id": 1}) == {"paid": "Zürich 東京", "amounts": [1, 2.5, None]}
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("size", [400_000, 409_600, 500_000, 3_000_000])
+async def test_a_result_too_large_for_an_item_is_not_a_second_run(
+    size: int, layer: DynamoDBPersistenceLayer, database: Database, table: str
+) -> None:
+    calls = 0
+
+    @idempotent_function(persistence_store=layer, config=IdempotencyConfig(hash_function="md5"), key_prefix="large")
+    async def report() -> str:
+        nonlocal calls
+        calls += 1
+        return "x" * size
+
+    assert len(await report()) == size
+    if size == 400_000:
+        assert len(await report()) == size
+    else:
+        with pytest.raises(IdempotencyResultUnavailableError):
+            await report()
+        (item,) = database.items(table)
+        assert item["outcome"] == {"S": "unavailable"}
+    assert calls == 1
+    await layer.aclose()
+
+
+def test_a_url_names_a_table(table: str) -> None:
+    layer = open_persistence_layer(f"dynamodb://{table}")
+    assert isinstance(layer, DynamoDBPersistenceLayer)

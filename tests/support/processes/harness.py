@@ -1,0 +1,130 @@
+"""Real processes on one persistence layer: started together, killed and stopped on purpose."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Self
+
+from tests.support.processes.log import FleetLog
+
+ROOT = Path(__file__).parents[3]
+POLL_SECONDS = 0.002
+ATTEMPTS_SECONDS = 20.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Orders:
+    """What a worker does.
+
+    Attributes:
+        argument: What the factory gets, such as a URL.
+        log: Where events go.
+        keys: What it calls, in this order or shuffled.
+        tasks: How many calls it makes at a time.
+        body_seconds: How long a body takes, at least and at most.
+        factory: `module:function`, which makes the layer.
+    """
+
+    argument: str
+    log: str
+    keys: list[str]
+    lease_seconds: float = 30.0
+    wait_timeout_seconds: float = 30.0
+    tasks: int = 2
+    body_seconds: tuple[float, float] = (0.002, 0.02)
+    shuffled: bool = False
+    seed: int = 0
+    factory: str = "aidem.persistence:open_persistence_layer"
+
+
+@dataclass
+class Fleet:
+    """Workers with the same orders; a context manager that leaves none behind."""
+
+    orders: Orders
+    size: int
+    workers: list[subprocess.Popen[str]] = field(default_factory=list)
+    killed: dict[int, float] = field(default_factory=dict)
+    stopped: dict[int, float] = field(default_factory=dict)
+
+    def __enter__(self) -> Self:
+        for number in range(self.size):
+            orders = json.dumps(asdict(self.orders) | {"seed": number})
+            self.workers.append(
+                subprocess.Popen(
+                    [sys.executable, "-m", "tests.support.processes.worker", orders],
+                    cwd=ROOT,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                    text=True,
+                )
+            )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for worker in self.workers:
+            worker.kill()
+            worker.communicate()
+
+    def go(self) -> None:
+        """Let them all begin, once all are ready."""
+        for worker in self.workers:
+            assert worker.stdout is not None
+            assert worker.stdout.readline() == "ready\n", worker.communicate()[1]
+        for worker in self.workers:
+            assert worker.stdin is not None
+            worker.stdin.write("go\n")
+            worker.stdin.flush()
+
+    def log(self) -> FleetLog:
+        return FleetLog.read(self.orders.log)
+
+    def stop_in_body(self) -> int:
+        """Stop a worker that runs a body; return its pid. That it is in a body is looked up after it has stopped."""
+        deadline = time.monotonic() + ATTEMPTS_SECONDS
+        while time.monotonic() < deadline:
+            untouched = {worker.pid for worker in self.workers} - self.killed.keys() - self.stopped.keys()
+            for pid in untouched & self.log().running_pids():
+                os.kill(pid, signal.SIGSTOP)
+                os.waitid(os.P_PID, pid, os.WSTOPPED | os.WNOWAIT)
+                if pid in self.log().running_pids():
+                    self.stopped[pid] = time.monotonic()
+                    return pid
+                os.kill(pid, signal.SIGCONT)
+            time.sleep(POLL_SECONDS)
+        raise AssertionError("no worker was caught in a body")
+
+    def kill_in_body(self) -> int:
+        """Kill a worker that runs a body; return its pid."""
+        pid = self.stop_in_body()
+        del self.stopped[pid]
+        os.kill(pid, signal.SIGKILL)
+        self.killed[pid] = time.monotonic()
+        return pid
+
+    def resume(self, pid: int) -> None:
+        os.kill(pid, signal.SIGCONT)
+
+    def wait_until(self, has_happened: Callable[[FleetLog], bool]) -> None:
+        deadline = time.monotonic() + ATTEMPTS_SECONDS
+        while not has_happened(self.log()):
+            assert time.monotonic() < deadline, "it did not happen"
+            time.sleep(10 * POLL_SECONDS)
+
+    def join(self, timeout_seconds: float) -> None:
+        """Wait until all have left; those that were not killed must leave well and say nothing."""
+        for worker in self.workers:
+            _, errors = worker.communicate(timeout=timeout_seconds)
+            if worker.pid in self.killed:
+                assert worker.returncode == -signal.SIGKILL
+            else:
+                assert worker.returncode == 0, errors

@@ -1,0 +1,82 @@
+"""One process of a fleet: calls one function for every key, and writes what happens to a log that all share.
+
+`python -m tests.support.processes.worker ORDERS`, where ORDERS are `harness.Orders` as JSON. It says `ready`, waits for a line,
+works, and leaves. Every event is one `write` to a file opened with O_APPEND, so what a killed process wrote is there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import json
+import os
+import random
+import sys
+import time
+from typing import Any
+
+from aidem import IdempotencyConfig, current_execution, idempotent_function
+from aidem.exceptions import IdempotencyError
+
+
+class Log:
+    """Appends events; monotonic time is the same clock in all processes of the machine."""
+
+    def __init__(self, path: str) -> None:
+        self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+
+    def write(self, kind: str, key: str, **facts: Any) -> None:
+        event = {"kind": kind, "key": key, "pid": os.getpid(), "at": time.monotonic(), "wall": time.time()} | facts
+        os.write(self._file, json.dumps(event).encode() + b"\n")
+
+
+def layer_of(factory: str, argument: str) -> Any:
+    module, _, name = factory.partition(":")
+    return getattr(importlib.import_module(module), name)(argument)
+
+
+async def work(orders: dict[str, Any]) -> None:
+    log = Log(orders["log"])
+    chance = random.Random(f"{orders['seed']}")
+    config = IdempotencyConfig(
+        event_key_jmespath="key",
+        lease_seconds=orders["lease_seconds"],
+        wait_timeout_seconds=orders["wait_timeout_seconds"],
+    )
+    keys = list(orders["keys"])
+    if orders["shuffled"]:
+        chance.shuffle(keys)
+
+    async with layer_of(orders["factory"], orders["argument"]) as layer:
+
+        @idempotent_function(data_keyword_argument="order", persistence_store=layer, config=config, key_prefix="fleet")
+        async def effect(order: dict[str, str]) -> dict[str, Any]:
+            record = current_execution().record
+            assert record is not None
+            facts = {"fence": record.fence, "effect": os.urandom(8).hex()}
+            log.write("start", order["key"], **facts, lease_end=record.in_progress_expiry_timestamp)
+            await asyncio.sleep(chance.uniform(*orders["body_seconds"]))
+            log.write("end", order["key"], **facts)
+            return facts
+
+        async def call(key: str) -> None:
+            log.write("call", key)
+            try:
+                result = await effect({"key": key})
+            except IdempotencyError as error:
+                log.write("error", key, error=type(error).__name__)
+            else:
+                log.write("result", key, **result)
+
+        async def call_some(left: list[str]) -> None:
+            while left:
+                await call(left.pop())
+
+        os.write(1, b"ready\n")
+        await asyncio.to_thread(sys.stdin.readline)
+        left = keys[::-1]
+        await asyncio.gather(*(call_some(left) for _ in range(orders["tasks"])))
+
+
+if __name__ == "__main__":
+    asyncio.run(work(json.loads(sys.argv[1])))
