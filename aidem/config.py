@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Protocol, runtime_checkable
 
 from aidem._checks import check_options, check_settings, kind_of, refused
-from aidem._runtime.fork import Guard
+from aidem._runtime.fork import ForkSafeLock
 from aidem.exceptions import IdempotencyPersistenceConfigError
 
 if TYPE_CHECKING:
@@ -155,7 +155,7 @@ class _Defaults:
 
 
 _defaults = _Defaults()
-_opening = Guard()
+_opening = ForkSafeLock()
 
 
 def configure(*, persistence_store: PersistenceLayer | None = None, config: IdempotencyConfig | None = None) -> None:

@@ -17,7 +17,7 @@ except ModuleNotFoundError as missing:
     message = f"aidem.opentelemetry needs the API of OpenTelemetry: {how_to_install('otel')}"
     raise ImportError(message) from missing
 
-from aidem._runtime.fork import Guard
+from aidem._runtime.fork import ForkSafeLock
 from aidem.hooks import EventKind
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ class _Executions:
 
     def __init__(self) -> None:
         self._spans: OrderedDict[tuple[str, int], trace.SpanContext] = OrderedDict()
-        self._guard = Guard()
+        self._guard = ForkSafeLock()
 
     def remember(self, event: IdempotencyEvent, span: trace.SpanContext) -> None:
         """Remember the span of an execution, and forget the oldest beyond `LINKED_EXECUTIONS`."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import TYPE_CHECKING, Any, ClassVar, ParamSpec, TypeVar, cast
 
-from aidem._api.execution import Execution, Recording, hooked, outcome_of, replayed_value, running
+from aidem._api.execution import EncodedResult, Execution, hooked, outcome_of, replayed_value, running
 from aidem._engine.call import Call, Phase
 from aidem._engine.plan import Plan, is_disabled, unprotected_call
 from aidem.config import check_call_options, default_config, default_persistence_store
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractAsyncContextManager
     from types import TracebackType
 
-    from aidem._engine.plan import Key
+    from aidem._engine.plan import CallKey
     from aidem._rules.record import DataRecord
     from aidem.config import IdempotencyConfig
     from aidem.persistence import PersistenceLayer
@@ -89,7 +89,7 @@ class BlockExecution(Execution):
         self._has_run = False
         self._is_failed = False  # from the start of the function until it has a result
         self._is_decoded = call.phase is not Phase.REPLAYED
-        self._recording: Recording | None = None
+        self._recording: EncodedResult | None = None
         self._result: Any = None
 
     @property
@@ -149,8 +149,8 @@ class BlockExecution(Execution):
         recording.raise_interruption()
         return cast("R", recording.value)
 
-    def _recording_of(self, result: Any) -> Recording:
-        return Recording.of(result, self._serializer, function=self._call.plan.function)
+    def _recording_of(self, result: Any) -> EncodedResult:
+        return EncodedResult.of(result, self._serializer, function=self._call.plan.function)
 
     def _recorded(self) -> Any:
         return outcome_of(self._call, self._serializer)
@@ -192,7 +192,7 @@ class BlockExecution(Execution):
         if not self._has_looked:
             raise IdempotencyUsageError(LOOK_FIRST, key=self.key)
 
-    async def _adopt(self, record: DataRecord, recording: Recording) -> None:
+    async def _adopt(self, record: DataRecord, recording: EncodedResult) -> None:
         """Take the winner's outcome; if `run` has handed out another, only an error can take that back."""
         if self._has_run and record.response_data != recording.text:
             reason = "another call took it over and has another outcome, which a retry will get"
@@ -291,7 +291,7 @@ class Block:
         """Return the settings of the call."""
         return self._config or default_config()
 
-    def _find_key(self, plan: Plan) -> Key:
+    def _find_key(self, plan: Plan) -> CallKey:
         return plan.key_of_block(self._key, self._payload)
 
 

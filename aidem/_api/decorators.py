@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
     from aidem._api.signature import FindKey
-    from aidem._engine.plan import Key
+    from aidem._engine.plan import CallKey
     from aidem.config import IdempotencyConfig
     from aidem.persistence import PersistenceLayer
     from aidem.serialization import ModelSerializer, OutputSerializer
@@ -157,7 +157,7 @@ def idempotent(
     return wrapper
 
 
-def key_of_event(plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Key:  # noqa: ARG001 - a FindKey
+def key_of_event(plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CallKey:  # noqa: ARG001 - a FindKey
     """Return the key of a handler's call: the payload is the whole event."""
     return plan.key(args[0])
 

@@ -136,7 +136,7 @@ async def execute(
             result = await function(*args, **kwargs)
         if call.phase is Phase.BYPASSED:
             return result
-        recording = Recording.of(result, call.plan.serializer, function=call.plan.function)
+        recording = EncodedResult.of(result, call.plan.serializer, function=call.plan.function)
     except BaseException as error:
         if await call.fail(error):
             raise
@@ -197,7 +197,7 @@ def value_of(record: DataRecord, config: IdempotencyConfig, serializer: OutputSe
         del error  # or its traceback would keep this frame, and so the payload, in a cycle
 
 
-class Recording:
+class EncodedResult:
     """A result on its way to the store: the first caller gets what its text says, as every later one does.
 
     Attributes:
@@ -217,7 +217,7 @@ class Recording:
         self.interruption = interruption
 
     @classmethod
-    def of(cls, result: Any, serializer: OutputSerializer, *, function: str) -> Recording:
+    def of(cls, result: Any, serializer: OutputSerializer, *, function: str) -> EncodedResult:
         """Turn a result into text and back; if that fails, its text says that the result is unavailable."""
         interruption, reason = None, ""
         for _ in range(2):  # what interrupts does so once

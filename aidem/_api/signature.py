@@ -13,9 +13,9 @@ from aidem.exceptions import IdempotencyConfigError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from aidem._engine.plan import Key, Plan
+    from aidem._engine.plan import CallKey, Plan
 
-    FindKey = Callable[[Plan, tuple[Any, ...], dict[str, Any]], Key]
+    FindKey = Callable[[Plan, tuple[Any, ...], dict[str, Any]], CallKey]
 
 BOUND_BY_CALL = ("self", "cls")
 
@@ -152,7 +152,7 @@ def _named(signature: inspect.Signature, name: str, target: Target) -> FindKey:
     position = list(signature.parameters).index(name)
     is_positional = parameter.kind in {parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD}
 
-    def find_key(plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Key:
+    def find_key(plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CallKey:
         if is_positional and len(args) > position:
             return plan.key(args[position])
         if parameter.kind is not parameter.POSITIONAL_ONLY and name in kwargs:
@@ -174,7 +174,7 @@ def _computed(signature: inspect.Signature, key: Callable[..., Any], target: Tar
         message = f"key= must take the arguments of {target.name} by name ({', '.join(names) or 'none'}): {exc}"
         raise IdempotencyConfigError(message) from exc
 
-    def find_key(plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Key:
+    def find_key(plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CallKey:
         return plan.key(key(**_bound(target, signature, args, kwargs)))
 
     return find_key
@@ -183,7 +183,7 @@ def _computed(signature: inspect.Signature, key: Callable[..., Any], target: Tar
 def _all_arguments(signature: inspect.Signature, target: Target) -> FindKey:
     bound_by_call = next(iter(signature.parameters), None)
 
-    def find_key(plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Key:
+    def find_key(plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CallKey:
         arguments = _bound(target, signature, args, kwargs)
         if bound_by_call in BOUND_BY_CALL:
             del arguments[bound_by_call]

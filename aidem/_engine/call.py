@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING
 from aidem._engine.claim import Claim
 from aidem._engine.claimed_record import GIVING_BACK_SECONDS
 from aidem._engine.operations import NOTHING_RUN, ask
-from aidem._engine.single_flight import Flight
-from aidem._engine.waiting import Patience, winner
+from aidem._engine.single_flight import SingleFlight
+from aidem._engine.waiting import WaitBudget, winner
 from aidem._rules import lifecycle
-from aidem._rules.lifecycle import Blocked, Step
+from aidem._rules.lifecycle import Blocked, NextStep
 from aidem._rules.record import OutcomeKind
-from aidem._runtime.cancellation import CLEANUP_SECONDS, HeldOff
+from aidem._runtime.cancellation import CLEANUP_SECONDS, CancellationShield
 from aidem.exceptions import (
     IdempotencyError,
     IdempotencyInDoubtError,
@@ -36,8 +36,8 @@ from aidem.serialization import UNAVAILABLE_TEXT, exception_text
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from aidem._engine.plan import Key, Plan
-    from aidem._engine.shared import LoopState
+    from aidem._engine.plan import CallKey, Plan
+    from aidem._engine.shared import PerLoop
     from aidem._engine.single_flight import Ending
     from aidem._rules.record import DataRecord
 
@@ -81,10 +81,10 @@ class Call:
         "supersedes",
     )
 
-    _flight: Flight
-    _loop_state: LoopState
+    _flight: SingleFlight
+    _loop_state: PerLoop
 
-    def __init__(self, plan: Plan, key: Key, *, bypassed: bool = False) -> None:
+    def __init__(self, plan: Plan, key: CallKey, *, bypassed: bool = False) -> None:
         self.plan = plan
         self.key = key
         self.phase = Phase.BYPASSED if bypassed or not key.text else Phase.NEW
@@ -95,7 +95,7 @@ class Call:
         self.supersedes = False
         self.has_body_ended: Callable[[], bool] | None = None
         self._claim: Claim | None = None
-        self._patience: Patience | None = None
+        self._patience: WaitBudget | None = None
 
     @property
     def fence(self) -> int:
@@ -151,7 +151,7 @@ class Call:
             if cached is not None:
                 self._replay(cached)
                 return
-        flight = self._flight = Flight(self._loop_state.flights, self.key)
+        flight = self._flight = SingleFlight(self._loop_state.flights, self.key)
         try:
             if config.wait_timeout_seconds > 0 and not self.supersedes:
                 await self._follow_others(flight)
@@ -163,14 +163,14 @@ class Call:
                 self._end(error if isinstance(error, IdempotencyPersistenceLayerError) else None)
             raise
 
-    async def _follow_others(self, flight: Flight) -> None:
+    async def _follow_others(self, flight: SingleFlight) -> None:
         """Wait while other calls of this loop are at the store: for an outcome, or until it is our turn."""
         while self.phase is Phase.NEW and (leader := flight.leader) is not None and leader is not flight:
             outcome = await self._waiting().follow(leader, flight)
             if outcome is not None and not lifecycle.is_expired(outcome, now=self.plan.clock()):
                 self._replay(outcome)
 
-    async def _ask(self, flight: Flight) -> None:
+    async def _ask(self, flight: SingleFlight) -> None:
         claim = Claim(self.plan, self.key, flight, self._loop_state, self.reporter)
         try:
             answer = await claim.acquire()
@@ -187,21 +187,21 @@ class Call:
             self.phase = Phase.CLAIMED
             claim.hold(taken_over=answer.taken_over, has_body_ended=self.has_body_ended)
 
-    async def _consider(self, answer: Blocked, flight: Flight) -> None:
+    async def _consider(self, answer: Blocked, flight: SingleFlight) -> None:
         """Act on the record that blocks us: replay it, raise, or pause before asking again."""
         record, now = answer.record, answer.now
         if now is None:  # judged by the clock of whoever asks, so its writer's may be behind
             now = self.plan.clock() - self.plan.config.max_clock_skew_seconds
         step = lifecycle.next_step(record, payload_hash=self.key.payload_hash, now=now)
         match step:
-            case Step.REPLAY:
+            case NextStep.REPLAY:
                 self._end(record)
                 self._replay(record)
-            case Step.MISMATCH:
+            case NextStep.MISMATCH:
                 raise IdempotencyValidationError(record=record)
             case _ if self.supersedes:
                 await self._supersede(record, now=now)
-            case Step.IN_DOUBT:
+            case NextStep.IN_DOUBT:
                 raise IdempotencyInDoubtError(record=record)
             case _:  # Step.WAIT
                 holds = lifecycle.blocks_for_seconds(record, now=now)
@@ -214,16 +214,16 @@ class Call:
         if record.owner is None:
             raise self._waiting().in_progress(record, now=now)  # nobody could tell whose it is
         release = self.plan.layer.release
-        with HeldOff() as held_off:
-            await ask(lambda: release(record), held_off=held_off, key=self.key.text, effect=NOTHING_RUN)
+        with CancellationShield() as shield:
+            await ask(lambda: release(record), shield=shield, key=self.key.text, effect=NOTHING_RUN)
 
-    async def _pause(self, record: DataRecord, flight: Flight, *, now: float) -> None:
+    async def _pause(self, record: DataRecord, flight: SingleFlight, *, now: float) -> None:
         await self._waiting().pause(record, polls=flight.polls, now=now)
         flight.polls += 1
 
-    def _waiting(self) -> Patience:
+    def _waiting(self) -> WaitBudget:
         if self._patience is None:
-            self._patience = Patience(self.plan, self.key)
+            self._patience = WaitBudget(self.plan, self.key)
         return self._patience
 
     def _replay(self, record: DataRecord) -> None:
@@ -274,8 +274,8 @@ class Call:
         try:
             claim.stop_renewal()
             claim.check_process()
-            with HeldOff(deadline=claim.completion_deadline()) as held_off:
-                ours = await claim.complete(text, outcome, held_off=held_off)
+            with CancellationShield(deadline=claim.completion_deadline()) as shield:
+                ours = await claim.complete(text, outcome, shield=shield)
                 if ours is not None:
                     self._count(ours, EventKind.EXECUTED)
             if ours is None:
@@ -330,14 +330,14 @@ class Call:
             return True
 
     async def _give_back(self, error: BaseException, claim: Claim) -> None:
-        held_off = HeldOff()
-        held_off.bound(CLEANUP_SECONDS if isinstance(error, asyncio.CancelledError) else GIVING_BACK_SECONDS)
+        shield = CancellationShield()
+        shield.bound(CLEANUP_SECONDS if isinstance(error, asyncio.CancelledError) else GIVING_BACK_SECONDS)
         try:
-            await claim.undo(is_failure=isinstance(error, Exception), held_off=held_off)
+            await claim.undo(is_failure=isinstance(error, Exception), shield=shield)
         except IdempotencyPersistenceLayerError as failure:
             self._note(error, failure)
         finally:
-            held_off.request_again()
+            shield.request_again()
 
     def _note(self, error: BaseException, failure: IdempotencyError) -> None:
         error.add_note(f"aidem could not give back idempotency key {self.key.text!r}: {failure}")

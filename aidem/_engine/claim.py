@@ -13,7 +13,7 @@ from aidem._engine.operations import EFFECT_HAPPENED, FAILED, RUNNING, ask
 from aidem._engine.renewal import Renewal
 from aidem._rules import lifecycle
 from aidem._rules.record import OutcomeKind
-from aidem._runtime.cancellation import CLEANUP_SECONDS, HeldOff, in_background
+from aidem._runtime.cancellation import CLEANUP_SECONDS, CancellationShield, in_background
 from aidem.exceptions import (
     IdempotencyPersistenceConnectionError,
     IdempotencyPersistenceLayerError,
@@ -68,14 +68,14 @@ class Claim(ClaimedRecord):
     def _interval(self) -> float:
         return (self._lease.lease_seconds or 0.0) / RENEWALS_PER_LEASE
 
-    async def renew(self, held_off: HeldOff) -> bool:
+    async def renew(self, shield: CancellationShield) -> bool:
         """Renew once, and take note of the answer; False: it is not ours any more, or the body has ended meanwhile."""
         asked = self._asking()
-        held_off.deadline = asked[0] + max(self._interval(), SHORTEST_REQUEST_SECONDS)
+        shield.deadline = asked[0] + max(self._interval(), SHORTEST_REQUEST_SECONDS)
         if self.lease_deadline is not None and not self.has_lapsed():
-            held_off.deadline = min(held_off.deadline, self.lease_deadline)
+            shield.deadline = min(shield.deadline, self.lease_deadline)
         try:
-            record = await ask(self._renewed_record, held_off=held_off, key=self._key, effect=RUNNING)
+            record = await ask(self._renewed_record, shield=shield, key=self._key, effect=RUNNING)
         except IdempotencyPersistenceLayerError as failure:
             self._renewal_failed(failure)
             return self._renewal is not None
@@ -100,8 +100,8 @@ class Claim(ClaimedRecord):
         self.check_process()
         for _ in range(2):
             asked = self._asking()
-            with HeldOff() as held_off:
-                record = await ask(self._renewed_record, held_off=held_off, key=self._key, effect=RUNNING)
+            with CancellationShield() as shield:
+                record = await ask(self._renewed_record, shield=shield, key=self._key, effect=RUNNING)
             if record is None:
                 self.note_loss()
                 return False
@@ -155,7 +155,9 @@ class Claim(ClaimedRecord):
             return now + RETRIES_WITHOUT_LEASE_SECONDS
         return max(self.lease_deadline, now + CLEANUP_SECONDS)  # once at least, though we come late
 
-    async def complete(self, text: str, outcome: OutcomeKind | None, *, held_off: HeldOff) -> DataRecord | None:
+    async def complete(
+        self, text: str, outcome: OutcomeKind | None, *, shield: CancellationShield
+    ) -> DataRecord | None:
         """Store the outcome, trying again while the lease is held; return the record, None if it is not ours any more.
 
         Raises:
@@ -171,27 +173,27 @@ class Claim(ClaimedRecord):
         )
         try:
             is_stored = await self._ask_persistently(
-                lambda: plan.layer.complete(record, now=now), held_off=held_off, effect=EFFECT_HAPPENED
+                lambda: plan.layer.complete(record, now=now), shield=shield, effect=EFFECT_HAPPENED
             )
         except IdempotencySerializationError as error:
             if outcome is OutcomeKind.UNAVAILABLE:
                 message = f"the layer finds even a mark too large; {EFFECT_HAPPENED}"
                 raise IdempotencyPersistenceLayerError(message, key=self._key) from error
             logger.error("the result of %s cannot be stored: %s", plan.function, error)  # noqa: TRY400 - no trace: it may show the result
-            return await self.complete(UNAVAILABLE_TEXT, OutcomeKind.UNAVAILABLE, held_off=held_off)
+            return await self.complete(UNAVAILABLE_TEXT, OutcomeKind.UNAVAILABLE, shield=shield)
         return record if is_stored else None
 
-    async def undo(self, *, is_failure: bool, held_off: HeldOff) -> None:
+    async def undo(self, *, is_failure: bool, shield: CancellationShield) -> None:
         """Give the key back, or leave it in doubt where the body may have had its effect and must not run again.
 
         A renewal under way need not be waited for: arriving later, it changes neither.
         """
         if is_failure or self._lease.may_be_taken_over:
-            is_ours = await self._released(held_off)
+            is_ours = await self._released(shield)
             if is_ours:
                 self._reporter.report(EventKind.RELEASED, fence=self.record.fence)
         else:
-            is_ours = await self._ask_persistently(self._abandon, held_off=held_off, effect=FAILED) is not None
+            is_ours = await self._ask_persistently(self._abandon, shield=shield, effect=FAILED) is not None
         if not is_ours:
             self.note_loss()
 

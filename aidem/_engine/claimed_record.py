@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 from aidem._engine.operations import FAILED, NOTHING_RUN, ask, ask_persistently, persist, started
 from aidem._rules import lifecycle
 from aidem._rules.lifecycle import Blocked, Claimed
-from aidem._runtime.cancellation import HeldOff, Settled, in_background
+from aidem._runtime.cancellation import CancellationShield, Immediate, in_background
 from aidem.exceptions import (
     IdempotencyError,
     IdempotencyLeaseLostError,
@@ -23,11 +23,11 @@ from aidem.exceptions import (
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from aidem._engine.plan import Key, Plan
-    from aidem._engine.shared import LoopState
-    from aidem._engine.single_flight import Flight
+    from aidem._engine.plan import CallKey, Plan
+    from aidem._engine.shared import PerLoop
+    from aidem._engine.single_flight import SingleFlight
     from aidem._rules.record import DataRecord
-    from aidem._runtime.cancellation import SettlingFuture
+    from aidem._runtime.cancellation import UncancellableFuture
     from aidem.hooks import Reporter
 
 logger = logging.getLogger("aidem")
@@ -85,7 +85,7 @@ class ClaimedRecord:
         "record",
     )
 
-    def __init__(self, plan: Plan, key: Key, flight: Flight, loop_state: LoopState, reporter: Reporter) -> None:
+    def __init__(self, plan: Plan, key: CallKey, flight: SingleFlight, loop_state: PerLoop, reporter: Reporter) -> None:
         self._plan = plan
         self._flight = flight
         self._loop_state = loop_state
@@ -142,32 +142,34 @@ class ClaimedRecord:
         Raises:
             IdempotencyPersistenceLayerError: The layer failed, or answers later than the lease lasts.
         """
-        held_off = HeldOff()
+        shield = CancellationShield()
         try:
             operation = started(self._acquisition)
-            if isinstance(operation, Settled):
+            if isinstance(operation, Immediate):
                 answer: Claimed | Blocked = operation.answer
                 if self._holds(answer):
                     return answer
-            with held_off:
-                return await self._acquired(operation, held_off)
+            with shield:
+                return await self._acquired(operation, shield)
         except (IdempotencyError, asyncio.CancelledError):  # raised when the key was given back
             raise
         except BaseException:  # a signal handler raised, or the coroutine is closed: nothing may be awaited any more
-            in_background(partial(self._release_unless_refused, held_off.operation), after=held_off.operation)
+            in_background(partial(self._release_unless_refused, shield.operation), after=shield.operation)
             raise
 
-    async def _acquired(self, operation: Awaitable[Claimed | Blocked], held_off: HeldOff) -> Claimed | Blocked | None:
+    async def _acquired(
+        self, operation: Awaitable[Claimed | Blocked], shield: CancellationShield
+    ) -> Claimed | Blocked | None:
         try:
-            answer = await ask(lambda: operation, held_off=held_off, key=self._key, effect=NOTHING_RUN)
+            answer = await ask(lambda: operation, shield=shield, key=self._key, effect=NOTHING_RUN)
             holds = self._holds(answer)
-            if held_off.is_pending and isinstance(answer, Claimed):
-                await self._release_unused(held_off)
-            elif not holds and not await self._renew_late(held_off):
+            if shield.is_pending and isinstance(answer, Claimed):
+                await self._release_unused(shield)
+            elif not holds and not await self._renew_late(shield):
                 return None
         except IdempotencyError as failure:
             if _may_be_claimed(failure):
-                await self._release_unused(held_off)
+                await self._release_unused(shield)
             raise
         return answer
 
@@ -178,35 +180,35 @@ class ClaimedRecord:
         self.record = answer.record
         return not self.has_lapsed()
 
-    async def _renew_late(self, held_off: HeldOff) -> bool:
+    async def _renew_late(self, shield: CancellationShield) -> bool:
         """Renew a claim whose answer came after its lease, before anything runs; False: it is not ours any more."""
         asked = self._asking()
-        record = await ask(self._renewed_record, held_off=held_off, key=self._key, effect=NOTHING_RUN)
+        record = await ask(self._renewed_record, shield=shield, key=self._key, effect=NOTHING_RUN)
         if record is None:
             return False
         self._take(record, asked)
         if self.has_lapsed():
             message = f"the persistence layer answers later than a lease lasts; {NOTHING_RUN}"
             raise IdempotencyPersistenceConnectionError(message, key=self._key)
-        if held_off.is_pending:
-            await self._release_unused(held_off)
+        if shield.is_pending:
+            await self._release_unused(shield)
         return True
 
-    async def _release_unless_refused(self, acquisition: SettlingFuture[Any] | None) -> None:
+    async def _release_unless_refused(self, acquisition: UncancellableFuture[Any] | None) -> None:
         failure = acquisition.exception() if acquisition is not None and acquisition.done() else None
         if failure is None or _may_be_claimed(failure):
             await self._persist(self._release, effect=NOTHING_RUN)
 
-    async def _release_unused(self, held_off: HeldOff) -> None:
+    async def _release_unused(self, shield: CancellationShield) -> None:
         """Release a claim that nothing ran under, or that is not even there; the caller waits for its error."""
-        is_urgent = not held_off.is_pending
+        is_urgent = not shield.is_pending
         if is_urgent:
-            held_off.bound(GIVING_BACK_SECONDS)
+            shield.bound(GIVING_BACK_SECONDS)
         try:
             if is_urgent and self._lease.may_be_taken_over:
-                await ask(self._release, held_off=held_off, key=self._key, effect=NOTHING_RUN)
+                await ask(self._release, shield=shield, key=self._key, effect=NOTHING_RUN)
             else:  # or it would be in doubt though nothing ran
-                await self._ask_persistently(self._release, held_off=held_off, effect=NOTHING_RUN)
+                await self._ask_persistently(self._release, shield=shield, effect=NOTHING_RUN)
         except IdempotencyError as failure:
             function = self._plan.function
             logger.warning("a claim of %s could not be released, it lapses with its lease: %s", function, failure)
@@ -217,8 +219,10 @@ class ClaimedRecord:
     def _key(self) -> str:
         return self.record.idempotency_key
 
-    def _ask_persistently(self, start: Callable[[], Awaitable[T]], *, held_off: HeldOff, effect: str) -> Awaitable[T]:
-        return ask_persistently(start, held_off=held_off, key=self._key, effect=effect, reporter=self._reporter)
+    def _ask_persistently(
+        self, start: Callable[[], Awaitable[T]], *, shield: CancellationShield, effect: str
+    ) -> Awaitable[T]:
+        return ask_persistently(start, shield=shield, key=self._key, effect=effect, reporter=self._reporter)
 
     def _persist(self, start: Callable[[], Awaitable[T]], *, effect: str) -> Awaitable[T]:
         return persist(start, key=self._key, effect=effect, reporter=self._reporter)
@@ -235,7 +239,7 @@ class ClaimedRecord:
     def _abandon(self) -> Awaitable[DataRecord | None]:
         return self._plan.layer.renew(lifecycle.abandoned(self.record), now=self._plan.clock())
 
-    async def _released(self, held_off: HeldOff) -> bool:
+    async def _released(self, shield: CancellationShield) -> bool:
         """Release it; False: it is not ours any more."""
         tries = 0
 
@@ -244,7 +248,7 @@ class ClaimedRecord:
             tries += 1
             return self._release()
 
-        is_ours = await self._ask_persistently(release, held_off=held_off, effect=FAILED)
+        is_ours = await self._ask_persistently(release, shield=shield, effect=FAILED)
         # After a failed try, a claim that is gone within its lease is one that this try has released.
         return is_ours or (tries > 1 and not self.has_lapsed())
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from aidem._rules import lifecycle
 from aidem._rules.record import RecordStatus
-from aidem._runtime.fork import Guard
+from aidem._runtime.fork import ForkSafeLock
 
 if TYPE_CHECKING:
     from aidem._rules.record import DataRecord
@@ -24,7 +24,7 @@ class LocalCache:
 
     def __init__(self) -> None:
         self._records: OrderedDict[str, DataRecord] = OrderedDict()
-        self._guard = Guard()
+        self._guard = ForkSafeLock()
 
     def get(self, key: str, *, now: float) -> DataRecord | None:
         """Return the record of a key unless it has expired."""

@@ -10,7 +10,7 @@ import socket
 from functools import partial
 from typing import TYPE_CHECKING, Final, NoReturn, TypeVar
 
-from aidem._runtime.cancellation import CLEANUP_SECONDS, HeldOff, Settled, in_background
+from aidem._runtime.cancellation import CLEANUP_SECONDS, CancellationShield, Immediate, in_background
 from aidem.exceptions import (
     IdempotencyPersistenceConfigError,
     IdempotencyPersistenceConnectionError,
@@ -60,7 +60,7 @@ _NO_NETWORK: Final = frozenset(
 def ask(
     start: Callable[[], Awaitable[T]],
     *,
-    held_off: HeldOff,
+    shield: CancellationShield,
     key: str,
     effect: str,
     within_seconds: float | None = None,
@@ -69,19 +69,19 @@ def ask(
 
     Args:
         start: Starts the operation.
-        held_off: Settles it.
+        shield: Settles it.
         key: The idempotency key, for the error.
         effect: What an error says of the function.
-        within_seconds: How long it may take; None: until the deadline of `held_off`.
+        within_seconds: How long it may take; None: until the deadline of `shield`.
 
     Raises:
         IdempotencyPersistenceLayerError: It failed.
         IdempotencySerializationError: The layer cannot hold the record.
     """
     operation = started(start)
-    if isinstance(operation, Settled):
+    if isinstance(operation, Immediate):
         return operation  # there is nothing to wait for, and no coroutine to pay for
-    return _ask(operation, held_off, key, effect, within_seconds)
+    return _ask(operation, shield, key, effect, within_seconds)
 
 
 def started(start: Callable[[], Awaitable[T]]) -> Awaitable[T]:
@@ -98,7 +98,7 @@ async def _raised(error: Exception) -> NoReturn:
 
 async def _ask(
     operation: Awaitable[T],
-    held_off: HeldOff,
+    shield: CancellationShield,
     key: str,
     effect: str,
     within_seconds: float | None,
@@ -106,7 +106,7 @@ async def _ask(
     tries: int = 1,
 ) -> T:
     try:
-        return await held_off.settle(operation, within_seconds=within_seconds)
+        return await shield.settle(operation, within_seconds=within_seconds)
     except Exception as error:
         if isinstance(error, IdempotencySerializationError) and effect == EFFECT_HAPPENED:
             raise  # the result does not fit; elsewhere it would be a fault of the layer
@@ -116,33 +116,33 @@ async def _ask(
 def ask_persistently(
     start: Callable[[], Awaitable[T]],
     *,
-    held_off: HeldOff,
+    shield: CancellationShield,
     key: str,
     effect: str,
     reporter: Reporter,
 ) -> Awaitable[T]:
-    """Ask the layer again and again, with back-off, until the deadline of `held_off`: the operation can be repeated.
+    """Ask the layer again and again, with back-off, until the deadline of `shield`: the operation can be repeated.
 
     A coroutine that is closed while it waits leaves it to the background, for `CLEANUP_SECONDS`.
     """
     operation = started(start)
-    if isinstance(operation, Settled):
+    if isinstance(operation, Immediate):
         return operation
-    return _ask_persistently(operation, start, held_off=held_off, key=key, effect=effect, reporter=reporter)
+    return _ask_persistently(operation, start, shield=shield, key=key, effect=effect, reporter=reporter)
 
 
 async def persist(start: Callable[[], Awaitable[T]], *, key: str, effect: str, reporter: Reporter) -> T:
     """Ask the layer again and again, for `in_background`."""
-    held_off = HeldOff()
-    held_off.bound(CLEANUP_SECONDS)
-    return await ask_persistently(start, held_off=held_off, key=key, effect=effect, reporter=reporter)
+    shield = CancellationShield()
+    shield.bound(CLEANUP_SECONDS)
+    return await ask_persistently(start, shield=shield, key=key, effect=effect, reporter=reporter)
 
 
 async def _ask_persistently(
     operation: Awaitable[T],
     start: Callable[[], Awaitable[T]],
     *,
-    held_off: HeldOff,
+    shield: CancellationShield,
     key: str,
     effect: str,
     reporter: Reporter,
@@ -151,18 +151,18 @@ async def _ask_persistently(
     try:
         while True:
             try:
-                answer = await _ask(operation, held_off, key, effect, CLEANUP_SECONDS, tries=tries)
+                answer = await _ask(operation, shield, key, effect, CLEANUP_SECONDS, tries=tries)
                 break
             except IdempotencyPersistenceConfigError:
                 raise
             except IdempotencyPersistenceLayerError as failure:
-                if not await _paused(tries, failure, held_off=held_off, reporter=reporter):
+                if not await _paused(tries, failure, shield=shield, reporter=reporter):
                     raise
                 reason = _told(failure.__cause__)
             tries += 1
             operation = started(start)
     except GeneratorExit:
-        in_background(partial(persist, start, key=key, effect=effect, reporter=reporter), after=held_off.operation)
+        in_background(partial(persist, start, key=key, effect=effect, reporter=reporter), after=shield.operation)
         raise
     if reason:
         logger.warning("the persistence layer did at try %d what it had failed to do: %s", tries, reason)
@@ -170,15 +170,15 @@ async def _ask_persistently(
 
 
 async def _paused(
-    tries: int, failure: IdempotencyPersistenceLayerError, *, held_off: HeldOff, reporter: Reporter
+    tries: int, failure: IdempotencyPersistenceLayerError, *, shield: CancellationShield, reporter: Reporter
 ) -> bool:
     """Wait before the next try; False: there is no time for one."""
     delay = retry_seconds(tries)
-    if held_off.deadline is None or asyncio.get_running_loop().time() + delay > held_off.deadline:
+    if shield.deadline is None or asyncio.get_running_loop().time() + delay > shield.deadline:
         return False
     reporter.report(EventKind.PERSISTENCE_ERROR, error=failure)
     try:
-        await held_off.settle(asyncio.sleep(delay))
+        await shield.settle(asyncio.sleep(delay))
     except IdempotencyPersistenceConnectionError:
         return False  # the loop was blocked until after the deadline, and `failure` says more than this
     return True

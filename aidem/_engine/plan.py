@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from aidem._checks import refused
 from aidem._engine.shared import shared_by
 from aidem._rules import key as _key
-from aidem._rules.lifecycle import Lease
+from aidem._rules.lifecycle import LeaseTerms
 from aidem.config import current_lambda_context
 from aidem.exceptions import IdempotencyKeyError, IdempotencyWarning
 from aidem.persistence import SupportsWaitForChange
@@ -31,7 +31,7 @@ FALSE: Final = ("", "false", "0", "f", "no", "n", "off")
 _AIDEM, _POWERTOOLS = map(getattr(os.environ, "encodekey", str), SWITCHES)
 
 
-class Key(NamedTuple):
+class CallKey(NamedTuple):
     """What names a call, fixed when it starts.
 
     Attributes:
@@ -84,7 +84,7 @@ class Plan:
         """Return the serializer for what a function returns, unless one is given."""
         return self.serializer if self._output_serializer is not None else resolve(None, function)
 
-    def key(self, payload: Any) -> Key:
+    def key(self, payload: Any) -> CallKey:
         """Return the key that an event or a named parameter selects.
 
         Raises:
@@ -100,19 +100,19 @@ class Plan:
             return self.key_of(selected, self._validation_hash(prepared))
         return self.key_of(selected)
 
-    def key_of_arguments(self, arguments: dict[str, Any]) -> Key:
+    def key_of_arguments(self, arguments: dict[str, Any]) -> CallKey:
         """Return the key of all bound arguments; without an expression there always is one."""
         prepared = {name: _key.prepare(value) for name, value in arguments.items()}
         if self.config.event_key_jmespath:
             return self.key(prepared)
         return self.key_of(prepared, self._validation_hash(prepared))
 
-    def key_of(self, selected: Any, payload_hash: str = "") -> Key:
+    def key_of(self, selected: Any, payload_hash: str = "") -> CallKey:
         """Return the key of a selected value, whatever it is."""
         digest = _key.payload_digest(selected, self.config.hash_function)
-        return Key(_key.idempotency_key(self.prefix, digest), payload_hash)
+        return CallKey(_key.idempotency_key(self.prefix, digest), payload_hash)
 
-    def key_of_block(self, key: Any, payload: Any) -> Key:
+    def key_of_block(self, key: Any, payload: Any) -> CallKey:
         """Return the key of a block; its payload, unless it is `...`, must not change under the key."""
         selected = _key.prepare(key)
         if _key.is_missing(selected):
@@ -129,16 +129,16 @@ class Plan:
             return ""
         return _key.payload_digest(_select(expression, prepared, self.config), self.config.hash_function)
 
-    def _missing(self) -> Key:
+    def _missing(self) -> CallKey:
         expression = self.config.event_key_jmespath
         where = f" by event_key_jmespath={expression!r}" if expression else ""
         message = f"no idempotency key was found{where} for {self.function}"
         if self.config.raise_on_no_idempotency_key:
             raise IdempotencyKeyError(f"{message}; send one, or set raise_on_no_idempotency_key=False")
         warnings.warn(f"{message}; it runs without idempotency", IdempotencyWarning, stacklevel=2)
-        return Key("")
+        return CallKey("")
 
-    def lease(self) -> tuple[Lease, bool]:
+    def lease(self) -> tuple[LeaseTerms, bool]:
         """Return how long a claim made now holds, and whether it is renewed."""
         context = current_lambda_context(self.config)
         if context is None:
@@ -146,8 +146,8 @@ class Plan:
         remaining = context.get_remaining_time_in_millis() / 1000
         return self._lease_of(max(remaining, MINIMUM_LAMBDA_LEASE_SECONDS)), False
 
-    def _lease_of(self, lease_seconds: float | None) -> Lease:
-        return Lease(
+    def _lease_of(self, lease_seconds: float | None) -> LeaseTerms:
+        return LeaseTerms(
             expires_after_seconds=self.config.expires_after_seconds,
             lease_seconds=lease_seconds,
             may_be_taken_over=self.config.on_abandoned == "run_again",
@@ -156,8 +156,8 @@ class Plan:
 
 
 def unprotected_call(
-    find_key: Callable[[Plan], Key], *, config: IdempotencyConfig, function: str, prefix: str
-) -> tuple[Plan, Key]:
+    find_key: Callable[[Plan], CallKey], *, config: IdempotencyConfig, function: str, prefix: str
+) -> tuple[Plan, CallKey]:
     """Return plan and key of a call that asks no layer; its key is only there for `key_for`, if there is one."""
     from aidem.persistence.memory import MemoryPersistenceLayer  # only needed while a switch for tests is on
 
@@ -166,7 +166,7 @@ def unprotected_call(
     try:
         return plan, find_key(plan)
     except Exception:  # noqa: BLE001 - a call that is not made idempotent needs no key, so nothing is wrong with it
-        return plan, Key("")
+        return plan, CallKey("")
 
 
 def is_disabled(function: str) -> bool:

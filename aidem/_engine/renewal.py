@@ -13,7 +13,7 @@ import weakref
 from contextvars import Context
 from typing import TYPE_CHECKING, Protocol
 
-from aidem._runtime.cancellation import HeldOff
+from aidem._runtime.cancellation import CancellationShield
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -36,7 +36,7 @@ class Renewable(Protocol):
         """Return when to renew, in seconds of the loop's clock."""
         ...
 
-    async def renew(self, held_off: HeldOff) -> bool:
+    async def renew(self, shield: CancellationShield) -> bool:
         """Renew once, and take note of the answer; False: it is not ours any more."""
         ...
 
@@ -76,8 +76,8 @@ class Renewal:
         claim = self._find()
         if claim is None:
             return None
-        with HeldOff(deadline=claim.lease_deadline) as held_off:
-            is_ours = await claim.renew(held_off)
+        with CancellationShield(deadline=claim.lease_deadline) as shield:
+            is_ours = await claim.renew(shield)
         return max(0.0, claim.next_renewal_at() - asyncio.get_running_loop().time()) if is_ours else None
 
 

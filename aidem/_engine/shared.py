@@ -11,11 +11,11 @@ from aidem._engine.renewal import Renewals
 if TYPE_CHECKING:
     import asyncio
 
-    from aidem._engine.single_flight import Flight
+    from aidem._engine.single_flight import SingleFlight
     from aidem.persistence import PersistenceLayer
 
 
-class LoopState:
+class PerLoop:
     """What the calls of one event loop share.
 
     Attributes:
@@ -27,12 +27,12 @@ class LoopState:
     __slots__ = ("flights", "renewals", "time")
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self.flights: dict[str, Flight] = {}
+        self.flights: dict[str, SingleFlight] = {}
         self.renewals = Renewals()
         self.time = loop.time
 
 
-class Shared:
+class PerLayer:
     """What the calls of one layer share.
 
     Attributes:
@@ -43,22 +43,22 @@ class Shared:
 
     def __init__(self) -> None:
         self.cache = LocalCache()
-        self._loops: dict[asyncio.AbstractEventLoop, LoopState] = {}
+        self._loops: dict[asyncio.AbstractEventLoop, PerLoop] = {}
 
-    def of(self, loop: asyncio.AbstractEventLoop) -> LoopState:
+    def of(self, loop: asyncio.AbstractEventLoop) -> PerLoop:
         """Return what the calls of a loop share; what belonged to loops that are closed by now is dropped."""
         state = self._loops.get(loop)
         if state is None:
             # Not a weak dictionary: timers hold their loop, so the values would keep the keys alive.
             for other in [other for other in list(self._loops) if other.is_closed()]:
                 self._loops.pop(other, None)  # another thread may do the same
-            state = self._loops.setdefault(loop, LoopState(loop))
+            state = self._loops.setdefault(loop, PerLoop(loop))
         return state
 
 
-_by_layer: WeakKeyDictionary[PersistenceLayer, Shared] = WeakKeyDictionary()
+_by_layer: WeakKeyDictionary[PersistenceLayer, PerLayer] = WeakKeyDictionary()
 
 
-def shared_by(layer: PersistenceLayer) -> Shared:
+def shared_by(layer: PersistenceLayer) -> PerLayer:
     """Return what the calls of a layer share."""
-    return _by_layer.setdefault(layer, Shared())
+    return _by_layer.setdefault(layer, PerLayer())

@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING
 from aidem._rules import lifecycle
 
 if TYPE_CHECKING:
-    from aidem._engine.plan import Key
+    from aidem._engine.plan import CallKey
     from aidem._rules.record import DataRecord
     from aidem.exceptions import IdempotencyPersistenceLayerError
 
     Ending = DataRecord | IdempotencyPersistenceLayerError | None
 
 
-class Flight:
+class SingleFlight:
     """One caller with one key: at the store, or in line behind the caller that is.
 
     Attributes:
@@ -47,7 +47,7 @@ class Flight:
         "record",
     )
 
-    def __init__(self, flights: dict[str, Flight], key: Key) -> None:
+    def __init__(self, flights: dict[str, SingleFlight], key: CallKey) -> None:
         self._flights = flights
         self._key = key.text
         self._is_claim = False
@@ -60,7 +60,7 @@ class Flight:
         self.line: _Line | None = None
 
     @property
-    def leader(self) -> Flight | None:
+    def leader(self) -> SingleFlight | None:
         """The flight of this key that the others stand in line behind."""
         return self._flights.get(self._key)
 
@@ -68,7 +68,7 @@ class Flight:
         """Lead, unless another flight does: a caller that may not wait goes to the store beside it."""
         self._flights.setdefault(self._key, self)
 
-    async def wait_behind(self, leader: Flight, *, timeout_seconds: float) -> Ending:
+    async def wait_behind(self, leader: SingleFlight, *, timeout_seconds: float) -> Ending:
         """Stand in line until there is a record or an error for us.
 
         Returns:
@@ -154,23 +154,23 @@ class _Line:
     __slots__ = ("_by_hash", "_in_order")
 
     def __init__(self) -> None:
-        self._in_order: OrderedDict[Flight, asyncio.Future[Ending]] = OrderedDict()  # finds its first at once
-        self._by_hash: dict[str, dict[Flight, None]] = {}
+        self._in_order: OrderedDict[SingleFlight, asyncio.Future[Ending]] = OrderedDict()  # finds its first at once
+        self._by_hash: dict[str, dict[SingleFlight, None]] = {}
 
-    def join(self, flight: Flight) -> asyncio.Future[Ending]:
+    def join(self, flight: SingleFlight) -> asyncio.Future[Ending]:
         """Stand at the end; return what is done with the ending when it leaves."""
         turn = self._in_order[flight] = asyncio.get_running_loop().create_future()
         self._by_hash.setdefault(flight.payload_hash, {})[flight] = None
         return turn
 
-    def wake(self, flight: Flight, ending: Ending) -> None:
+    def wake(self, flight: SingleFlight, ending: Ending) -> None:
         """Let it leave with an ending."""
         turn = self._in_order[flight]
         self.leave(flight)
         if not turn.get_loop().is_closed():
             turn.set_result(ending)
 
-    def leave(self, flight: Flight) -> None:
+    def leave(self, flight: SingleFlight) -> None:
         """Stand there no more, if it does."""
         if flight in self._in_order:
             del self._in_order[flight]
@@ -179,15 +179,15 @@ class _Line:
             if not with_same:
                 del self._by_hash[flight.payload_hash]
 
-    def first(self) -> Flight | None:
+    def first(self) -> SingleFlight | None:
         """Return who has waited longest."""
         return next(iter(self._in_order), None)
 
-    def everybody(self) -> list[Flight]:
+    def everybody(self) -> list[SingleFlight]:
         """Return all of them, in order."""
         return list(self._in_order)
 
-    def differing(self, record: DataRecord) -> list[Flight]:
+    def differing(self, record: DataRecord) -> list[SingleFlight]:
         """Return those whose payload is another one than that of the record."""
         different = [
             flights for payload_hash, flights in self._by_hash.items() if lifecycle.differs(record, payload_hash)

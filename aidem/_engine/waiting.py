@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Final
 
 from aidem._engine.operations import DELAY_GROWTH, LONGEST_DELAY_SECONDS, LOST, ask, backoff_seconds
 from aidem._rules import lifecycle
-from aidem._rules.lifecycle import Step
-from aidem._runtime.cancellation import HeldOff
+from aidem._rules.lifecycle import NextStep
+from aidem._runtime.cancellation import CancellationShield
 from aidem.exceptions import (
     IdempotencyAlreadyInProgressError,
     IdempotencyLeaseLostError,
@@ -20,8 +20,8 @@ from aidem.exceptions import (
 )
 
 if TYPE_CHECKING:
-    from aidem._engine.plan import Key, Plan
-    from aidem._engine.single_flight import Flight
+    from aidem._engine.plan import CallKey, Plan
+    from aidem._engine.single_flight import SingleFlight
     from aidem._rules.record import DataRecord
 
 logger = logging.getLogger("aidem")
@@ -29,7 +29,7 @@ logger = logging.getLogger("aidem")
 SHORTEST_PAUSE_SECONDS: Final = 0.01
 
 
-class Patience:
+class WaitBudget:
     """How long one call waits.
 
     Attributes:
@@ -38,7 +38,7 @@ class Patience:
 
     __slots__ = ("_deadline", "_key", "_plan", "has_waited")
 
-    def __init__(self, plan: Plan, key: Key) -> None:
+    def __init__(self, plan: Plan, key: CallKey) -> None:
         self._plan = plan
         self._key = key
         self._deadline: float | None = None
@@ -51,7 +51,7 @@ class Patience:
             self._deadline = now + self._plan.config.wait_timeout_seconds
         return self._deadline - now
 
-    async def follow(self, leader: Flight, flight: Flight) -> DataRecord | None:
+    async def follow(self, leader: SingleFlight, flight: SingleFlight) -> DataRecord | None:
         """Wait in line while another call of this loop is at the store.
 
         Returns:
@@ -120,24 +120,24 @@ class Patience:
         return IdempotencyAlreadyInProgressError(key=self._key.text, record=record, retry_after_seconds=wait)
 
 
-async def winner(plan: Plan, key: Key) -> DataRecord:
+async def winner(plan: Plan, key: CallKey) -> DataRecord:
     """Return the outcome of whoever took our claim over, waiting for it as a waiter does.
 
     Raises:
         IdempotencyLeaseLostError: There is none.
         IdempotencyPersistenceLayerError: The layer failed to answer.
     """
-    patience, polls = Patience(plan, key), 0
+    patience, polls = WaitBudget(plan, key), 0
     while True:
         record = await _look(plan, key, patience)
         now = plan.clock()
         if record is None or lifecycle.is_expired(record, now=now):
             raise IdempotencyLeaseLostError(key=key.text, record=None, reason="it was taken over and given back")
         step = lifecycle.next_step(record, payload_hash=key.payload_hash, now=now)
-        if step is Step.REPLAY:
+        if step is NextStep.REPLAY:
             return record
         try:
-            if step is not Step.WAIT:
+            if step is not NextStep.WAIT:
                 raise patience.in_progress(record, now=now)
             await patience.pause(record, polls=polls, now=now)
         except IdempotencyAlreadyInProgressError as running:
@@ -146,13 +146,13 @@ async def winner(plan: Plan, key: Key) -> DataRecord:
         polls += 1
 
 
-async def _look(plan: Plan, key: Key, patience: Patience) -> DataRecord | None:
+async def _look(plan: Plan, key: CallKey, patience: WaitBudget) -> DataRecord | None:
     """Return the record as stored; while the store fails to answer, ask again as long as a waiter waits."""
     polls = 0
     while True:
         try:
-            with HeldOff() as held_off:
-                return await ask(partial(plan.layer.get, key.text), held_off=held_off, key=key.text, effect=LOST)
+            with CancellationShield() as shield:
+                return await ask(partial(plan.layer.get, key.text), shield=shield, key=key.text, effect=LOST)
         except IdempotencyPersistenceConfigError:
             raise
         except IdempotencyPersistenceLayerError:

@@ -26,7 +26,7 @@ from aidem._api.execution import Execution, running
 from aidem._engine.call import Phase
 from aidem._http.answers import NOT_RECORDED, OUTCOME_UNKNOWN
 from aidem._http.options import store_by_default
-from aidem._http.response import Recorder, text_of
+from aidem._http.response import ResponseCopy, text_of
 from aidem._rules.record import OutcomeKind
 from aidem._runtime.cancellation import CLEANUP_SECONDS, in_background
 from aidem.exceptions import (
@@ -97,7 +97,7 @@ class Exchange:
         self._request = request
         self._send = send
         self._options = options
-        self._recorder: Recorder | None = None
+        self._recorder: ResponseCopy | None = None
         self._held_start: Message | None = None
         self._is_replaced = False
         self._is_unrecorded = False  # recording it has failed
@@ -164,7 +164,7 @@ class Exchange:
             await self._pass(message)
 
     async def _start(self, message: Message) -> None:
-        recorder = Recorder(message, limit=self._options.max_response_bytes)
+        recorder = ResponseCopy(message, limit=self._options.max_response_bytes)
         # Copies go out: middleware further out edits what it gets, and what is recorded is what the app sent.
         message = {**message, "headers": list(recorder.headers)}
         if not self._is_stored(recorder):
@@ -176,7 +176,7 @@ class Exchange:
                 return
         await self._pass(message)
 
-    async def _continue(self, message: Message, recorder: Recorder) -> None:
+    async def _continue(self, message: Message, recorder: ResponseCopy) -> None:
         recorder.add(message)
         if recorder.is_too_large or not (recorder.is_complete or self._remaining_seconds() > 0):
             await self._record_without_response()
@@ -208,7 +208,7 @@ class Exchange:
             call = self._call
             raise IdempotencyLeaseLostError(key=call.key.text, record=call.record, reason=self._withheld_because)
 
-    def _is_stored(self, recorder: Recorder) -> bool:
+    def _is_stored(self, recorder: ResponseCopy) -> bool:
         if self._options.store_if is store_by_default and _is_unserved(self._scope, recorder):
             return False
         try:
@@ -291,7 +291,7 @@ class Exchange:
         self._call.reporter.report(kind, fence=self._call.fence, error=error)
 
 
-def _is_unserved(scope: Scope, recorder: Recorder) -> bool:
+def _is_unserved(scope: Scope, recorder: ResponseCopy) -> bool:
     """Whether nothing in the app serves such a request: a router answers it, which knows no such path or method."""
     if recorder.status == HTTPStatus.METHOD_NOT_ALLOWED:
         allowed = b",".join(recorder.values(b"allow")).decode("latin-1").replace(" ", "")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 
 from aidem._api.execution import Execution, running
 from aidem._engine.call import Call, Phase
-from aidem._engine.plan import Key, Plan, is_disabled, unprotected_call
+from aidem._engine.plan import CallKey, Plan, is_disabled, unprotected_call
 from aidem._http import answers
 from aidem._http.exchange import Exchange
 from aidem._http.fingerprint import Fingerprint, chosen_digest, lookup_key, request_parts
@@ -58,11 +58,11 @@ class Gate:
         else:
             await _Visit(self, app, scope, receive, send).run(values)
 
-    def lookup_key(self, key: str, *, space: str | None, payload_hash: str = "") -> Key:
+    def lookup_key(self, key: str, *, space: str | None, payload_hash: str = "") -> CallKey:
         """Return what names a call."""
         options = self.options
         hash_function = options.settings.hash_function
-        return Key(lookup_key(options.key_prefix, space=space, key=key, hash_function=hash_function), payload_hash)
+        return CallKey(lookup_key(options.key_prefix, space=space, key=key, hash_function=hash_function), payload_hash)
 
     def plan(self) -> Plan:
         """Return what is the same for all calls, with the layer of now."""
@@ -115,15 +115,15 @@ class _Visit:
         await call.begin()
         await self._run_begun(call, RequestBody(self._receive))
 
-    async def _key_if_any(self, values: list[bytes]) -> Key:
+    async def _key_if_any(self, values: list[bytes]) -> CallKey:
         try:
             key = parse_key(values, strict=self._options.strict)
             space = await self._space()
-            return Key("") if space == "" else self._gate.lookup_key(key, space=space)
+            return CallKey("") if space == "" else self._gate.lookup_key(key, space=space)
         except Exception as error:
             if answers.is_http_exception(error):  # it may be all that checks the caller
                 raise
-            return Key("")  # a request that is not made idempotent needs no key, so nothing is wrong with it
+            return CallKey("")  # a request that is not made idempotent needs no key, so nothing is wrong with it
 
     async def run(self, values: list[bytes]) -> None:
         """Answer the request, or run the app: under a claim, or, for nobody we know, unprotected."""
@@ -195,7 +195,7 @@ class _Visit:
             raise IdempotencyUsageError("fingerprint(request) must return bytes, or None for the default")
         return chosen
 
-    async def _run_named(self, key: Key, request: RequestBody) -> None:
+    async def _run_named(self, key: CallKey, request: RequestBody) -> None:
         served = self._scope.get(SERVED, ())
         if key in served:  # by a layer further out, with the same prefix
             await self._app(self._scope, request.receive, self._send)
@@ -206,7 +206,7 @@ class _Visit:
         finally:
             self._scope[SERVED] = served  # who is further out may try again with it
 
-    async def _run_once(self, key: Key, request: RequestBody) -> None:
+    async def _run_once(self, key: CallKey, request: RequestBody) -> None:
         call = Call(self._gate.plan(), key)
         try:
             await call.begin()

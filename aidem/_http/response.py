@@ -108,7 +108,7 @@ def _written(body: bytes) -> tuple[str, str]:
     return "base64", f'"{base64.b64encode(body).decode("ascii")}"'
 
 
-class Recorder:
+class ResponseCopy:
     """Keeps a bounded copy of a response while it goes out.
 
     Attributes:

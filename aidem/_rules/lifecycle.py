@@ -217,7 +217,7 @@ def _same_outcome(found: DataRecord, record: DataRecord) -> bool:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Lease:
+class LeaseTerms:
     """How long a claim of a call holds.
 
     Attributes:
@@ -246,7 +246,7 @@ class Lease:
         return (expiry, end, None) if self.may_be_taken_over else (expiry, None, end)
 
 
-def claim(key: str, *, owner: str, payload_hash: str, lease: Lease, now: float) -> DataRecord:
+def claim(key: str, *, owner: str, payload_hash: str, lease: LeaseTerms, now: float) -> DataRecord:
     """Return the claim to propose to a layer."""
     expiry, in_progress_expiry, lease_expiry = lease.instants(now=now)
     return DataRecord(
@@ -260,7 +260,7 @@ def claim(key: str, *, owner: str, payload_hash: str, lease: Lease, now: float) 
     )
 
 
-def renewal(claimed: DataRecord, *, lease: Lease, now: float) -> DataRecord:
+def renewal(claimed: DataRecord, *, lease: LeaseTerms, now: float) -> DataRecord:
     """Return a claim with its instants counted from now."""
     expiry, in_progress_expiry, lease_expiry = lease.instants(now=now)
     return claimed.replace(
@@ -326,7 +326,7 @@ def milliseconds(seconds: float) -> int:
 # --- What a call does about the record that blocks it ---------------------------------------------------------------
 
 
-class Step(Enum):
+class NextStep(Enum):
     """What a call does about a live record that it found."""
 
     REPLAY = auto()
@@ -335,15 +335,15 @@ class Step(Enum):
     MISMATCH = auto()
 
 
-def next_step(record: DataRecord, *, payload_hash: str, now: float) -> Step:
+def next_step(record: DataRecord, *, payload_hash: str, now: float) -> NextStep:
     """Decide what a call does about a live record: the hash first, also while it is INPROGRESS."""
     if differs(record, payload_hash):
-        return Step.MISMATCH
+        return NextStep.MISMATCH
     if record.status is RecordStatus.COMPLETED:
-        return Step.REPLAY
+        return NextStep.REPLAY
     if is_in_doubt(record, now=now):
-        return Step.IN_DOUBT
-    return Step.WAIT
+        return NextStep.IN_DOUBT
+    return NextStep.WAIT
 
 
 def differs(record: DataRecord, payload_hash: str) -> bool:

@@ -41,7 +41,7 @@ def run(start: Callable[[], Coroutine[Any, Any, T]], *, closed: str = CLOSED) ->
     Raises:
         IdempotencyUsageError: The loop was closed meanwhile.
     """
-    step = Step(start)
+    step = BackgroundStep(start)
     try:
         submit(step)
         step.wait()
@@ -58,10 +58,10 @@ def run_unattended(start: Callable[[], Coroutine[Any, Any, Any]]) -> None:
     """
     loop = _process.loop
     if loop is not None:
-        Step(start).submit_to(loop)
+        BackgroundStep(start).submit_to(loop)
 
 
-def submit(step: Step[Any]) -> None:
+def submit(step: BackgroundStep[Any]) -> None:
     """Let the background loop begin a step; start the loop if there is none."""
     with _process.lock:
         if _process.loop is None or not _process.loop.is_alive():
@@ -88,7 +88,7 @@ def close(*, is_exiting: bool = False) -> None:
         loop.join()
 
 
-class Step(Generic[T]):
+class BackgroundStep(Generic[T]):
     """One coroutine, which runs on the background loop while the thread that asked for it waits."""
 
     __slots__ = ("_answer", "_error", "_finished", "_is_asked", "_is_over", "_loop", "_start", "_task")

@@ -37,7 +37,7 @@ T = TypeVar("T")
 CLEANUP_SECONDS: Final = 5.0
 
 
-class Settled(Generic[T]):
+class Immediate(Generic[T]):
     """The answer to an operation that never had to wait: what a done future says, at a third of its price."""
 
     __slots__ = ("answer",)
@@ -50,7 +50,7 @@ class Settled(Generic[T]):
         yield  # which makes it a generator
 
 
-class SettlingFuture(asyncio.Future[T]):
+class UncancellableFuture(asyncio.Future[T]):
     """The answer to an operation that ends by itself: cancelling whoever waits for it does not cancel it.
 
     Who produces the answer calls `settle` or `fail`, on the loop of the future; both do nothing once it is done.
@@ -99,7 +99,7 @@ class SettlingFuture(asyncio.Future[T]):
             waiter.set_result(None)
 
 
-class HeldOff:
+class CancellationShield:
     """A section in which operations settle though the task is cancelled; leaving it delivers the cancellation, once.
 
     Attributes:
@@ -112,7 +112,7 @@ class HeldOff:
     def __init__(self, *, deadline: float | None = None) -> None:
         self._cancellation: asyncio.CancelledError | None = None
         self.deadline = deadline
-        self.operation: SettlingFuture[Any] | None = None
+        self.operation: UncancellableFuture[Any] | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -133,13 +133,15 @@ class HeldOff:
     async def settle(self, operation: Awaitable[T], *, within_seconds: float | None = None) -> T:
         """Wait for the operation to settle, whatever happens to the task; return its answer or raise its error.
 
-        The operation is a `Settled`, a `SettlingFuture`, or a coroutine, which then runs as a task of its own. It
+        The operation is a `Immediate`, a `UncancellableFuture`, or a coroutine, which then runs as a task of its own. It
         fails when it takes longer than `within_seconds`.
         """
-        if isinstance(operation, Settled):
+        if isinstance(operation, Immediate):
             answer: T = operation.answer
             return answer
-        future: SettlingFuture[T] = operation if isinstance(operation, SettlingFuture) else _as_task(operation)
+        future: UncancellableFuture[T] = (
+            operation if isinstance(operation, UncancellableFuture) else _as_task(operation)
+        )
         self.operation = future
         if self.deadline is not None:
             future.give_up_at(self.deadline)
@@ -172,7 +174,7 @@ class HeldOff:
             asyncio.get_running_loop().call_soon(_cancel_again, task, task.cancelling(), cancellation.args)
 
 
-async def _outlast(future: SettlingFuture[Any]) -> None:
+async def _outlast(future: UncancellableFuture[Any]) -> None:
     with CancelScope(shield=True):
         try:
             await future
@@ -195,10 +197,10 @@ A strong reference, for asyncio itself keeps only weak ones.
 """
 
 
-def _as_task(operation: Awaitable[T]) -> SettlingFuture[T]:
+def _as_task(operation: Awaitable[T]) -> UncancellableFuture[T]:
     """Run the operation as a task, strongly referenced, behind a future that cannot be cancelled."""
     loop = asyncio.get_running_loop()
-    future: SettlingFuture[T] = SettlingFuture(loop=loop)
+    future: UncancellableFuture[T] = UncancellableFuture(loop=loop)
     task = loop.create_task(_await(operation), context=contextvars.copy_context())
     writes.add(task)
 
@@ -223,7 +225,7 @@ async def _await(operation: Awaitable[T]) -> T:
     return await operation
 
 
-def in_background(start: Callable[[], Awaitable[Any]], *, after: SettlingFuture[Any] | None = None) -> None:
+def in_background(start: Callable[[], Awaitable[Any]], *, after: UncancellableFuture[Any] | None = None) -> None:
     """Start an operation that nobody waits for, bounded; where no loop runs it is not started.
 
     For a coroutine that is being closed (`GeneratorExit`) and may not await any more.

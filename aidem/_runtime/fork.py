@@ -8,7 +8,7 @@ from typing import Final
 from weakref import WeakSet
 
 
-class Guard:
+class ForkSafeLock:
     """Has a lock, and in a forked child a fresh one: the thread that held the other does not exist there.
 
     So hold it only over steps that leave what it guards usable wherever they stop.
@@ -21,7 +21,7 @@ class Guard:
         _all.add(self)
 
 
-_all: Final[WeakSet[Guard]] = WeakSet()
+_all: Final[WeakSet[ForkSafeLock]] = WeakSet()
 
 
 def _after_fork_in_child() -> None:

@@ -76,7 +76,7 @@ def close() -> None:
         _idle.pop().close(patience=PATIENCE_SECONDS)
 
 
-class KeptLoop:
+class LambdaLoop:
     """A loop with its threads.
 
     Attributes:
@@ -180,17 +180,17 @@ class _Threads(ThreadPoolExecutor):
 
 # --- The loops of this process ----------------------------------------------------------------------------------------
 
-_idle: Final[list[KeptLoop]] = []  # more than one only where several threads have run something at once
-_inherited: Final[list[KeptLoop]] = []  # kept, as finalizing a loop of the parent would reach into its selector
+_idle: Final[list[LambdaLoop]] = []  # more than one only where several threads have run something at once
+_inherited: Final[list[LambdaLoop]] = []  # kept, as finalizing a loop of the parent would reach into its selector
 _before_snapshot: Final = BeforeSnapshot(close)
 
 
-def _take() -> KeptLoop:
+def _take() -> LambdaLoop:
     _before_snapshot.arm()
     try:
         return _idle.pop()
     except IndexError:
-        return KeptLoop()
+        return LambdaLoop()
 
 
 atexit.register(close)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final, Protocol, Self, cast, runtime_checkable
 
 from aidem._rules.lifecycle import Blocked, Claimed
 from aidem._rules.record import OutcomeKind
-from aidem._runtime.cancellation import Settled, SettlingFuture
+from aidem._runtime.cancellation import Immediate, UncancellableFuture
 from aidem.exceptions import IdempotencyPersistenceConfigError
 
 if TYPE_CHECKING:
@@ -23,8 +23,8 @@ __all__ = [
     "Claimed",
     "OutcomeKind",
     "PersistenceLayer",
-    "Settled",
-    "SettlingFuture",
+    "Immediate",
+    "UncancellableFuture",
     "SupportsWaitForChange",
     "open_persistence_layer",
 ]
@@ -55,7 +55,7 @@ class PersistenceLayer(Protocol):
     INPROGRESS. A record without an owner is never ours.
 
     **Cancellation.** Operations are usually `async def`; the engine then runs each as a task of its own, so that a
-    cancelled caller does not leave a write half-done. A layer may instead answer a `SettlingFuture`, or `Settled` where
+    cancelled caller does not leave a write half-done. A layer may instead answer a `UncancellableFuture`, or `Immediate` where
     it never has to wait, which saves that task.
 
     **Errors.** `IdempotencyPersistenceConnectionError` when the store cannot be reached, timed out or throttles (the

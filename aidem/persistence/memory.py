@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Final, Self
 
 from aidem._rules import lifecycle
 from aidem._rules.lifecycle import Blocked, Claimed, Completion
-from aidem._runtime.cancellation import Settled
-from aidem._runtime.fork import Guard
+from aidem._runtime.cancellation import Immediate
+from aidem._runtime.fork import ForkSafeLock
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -40,7 +40,7 @@ class MemoryPersistenceLayer:
         self._last_fence = 0  # of any key: remembers what release and expiry would forget, in bounded space
         self._acquires = 0
         self._unchecked: list[str] = []
-        self._guard = Guard()
+        self._guard = ForkSafeLock()
 
     def acquire(
         self,
@@ -48,7 +48,7 @@ class MemoryPersistenceLayer:
         *,
         now: float,
         max_clock_skew_seconds: float = 0.0,  # noqa: ARG002 - there is only one clock
-    ) -> Settled[Claimed | Blocked]:
+    ) -> Immediate[Claimed | Blocked]:
         """Claim the key."""
         key = record.idempotency_key
         with self._guard.lock:
@@ -62,9 +62,9 @@ class MemoryPersistenceLayer:
             self._acquires += 1
             if self._acquires % SWEEP_EVERY == 0:
                 self._sweep(own_now)
-        return Settled(answer)
+        return Immediate(answer)
 
-    def complete(self, record: DataRecord, *, now: float) -> Settled[bool]:
+    def complete(self, record: DataRecord, *, now: float) -> Immediate[bool]:
         """Store the outcome."""
         key = record.idempotency_key
         with self._guard.lock:
@@ -72,9 +72,9 @@ class MemoryPersistenceLayer:
             decision = lifecycle.complete(self._records.get(key), record, now=own_now)
             if decision is Completion.STORE:
                 self._records[key] = lifecycle.shifted(record, seconds=own_now - now)
-        return Settled(decision is not Completion.REFUSED)
+        return Immediate(decision is not Completion.REFUSED)
 
-    def renew(self, record: DataRecord, *, now: float) -> Settled[DataRecord | None]:
+    def renew(self, record: DataRecord, *, now: float) -> Immediate[DataRecord | None]:
         """Move the instants of the claim."""
         key = record.idempotency_key
         with self._guard.lock:
@@ -82,27 +82,27 @@ class MemoryPersistenceLayer:
             renewed = lifecycle.renewed(self._records.get(key), proposed)
             if renewed is not None:
                 self._records[key] = renewed
-        return Settled(renewed)
+        return Immediate(renewed)
 
-    def release(self, record: DataRecord) -> Settled[bool]:
+    def release(self, record: DataRecord) -> Immediate[bool]:
         """Delete the claim."""
         key = record.idempotency_key
         with self._guard.lock:
             held = lifecycle.is_held_by(self._records.get(key), record.owner)
             if held:
                 del self._records[key]
-        return Settled(held)
+        return Immediate(held)
 
-    def get(self, key: str) -> Settled[DataRecord | None]:
+    def get(self, key: str) -> Immediate[DataRecord | None]:
         """Look the record up."""
         with self._guard.lock:
-            return Settled(self._records.get(key))
+            return Immediate(self._records.get(key))
 
-    def forget(self, key: str) -> Settled[None]:
+    def forget(self, key: str) -> Immediate[None]:
         """Drop the record."""
         with self._guard.lock:
             self._records.pop(key, None)
-        return Settled(None)
+        return Immediate(None)
 
     async def open(self) -> None:
         """Do nothing: there is nothing to connect to."""

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 
 from aidem._api import execution
 from aidem._api.decorators import Binding
-from aidem._api.execution import Recording, replayed_value, running
+from aidem._api.execution import EncodedResult, replayed_value, running
 from aidem._engine.call import Call, Phase
 from aidem._engine.operations import EFFECT_HAPPENED, FAILED, NOTHING_RUN, RUNNING
 from aidem._rules import lifecycle
@@ -32,7 +32,7 @@ from aidem.hooks import SILENT
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine
 
-    from aidem._engine.plan import Key, Plan
+    from aidem._engine.plan import CallKey, Plan
     from aidem._rules.record import DataRecord, OutcomeKind
     from aidem.config import IdempotencyConfig, ResponseHook
     from aidem.hooks import IdempotencyEvent
@@ -58,7 +58,7 @@ class BlockingCall(Call):
 
     __slots__ = ()
 
-    def __init__(self, plan: Plan, key: Key, *, bypassed: bool = False) -> None:
+    def __init__(self, plan: Plan, key: CallKey, *, bypassed: bool = False) -> None:
         super().__init__(plan, key, bypassed=bypassed)
         thread = threading.current_thread()
         self.has_body_ended = lambda: not thread.is_alive()
@@ -134,7 +134,7 @@ def _run(call: Call, function: Callable[..., Any], args: tuple[Any, ...], kwargs
         _refuse_coroutine(result, call)
         if call.phase is Phase.BYPASSED:
             return result
-        recording = Recording.of(result, call.plan.serializer, function=call.plan.function)
+        recording = EncodedResult.of(result, call.plan.serializer, function=call.plan.function)
     except BaseException as error:
         if drive(partial(call.fail, error)):
             raise

@@ -11,8 +11,8 @@ import pytest
 
 from aidem import IdempotencyConfig, RecordStatus, current_execution, idempotency, idempotent, idempotent_function
 from aidem._engine.call import Call
-from aidem._engine.plan import Key, Plan
-from aidem._runtime.cancellation import HeldOff, SettlingFuture
+from aidem._engine.plan import CallKey, Plan
+from aidem._runtime.cancellation import CancellationShield, UncancellableFuture
 from aidem.exceptions import (
     IdempotencyAlreadyInProgressError,
     IdempotencyInDoubtError,
@@ -552,17 +552,17 @@ async def test_a_background_release_that_fails_is_logged(caplog: Any) -> None:
 
 
 async def test_a_future_that_is_done_already_is_an_answer() -> None:
-    future: SettlingFuture[int] = SettlingFuture(loop=asyncio.get_running_loop())
+    future: UncancellableFuture[int] = UncancellableFuture(loop=asyncio.get_running_loop())
     future.settle(1)
     future.settle(2)
     future.fail(ValueError())
-    with HeldOff() as held_off:
-        assert await held_off.settle(future) == 1
+    with CancellationShield() as shield:
+        assert await shield.settle(future) == 1
 
 
 async def test_a_call_without_a_record_or_claim_says_so() -> None:
     plan = Plan(layer=PlannedLayer(), config=IdempotencyConfig(), function="f", prefix="f")
-    call = Call(plan, Key(""))
+    call = Call(plan, CallKey(""))
     with pytest.raises(IdempotencyUsageError, match="no record"):
         call.held_record()
     with pytest.raises(IdempotencyUsageError, match="no claim"):

@@ -8,7 +8,7 @@ import pytest
 
 from aidem._rules.lifecycle import Claimed
 from aidem._rules.record import DataRecord
-from aidem._runtime.cancellation import HeldOff
+from aidem._runtime.cancellation import CancellationShield
 from aidem.persistence import PersistenceLayer
 from aidem.persistence.memory import MemoryPersistenceLayer
 from aidem.testing import FakeClock, PersistenceLayerConformance, claim_of, completed_of
@@ -62,7 +62,7 @@ def test_an_operation_needs_neither_a_loop_nor_a_turn_of_it(layer: MemoryPersist
 def test_the_engine_is_handed_the_answer_without_a_task(layer: MemoryPersistenceLayer, clock: FakeClock) -> None:
     claim = claimed(layer)
     with pytest.raises(StopIteration) as stopped:
-        HeldOff().settle(layer.acquire(claim, now=clock())).send(None)
+        CancellationShield().settle(layer.acquire(claim, now=clock())).send(None)
     assert stopped.value.value == Claimed(claim)
 
 

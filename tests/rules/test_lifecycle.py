@@ -10,7 +10,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from aidem._rules import lifecycle
-from aidem._rules.lifecycle import Blocked, Claimed, Completion, Lease, Step
+from aidem._rules.lifecycle import Blocked, Claimed, Completion, LeaseTerms, NextStep
 from aidem._rules.record import DataRecord, OutcomeKind, RecordStatus
 
 NOW = 1_800_000_000.5
@@ -281,35 +281,41 @@ def test_what_is_not_ours_is_not_renewed(found: DataRecord | None) -> None:
 @pytest.mark.parametrize(
     ("lease", "expected"),
     [
-        (Lease(expires_after_seconds=60, lease_seconds=None, may_be_taken_over=True), (NOW_S + 60, None, None)),
-        (Lease(expires_after_seconds=60, lease_seconds=None, may_be_taken_over=False), (NOW_S + 60, None, None)),
-        (Lease(expires_after_seconds=60.5, lease_seconds=None, may_be_taken_over=True), (NOW_S + 61, None, None)),
+        (LeaseTerms(expires_after_seconds=60, lease_seconds=None, may_be_taken_over=True), (NOW_S + 60, None, None)),
+        (LeaseTerms(expires_after_seconds=60, lease_seconds=None, may_be_taken_over=False), (NOW_S + 60, None, None)),
+        (LeaseTerms(expires_after_seconds=60.5, lease_seconds=None, may_be_taken_over=True), (NOW_S + 61, None, None)),
         (
-            Lease(expires_after_seconds=60, lease_seconds=30, may_be_taken_over=True),
+            LeaseTerms(expires_after_seconds=60, lease_seconds=30, may_be_taken_over=True),
             (NOW_S + 60, NOW_MS + 30_000, None),
         ),
         (
-            Lease(expires_after_seconds=60, lease_seconds=30, may_be_taken_over=False),
+            LeaseTerms(expires_after_seconds=60, lease_seconds=30, may_be_taken_over=False),
             (NOW_S + 60, None, NOW_MS + 30_000),
         ),
         # A lease that outlasts the record prolongs it, up to the full second in which it ends.
-        (Lease(expires_after_seconds=1, lease_seconds=9.5, may_be_taken_over=True), (NOW_S + 10, NOW_MS + 9500, None)),
         (
-            Lease(expires_after_seconds=1, lease_seconds=9.501, may_be_taken_over=True),
+            LeaseTerms(expires_after_seconds=1, lease_seconds=9.5, may_be_taken_over=True),
+            (NOW_S + 10, NOW_MS + 9500, None),
+        ),
+        (
+            LeaseTerms(expires_after_seconds=1, lease_seconds=9.501, may_be_taken_over=True),
             (NOW_S + 11, NOW_MS + 9501, None),
         ),
-        (Lease(expires_after_seconds=1, lease_seconds=9.4, may_be_taken_over=True), (NOW_S + 10, NOW_MS + 9400, None)),
         (
-            Lease(expires_after_seconds=60, lease_seconds=30, may_be_taken_over=True, max_clock_skew_seconds=10),
+            LeaseTerms(expires_after_seconds=1, lease_seconds=9.4, may_be_taken_over=True),
+            (NOW_S + 10, NOW_MS + 9400, None),
+        ),
+        (
+            LeaseTerms(expires_after_seconds=60, lease_seconds=30, may_be_taken_over=True, max_clock_skew_seconds=10),
             (NOW_S + 60, NOW_MS + 30_000, None),
         ),
         (
-            Lease(expires_after_seconds=35, lease_seconds=30, may_be_taken_over=False, max_clock_skew_seconds=10),
+            LeaseTerms(expires_after_seconds=35, lease_seconds=30, may_be_taken_over=False, max_clock_skew_seconds=10),
             (NOW_S + 41, None, NOW_MS + 30_000),
         ),
     ],
 )
-def test_the_instants_of_a_lease(lease: Lease, expected: tuple[int, int | None, int | None]) -> None:
+def test_the_instants_of_a_lease(lease: LeaseTerms, expected: tuple[int, int | None, int | None]) -> None:
     assert lease.instants(now=NOW) == expected
     expiry, in_progress_expiry, lease_expiry = expected
     assert lifecycle.claim("key", owner="ours", payload_hash=HASH, lease=lease, now=NOW) == DataRecord(
@@ -391,19 +397,19 @@ def test_milliseconds_are_floored(seconds: float, expected: int) -> None:
 @pytest.mark.parametrize(
     ("record", "expected"),
     [
-        (result(), Step.REPLAY),
-        (result(payload_hash=HASH), Step.REPLAY),
-        (result(payload_hash="other"), Step.MISMATCH),
-        (claim(), Step.WAIT),
-        (claim(payload_hash=HASH), Step.WAIT),
-        (claim(payload_hash="other"), Step.MISMATCH),
-        (claim(lease_expiry_timestamp=NOW_MS), Step.WAIT),
-        (claim(lease_expiry_timestamp=NOW_MS - 1), Step.IN_DOUBT),
-        (claim(lease_expiry_timestamp=NOW_MS - 1, payload_hash="other"), Step.MISMATCH),
-        (claim(in_progress_expiry_timestamp=NOW_MS - 1), Step.WAIT),
+        (result(), NextStep.REPLAY),
+        (result(payload_hash=HASH), NextStep.REPLAY),
+        (result(payload_hash="other"), NextStep.MISMATCH),
+        (claim(), NextStep.WAIT),
+        (claim(payload_hash=HASH), NextStep.WAIT),
+        (claim(payload_hash="other"), NextStep.MISMATCH),
+        (claim(lease_expiry_timestamp=NOW_MS), NextStep.WAIT),
+        (claim(lease_expiry_timestamp=NOW_MS - 1), NextStep.IN_DOUBT),
+        (claim(lease_expiry_timestamp=NOW_MS - 1, payload_hash="other"), NextStep.MISMATCH),
+        (claim(in_progress_expiry_timestamp=NOW_MS - 1), NextStep.WAIT),
     ],
 )
-def test_what_a_call_does_about_a_live_record(record: DataRecord, expected: Step) -> None:
+def test_what_a_call_does_about_a_live_record(record: DataRecord, expected: NextStep) -> None:
     assert lifecycle.next_step(record, payload_hash=HASH, now=NOW) is expected
 
 
@@ -435,7 +441,7 @@ records = st.builds(
     fence=st.integers(0, 3) | st.integers(NOW_MS - 3000, NOW_MS + 3000),
 )
 leases = st.builds(
-    Lease,
+    LeaseTerms,
     expires_after_seconds=st.floats(0.001, 100),
     lease_seconds=st.none() | st.floats(0.001, 100),
     may_be_taken_over=st.booleans(),
@@ -462,8 +468,8 @@ def test_a_key_is_claimed_exactly_when_it_is_absent_expired_ours_or_lapsed(
 def test_nobody_waits_for_a_completed_record(found: DataRecord, now: float, hash_: str) -> None:
     step = lifecycle.next_step(found, payload_hash=hash_, now=now)
     is_completed = found.status is RecordStatus.COMPLETED
-    assert (step in {Step.WAIT, Step.IN_DOUBT}) <= (not is_completed)
-    assert (step is Step.REPLAY) <= is_completed
+    assert (step in {NextStep.WAIT, NextStep.IN_DOUBT}) <= (not is_completed)
+    assert (step is NextStep.REPLAY) <= is_completed
 
 
 @given(found=records, record=records, now=nows)
@@ -478,7 +484,7 @@ def test_an_outcome_never_changes_a_live_record_that_is_not_ours(
 
 @given(found=records, lease=leases, now=nows)
 def test_a_renewed_claim_is_held_and_neither_expired_nor_lapsed_nor_in_doubt(
-    found: DataRecord, lease: Lease, now: float
+    found: DataRecord, lease: LeaseTerms, now: float
 ) -> None:
     end, expiry = lifecycle.lease_end(found), found.expiry_timestamp
     assume(end is None or expiry is None or end <= expiry * 1000)  # as every claim is made
@@ -494,7 +500,7 @@ def test_a_renewed_claim_is_held_and_neither_expired_nor_lapsed_nor_in_doubt(
 
 
 @given(lease=leases, now=nows, shift_seconds=st.floats(-5, 5))
-def test_a_lease_never_ends_after_its_record(lease: Lease, now: float, shift_seconds: float) -> None:
+def test_a_lease_never_ends_after_its_record(lease: LeaseTerms, now: float, shift_seconds: float) -> None:
     made = lifecycle.claim("key", owner="ours", payload_hash="", lease=lease, now=now)
     for record in (made, lifecycle.shifted(made, seconds=shift_seconds)):
         end = lifecycle.lease_end(record)

@@ -218,7 +218,7 @@ def an_operation_is_cancelled_with_its_caller(patch: pytest.MonkeyPatch) -> None
 
 @noticed_by(Rule.H9)
 def a_claim_whose_caller_was_cancelled_is_not_released(patch: pytest.MonkeyPatch) -> None:
-    async def release_unused(self: ClaimedRecord, held_off: HeldOff) -> None: ...
+    async def release_unused(self: ClaimedRecord, shield: HeldOff) -> None: ...
 
     patch.setattr(ClaimedRecord, "_release_unused", release_unused)
 
@@ -245,8 +245,8 @@ def nothing_is_ever_in_doubt(patch: pytest.MonkeyPatch) -> None:
 
 @noticed_by(Rule.H13)
 def a_completion_is_tried_once(patch: pytest.MonkeyPatch) -> None:
-    def once(self: ClaimedRecord, start: Callable[[], Awaitable[Any]], *, held_off: HeldOff, effect: str) -> Any:
-        return ask(start, held_off=held_off, key=self._key, effect=effect)
+    def once(self: ClaimedRecord, start: Callable[[], Awaitable[Any]], *, shield: HeldOff, effect: str) -> Any:
+        return ask(start, shield=shield, key=self._key, effect=effect)
 
     patch.setattr(ClaimedRecord, "_ask_persistently", once)
 
@@ -276,8 +276,8 @@ def a_failed_release_replaces_the_error_of_the_body(patch: pytest.MonkeyPatch) -
 def a_loser_returns_its_own_result(patch: pytest.MonkeyPatch) -> None:
     complete = Claim.complete
 
-    async def always(self: Claim, text: str, outcome: Any, *, held_off: HeldOff) -> DataRecord:
-        return await complete(self, text, outcome, held_off=held_off) or self.record
+    async def always(self: Claim, text: str, outcome: Any, *, shield: HeldOff) -> DataRecord:
+        return await complete(self, text, outcome, shield=shield) or self.record
 
     patch.setattr(Claim, "complete", always)
 

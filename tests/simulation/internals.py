@@ -15,12 +15,12 @@ from aidem._engine.local_cache import LocalCache
 from aidem._engine.operations import ask
 from aidem._engine.renewal import Renewal
 from aidem._engine.shared import shared_by
-from aidem._engine.single_flight import Flight
-from aidem._engine.waiting import Patience
+from aidem._engine.single_flight import SingleFlight
+from aidem._engine.waiting import WaitBudget
 from aidem._rules import key as _key
 from aidem._rules import lifecycle
 from aidem._runtime import cancellation
-from aidem._runtime.cancellation import CLEANUP_SECONDS, HeldOff, writes
+from aidem._runtime.cancellation import CLEANUP_SECONDS, CancellationShield, writes
 
 if TYPE_CHECKING:
     import asyncio
@@ -60,7 +60,7 @@ def key_text(prefix: str, selected: str) -> str:
 
 def objects_of_calls() -> Counter[str]:
     """Count what calls are made of and should not outlive them."""
-    kinds = (Claim, EngineCall, Flight, Renewal)
+    kinds = (Claim, EngineCall, SingleFlight, Renewal)
     return Counter(type(found).__name__ for found in gc.get_objects() if type(found) in kinds)
 
 

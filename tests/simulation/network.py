@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from aidem import DataRecord
 from aidem.exceptions import IdempotencyPersistenceConnectionError
-from aidem.persistence import Blocked, Claimed, Settled, SettlingFuture
+from aidem.persistence import Blocked, Claimed, Immediate, UncancellableFuture
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -93,7 +93,7 @@ class Client:
         if style == "settled":
             answer = apply()
             world.judge.answered(request, answer)
-            return Settled(answer)
+            return Immediate(answer)
         return self._as_coroutine(request) if style == "coroutine" else self._as_future(request)
 
     async def _as_coroutine(self, request: Request) -> Any:
@@ -101,8 +101,8 @@ class Client:
         request.send()
         return await future
 
-    def _as_future(self, request: Request) -> SettlingFuture[Any]:
-        future: SettlingFuture[Any] = SettlingFuture(loop=asyncio.get_running_loop())
+    def _as_future(self, request: Request) -> UncancellableFuture[Any]:
+        future: UncancellableFuture[Any] = UncancellableFuture(loop=asyncio.get_running_loop())
         request.future = future
         request.send()
         return future
@@ -236,7 +236,7 @@ class Request:
         if self.future.done():
             return
         self.world.judge.answered(self, answer)
-        if isinstance(self.future, SettlingFuture):
+        if isinstance(self.future, UncancellableFuture):
             self.future.settle(answer)
         else:
             self.future.set_result(answer)
@@ -246,7 +246,7 @@ class Request:
         if self.future.done():
             return
         self.world.judge.answered(self, None)
-        if isinstance(self.future, SettlingFuture):
+        if isinstance(self.future, UncancellableFuture):
             self.future.fail(error)
         else:
             self.future.set_exception(error)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Self
 
-from aidem._runtime.cancellation import SettlingFuture
+from aidem._runtime.cancellation import UncancellableFuture
 from aidem.exceptions import IdempotencyPersistenceConnectionError
 from aidem.testing import FakeClock
 from tests.stateful.model import CallSeen
@@ -145,10 +145,10 @@ class Process:
         answer = self._send(request)
         return self._settling(answer) if self.settling else answer
 
-    def _settling(self, answer: Awaitable[Any]) -> SettlingFuture[Any]:
+    def _settling(self, answer: Awaitable[Any]) -> UncancellableFuture[Any]:
         """Answer a future that settles by itself, as aidem's own layers do."""
         loop = asyncio.get_running_loop()
-        future: SettlingFuture[Any] = SettlingFuture(loop=loop)
+        future: UncancellableFuture[Any] = UncancellableFuture(loop=loop)
         task = self.world.spawn(answer)
 
         def done(task: asyncio.Task[Any]) -> None:

@@ -16,7 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_s
 
 from aidem import DataRecord
 from aidem._rules import lifecycle
-from aidem._runtime.cancellation import Settled
+from aidem._runtime.cancellation import Immediate
 from aidem.exceptions import IdempotencyAlreadyInProgressError
 from aidem.persistence import Blocked, Claimed
 from aidem.persistence.memory import MemoryPersistenceLayer
@@ -297,20 +297,20 @@ def test_what_a_dead_process_has_sent_may_arrive_and_lapses(world: World) -> Non
 
 
 class CompletesForAnyone(MemoryPersistenceLayer):
-    def complete(self, record: DataRecord, *, now: float) -> Settled[bool]:
+    def complete(self, record: DataRecord, *, now: float) -> Immediate[bool]:
         self._records[record.idempotency_key] = record
-        return Settled(True)
+        return Immediate(True)
 
 
 class RenewsForAnyone(MemoryPersistenceLayer):
-    def renew(self, record: DataRecord, *, now: float) -> Settled[DataRecord | None]:
+    def renew(self, record: DataRecord, *, now: float) -> Immediate[DataRecord | None]:
         self._records[record.idempotency_key] = record
-        return Settled(record)
+        return Immediate(record)
 
 
 class ReleasesForAnyone(MemoryPersistenceLayer):
-    def release(self, record: DataRecord) -> Settled[bool]:
-        return Settled(self._records.pop(record.idempotency_key, None) is not None)
+    def release(self, record: DataRecord) -> Immediate[bool]:
+        return Immediate(self._records.pop(record.idempotency_key, None) is not None)
 
 
 class LooksThenWrites(MemoryPersistenceLayer):
@@ -324,7 +324,7 @@ class LooksThenWrites(MemoryPersistenceLayer):
         if isinstance(answer, Claimed):
             self._records[key] = answer.record
             self._last_fence = max(self._last_fence, answer.record.fence)
-        return Settled(answer)
+        return Immediate(answer)
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)

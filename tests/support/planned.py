@@ -9,7 +9,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Self
 
-from aidem._runtime.cancellation import SettlingFuture
+from aidem._runtime.cancellation import UncancellableFuture
 from aidem.persistence.memory import MemoryPersistenceLayer
 
 if TYPE_CHECKING:
@@ -195,7 +195,7 @@ class SettlingLayer(PlannedLayer):
 
     def _do(self, operation: str, apply: Callable[[], Awaitable[Any]]) -> Any:
         loop = asyncio.get_running_loop()
-        future: SettlingFuture[Any] = SettlingFuture(loop=loop)
+        future: UncancellableFuture[Any] = UncancellableFuture(loop=loop)
         task = loop.create_task(super()._do(operation, apply))
         future.background = task  # type: ignore[attr-defined]
 

@@ -23,7 +23,7 @@ from typing import Any, Self
 import pytest
 
 from aidem import IdempotencyConfig, sync
-from aidem._runtime.background_loop import INTERRUPTED_SECONDS, BackgroundLoop, Step
+from aidem._runtime.background_loop import INTERRUPTED_SECONDS, BackgroundLoop, BackgroundStep
 from aidem.exceptions import IdempotencyAlreadyInProgressError
 from aidem.persistence.memory import MemoryPersistenceLayer
 from tests.support.planned import PlannedLayer, real_now
@@ -302,7 +302,7 @@ def test_a_step_is_abandoned_wherever_its_submission_was_interrupted(has_asked: 
 
     loop = InterruptedLoop(has_asked=has_asked)
     loop.start()
-    step = Step(wait)
+    step = BackgroundStep(wait)
     with pytest.raises(KeyboardInterrupt):
         step.submit_to(loop)
     started_at = time.monotonic()
@@ -318,12 +318,12 @@ def test_a_step_that_no_loop_was_asked_for_is_abandoned_at_once() -> None:
     async def never() -> None:
         raise AssertionError("not to be run")
 
-    Step(never).abandon()
+    BackgroundStep(never).abandon()
     loop = BackgroundLoop()
     loop.start()
     loop.end()
     loop.join()
-    step = Step(never)
+    step = BackgroundStep(never)
     step.submit_to(loop)  # it is closed
     step.abandon()
 

@@ -12,7 +12,7 @@ import pytest
 from aidem._rules import lifecycle
 from aidem._rules.lifecycle import Blocked, Claimed, milliseconds
 from aidem._rules.record import DataRecord, RecordStatus
-from aidem._runtime.cancellation import Settled
+from aidem._runtime.cancellation import Immediate
 from aidem.persistence import PersistenceLayer
 from aidem.persistence.memory import MemoryPersistenceLayer
 from aidem.testing import FakeClock, PersistenceLayerConformance
@@ -49,7 +49,7 @@ class ChangesTheRecordFound(MemoryPersistenceLayer):
     def seen(self, found: DataRecord, record: DataRecord, now: float) -> DataRecord | None:
         raise NotImplementedError
 
-    def acquire(self, record: DataRecord, *, now: float, **options: Any) -> Settled[Claimed | Blocked]:
+    def acquire(self, record: DataRecord, *, now: float, **options: Any) -> Immediate[Claimed | Blocked]:
         key = record.idempotency_key
         found = self._records.get(key)
         seen = None if found is None else self.seen(found, record, self.clock())
@@ -60,7 +60,7 @@ class ChangesTheRecordFound(MemoryPersistenceLayer):
         answer = super().acquire(record, now=now, **options)
         if isinstance(answer.answer, Blocked) and found is not None:
             self._records[key] = found
-            return Settled(Blocked(found, answer.answer.now))
+            return Immediate(Blocked(found, answer.answer.now))
         return answer
 
 
@@ -169,7 +169,7 @@ class TakesNoOwnerForAnOwner(ChangesTheRecordFound):
 class AddsSkewToItsOwnClock(ChangesTheRecordFound):
     def acquire(
         self, record: DataRecord, *, now: float, max_clock_skew_seconds: float = 0.0, **options: Any
-    ) -> Settled[Claimed | Blocked]:
+    ) -> Immediate[Claimed | Blocked]:
         self.skew = max_clock_skew_seconds
         return super().acquire(record, now=now, **options)
 
@@ -180,7 +180,7 @@ class AddsSkewToItsOwnClock(ChangesTheRecordFound):
 
 @breaks("instants_are_moved_to_the_clock_that_judges")
 class KeepsTheCallersInstants(MemoryPersistenceLayer):
-    def acquire(self, record: DataRecord, *, now: float, **options: Any) -> Settled[Claimed | Blocked]:
+    def acquire(self, record: DataRecord, *, now: float, **options: Any) -> Immediate[Claimed | Blocked]:
         return super().acquire(record, now=self.clock(), **options)
 
 
@@ -199,32 +199,32 @@ class KeepsTheCallersInstants(MemoryPersistenceLayer):
     "renew_moves_the_lease_and_the_expiry",
 )
 class AnswersNoRecordThatBlocks(MemoryPersistenceLayer):
-    def acquire(self, record: DataRecord, **options: Any) -> Settled[Claimed | Blocked]:
+    def acquire(self, record: DataRecord, **options: Any) -> Immediate[Claimed | Blocked]:
         answer = super().acquire(record, **options).answer
-        return Settled(answer if isinstance(answer, Claimed) else Blocked(record, answer.now))
+        return Immediate(answer if isinstance(answer, Claimed) else Blocked(record, answer.now))
 
 
 @breaks("blocked_tells_how_long_the_claim_still_holds")
 class JudgesByOneClockAndSaysAnother(MemoryPersistenceLayer):
-    def acquire(self, record: DataRecord, **options: Any) -> Settled[Claimed | Blocked]:
+    def acquire(self, record: DataRecord, **options: Any) -> Immediate[Claimed | Blocked]:
         answer = super().acquire(record, **options).answer
-        return Settled(answer if isinstance(answer, Claimed) else Blocked(answer.record, self.clock() - 60))
+        return Immediate(answer if isinstance(answer, Claimed) else Blocked(answer.record, self.clock() - 60))
 
 
 @breaks("acquire_claims_an_absent_key")
 class SaysTakenOverOfAnAbsentKey(MemoryPersistenceLayer):
-    def acquire(self, record: DataRecord, **options: Any) -> Settled[Claimed | Blocked]:
+    def acquire(self, record: DataRecord, **options: Any) -> Immediate[Claimed | Blocked]:
         was_absent = record.idempotency_key not in self._records
         answer = super().acquire(record, **options).answer
-        return Settled(Claimed(answer.record, taken_over=True) if was_absent else answer)
+        return Immediate(Claimed(answer.record, taken_over=True) if was_absent else answer)
 
 
 @breaks("keys_are_kept_apart")
 class FoldsTheCaseOfKeys(MemoryPersistenceLayer):
-    def acquire(self, record: DataRecord, **options: Any) -> Settled[Claimed | Blocked]:
+    def acquire(self, record: DataRecord, **options: Any) -> Immediate[Claimed | Blocked]:
         return super().acquire(record.replace(idempotency_key=record.idempotency_key.lower()), **options)
 
-    def get(self, key: str) -> Settled[DataRecord | None]:
+    def get(self, key: str) -> Immediate[DataRecord | None]:
         return super().get(key.lower())
 
 
@@ -237,13 +237,13 @@ class ChangesTheClaimStored(MemoryPersistenceLayer):
     def changed(self, claim: DataRecord, found: DataRecord | None) -> DataRecord:
         raise NotImplementedError
 
-    def acquire(self, record: DataRecord, **options: Any) -> Settled[Claimed | Blocked]:
+    def acquire(self, record: DataRecord, **options: Any) -> Immediate[Claimed | Blocked]:
         key = record.idempotency_key
         found = self._records.get(key)
         answer = super().acquire(record, **options)
         if isinstance(answer.answer, Claimed) and answer.answer.record is not found:
             claim = self._records[key] = self.changed(answer.answer.record, found)
-            return Settled(Claimed(claim, answer.answer.taken_over))
+            return Immediate(Claimed(claim, answer.answer.taken_over))
         return answer
 
 
@@ -255,7 +255,7 @@ class CountsFencesAnewForEachRecord(ChangesTheClaimStored):
 
 @breaks("the_fence_grows_over_release")
 class CountsFencesByTheClockAlone(MemoryPersistenceLayer):
-    def release(self, record: DataRecord) -> Settled[bool]:
+    def release(self, record: DataRecord) -> Immediate[bool]:
         self._last_fence = 0
         return super().release(record)
 
@@ -319,11 +319,11 @@ class DropsTheHash(ChangesTheClaimStored):
     "the_first_fence_is_at_least_the_time_of_the_claim",
 )
 class AnswersTheClaimAsProposed(MemoryPersistenceLayer):
-    def acquire(self, record: DataRecord, **options: Any) -> Settled[Claimed | Blocked]:
+    def acquire(self, record: DataRecord, **options: Any) -> Immediate[Claimed | Blocked]:
         found = self._records.get(record.idempotency_key)
         answer = super().acquire(record, **options).answer
         is_new = isinstance(answer, Claimed) and answer.record is not found
-        return Settled(Claimed(record) if is_new else answer)
+        return Immediate(Claimed(record) if is_new else answer)
 
 
 # --- Completions ----------------------------------------------------------------------------------------------------
@@ -338,9 +338,9 @@ class AnswersTheClaimAsProposed(MemoryPersistenceLayer):
     "complete_stores_the_outcome_where_a_foreign_record_has_expired",
 )
 class CompletesUnconditionally(MemoryPersistenceLayer):
-    def complete(self, record: DataRecord, *, now: float) -> Settled[bool]:
+    def complete(self, record: DataRecord, *, now: float) -> Immediate[bool]:
         self._records[record.idempotency_key] = record
-        return Settled(True)
+        return Immediate(True)
 
 
 @breaks(
@@ -350,7 +350,7 @@ class CompletesUnconditionally(MemoryPersistenceLayer):
     "complete_stores_the_outcome_where_a_foreign_record_has_expired",
 )
 class CompletesAnyClaim(MemoryPersistenceLayer):
-    def complete(self, record: DataRecord, *, now: float) -> Settled[bool]:
+    def complete(self, record: DataRecord, *, now: float) -> Immediate[bool]:
         found = self._records.get(record.idempotency_key)
         if found is not None and found.status is RecordStatus.INPROGRESS:
             del self._records[record.idempotency_key]
@@ -359,7 +359,7 @@ class CompletesAnyClaim(MemoryPersistenceLayer):
 
 @breaks("complete_leaves_a_foreign_claim_alone")
 class CompletesOverALapsedClaim(MemoryPersistenceLayer):
-    def complete(self, record: DataRecord, *, now: float) -> Settled[bool]:
+    def complete(self, record: DataRecord, *, now: float) -> Immediate[bool]:
         found = self._records.get(record.idempotency_key)
         if found is not None and lifecycle.is_lapsed(found, now=now):
             del self._records[record.idempotency_key]
@@ -368,16 +368,16 @@ class CompletesOverALapsedClaim(MemoryPersistenceLayer):
 
 @breaks("complete_stores_the_outcome_after_a_lapse_that_nobody_used")
 class CompletesOnlyWhileTheLeaseLasts(MemoryPersistenceLayer):
-    def complete(self, record: DataRecord, *, now: float) -> Settled[bool]:
+    def complete(self, record: DataRecord, *, now: float) -> Immediate[bool]:
         found = self._records.get(record.idempotency_key)
         if found is not None and lifecycle.is_lapsed(found, now=now):
-            return Settled(False)
+            return Immediate(False)
         return super().complete(record, now=now)
 
 
 @breaks("complete_leaves_a_claim_without_owner_alone")
 class CompletesClaimsWithoutOwner(MemoryPersistenceLayer):
-    def complete(self, record: DataRecord, *, now: float) -> Settled[bool]:
+    def complete(self, record: DataRecord, *, now: float) -> Immediate[bool]:
         found = self._records.get(record.idempotency_key)
         if found is not None and found.owner is None and record.owner is None:
             del self._records[record.idempotency_key]
@@ -386,22 +386,22 @@ class CompletesClaimsWithoutOwner(MemoryPersistenceLayer):
 
 @breaks("complete_stores_the_outcome_where_no_record_is")
 class CompletesOnlyWhereARecordIs(MemoryPersistenceLayer):
-    def complete(self, record: DataRecord, *, now: float) -> Settled[bool]:
+    def complete(self, record: DataRecord, *, now: float) -> Immediate[bool]:
         if record.idempotency_key not in self._records:
-            return Settled(False)
+            return Immediate(False)
         return super().complete(record, now=now)
 
 
 @breaks("complete_stores_the_outcome_where_a_foreign_record_has_expired")
 class CompletesNotWhereARecordHasExpired(MemoryPersistenceLayer):
-    def complete(self, record: DataRecord, *, now: float) -> Settled[bool]:
-        return Settled(_complete_as_of(self, record, 0.0, now))
+    def complete(self, record: DataRecord, *, now: float) -> Immediate[bool]:
+        return Immediate(_complete_as_of(self, record, 0.0, now))
 
 
 @breaks("complete_stores_the_outcome_where_a_foreign_record_has_expired")
 class CompletesWhereARecordExpiresThisSecond(MemoryPersistenceLayer):
-    def complete(self, record: DataRecord, *, now: float) -> Settled[bool]:
-        return Settled(_complete_as_of(self, record, now + 1, now))
+    def complete(self, record: DataRecord, *, now: float) -> Immediate[bool]:
+        return Immediate(_complete_as_of(self, record, now + 1, now))
 
 
 def _complete_as_of(layer: MemoryPersistenceLayer, record: DataRecord, judged_now: float, now: float) -> bool:
@@ -413,7 +413,7 @@ def _complete_as_of(layer: MemoryPersistenceLayer, record: DataRecord, judged_no
 
 @breaks("complete_leaves_another_outcome_of_ours_alone")
 class OverwritesItsFirstOutcome(MemoryPersistenceLayer):
-    def complete(self, record: DataRecord, *, now: float) -> Settled[bool]:
+    def complete(self, record: DataRecord, *, now: float) -> Immediate[bool]:
         found = self._records.get(record.idempotency_key)
         if found is not None and found.owner == record.owner is not None:
             del self._records[record.idempotency_key]
@@ -422,26 +422,26 @@ class OverwritesItsFirstOutcome(MemoryPersistenceLayer):
 
 @breaks("complete_leaves_another_outcome_of_ours_alone")
 class TakesAnyOutcomeOfOursForTheSame(MemoryPersistenceLayer):
-    def complete(self, record: DataRecord, *, now: float) -> Settled[bool]:
+    def complete(self, record: DataRecord, *, now: float) -> Immediate[bool]:
         found = self._records.get(record.idempotency_key)
         is_ours = found is not None and found.owner == record.owner and found.status is RecordStatus.COMPLETED
-        return Settled(True) if is_ours else super().complete(record, now=now)
+        return Immediate(True) if is_ours else super().complete(record, now=now)
 
 
 @breaks("complete_leaves_a_foreign_outcome_alone", "complete_leaves_another_outcome_of_ours_alone")
 class TakesAForeignOutcomeForOurs(MemoryPersistenceLayer):
-    def complete(self, record: DataRecord, *, now: float) -> Settled[bool]:
+    def complete(self, record: DataRecord, *, now: float) -> Immediate[bool]:
         found = self._records.get(record.idempotency_key)
         is_same = found is not None and found.response_data == record.response_data
-        return Settled(True) if is_same else super().complete(record, now=now)
+        return Immediate(True) if is_same else super().complete(record, now=now)
 
 
 @breaks("complete_may_be_repeated")
 class RefusesToRepeatACompletion(MemoryPersistenceLayer):
-    def complete(self, record: DataRecord, *, now: float) -> Settled[bool]:
+    def complete(self, record: DataRecord, *, now: float) -> Immediate[bool]:
         found = self._records.get(record.idempotency_key)
         if found is not None and found.status is RecordStatus.COMPLETED and not lifecycle.is_expired(found, now=now):
-            return Settled(False)
+            return Immediate(False)
         return super().complete(record, now=now)
 
 
@@ -451,7 +451,7 @@ class ChangesTheOutcomeStored(MemoryPersistenceLayer):
     def changed(self, record: DataRecord, found: DataRecord | None) -> DataRecord:
         raise NotImplementedError
 
-    def complete(self, record: DataRecord, *, now: float) -> Settled[bool]:
+    def complete(self, record: DataRecord, *, now: float) -> Immediate[bool]:
         found = self._records.get(record.idempotency_key)
         answer = super().complete(record, now=now)
         if self._records[record.idempotency_key] is not found:
@@ -518,14 +518,14 @@ class KeepsTheExpiryOfTheClaim(ChangesTheOutcomeStored):
 # --- Renewals -------------------------------------------------------------------------------------------------------
 
 
-def _renew(layer: MemoryPersistenceLayer, found: DataRecord | None, record: DataRecord) -> Settled[DataRecord | None]:
+def _renew(layer: MemoryPersistenceLayer, found: DataRecord | None, record: DataRecord) -> Immediate[DataRecord | None]:
     base = record if found is None else found
     renewed = layer._records[record.idempotency_key] = base.replace(
         expiry_timestamp=record.expiry_timestamp,
         in_progress_expiry_timestamp=record.in_progress_expiry_timestamp,
         lease_expiry_timestamp=record.lease_expiry_timestamp,
     )
-    return Settled(renewed)
+    return Immediate(renewed)
 
 
 @breaks(
@@ -535,7 +535,7 @@ def _renew(layer: MemoryPersistenceLayer, found: DataRecord | None, record: Data
     "renew_never_moves_a_claim_back",
 )
 class RenewsAnybodysClaim(MemoryPersistenceLayer):
-    def renew(self, record: DataRecord, *, now: float) -> Settled[DataRecord | None]:
+    def renew(self, record: DataRecord, *, now: float) -> Immediate[DataRecord | None]:
         found = self._records.get(record.idempotency_key)
         is_claim = found is not None and found.owner is not None and found.status is RecordStatus.INPROGRESS
         return _renew(self, found, record) if is_claim else super().renew(record, now=now)
@@ -543,7 +543,7 @@ class RenewsAnybodysClaim(MemoryPersistenceLayer):
 
 @breaks("renew_leaves_a_claim_without_owner_alone")
 class RenewsClaimsWithoutOwner(MemoryPersistenceLayer):
-    def renew(self, record: DataRecord, *, now: float) -> Settled[DataRecord | None]:
+    def renew(self, record: DataRecord, *, now: float) -> Immediate[DataRecord | None]:
         found = self._records.get(record.idempotency_key)
         is_ownerless = found is not None and found.owner is record.owner is None
         return _renew(self, found, record) if is_ownerless else super().renew(record, now=now)
@@ -551,7 +551,7 @@ class RenewsClaimsWithoutOwner(MemoryPersistenceLayer):
 
 @breaks("renew_leaves_an_outcome_alone")
 class RenewsItsResult(MemoryPersistenceLayer):
-    def renew(self, record: DataRecord, *, now: float) -> Settled[DataRecord | None]:
+    def renew(self, record: DataRecord, *, now: float) -> Immediate[DataRecord | None]:
         found = self._records.get(record.idempotency_key)
         is_result = found is not None and found.owner == record.owner and found.status is RecordStatus.COMPLETED
         return _renew(self, found, record) if is_result else super().renew(record, now=now)
@@ -559,22 +559,22 @@ class RenewsItsResult(MemoryPersistenceLayer):
 
 @breaks("renew_does_not_bring_a_claim_back")
 class RenewsWhatIsGone(MemoryPersistenceLayer):
-    def renew(self, record: DataRecord, *, now: float) -> Settled[DataRecord | None]:
+    def renew(self, record: DataRecord, *, now: float) -> Immediate[DataRecord | None]:
         found = self._records.get(record.idempotency_key)
         return _renew(self, None, record) if found is None else super().renew(record, now=now)
 
 
 @breaks("renew_holds_a_claim_that_lapsed_and_that_nobody_took")
 class RenewsOnlyWhileTheLeaseLasts(MemoryPersistenceLayer):
-    def renew(self, record: DataRecord, *, now: float) -> Settled[DataRecord | None]:
+    def renew(self, record: DataRecord, *, now: float) -> Immediate[DataRecord | None]:
         found = self._records.get(record.idempotency_key)
         is_lapsed = found is not None and lifecycle.is_lapsed(found, now=now)
-        return Settled(None) if is_lapsed else super().renew(record, now=now)
+        return Immediate(None) if is_lapsed else super().renew(record, now=now)
 
 
 @breaks("renew_moves_the_lease_and_the_expiry", "renew_never_moves_a_claim_back")
 class RenewsTheLeaseButNotTheExpiry(MemoryPersistenceLayer):
-    def renew(self, record: DataRecord, *, now: float) -> Settled[DataRecord | None]:
+    def renew(self, record: DataRecord, *, now: float) -> Immediate[DataRecord | None]:
         found = self._records.get(record.idempotency_key)
         same = record if found is None else record.replace(expiry_timestamp=found.expiry_timestamp)
         return super().renew(same, now=now)
@@ -587,7 +587,7 @@ class RenewsTheLeaseButNotTheExpiry(MemoryPersistenceLayer):
     "renew_never_moves_a_claim_back",
 )
 class RenewsTheExpiryButNotTheLease(MemoryPersistenceLayer):
-    def renew(self, record: DataRecord, *, now: float) -> Settled[DataRecord | None]:
+    def renew(self, record: DataRecord, *, now: float) -> Immediate[DataRecord | None]:
         found = self._records.get(record.idempotency_key)
         end = None if found is None else found.in_progress_expiry_timestamp
         same = record if end is None else record.replace(in_progress_expiry_timestamp=end)
@@ -600,7 +600,7 @@ class RenewsTheExpiryButNotTheLease(MemoryPersistenceLayer):
     "renew_never_moves_a_claim_back",
 )
 class RenewsWithoutRemovingAnInstant(MemoryPersistenceLayer):
-    def renew(self, record: DataRecord, *, now: float) -> Settled[DataRecord | None]:
+    def renew(self, record: DataRecord, *, now: float) -> Immediate[DataRecord | None]:
         found = self._records.get(record.idempotency_key)
         old = None if found is None else found.lease_expiry_timestamp
         return super().renew(record.replace(lease_expiry_timestamp=record.lease_expiry_timestamp or old), now=now)
@@ -608,7 +608,7 @@ class RenewsWithoutRemovingAnInstant(MemoryPersistenceLayer):
 
 @breaks("a_renewal_that_arrives_after_its_successor_moves_nothing_back", "renew_never_moves_a_claim_back")
 class RenewsToEarlierInstantsAsCallersSendThem(MemoryPersistenceLayer):
-    def renew(self, record: DataRecord, *, now: float) -> Settled[DataRecord | None]:
+    def renew(self, record: DataRecord, *, now: float) -> Immediate[DataRecord | None]:
         found = self._records.get(record.idempotency_key)
         is_back = found is not None and lifecycle.held_until(record) < lifecycle.held_until(found)
         is_ours = lifecycle.is_held_by(found, record.owner) and found is not None and not lifecycle.is_given_up(found)
@@ -619,7 +619,7 @@ class RenewsToEarlierInstantsAsCallersSendThem(MemoryPersistenceLayer):
 
 @breaks("renew_never_moves_a_claim_back")
 class ShortensTheClaim(MemoryPersistenceLayer):
-    def renew(self, record: DataRecord, *, now: float) -> Settled[DataRecord | None]:
+    def renew(self, record: DataRecord, *, now: float) -> Immediate[DataRecord | None]:
         found = self._records.get(record.idempotency_key)
         if found is not None and lifecycle.is_held_by(found, record.owner) and not lifecycle.is_given_up(found):
             return _renew(self, found, lifecycle.shifted(record, seconds=self.clock() - now))
@@ -628,7 +628,7 @@ class ShortensTheClaim(MemoryPersistenceLayer):
 
 @breaks("a_claim_that_is_given_up_is_in_doubt_at_once_and_not_renewed_any_more")
 class RenewsWhatWasGivenUp(MemoryPersistenceLayer):
-    def renew(self, record: DataRecord, *, now: float) -> Settled[DataRecord | None]:
+    def renew(self, record: DataRecord, *, now: float) -> Immediate[DataRecord | None]:
         found = self._records.get(record.idempotency_key)
         is_given_up = found is not None and lifecycle.is_given_up(found)
         return _renew(self, found, record) if is_given_up else super().renew(record, now=now)
@@ -636,15 +636,15 @@ class RenewsWhatWasGivenUp(MemoryPersistenceLayer):
 
 @breaks("a_claim_that_is_given_up_is_in_doubt_at_once_and_not_renewed_any_more")
 class GivesUpOnlyOnce(MemoryPersistenceLayer):
-    def renew(self, record: DataRecord, *, now: float) -> Settled[DataRecord | None]:
+    def renew(self, record: DataRecord, *, now: float) -> Immediate[DataRecord | None]:
         found = self._records.get(record.idempotency_key)
         is_given_up = found is not None and lifecycle.is_given_up(found)
-        return Settled(None) if is_given_up else super().renew(record, now=now)
+        return Immediate(None) if is_given_up else super().renew(record, now=now)
 
 
 @breaks("a_claim_that_is_given_up_is_in_doubt_at_once_and_not_renewed_any_more")
 class MovesTheMarkOfBeingGivenUp(MemoryPersistenceLayer):
-    def renew(self, record: DataRecord, *, now: float) -> Settled[DataRecord | None]:
+    def renew(self, record: DataRecord, *, now: float) -> Immediate[DataRecord | None]:
         if lifecycle.is_given_up(record):
             found = self._records.get(record.idempotency_key)
             return _renew(self, found, record.replace(lease_expiry_timestamp=milliseconds(self.clock() - now)))
@@ -653,11 +653,11 @@ class MovesTheMarkOfBeingGivenUp(MemoryPersistenceLayer):
 
 @breaks("renew_answers_the_claim_as_stored_and_changes_nothing_but_its_instants")
 class RenewsTheHashToo(MemoryPersistenceLayer):
-    def renew(self, record: DataRecord, *, now: float) -> Settled[DataRecord | None]:
+    def renew(self, record: DataRecord, *, now: float) -> Immediate[DataRecord | None]:
         renewed = super().renew(record, now=now).answer
         if renewed is not None:
             renewed = self._records[record.idempotency_key] = renewed.replace(payload_hash=record.payload_hash)
-        return Settled(renewed)
+        return Immediate(renewed)
 
 
 @breaks(
@@ -667,8 +667,8 @@ class RenewsTheHashToo(MemoryPersistenceLayer):
     "renew_never_moves_a_claim_back",
 )
 class AnswersTheRenewalAsProposed(MemoryPersistenceLayer):
-    def renew(self, record: DataRecord, *, now: float) -> Settled[DataRecord | None]:
-        return Settled(None if super().renew(record, now=now).answer is None else record)
+    def renew(self, record: DataRecord, *, now: float) -> Immediate[DataRecord | None]:
+        return Immediate(None if super().renew(record, now=now).answer is None else record)
 
 
 @breaks(
@@ -679,9 +679,9 @@ class AnswersTheRenewalAsProposed(MemoryPersistenceLayer):
     "renew_moves_the_lease_and_the_expiry",
 )
 class NeverRenews(MemoryPersistenceLayer):
-    def renew(self, record: DataRecord, *, now: float) -> Settled[DataRecord | None]:
+    def renew(self, record: DataRecord, *, now: float) -> Immediate[DataRecord | None]:
         found = self._records.get(record.idempotency_key)
-        return Settled(found if lifecycle.is_held_by(found, record.owner) else None)
+        return Immediate(found if lifecycle.is_held_by(found, record.owner) else None)
 
 
 # --- Releases -------------------------------------------------------------------------------------------------------
@@ -689,45 +689,45 @@ class NeverRenews(MemoryPersistenceLayer):
 
 @breaks("release_leaves_a_foreign_claim_alone")
 class ReleasesAnybodysClaim(MemoryPersistenceLayer):
-    def release(self, record: DataRecord) -> Settled[bool]:
+    def release(self, record: DataRecord) -> Immediate[bool]:
         found = self._records.get(record.idempotency_key)
         is_claim = found is not None and found.owner is not None and found.status is RecordStatus.INPROGRESS
-        return Settled(self._records.pop(record.idempotency_key, None) is not None if is_claim else False)
+        return Immediate(self._records.pop(record.idempotency_key, None) is not None if is_claim else False)
 
 
 @breaks("release_leaves_a_claim_without_owner_alone")
 class ReleasesClaimsWithoutOwner(MemoryPersistenceLayer):
-    def release(self, record: DataRecord) -> Settled[bool]:
+    def release(self, record: DataRecord) -> Immediate[bool]:
         found = self._records.get(record.idempotency_key)
         if found is not None and found.owner is record.owner is None:
             del self._records[record.idempotency_key]
-            return Settled(True)
+            return Immediate(True)
         return super().release(record)
 
 
 @breaks("release_leaves_an_outcome_alone")
 class ReleasesItsResult(MemoryPersistenceLayer):
-    def release(self, record: DataRecord) -> Settled[bool]:
+    def release(self, record: DataRecord) -> Immediate[bool]:
         found = self._records.get(record.idempotency_key)
         if found is not None and found.owner == record.owner is not None:
             del self._records[record.idempotency_key]
-            return Settled(True)
+            return Immediate(True)
         return super().release(record)
 
 
 @breaks("release_says_that_there_is_nothing_to_release")
 class SaysReleasedWhereNothingIs(MemoryPersistenceLayer):
-    def release(self, record: DataRecord) -> Settled[bool]:
+    def release(self, record: DataRecord) -> Immediate[bool]:
         is_absent = record.idempotency_key not in self._records
-        return Settled(super().release(record).answer or is_absent)
+        return Immediate(super().release(record).answer or is_absent)
 
 
 @breaks("release_deletes_our_claim")
 class ReleasesOnlyWhileTheLeaseLasts(MemoryPersistenceLayer):
-    def release(self, record: DataRecord) -> Settled[bool]:
+    def release(self, record: DataRecord) -> Immediate[bool]:
         found = self._records.get(record.idempotency_key)
         is_lapsed = found is not None and lifecycle.is_lapsed(found, now=self.clock())
-        return Settled(False) if is_lapsed else super().release(record)
+        return Immediate(False) if is_lapsed else super().release(record)
 
 
 # --- Look-ups, and the layer as an object ---------------------------------------------------------------------------
@@ -740,32 +740,32 @@ class ReleasesOnlyWhileTheLeaseLasts(MemoryPersistenceLayer):
     "renew_does_not_bring_a_claim_back",
 )
 class InventsARecord(MemoryPersistenceLayer):
-    def get(self, key: str) -> Settled[DataRecord | None]:
+    def get(self, key: str) -> Immediate[DataRecord | None]:
         found = super().get(key).answer
-        return Settled(found or DataRecord(idempotency_key=key, status=RecordStatus.COMPLETED))
+        return Immediate(found or DataRecord(idempotency_key=key, status=RecordStatus.COMPLETED))
 
 
 @breaks("get_may_find_a_record_that_has_expired")
 class ChangesExpiredRecordsOnGet(MemoryPersistenceLayer):
-    def get(self, key: str) -> Settled[DataRecord | None]:
+    def get(self, key: str) -> Immediate[DataRecord | None]:
         found = super().get(key).answer
         is_expired = found is not None and lifecycle.is_expired(found, now=self.clock())
-        return Settled(found.replace(payload_hash="expired") if found is not None and is_expired else found)
+        return Immediate(found.replace(payload_hash="expired") if found is not None and is_expired else found)
 
 
 @breaks("forget_drops_any_record")
 class ForgetsNoResult(MemoryPersistenceLayer):
-    def forget(self, key: str) -> Settled[None]:
+    def forget(self, key: str) -> Immediate[None]:
         found = self._records.get(key)
         is_result = found is not None and found.status is RecordStatus.COMPLETED
-        return Settled(None) if is_result else super().forget(key)
+        return Immediate(None) if is_result else super().forget(key)
 
 
 @breaks("forget_drops_any_record")
 class ForgetsOnlyWhatIsThere(MemoryPersistenceLayer):
-    def forget(self, key: str) -> Settled[None]:
+    def forget(self, key: str) -> Immediate[None]:
         del self._records[key]
-        return Settled(None)
+        return Immediate(None)
 
 
 @breaks("a_layer_may_be_opened_and_closed_repeatedly_and_used_afterwards")
@@ -799,11 +799,11 @@ class BelongsToOneEventLoop(MemoryPersistenceLayer):
         if self.loop is not asyncio.get_running_loop():
             raise RuntimeError("attached to a different loop")
 
-    def acquire(self, record: DataRecord, **options: Any) -> Settled[Claimed | Blocked]:
+    def acquire(self, record: DataRecord, **options: Any) -> Immediate[Claimed | Blocked]:
         self._check()
         return super().acquire(record, **options)
 
-    def get(self, key: str) -> Settled[DataRecord | None]:
+    def get(self, key: str) -> Immediate[DataRecord | None]:
         self._check()
         return super().get(key)
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, Self, TypeAlias
 from aidem._distribution import how_to_install
 from aidem._rules import lifecycle
 from aidem._rules.lifecycle import Blocked, Claimed, Completion
-from aidem._runtime.fork import Guard
+from aidem._runtime.fork import ForkSafeLock
 from aidem.exceptions import IdempotencyPersistenceConfigError
 
 try:
@@ -137,7 +137,7 @@ class DynamoDBPersistenceLayer:
         self._requests = Requests(table_name, self._attributes)
         # No item remembers the fence of a claim that was released; the next one may come within the same millisecond.
         self._last_fence = 0
-        self._guard = Guard()
+        self._guard = ForkSafeLock()
 
     async def acquire(
         self, record: DataRecord, *, now: float, max_clock_skew_seconds: float = 0.0

@@ -10,7 +10,7 @@ from aidem._distribution import how_to_install
 from aidem._rules import lifecycle
 from aidem._rules.lifecycle import Blocked, Claimed, Completion
 from aidem._rules.record import DataRecord, RecordStatus
-from aidem._runtime.cancellation import SettlingFuture
+from aidem._runtime.cancellation import UncancellableFuture
 from aidem.exceptions import IdempotencyPersistenceLayerError, IdempotencySerializationError
 
 try:
@@ -139,7 +139,7 @@ class RedisPersistenceLayer:
         *,
         now: float,
         max_clock_skew_seconds: float = 0.0,  # noqa: ARG002 - the server's clock is the only one
-    ) -> SettlingFuture[Claimed | Blocked]:
+    ) -> UncancellableFuture[Claimed | Blocked]:
         """Store a claim unless a live record of somebody else is there."""
         key = record.idempotency_key
         keys = (key, f"{key}:lock") if self._respects_lock else (key,)
@@ -149,7 +149,7 @@ class RedisPersistenceLayer:
             self._scripts.acquire,
         )
 
-    def complete(self, record: DataRecord, *, now: float) -> SettlingFuture[bool]:
+    def complete(self, record: DataRecord, *, now: float) -> UncancellableFuture[bool]:
         """Store an outcome over the claim of the same owner, or where no record is.
 
         Raises:
@@ -168,7 +168,7 @@ class RedisPersistenceLayer:
             self._scripts.complete,
         )
 
-    def renew(self, record: DataRecord, *, now: float) -> SettlingFuture[DataRecord | None]:
+    def renew(self, record: DataRecord, *, now: float) -> UncancellableFuture[DataRecord | None]:
         """Set the instants of our claim."""
         key = record.idempotency_key
         return self._ask(
@@ -177,11 +177,11 @@ class RedisPersistenceLayer:
             self._scripts.renew,
         )
 
-    def release(self, record: DataRecord) -> SettlingFuture[bool]:
+    def release(self, record: DataRecord) -> UncancellableFuture[bool]:
         """Delete our claim."""
         return self._ask((1, record.idempotency_key, *self._judge(record)), bool, self._scripts.release)
 
-    def get(self, key: str) -> SettlingFuture[DataRecord | None]:
+    def get(self, key: str) -> UncancellableFuture[DataRecord | None]:
         """Return the record of a key as it is stored now."""
         return self._ask(("GET", key), lambda reply: self._text.read(key, reply))
 
@@ -235,8 +235,8 @@ class RedisPersistenceLayer:
 
     def _ask(
         self, arguments: tuple[Any, ...], read: Callable[[Any], T], script: Script | None = None
-    ) -> SettlingFuture[T]:
-        future: SettlingFuture[T] = SettlingFuture(loop=asyncio.get_running_loop())
+    ) -> UncancellableFuture[T]:
+        future: UncancellableFuture[T] = UncancellableFuture(loop=asyncio.get_running_loop())
         self._connections.here().line.ask(Command(future, arguments, read, script))
         return future
 

@@ -11,7 +11,7 @@ from aidem.persistence.redis._errors import ReplyError
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from aidem._runtime.cancellation import SettlingFuture
+    from aidem._runtime.cancellation import UncancellableFuture
     from aidem.persistence.redis._line import Line
 
 OLDEST_VERSION: Final = (6, 2)
@@ -37,7 +37,7 @@ async def problems(nodes: Iterable[Line], *, mode: str) -> list[str]:
     return list(found)
 
 
-async def _if_allowed(reply: SettlingFuture[Any]) -> Any:
+async def _if_allowed(reply: UncancellableFuture[Any]) -> Any:
     """Return the reply; None where the ACL, or whoever runs the server, has forbidden the command."""
     try:
         await reply.waiter()  # which can be cancelled at once, as the reply cannot

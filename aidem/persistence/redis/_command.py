@@ -9,7 +9,7 @@ import hiredis
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from aidem._runtime.cancellation import SettlingFuture
+    from aidem._runtime.cancellation import UncancellableFuture
     from aidem.persistence.redis._errors import ReplyError
     from aidem.persistence.redis._scripts import Script
 
@@ -31,7 +31,7 @@ class Command(Generic[T]):
 
     def __init__(
         self,
-        future: SettlingFuture[T],
+        future: UncancellableFuture[T],
         arguments: tuple[str | int, ...],
         read: Callable[[Any], T],
         script: Script | None = None,

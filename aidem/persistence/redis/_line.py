@@ -12,7 +12,7 @@ from contextvars import Context
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
-from aidem._runtime.cancellation import SettlingFuture
+from aidem._runtime.cancellation import UncancellableFuture
 from aidem.exceptions import IdempotencyPersistenceConnectionError
 from aidem.persistence.redis._command import Asking, Command, Question
 from aidem.persistence.redis._errors import CLOSED, LOST, copy_of, failure_of
@@ -69,9 +69,9 @@ class Line:
             self._waiting.append(command)
             self._flush()
 
-    def query(self, *arguments: str) -> SettlingFuture[Any]:
+    def query(self, *arguments: str) -> UncancellableFuture[Any]:
         """Send a command; answer the reply as it comes."""
-        future: SettlingFuture[Any] = SettlingFuture(loop=self._loop)
+        future: UncancellableFuture[Any] = UncancellableFuture(loop=self._loop)
         self.ask(Question(future, arguments, lambda reply: reply))
         return future
 

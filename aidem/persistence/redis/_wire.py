@@ -1,6 +1,6 @@
 """One connection that all operations of an event loop share: commands go out packed, replies come back in order.
 
-There is no task per operation. Whoever waits, waits for a `SettlingFuture`, so a caller that is cancelled leaves its
+There is no task per operation. Whoever waits, waits for a `UncancellableFuture`, so a caller that is cancelled leaves its
 place in the line, and nobody gets another's reply.
 """
 

@@ -7,7 +7,7 @@ import time
 from collections import deque
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
-from aidem._runtime.cancellation import SettlingFuture
+from aidem._runtime.cancellation import UncancellableFuture
 from aidem.exceptions import IdempotencyPersistenceConnectionError
 from aidem.persistence.sqlite import _thread
 from aidem.persistence.sqlite._file import DatabaseFile
@@ -70,27 +70,27 @@ class SQLitePersistenceLayer:
         *,
         now: float,
         max_clock_skew_seconds: float = 0.0,  # noqa: ARG002 - one machine, one clock
-    ) -> SettlingFuture[Claimed | Blocked]:
+    ) -> UncancellableFuture[Claimed | Blocked]:
         """Store a claim unless a live record of somebody else is there."""
         return self._ask(lambda records: records.acquire(record, now=now))
 
-    def complete(self, record: DataRecord, *, now: float) -> SettlingFuture[bool]:
+    def complete(self, record: DataRecord, *, now: float) -> UncancellableFuture[bool]:
         """Store an outcome over the claim of the same owner, or where no record is."""
         return self._ask(lambda records: records.complete(record, now=now), is_of_use_late=True)
 
-    def renew(self, record: DataRecord, *, now: float) -> SettlingFuture[DataRecord | None]:
+    def renew(self, record: DataRecord, *, now: float) -> UncancellableFuture[DataRecord | None]:
         """Set the instants of our claim."""
         return self._ask(lambda records: records.renew(record, now=now))
 
-    def release(self, record: DataRecord) -> SettlingFuture[bool]:
+    def release(self, record: DataRecord) -> UncancellableFuture[bool]:
         """Delete our claim."""
         return self._ask(lambda records: records.release(record), is_of_use_late=True)
 
-    def get(self, key: str) -> SettlingFuture[DataRecord | None]:
+    def get(self, key: str) -> UncancellableFuture[DataRecord | None]:
         """Return the record of a key as it is stored now."""
         return self._ask(lambda records: records.get(key), writes=False)
 
-    def forget(self, key: str) -> SettlingFuture[None]:
+    def forget(self, key: str) -> UncancellableFuture[None]:
         """Drop any record of the key."""
         return self._ask(lambda records: records.forget(key), is_of_use_late=True)
 
@@ -104,7 +104,7 @@ class SQLitePersistenceLayer:
 
     async def aclose(self) -> None:
         """Finish what was asked so far, then close the file and end the thread."""
-        done: SettlingFuture[None] = SettlingFuture(loop=asyncio.get_running_loop())
+        done: UncancellableFuture[None] = UncancellableFuture(loop=asyncio.get_running_loop())
         with _thread.gate:
             thread, self._thread = self._thread, None
             if thread is None or thread.ended:
@@ -130,9 +130,9 @@ class SQLitePersistenceLayer:
 
     def _ask(
         self, operation: Callable[[Records], T], *, writes: bool = True, is_of_use_late: bool = False
-    ) -> SettlingFuture[T]:
+    ) -> UncancellableFuture[T]:
         loop = asyncio.get_running_loop()
-        future: SettlingFuture[T] = SettlingFuture(loop=loop)
+        future: UncancellableFuture[T] = UncancellableFuture(loop=loop)
         job = Job(future, operation, writes, is_of_use_late)
         with _thread.gate:
             if self._thread is None or self._thread.ended:
@@ -156,10 +156,10 @@ class _Deadlines:
         self._loop = loop
         self._path = path
         self._timeout_seconds = timeout_seconds
-        self._asked: deque[tuple[float, SettlingFuture[Any]]] = deque()
+        self._asked: deque[tuple[float, UncancellableFuture[Any]]] = deque()
         self._timer: asyncio.TimerHandle | None = None
 
-    def watch(self, future: SettlingFuture[Any]) -> None:
+    def watch(self, future: UncancellableFuture[Any]) -> None:
         """Fail it in time; answers come in the order of asking, so those that have come are the first."""
         while self._asked and self._asked[0][1].done():
             self._asked.popleft()

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import sqlite3
     from collections.abc import Callable
 
-    from aidem._runtime.cancellation import SettlingFuture
+    from aidem._runtime.cancellation import UncancellableFuture
     from aidem.persistence.sqlite._file import DatabaseFile
 
 MAX_BATCH: Final = 256
@@ -43,7 +43,7 @@ class Job(NamedTuple):
             to be given back, but nobody needs a claim by then.
     """
 
-    future: SettlingFuture[Any]
+    future: UncancellableFuture[Any]
     operation: Callable[[Records], Any]
     writes: bool
     is_of_use_late: bool
@@ -60,7 +60,7 @@ class RecordThread:
     def __init__(self, file: DatabaseFile, clock: Callable[[], float]) -> None:
         self.jobs: SimpleQueue[Job | None] = SimpleQueue()
         self.ended = False
-        self._done: SettlingFuture[None] | None = None
+        self._done: UncancellableFuture[None] | None = None
         self._file = file
         self._clock = clock
         self._connection: sqlite3.Connection | None = None
@@ -69,7 +69,7 @@ class RecordThread:
         self._thread.start()
         _threads.add(self)
 
-    def end(self, done: SettlingFuture[None] | None) -> None:
+    def end(self, done: UncancellableFuture[None] | None) -> None:
         """Let it finish what was asked, close the file, then settle `done`."""
         self.ended = True
         self._done = done
@@ -168,19 +168,19 @@ class RecordThread:
 
 def _deliver(batch: list[Job], answers: list[Any]) -> None:
     """Hand each loop its answers, all at once."""
-    by_loop: dict[asyncio.AbstractEventLoop, list[tuple[SettlingFuture[Any], Any]]] = {}
+    by_loop: dict[asyncio.AbstractEventLoop, list[tuple[UncancellableFuture[Any], Any]]] = {}
     for job, answer in zip(batch, answers, strict=True):
         by_loop.setdefault(job.future.get_loop(), []).append((job.future, answer))
     for loop, settled in by_loop.items():
         _deliver_to(loop, settled)
 
 
-def _deliver_to(loop: asyncio.AbstractEventLoop, settled: list[tuple[SettlingFuture[Any], Any]]) -> None:
+def _deliver_to(loop: asyncio.AbstractEventLoop, settled: list[tuple[UncancellableFuture[Any], Any]]) -> None:
     with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
         loop.call_soon_threadsafe(_settle, settled)
 
 
-def _settle(settled: list[tuple[SettlingFuture[Any], Any]]) -> None:
+def _settle(settled: list[tuple[UncancellableFuture[Any], Any]]) -> None:
     for future, answer in settled:
         if isinstance(answer, Exception):
             future.fail(answer)
