@@ -20,10 +20,10 @@ SUPPORTED = ("3.11", "3.12", "3.13")
 MAIN = f"{sys.version_info.major}.{sys.version_info.minor}"
 
 # What depends on the version of a client; a second server, Powertools and many processes do not.
-DYNAMODB_CLIENT = [f"tests/persistence/test_dynamodb{part}.py" for part in ("", "_client")]
-DYNAMODB_FAULTS = [f"tests/persistence/test_dynamodb{part}.py" for part in ("_errors", "_faults")]
-REDIS_CLIENT = [f"tests/persistence/test_redis{part}.py" for part in ("", "_conformance", "_connection", "_errors")]
-PYDANTIC = [f"tests/test_{part}.py" for part in ("payloads", "results", "serialization")]
+DYNAMODB_CLIENT = [f"tests/persistence/dynamodb/test_{part}.py" for part in ("dynamodb", "client")]
+DYNAMODB_FAULTS = [f"tests/persistence/dynamodb/test_{part}.py" for part in ("errors", "faults")]
+REDIS_CLIENT = [f"tests/persistence/redis/test_{part}.py" for part in ("redis", "conformance", "connection", "errors")]
+PYDANTIC = ["tests/rules/test_payloads.py", "tests/rules/test_model_dump.py", "tests/serialization"]
 HTTP = [
     f"tests/http/test_{part}.py" for part in ("fastapi_functions", "fastapi_openapi", "fastapi_route", "schemathesis")
 ]

@@ -15,8 +15,6 @@ from aidem.hooks import IdempotencyHook
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
-    from aidem.config import IdempotencyConfig
-
     Check = Callable[[Any], bool]
 
 OnAbandoned = Literal["run_again", "raise"]
@@ -144,24 +142,27 @@ _OPTIONS: Final[dict[str, tuple[Check, str | Callable[[Any], str]]]] = {
 # --- Settings in an `IdempotencyConfig` -----------------------------------------------------------------------------
 
 
-def check_settings(config: IdempotencyConfig) -> None:
+def check_settings(settings: Mapping[str, Any]) -> None:
     """Check every setting of a config, and those that exclude each other.
+
+    Args:
+        settings: The fields of an `IdempotencyConfig` by name.
 
     Raises:
         IdempotencyConfigError: One has a value that cannot work.
     """
     for setting, (is_allowed, allowed) in _SETTINGS.items():
-        value = getattr(config, setting)
-        if not is_allowed(value):
-            raise refused(setting, repr(value), allowed)
-    _check_jmespath_options(config.jmespath_options)
+        if not is_allowed(settings[setting]):
+            raise refused(setting, repr(settings[setting]), allowed)
+    jmespath_options, hash_function = settings["jmespath_options"], settings["hash_function"]
+    _check_jmespath_options(jmespath_options)
     for setting in ("event_key_jmespath", "payload_validation_jmespath"):
-        _check_expression(setting, getattr(config, setting), config.jmespath_options)
+        _check_expression(setting, settings[setting], jmespath_options)
     try:
-        _key.check_hash_function(config.hash_function)
+        _key.check_hash_function(hash_function)
     except ValueError as exc:
-        raise refused("hash_function", repr(config.hash_function), str(exc)) from exc
-    if config.on_abandoned == "raise" and config.on_persistence_error == "run":
+        raise refused("hash_function", repr(hash_function), str(exc)) from exc
+    if settings["on_abandoned"] == "raise" and settings["on_persistence_error"] == "run":
         allowed = '"raise" together with on_abandoned="raise", which promises that nothing runs twice'
         raise refused("on_persistence_error", repr("run"), allowed)
 

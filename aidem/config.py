@@ -6,7 +6,7 @@ import contextlib
 import logging
 import os
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Final, Protocol, runtime_checkable
 
 from aidem._checks import check_options, check_settings, kind_of, refused
@@ -90,7 +90,7 @@ class IdempotencyConfig:
     hooks: tuple[IdempotencyHook, ...] = field(default=(), hash=False)
 
     def __post_init__(self) -> None:
-        check_settings(self)
+        check_settings({each.name: getattr(self, each.name) for each in fields(self)})
 
     def register_lambda_context(self, lambda_context: LambdaContext) -> None:
         """Register the Lambda context for the current task or thread, as `aidem.register_lambda_context` does."""

@@ -148,9 +148,9 @@ def test_every_kind_of_event_is_described() -> None:
 def test_every_answer_of_the_http_layer_is_described() -> None:
     row = r"^\| (\d+)( with `Retry-After`)? \| .* \| `([\w-]+)` \| (?:no|yes) \|$"
     rows = re.findall(row, page("http.md"), re.MULTILINE)
-    answers = [value for value in vars(answers).values() if isinstance(value, Problem)]
+    problems = [value for value in vars(answers).values() if isinstance(value, Problem)]
     described = {(int(status), bool(retry_after), name) for status, retry_after, name in rows}
-    assert described == {(answer.status, answer.is_temporary, answer.name) for answer in answers}
+    assert described == {(answer.status, answer.is_temporary, answer.name) for answer in problems}
 
 
 @pytest.mark.parametrize("module", MODULES_WITH_PUBLIC_NAMES)

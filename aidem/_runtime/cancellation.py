@@ -133,8 +133,8 @@ class CancellationShield:
     async def settle(self, operation: Awaitable[T], *, within_seconds: float | None = None) -> T:
         """Wait for the operation to settle, whatever happens to the task; return its answer or raise its error.
 
-        The operation is a `Immediate`, a `UncancellableFuture`, or a coroutine, which then runs as a task of its own. It
-        fails when it takes longer than `within_seconds`.
+        The operation is an `Immediate`, an `UncancellableFuture`, or a coroutine, which then runs as a task of its own.
+        It fails when it takes longer than `within_seconds`.
         """
         if isinstance(operation, Immediate):
             answer: T = operation.answer

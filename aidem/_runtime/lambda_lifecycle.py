@@ -1,15 +1,43 @@
-"""Snapshots of Lambda SnapStart: nothing is connected while one is taken, and every restored copy connects anew.
+"""The life of a Lambda environment: layers are opened while it initializes; a snapshot finds nothing connected.
 
 The hooks are those of `snapshot_restore_py`, which Lambda's runtime has; where it is missing, nobody takes snapshots.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-from typing import TYPE_CHECKING
+import logging
+from typing import TYPE_CHECKING, Final, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection
+
+logger = logging.getLogger("aidem")
+
+WARM_SECONDS: Final = 5.0
+"""How long opening layers may hold up a start; Lambda allows 10 s for an init, and for what follows a restore."""
+
+
+class Openable(Protocol):
+    """What can be opened before it is needed, such as a persistence layer."""
+
+    async def open(self) -> None:
+        """Connect."""
+        ...
+
+
+async def open_all(layers: Collection[Openable]) -> None:
+    """Open layers side by side, bounded; one that cannot be opened is logged, and its first use opens it."""
+    await asyncio.gather(*map(_open_one, layers))
+
+
+async def _open_one(layer: Openable) -> None:
+    try:
+        async with asyncio.timeout(WARM_SECONDS):
+            await layer.open()
+    except Exception as error:  # noqa: BLE001 - an init that fails is repeated by every invocation
+        logger.warning("%s could not be opened yet, its first use will: %r", type(layer).__name__, error)
 
 
 class BeforeSnapshot:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from aidem._checks import check_options
 from aidem._runtime import lambda_lifecycle, lambda_loop
-from aidem._runtime.warming import open_all
+from aidem._runtime.lambda_lifecycle import open_all
 from aidem.awslambda._batch import process_batch
 from aidem.config import lambda_context_of, register_lambda_context
 from aidem.exceptions import IdempotencyUsageError

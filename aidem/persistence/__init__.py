@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 __all__ = [
     "Blocked",
     "Claimed",
+    "Immediate",
     "OutcomeKind",
     "PersistenceLayer",
-    "Immediate",
-    "UncancellableFuture",
     "SupportsWaitForChange",
+    "UncancellableFuture",
     "open_persistence_layer",
 ]
 
@@ -55,8 +55,8 @@ class PersistenceLayer(Protocol):
     INPROGRESS. A record without an owner is never ours.
 
     **Cancellation.** Operations are usually `async def`; the engine then runs each as a task of its own, so that a
-    cancelled caller does not leave a write half-done. A layer may instead answer a `UncancellableFuture`, or `Immediate` where
-    it never has to wait, which saves that task.
+    cancelled caller does not leave a write half-done. A layer may instead answer an
+    `UncancellableFuture`, or `Immediate` where it never has to wait, which saves that task.
 
     **Errors.** `IdempotencyPersistenceConnectionError` when the store cannot be reached, timed out or throttles (the
     operation may have been applied); `IdempotencyPersistenceConfigError` for a missing table, a wrong schema or denied

@@ -21,7 +21,7 @@ from aidem._api.signature import Target, check_takes_event, payload_finder
 from aidem._checks import check_options
 from aidem._engine.call import Phase
 from aidem._runtime import background_loop, lambda_lifecycle
-from aidem._runtime.warming import open_all
+from aidem._runtime.lambda_lifecycle import open_all
 from aidem.config import check_call_options, lambda_context_of, register_lambda_context, reset_lambda_context
 from aidem.sync._blocking import (
     BlockingBinding,

@@ -18,7 +18,7 @@ import pytest
 
 from aidem import IdempotencyConfig, current_execution, idempotent, idempotent_function
 from aidem._runtime import lambda_loop
-from aidem._runtime.warming import WARM_SECONDS
+from aidem._runtime.lambda_lifecycle import WARM_SECONDS
 from aidem.awslambda import lambda_handler
 from aidem.config import current_lambda_context
 from aidem.exceptions import IdempotencyConfigError, IdempotencyPersistenceConnectionError, IdempotencyUsageError

@@ -234,5 +234,6 @@ def test_a_class_whose_module_nobody_imported_is_not_imported_to_ask_for_it() ->
 
 
 def test_importing_keys_and_results_does_not_import_pydantic() -> None:
-    code = "import sys, aidem._rules.canonical_json, aidem._rules.key, aidem.serialization; sys.exit('pydantic' in sys.modules)"
+    modules = "aidem._rules.canonical_json, aidem._rules.key, aidem.serialization"
+    code = f"import sys, {modules}; sys.exit('pydantic' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -16,16 +16,16 @@ from typing import TYPE_CHECKING, Any
 from aidem import DataRecord
 from tests.simulation.conditions import Conditions
 from tests.simulation.internals import (
+    CancellationShield,
     Claim,
     ClaimedRecord,
     EngineCall,
-    Flight,
-    HeldOff,
     LocalCache,
-    Patience,
-    _cancellation,
-    _state,
+    SingleFlight,
+    WaitBudget,
     ask,
+    cancellation,
+    lifecycle,
 )
 from tests.simulation.rules import Rule
 from tests.simulation.store import Store, is_given_up
@@ -213,12 +213,12 @@ def an_operation_is_cancelled_with_its_caller(patch: pytest.MonkeyPatch) -> None
     async def give_in(_future: asyncio.Future[Any]) -> None:
         raise asyncio.CancelledError
 
-    patch.setattr(_cancellation, "_outlast", give_in)
+    patch.setattr(cancellation, "_outlast", give_in)
 
 
 @noticed_by(Rule.H9)
 def a_claim_whose_caller_was_cancelled_is_not_released(patch: pytest.MonkeyPatch) -> None:
-    async def release_unused(self: ClaimedRecord, shield: HeldOff) -> None: ...
+    async def release_unused(self: ClaimedRecord, shield: CancellationShield) -> None: ...
 
     patch.setattr(ClaimedRecord, "_release_unused", release_unused)
 
@@ -240,12 +240,14 @@ def a_cancelled_body_gives_its_key_back_under_raise(patch: pytest.MonkeyPatch) -
 
 @noticed_by(Rule.H12, where=lambda conditions: conditions.policy == "raise")
 def nothing_is_ever_in_doubt(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(_state, "is_in_doubt", lambda record, *, now: False)
+    patch.setattr(lifecycle, "is_in_doubt", lambda record, *, now: False)
 
 
 @noticed_by(Rule.H13)
 def a_completion_is_tried_once(patch: pytest.MonkeyPatch) -> None:
-    def once(self: ClaimedRecord, start: Callable[[], Awaitable[Any]], *, shield: HeldOff, effect: str) -> Any:
+    def once(
+        self: ClaimedRecord, start: Callable[[], Awaitable[Any]], *, shield: CancellationShield, effect: str
+    ) -> Any:
         return ask(start, shield=shield, key=self._key, effect=effect)
 
     patch.setattr(ClaimedRecord, "_ask_persistently", once)
@@ -253,12 +255,12 @@ def a_completion_is_tried_once(patch: pytest.MonkeyPatch) -> None:
 
 @noticed_by(Rule.H6, Rule.P2)
 def a_cancellation_is_swallowed(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(HeldOff, "__exit__", lambda self, *_: None)
+    patch.setattr(CancellationShield, "__exit__", lambda self, *_: None)
 
 
 @noticed_by(Rule.H6)
 def a_cancellation_during_the_clean_up_is_swallowed(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(HeldOff, "request_again", lambda self: None)
+    patch.setattr(CancellationShield, "request_again", lambda self: None)
 
 
 @noticed_by(Rule.H3, Rule.H6)
@@ -276,7 +278,7 @@ def a_failed_release_replaces_the_error_of_the_body(patch: pytest.MonkeyPatch) -
 def a_loser_returns_its_own_result(patch: pytest.MonkeyPatch) -> None:
     complete = Claim.complete
 
-    async def always(self: Claim, text: str, outcome: Any, *, shield: HeldOff) -> DataRecord:
+    async def always(self: Claim, text: str, outcome: Any, *, shield: CancellationShield) -> DataRecord:
         return await complete(self, text, outcome, shield=shield) or self.record
 
     patch.setattr(Claim, "complete", always)
@@ -284,12 +286,12 @@ def a_loser_returns_its_own_result(patch: pytest.MonkeyPatch) -> None:
 
 @noticed_by(Rule.P1)
 def an_outcome_is_handed_out_before_the_payload_is_compared(patch: pytest.MonkeyPatch) -> None:
-    differs = _state.differs
+    differs = lifecycle.differs
 
     def differs_while_running(record: DataRecord, payload_hash: str) -> bool:
         return record.response_data is None and differs(record, payload_hash)
 
-    patch.setattr(_state, "differs", differs_while_running)
+    patch.setattr(lifecycle, "differs", differs_while_running)
 
 
 @noticed_by(Rule.P1)
@@ -313,19 +315,19 @@ def expired_outcomes_are_cached(patch: pytest.MonkeyPatch) -> None:
 
 @noticed_by(Rule.H8)
 def waiters_look_only_when_their_time_is_over(patch: pytest.MonkeyPatch) -> None:
-    async def pause(self: Patience, record: DataRecord, *, polls: int, now: float) -> None:
+    async def pause(self: WaitBudget, record: DataRecord, *, polls: int, now: float) -> None:
         if self.remaining_seconds() <= 0:
             raise self.in_progress(record, now=now)
         await self._until_change(self.remaining_seconds(), shortest=self.remaining_seconds())
 
-    patch.setattr(Patience, "pause", pause)
+    patch.setattr(WaitBudget, "pause", pause)
 
 
 @noticed_by(Rule.H8)
 def followers_do_not_learn_of_the_end(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Flight, "_hand_over", lambda self, line, ending: None)
+    patch.setattr(SingleFlight, "_hand_over", lambda self, line, ending: None)
 
 
 @noticed_by(Rule.H7, Rule.H8)
 def flights_are_kept(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Flight, "end", lambda self, ending: None)
+    patch.setattr(SingleFlight, "end", lambda self, ending: None)

@@ -7,8 +7,8 @@ import gc
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
+from aidem._engine import claimed_record
 from aidem._engine.call import Call as EngineCall
-from aidem._engine.call import claimed_record
 from aidem._engine.claim import Claim
 from aidem._engine.claimed_record import ClaimedRecord
 from aidem._engine.local_cache import LocalCache
@@ -30,16 +30,16 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CLEANUP_SECONDS",
+    "CancellationShield",
     "Claim",
     "ClaimedRecord",
     "EngineCall",
-    "Flight",
-    "HeldOff",
     "LocalCache",
-    "Patience",
-    "_cancellation",
-    "_state",
+    "SingleFlight",
+    "WaitBudget",
     "ask",
+    "cancellation",
+    "lifecycle",
 ]
 
 

@@ -1,6 +1,7 @@
 """The judge of the stateful tests: aidem's promises in plain words, checked against everything that is seen.
 
-It shares no rule with `aidem._rules.lifecycle`: what a record means is written down here once more, as plainly as can be.
+It shares no rule with `aidem._rules.lifecycle`: what a record means is written down here once more, as plainly as can
+be.
 """
 
 from __future__ import annotations

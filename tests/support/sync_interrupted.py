@@ -1,4 +1,6 @@
-"""A process whose every call is interrupted by its parent once: `python -m tests.support.sync_interrupted FRONT [CONTROL]`.
+"""A process whose every call is interrupted by its parent once.
+
+`python -m tests.support.sync_interrupted FRONT [CONTROL]`
 
 For every line it reads it makes a call under a fresh key, which takes about 30 ms, and then makes that call again,
 undisturbed. It reports where it was when the signal came, what the second call got, and what it had to get. CONTROL

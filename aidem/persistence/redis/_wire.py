@@ -1,7 +1,7 @@
 """One connection that all operations of an event loop share: commands go out packed, replies come back in order.
 
-There is no task per operation. Whoever waits, waits for a `UncancellableFuture`, so a caller that is cancelled leaves its
-place in the line, and nobody gets another's reply.
+There is no task per operation. Callers wait for an `UncancellableFuture`, so one that is cancelled leaves its place
+in the line, and nobody gets another's reply.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """One process of a fleet: calls one function for every key, and writes what happens to a log that all share.
 
-`python -m tests.support.processes.worker ORDERS`, where ORDERS are `harness.Orders` as JSON. It says `ready`, waits for a line,
-works, and leaves. Every event is one `write` to a file opened with O_APPEND, so what a killed process wrote is there.
+`python -m tests.support.processes.worker ORDERS`, where ORDERS are `harness.Orders` as JSON. It says `ready`, waits
+for a line, works, and leaves. Every event is one `write` to a file opened with O_APPEND, so
+what a killed process wrote is there.
 """
 
 from __future__ import annotations
