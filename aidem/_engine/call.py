@@ -11,8 +11,7 @@ import logging
 from enum import Enum, auto
 from typing import TYPE_CHECKING
 
-from aidem._engine.claim import Claim
-from aidem._engine.claimed_record import GIVING_BACK_SECONDS
+from aidem._engine.claim import GIVING_BACK_SECONDS, Claim
 from aidem._engine.operations import NOTHING_RUN, ask
 from aidem._engine.single_flight import SingleFlight
 from aidem._engine.waiting import WaitBudget, winner

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from aidem import IdempotencyConfig, RecordStatus, current_execution, idempotency, idempotent_function
-from aidem._engine.claimed_record import GIVING_BACK_SECONDS
+from aidem._engine.claim import GIVING_BACK_SECONDS
 from aidem._runtime.cancellation import CLEANUP_SECONDS
 from aidem.exceptions import (
     IdempotencyError,
