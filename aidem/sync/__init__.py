@@ -16,7 +16,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Concatenate, ParamSpec, TypeVar, cast, overload
 
 from aidem._api import block
-from aidem._api.decorators import key_of_event
+from aidem._api.decorators import event_of
 from aidem._api.signature import Target, check_takes_event, payload_finder
 from aidem._checks import check_options
 from aidem._engine.call import Phase
@@ -86,7 +86,7 @@ def idempotent(
     target = Target(handler, decorator="idempotent", key_prefix=key_prefix, is_async=False)
     check_takes_event(target)
     binding = BlockingBinding(
-        target, key_of_event, persistence_store=persistence_store, config=config, key_prefix=key_prefix
+        target, event_of, persistence_store=persistence_store, config=config, key_prefix=key_prefix
     )
 
     @functools.wraps(handler)
@@ -248,7 +248,7 @@ class _Block(block.Block):
             background_loop.run_unattended(partial(call.fail, KeyboardInterrupt()))
 
     def config(self) -> IdempotencyConfig:
-        """Return the settings of the call."""
+        """Return the settings of a call that starts now."""
         return with_blocking_hook(super().config())
 
 

@@ -20,8 +20,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 
 from aidem._api import execution
-from aidem._api.decorators import Binding
 from aidem._api.execution import EncodedResult, replayed_value, running
+from aidem._api.factory import Binding
 from aidem._engine.call import Call, Phase
 from aidem._engine.operations import EFFECT_HAPPENED, FAILED, NOTHING_RUN, RUNNING
 from aidem._rules import lifecycle
@@ -115,8 +115,9 @@ class BlockingBinding(Binding):
     __slots__ = ()
     call_type: ClassVar[type[Call]] = BlockingCall
 
-    def _plan_for(self, config: IdempotencyConfig) -> Plan:
-        return super()._plan_for(with_blocking_hook(config))
+    def config(self) -> IdempotencyConfig:
+        """Return the settings of a call that starts now."""
+        return with_blocking_hook(super().config())
 
 
 def execute(call: Call, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
