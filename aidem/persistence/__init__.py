@@ -66,9 +66,9 @@ class PersistenceLayer(Protocol):
     `IdempotencyPersistenceLayerError` by the engine.
 
     An `acquire` that fails may have been applied, so the engine releases its claim. It does not where the store is sure
-    to have refused: after an `IdempotencyPersistenceConfigError`, a `ConnectionRefusedError`, a `socket.gaierror`, and an
-    error whose `may_be_applied` the layer has set to False. A layer that sends a request more than once raises none of
-    these after the first one may have arrived.
+    to have refused: after an `IdempotencyPersistenceConfigError`, a `ConnectionRefusedError`, a `socket.gaierror`, and
+    an error whose `may_be_applied` the layer has set to False. A layer that sends a request more than once raises none
+    of these after the first one may have arrived.
 
     A layer holds nothing of a call: one instance serves any number of functions, tasks, threads and event loops. It
     connects on first use or in `open`. A client belongs to the event loop it was made on; on another loop, or in a
