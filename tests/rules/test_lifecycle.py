@@ -110,6 +110,27 @@ def test_a_lease_ends_when_it_lapses_or_becomes_in_doubt(
     assert lifecycle.lease_end(record) == expected
 
 
+@pytest.mark.parametrize(
+    ("record", "seconds"),
+    [
+        (claim(), None),
+        (claim(lease_expiry_timestamp=NOW_MS + 2_000), None),  # in doubt then, and nobody may take it over
+        (claim(in_progress_expiry_timestamp=NOW_MS + 2_000), 2.0),
+        (claim(in_progress_expiry_timestamp=NOW_MS + 2_000, expiry_timestamp=NOW_S + 60), 2.0),
+        (claim(expiry_timestamp=NOW_S + 60), 60.5),
+        (claim(in_progress_expiry_timestamp=NOW_MS + 90_000, expiry_timestamp=NOW_S + 60), 60.5),
+        (claim(in_progress_expiry_timestamp=NOW_MS - 2_000), -2.0),
+    ],
+)
+def test_a_claim_keeps_others_from_its_key_until_it_lapses_or_expires(
+    record: DataRecord, seconds: float | None
+) -> None:
+    assert _state.blocks_for_seconds(record, now=NOW) == (None if seconds is None else pytest.approx(seconds))
+    if seconds is not None:
+        after = NOW + seconds + 0.001
+        assert _state.is_lapsed(record, now=after) or _state.is_expired(record, now=after)
+
+
 # --- Acquire --------------------------------------------------------------------------------------------------------
 
 
