@@ -125,10 +125,10 @@ def test_a_lease_ends_when_it_lapses_or_becomes_in_doubt(
 def test_a_claim_keeps_others_from_its_key_until_it_lapses_or_expires(
     record: DataRecord, seconds: float | None
 ) -> None:
-    assert _state.blocks_for_seconds(record, now=NOW) == (None if seconds is None else pytest.approx(seconds))
+    assert lifecycle.blocks_for_seconds(record, now=NOW) == (None if seconds is None else pytest.approx(seconds))
     if seconds is not None:
         after = NOW + seconds + 0.001
-        assert _state.is_lapsed(record, now=after) or _state.is_expired(record, now=after)
+        assert lifecycle.is_lapsed(record, now=after) or lifecycle.is_expired(record, now=after)
 
 
 # --- Acquire --------------------------------------------------------------------------------------------------------
