@@ -32,3 +32,10 @@ def test_the_hooks_before_a_commit_install_what_the_session_installs() -> None:
     hooks = re.findall(r'additional_dependencies: \["(.+)"\]', text(".pre-commit-config.yaml"))
     groups = tomllib.loads(text("pyproject.toml"))["dependency-groups"]
     assert set(hooks) == set(groups["lint"])
+
+
+def test_every_file_that_is_linked_from_outside_the_docs_exists() -> None:
+    pages = ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")
+    linked = {link for page in pages for link in re.findall(r"\]\((?!https?:)([^)#]+)", text(page))}
+    assert "docs/internals.md" in linked
+    assert {link for link in linked if not (ROOT / link).exists()} == set()
