@@ -22,9 +22,12 @@ def sessions() -> set[str]:
 def test_every_session_that_is_named_exists() -> None:
     workflow = text(".github/workflows/ci.yml")
     [listed] = re.findall(r"^ +session: \[(.*)\]$", workflow, re.MULTILINE)
+    in_table = re.findall(r"^\| (`.*?`) \|", text("CONTRIBUTING.md"), re.MULTILINE)
     named = {*listed.split(", "), *re.findall(r"\{session: (\w+)", workflow)}
-    assert named >= {"quick", "lint", "tests"}
-    named |= set(re.findall(r"nox -s (\w+)", text("CONTRIBUTING.md") + text("README.md") + text("CHANGELOG.md")))
+    named |= {session.strip("`") for row in in_table for session in row.split(", ")}
+    assert named >= {"quick", "lint", "tests", "bench"}
+    pages = workflow + text("CONTRIBUTING.md") + text("README.md") + text("CHANGELOG.md")
+    named |= set(re.findall(r"nox -s (\w+)", pages))
     assert named - sessions() == set()
 
 
