@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-import threading
 
 # The public one raises where there is none, which costs more than all the rest of asking.
 from asyncio import _get_running_loop as running_loop  # pyright: ignore[reportPrivateUsage]
@@ -23,6 +22,7 @@ from aidem import _background, _execution, _state
 from aidem._decorators import Binding
 from aidem._engine import Call, Phase
 from aidem._execution import Recording, replayed_value, running
+from aidem._threads import has_caller_ended
 from aidem.exceptions import IdempotencyUsageError
 from aidem.hooks import SILENT
 
@@ -57,8 +57,7 @@ class BlockingCall(Call):
 
     def __init__(self, plan: Plan, key: Key, *, bypassed: bool = False) -> None:
         super().__init__(plan, key, bypassed=bypassed)
-        thread = threading.current_thread()
-        self.has_body_ended = lambda: not thread.is_alive()
+        self.has_body_ended = has_caller_ended()
 
     async def begin(self) -> None:
         """Claim the key or find its outcome; one in the local cache is found without the background loop."""

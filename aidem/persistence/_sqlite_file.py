@@ -8,11 +8,11 @@ import os
 import random
 import sqlite3
 import stat
-import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, TypeVar
 
+from aidem._threads import Lock
 from aidem.exceptions import (
     IdempotencyError,
     IdempotencyPersistenceConfigError,
@@ -35,7 +35,7 @@ RETRY_SECONDS: Final = (0.0002, 0.002)
 
 # Whoever closes a descriptor of a file drops all locks that its process has on it, SQLite's too: so a file is created,
 # and that descriptor closed, before any thread of this process opens it.
-_creating: Final = threading.Lock()
+_creating: Final = Lock()
 
 # One statement, so that it sees one state.
 _IDENTIFY: Final = """
