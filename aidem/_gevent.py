@@ -3,37 +3,35 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import sys
 import threading
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from gevent import get_hub, getcurrent
 from gevent.event import Event
+from gevent.monkey import get_original
 from gevent.selectors import GeventSelector
 
 from aidem._threads import Lock
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from concurrent.futures import Executor
 
 
 class OSThread:
-    """A real thread, which gevent gives a hub of its own as soon as something in it waits.
+    """A real thread, which gevent gives a hub of its own as soon as something in it waits."""
 
-    Args:
-        target: What it calls.
-        start_new_thread: The function of `_thread` before it was patched.
-    """
-
-    def __init__(self, target: Callable[[], object], start_new_thread: Callable[..., object]) -> None:
+    def __init__(self, target: Callable[[], object]) -> None:
         self._target = target
-        self._start_new_thread = start_new_thread
         self._alive = Lock()
 
     def start(self) -> None:
         """Start it."""
         self._alive.acquire()
-        self._start_new_thread(self._run, ())
+        get_original("_thread", "start_new_thread")(self._run, ())
 
     def is_alive(self) -> bool:
         """Whether it has started and has not ended."""
@@ -45,7 +43,7 @@ class OSThread:
             self._alive.release()
 
     def _run(self) -> None:
-        sys.settrace(threading.gettrace())  # type: ignore[arg-type] # as `threading` does, for debuggers and coverage
+        sys.settrace(threading.gettrace())  # as `threading` does, for debuggers and coverage
         try:
             self._target()
         finally:
@@ -59,15 +57,31 @@ class GeventLoop(asyncio.SelectorEventLoop):
     def __init__(self) -> None:
         super().__init__(_Selector())
 
-    def run_in_executor(self, executor: Any, func: Callable[..., Any], *args: Any) -> asyncio.Future[Any]:  # noqa: ARG002
-        """Call something in gevent's pool of real threads: the threads of an executor would be greenlets of this one.
+    def run_in_executor(  # type: ignore[override] # one overload less
+        self,
+        executor: Executor | None,  # noqa: ARG002 - the signature of asyncio
+        func: Callable[..., Any],
+        *args: Any,
+    ) -> asyncio.Future[Any]:
+        """Call something in a real thread; those of an executor would be greenlets of this one."""
+        future: asyncio.Future[Any] = self.create_future()
 
-        Looking up a host name is such a call.
-        """
-        future = self.create_future()
-        work = get_hub().threadpool.spawn(_answer_or_error, func, args)
-        work.rawlink(lambda work: self.call_soon_threadsafe(_settle, future, *work.value))
+        def work() -> None:
+            answer = error = None
+            try:
+                answer = func(*args)
+            except Exception as exc:  # noqa: BLE001 - it is for whoever waits
+                error = exc
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody does
+                self.call_soon_threadsafe(_settle, future, answer, error)
+
+        OSThread(work).start()
         return future
+
+    async def getaddrinfo(self, *args: Any, **options: Any) -> Any:
+        """Look up a host as the standard library does: gevent's way takes more threads, which outlive this one."""
+        lookup = partial(get_original("socket", "getaddrinfo"), *args, **options)
+        return await self.run_in_executor(None, lookup)
 
 
 class _Selector(GeventSelector):
@@ -87,13 +101,6 @@ class _Selector(GeventSelector):
         for registration in early or ():
             super().register(*registration)
         return super().select(timeout)
-
-
-def _answer_or_error(func: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Any, Exception | None]:
-    try:
-        return func(*args), None
-    except Exception as error:  # noqa: BLE001 - it is for whoever asked; gevent would print it
-        return None, error
 
 
 def _settle(future: asyncio.Future[Any], answer: Any, error: Exception | None) -> None:

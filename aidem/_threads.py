@@ -11,12 +11,16 @@ import asyncio
 import sys
 import threading
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from aidem.exceptions import IdempotencyUsageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from queue import SimpleQueue
+    from threading import Lock
+
+__all__ = ["Lock", "SimpleQueue", "Thread", "event_loop", "has_caller_ended", "held_lock", "thread_for"]
 
 
 def _original(module: str, name: str) -> Any:
@@ -25,8 +29,9 @@ def _original(module: str, name: str) -> Any:
     return getattr(import_module(module), name) if monkey is None else monkey.get_original(module, name)
 
 
-Lock: Final = _original("_thread", "allocate_lock")
-SimpleQueue: Final = _original("queue", "SimpleQueue")
+if not TYPE_CHECKING:
+    Lock = _original("_thread", "allocate_lock")
+    SimpleQueue = _original("queue", "SimpleQueue")
 
 
 class Thread(Protocol):
@@ -49,7 +54,7 @@ def thread_for(target: Callable[[], object], *, name: str) -> Thread:
         return threading.Thread(target=target, name=name, daemon=True)
     from aidem._gevent import OSThread
 
-    return OSThread(target, _original("_thread", "start_new_thread"))
+    return OSThread(target)
 
 
 def event_loop() -> asyncio.AbstractEventLoop:
