@@ -261,7 +261,7 @@ def test_a_renewed_claim_has_the_new_instants_and_keeps_everything_else() -> Non
 @pytest.mark.parametrize(
     ("held", "until"),
     [
-        ({"expiry_timestamp": 4}, 4000),
+        ({"expiry_timestamp": 4}, 5000),  # to the end of its second
         ({"expiry_timestamp": 4, "lease_expiry_timestamp": 3000}, 3000),
         ({"expiry_timestamp": 4, "in_progress_expiry_timestamp": 2000}, 2000),
         ({"in_progress_expiry_timestamp": 2000, "lease_expiry_timestamp": 3000}, 2000),
@@ -274,7 +274,7 @@ def test_a_renewal_that_would_move_a_claim_back_changes_nothing(held: dict[str, 
     for renewal in (
         claim(in_progress_expiry_timestamp=1999),
         claim(lease_expiry_timestamp=1),
-        claim(expiry_timestamp=1),
+        claim(expiry_timestamp=0),
     ):
         assert lifecycle.renewed(found, renewal.replace(owner="ours")) is found
     assert lifecycle.renewed(found, found) == found

@@ -210,8 +210,9 @@ if ARGV[5] ~= <given up> then
     return false
   end
   local lasts = tonumber(ARGV[4]) or tonumber(ARGV[5])
-  local until_now = ends or expiry and expiry * 1000 or math.huge
-  local until_then = lasts and now + lasts or ARGV[3] ~= '' and math.ceil((now + ARGV[3]) / 1000) * 1000 or math.huge
+  local until_now = ends or expiry and (expiry + 1) * 1000 or math.huge
+  local kept_until = ARGV[3] ~= '' and math.ceil((now + ARGV[3]) / 1000 + 1) * 1000
+  local until_then = lasts and now + lasts or kept_until or math.huge
   if until_then < until_now then
     return text
   end
