@@ -255,7 +255,7 @@ class Block(CallFactory):
         return self._execution
 
     async def leave(self, exc: BaseException | None) -> None:
-        """Record what the block leaves, or give the key back."""
+        """Record what the block leaves, or release the claim."""
         self._running.__exit__()
         if self._execution.has_result(exc):
             await self._execution.record_result()

@@ -78,7 +78,7 @@ def idempotent(
         token = None if lambda_context is None else register_lambda_context(lambda_context)
         try:
             call = binding.call((event,), {})
-            call.supersedes = is_durable_replay
+            call.is_durable_replay = is_durable_replay
             return await execute(call, handler, (event, context, *args), kwargs)
         finally:
             if token is not None:

@@ -52,8 +52,8 @@ SHORTEST_REQUEST_SECONDS: Final = 1.0
 FIRST_RETRY_DELAY_SECONDS: Final = 0.1
 LONGEST_RETRY_DELAY_SECONDS: Final = 2.0
 
-GIVING_BACK_SECONDS: Final = 1.0
-"""How long a failed call tries to give its key back before its caller gets the exception."""
+RELEASE_SECONDS: Final = 1.0
+"""How long a failed call tries to release its claim before its caller gets the exception."""
 
 _SINCE_BOOT: Final = getattr(time, "CLOCK_BOOTTIME", getattr(time, "CLOCK_MONOTONIC", None))
 """A clock that goes on while the machine is suspended: on Linux CLOCK_BOOTTIME, on macOS CLOCK_MONOTONIC."""
@@ -160,7 +160,7 @@ class Claim:
                     return answer
             with shield:
                 return await self._acquired(operation, shield)
-        except (IdempotencyError, asyncio.CancelledError):  # raised when the key was given back
+        except (IdempotencyError, asyncio.CancelledError):  # raised when the claim was released
             raise
         except BaseException:  # a signal handler raised, or the coroutine is closed: nothing may be awaited any more
             in_background(partial(self._release_unless_refused, shield.operation), after=shield.operation)
@@ -206,18 +206,18 @@ class Claim:
     async def _release_unless_refused(self, acquisition: UncancellableFuture[Any] | None) -> None:
         failure = acquisition.exception() if acquisition is not None and acquisition.done() else None
         if failure is None or _may_be_claimed(failure):
-            await self._persist(self._release, effect=NOTHING_RUN)
+            await self._persist(self._release_once, effect=NOTHING_RUN)
 
     async def _release_unused(self, shield: CancellationShield) -> None:
         """Release a claim that nothing ran under, or that is not even there; the caller waits for its error."""
         is_urgent = not shield.is_pending
         if is_urgent:
-            shield.bound(GIVING_BACK_SECONDS)
+            shield.bound(RELEASE_SECONDS)
         try:
             if is_urgent and self._lease.may_be_taken_over:
-                await ask(self._release, shield=shield, key=self._key, effect=NOTHING_RUN)
+                await ask(self._release_once, shield=shield, key=self._key, effect=NOTHING_RUN)
             else:  # or it would be in doubt though nothing ran
-                await self._ask_persistently(self._release, shield=shield, effect=NOTHING_RUN)
+                await self._ask_persistently(self._release_once, shield=shield, effect=NOTHING_RUN)
         except IdempotencyError as failure:
             function = self._plan.function
             logger.warning("a claim of %s could not be released, it lapses with its lease: %s", function, failure)
@@ -322,7 +322,7 @@ class Claim:
 
     def stop_renewal(self) -> None:
         """Renew no more, as the body has ended."""
-        self._loop_state.renewals.forget(self)
+        self._loop_state.renewals.unwatch(self)
         renewal, self._renewal = self._renewal, None
         if renewal is not None:
             renewal.stop()
@@ -362,13 +362,13 @@ class Claim:
             return await self.complete(UNAVAILABLE_TEXT, OutcomeKind.UNAVAILABLE, shield=shield)
         return record if is_stored else None
 
-    async def undo(self, *, is_failure: bool, shield: CancellationShield) -> None:
-        """Give the key back, or leave it in doubt where the body may have had its effect and must not run again.
+    async def release(self, *, is_failure: bool, shield: CancellationShield) -> None:
+        """Release it, or leave it in doubt where the body may have had its effect and must not run again.
 
         A renewal under way need not be waited for: arriving later, it changes neither.
         """
         if is_failure or self._lease.may_be_taken_over:
-            is_ours = await self._released(shield)
+            is_ours = await self._release_persistently(shield)
             if is_ours:
                 self._reporter.report(EventKind.RELEASED, fence=self.record.fence)
         else:
@@ -376,10 +376,10 @@ class Claim:
         if not is_ours:
             self.note_loss()
 
-    def undo_in_background(self) -> None:
-        """Undo the claim of a body that is being closed, without waiting."""
+    def release_in_background(self) -> None:
+        """Do the same for a body that is being closed, without waiting."""
         if self._lease.may_be_taken_over:
-            in_background(partial(self._persist, self._release, effect=FAILED))
+            in_background(partial(self._persist, self._release_once, effect=FAILED))
         else:
             in_background(partial(self._persist, self._abandon, effect=FAILED))
 
@@ -453,20 +453,20 @@ class Claim:
     def _abandon(self) -> Awaitable[DataRecord | None]:
         return self._plan.layer.renew(lifecycle.abandoned(self.record), now=self._plan.clock())
 
-    async def _released(self, shield: CancellationShield) -> bool:
+    async def _release_persistently(self, shield: CancellationShield) -> bool:
         """Release it; False: it is not ours any more."""
         tries = 0
 
         def release() -> Awaitable[bool]:
             nonlocal tries
             tries += 1
-            return self._release()
+            return self._release_once()
 
         is_ours = await self._ask_persistently(release, shield=shield, effect=FAILED)
         # After a failed try, a claim that is gone within its lease is one that this try has released.
         return is_ours or (tries > 1 and not self.has_lapsed())
 
-    def _release(self) -> Awaitable[bool]:
+    def _release_once(self) -> Awaitable[bool]:
         return self._plan.layer.release(self.record)
 
 

@@ -81,7 +81,7 @@ class Renewals:
             # In an empty context: it serves all claims, and must not keep alive what the first caller has in its own.
             self._timer = asyncio.get_running_loop().call_at(at, self._wake, context=Context())
 
-    def forget(self, claim: Claim) -> None:
+    def unwatch(self, claim: Claim) -> None:
         """Do not let it."""
         self._due.pop(claim, None)
 

@@ -76,7 +76,7 @@ class Gate:
         return CallKey(lookup_key(options.key_prefix, space=space, key=key, hash_function=hash_function), payload_hash)
 
     def note_unknown_caller(self) -> None:
-        """Tell observers of a request that runs unprotected; the log once, as clients decide how many there are."""
+        """Tell observers of a request that is bypassed; the log once, as clients decide how many there are."""
         Reporter(self.options.settings.hooks, key="", function=self.function).report(EventKind.BYPASSED)
         if not self._has_warned:
             self._has_warned = True
@@ -120,7 +120,7 @@ class _Visit:
             return CallKey("")  # a request that is not made idempotent needs no key, so nothing is wrong with it
 
     async def run(self, values: list[bytes]) -> None:
-        """Answer the request, or run the app: under a claim, or, for nobody we know, unprotected."""
+        """Answer the request, or run the app: under a claim, or, for nobody we know, bypassed."""
         if not values:
             await self._answers.answer(answers.KEY_MISSING)
             return

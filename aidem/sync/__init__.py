@@ -4,7 +4,7 @@ The function runs in the thread that called it, and so do `key=`, serializers an
 one background event loop of the process. What happens while a body runs, such as a lost lease, is told to the hooks at
 once, and therefore by the background thread. An async `response_hook` is awaited there, too.
 
-Whatever interrupts a call, such as Ctrl-C, gives its key back, and goes on once that is done. A child that was forked
+Whatever interrupts a call, such as Ctrl-C, releases its claim, and goes on once that is done. A child that was forked
 in a body does not own its parent's claim: there, the call ends with `IdempotencyLeaseLostError`.
 """
 
@@ -96,7 +96,7 @@ def idempotent(
         token = None if lambda_context is None else register_lambda_context(lambda_context)
         try:
             call = binding.call((event,), {})
-            call.supersedes = is_durable_replay
+            call.is_durable_replay = is_durable_replay
             return execute(call, handler, (event, context, *args), kwargs)
         finally:
             if token is not None:

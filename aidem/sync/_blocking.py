@@ -3,7 +3,7 @@
 The flows of the async fronts serve here, too: a `BlockingCall` looks like any call, but its coroutines never suspend,
 for the thread waits within them. Such a flow is driven to its end by one `send`.
 
-Whatever interrupts a call, such as Ctrl-C, gives its key back: the `try` that does so is entered before the claim is
+Whatever interrupts a call, such as Ctrl-C, releases its claim: the `try` that does so is entered before the claim is
 asked for, and what interrupts a thread that waits for a step is held up until the step has cleaned up.
 """
 
@@ -81,7 +81,7 @@ class BlockingCall(Call):
         return await self._step(partial(super().complete, text, outcome), EFFECT_HAPPENED)
 
     async def fail(self, error: BaseException) -> bool:
-        """Give the key back, or store the exception if it is an outcome."""
+        """Release the claim, or store the exception if it is an outcome."""
         if self.phase is not Phase.CLAIMED:
             return True
         try:
@@ -148,7 +148,7 @@ def _run(call: Call, function: Callable[..., Any], args: tuple[Any, ...], kwargs
 
 
 def settled(call: Call, action: Callable[[], T]) -> T:
-    """Do something under a call; what interrupts it between two steps gives the key back, too."""
+    """Do something under a call; what interrupts it between two steps releases the claim, too."""
     try:
         return action()
     except BaseException as error:

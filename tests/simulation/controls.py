@@ -224,17 +224,17 @@ def a_claim_whose_caller_was_cancelled_is_not_released(patch: pytest.MonkeyPatch
 
 @noticed_by(Rule.H9)
 def a_claim_of_a_closed_body_is_kept(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Claim, "undo_in_background", lambda self, renewing: None)
+    patch.setattr(Claim, "release_in_background", lambda self: None)
 
 
 @noticed_by(Rule.P4, where=lambda conditions: conditions.policy == "raise")
 def a_cancelled_body_gives_its_key_back_under_raise(patch: pytest.MonkeyPatch) -> None:
-    undo = Claim.undo
+    release = Claim.release
 
-    async def release(self: Claim, *, is_failure: bool, **options: Any) -> None:
-        await undo(self, is_failure=True, **options)
+    async def always(self: Claim, *, is_failure: bool, **options: Any) -> None:
+        await release(self, is_failure=True, **options)
 
-    patch.setattr(Claim, "undo", release)
+    patch.setattr(Claim, "release", always)
 
 
 @noticed_by(Rule.H12, where=lambda conditions: conditions.policy == "raise")
