@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, ParamSpec, TypeVar, cast
 
 from aidem._api.execution import EncodedResult, Execution, hooked, outcome_of, replayed_value, running
 from aidem._api.factory import CallFactory
-from aidem._engine.call import Phase
+from aidem._engine.call import Phase, WhoseOutcome
 from aidem._engine.plan import Plan
 from aidem.config import check_call_options
 from aidem.exceptions import IdempotencyLeaseLostError, IdempotencyUsageError
@@ -183,7 +183,7 @@ class BlockExecution(Execution):
             raise swallowed
         if call.phase is Phase.CLAIMED:
             recording = self._recording or self._recording_of(self._result)
-            if not await call.complete(recording.text, recording.kind):
+            if await call.complete(recording.text, recording.kind) is WhoseOutcome.WINNERS:
                 await self._adopt(call.held_record(), recording)
             elif call.held_record().outcome is None:
                 self._is_decoded = False  # what `run` has handed out may have changed since
@@ -259,7 +259,7 @@ class Block(CallFactory):
         self._running.__exit__()
         if self._execution.has_result(exc):
             await self._execution.record_result()
-        elif exc is not None and not await self._call.fail(exc):
+        elif exc is not None and await self._call.fail(exc) is WhoseOutcome.WINNERS:
             record = self._call.held_record()
             reason = "another call took it over and has another outcome, which a retry will get"
             raise IdempotencyLeaseLostError(key=record.idempotency_key, record=record, reason=reason) from exc

@@ -53,6 +53,13 @@ class Phase(Enum):
     ENDED = auto()
 
 
+class WhoseOutcome(Enum):
+    """Whose outcome counts when the body has ended; the record of the call has it."""
+
+    OURS = auto()
+    WINNERS = auto()  # our claim was lost, and whoever took it over has an outcome
+
+
 class Call:
     """One idempotent call.
 
@@ -259,11 +266,8 @@ class Call:
 
     # --- After the body ---------------------------------------------------------------------------------------------
 
-    async def complete(self, text: str, outcome: OutcomeKind | None = None) -> bool:
-        """Record the outcome; `record` then is the one that counts.
-
-        Returns:
-            True: it is ours. False: our claim was lost, and the record is the winner's.
+    async def complete(self, text: str, outcome: OutcomeKind | None = None) -> WhoseOutcome:
+        """Record the outcome; return whose counts, which then is in `record`.
 
         Raises:
             IdempotencyLeaseLostError: The claim was lost, and the winner has no outcome.
@@ -283,39 +287,38 @@ class Call:
         except BaseException:
             self._end(None)
             raise
-        return ours is not None
+        return WhoseOutcome.WINNERS if ours is None else WhoseOutcome.OURS
 
-    async def fail(self, error: BaseException) -> bool:
+    async def fail(self, error: BaseException) -> WhoseOutcome:
         """Release the claim, or store the exception if it is an outcome.
 
         A failure to do so is logged and noted on the error. A cancellation meanwhile is requested again instead of
         delivered: the error of the body goes first.
 
         Returns:
-            True: the error is to be raised. False: it would have been the outcome, but our claim was lost, and the
-            winner's outcome counts.
+            OURS: the error is to be raised. WINNERS: it would have been the outcome, but another counts.
 
         Raises:
             IdempotencyLeaseLostError: The same, but the winner has no outcome.
         """
         if self.phase is not Phase.CLAIMED:
-            return True
+            return WhoseOutcome.OURS
         claim = self._held_claim()
         try:
             claim.stop_renewal()
             if not claim.is_of_this_process():
-                return True
+                return WhoseOutcome.OURS
             if isinstance(error, GeneratorExit):  # nothing may be awaited any more
                 claim.release_in_background()
-                return True
+                return WhoseOutcome.OURS
             if isinstance(error, Exception) and type(error) in self.plan.config.stored_exceptions:
                 return await self._complete_with(error)
             await self._release(error, claim)
-            return True
+            return WhoseOutcome.OURS
         finally:
             self._end(None)
 
-    async def _complete_with(self, error: Exception) -> bool:
+    async def _complete_with(self, error: Exception) -> WhoseOutcome:
         """Store an exception of the body as its outcome."""
         try:
             text, outcome = exception_text(error), OutcomeKind.EXCEPTION
@@ -326,7 +329,7 @@ class Call:
             return await self.complete(text, outcome)
         except IdempotencyPersistenceLayerError as failure:
             self._note(error, failure)
-            return True
+            return WhoseOutcome.OURS
 
     async def _release(self, error: BaseException, claim: Claim) -> None:
         shield = CancellationShield()

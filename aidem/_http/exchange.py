@@ -23,7 +23,7 @@ from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, Final
 
 from aidem._api.execution import Execution, running
-from aidem._engine.call import Phase
+from aidem._engine.call import Phase, WhoseOutcome
 from aidem._http.answers import NOT_RECORDED, OUTCOME_UNKNOWN
 from aidem._http.options import store_by_default
 from aidem._http.response import ResponseCopy, text_of
@@ -223,13 +223,13 @@ class Exchange:
     async def _record(self, text: str, outcome: OutcomeKind | None = None) -> None:
         """Record the response; what counts goes out in its place if it is another, or if that is not known."""
         try:
-            is_ours = await self._call.complete(text, outcome)
+            whose = await self._call.complete(text, outcome)
         except IdempotencyLeaseLostError:
             await self._replace(partial(self._answers.answer, OUTCOME_UNKNOWN))
         except IdempotencyPersistenceLayerError as failure:
             await self._recording_failed(failure)
         else:
-            if not is_ours:
+            if whose is WhoseOutcome.WINNERS:
                 await self._replace(partial(self._answers.hand_out, self._call))
             elif self._call.held_record().outcome is OutcomeKind.UNAVAILABLE:
                 self._report(EventKind.RESULT_UNAVAILABLE)
