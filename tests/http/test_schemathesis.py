@@ -81,7 +81,7 @@ seen = set[int]()
 bounded = settings(
     max_examples=EXAMPLES, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck)
 )
-# pytest leaves the operation out of the id of a test, unless the test has a parameter: xdist then drops all but one of them.
+# Only of a test with a parameter does pytest put the operation into the id; xdist drops tests that have the same.
 named = pytest.mark.parametrize("calls", [2], ids=["twice"])
 lenient = schema_of(shop(required=False, strict=False))
 strict = schema_of(shop(required=True, strict=True))
