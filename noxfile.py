@@ -31,8 +31,8 @@ HTTP = [
 ]
 OPENTELEMETRY = ["tests/test_opentelemetry.py"]
 ONE_SERVER = ["-k", "not moto and not valkey"]
-# What is tested on the main interpreter alone, as it is the same on every other: documents, measurements, the model of a
-# layer, comparisons with Powertools, and what other programs make of the same HTTP answers.
+# What is tested on the main interpreter alone, as it is the same on every other: documents, measurements, the model of
+# a layer, comparisons with Powertools, and what other programs make of the same HTTP answers.
 SAME_EVERYWHERE = [
     "README.md",
     "docs",
@@ -97,7 +97,7 @@ def _side_by_side(session: nox.Session, *arguments: str) -> list[str]:
     seed = os.environ.get("PYTHONHASHSEED", str(secrets.randbelow(2**32)))
     session.log(f"PYTHONHASHSEED={seed}")
     session.env["PYTHONHASHSEED"] = seed
-    return ["pytest", "-n", "auto", "--dist", "loadfile", *arguments, *session.posargs]
+    return ["pytest", "-n", "auto", "--maxprocesses", "8", "--dist", "loadfile", *arguments, *session.posargs]
 
 
 def _without(paths: list[str]) -> list[str]:
