@@ -39,6 +39,8 @@ class CallKey(NamedTuple):
 class Arguments(dict[str, Any]):
     """A payload that is all arguments of a call by name; without an expression it always is a key."""
 
+    __slots__ = ()
+
 
 class Plan:
     """Layer, config, serializer and key prefix of one function or block, and what the process shares per layer."""
