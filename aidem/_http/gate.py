@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Final
 
 from aidem._api.execution import Execution, running
@@ -26,8 +27,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("aidem")
 
-SERVED: Final = "aidem.key"
-"""Where the scope of a request says under which keys it is being served."""
+_REQUEST: Final = "aidem.request"
+"""Where a scope, and every copy of it, says which request it is of."""
+
+_served: Final[ContextVar[tuple[tuple[object, CallKey], ...]]] = ContextVar("aidem_served", default=())
+"""Which requests are served further out, under which keys; not in the scope alone, which may be used twice at once."""
 
 
 class Gate:
@@ -196,15 +200,17 @@ class _Visit:
         return chosen
 
     async def _run_named(self, key: CallKey, request: RequestBody) -> None:
-        served = self._scope.get(SERVED, ())
-        if key in served:  # by a layer further out, with the same prefix
+        served = _served.get()
+        visit = (self._scope.setdefault(_REQUEST, object()), key)
+        if visit in served:  # by a layer further out, with the same prefix
             await self._app(self._scope, request.receive, self._send)
             return
-        self._scope[SERVED] = (*served, key)
+        token = _served.set((*served, visit))
         try:
             await self._run_once(key, request)
-        finally:
-            self._scope[SERVED] = served  # who is further out may try again with it
+        finally:  # who is further out may try again with the same scope
+            with contextlib.suppress(ValueError):  # closed from another context, where it never was set
+                _served.reset(token)
 
     async def _run_once(self, key: CallKey, request: RequestBody) -> None:
         call = Call(self._gate.plan(), key)

@@ -214,7 +214,7 @@ def _is_written_like_another(owner: Any, name: str, value: Any, shown: Any) -> b
     """Whether what is shown of a value, read back, is another value of which the same is shown."""
     cls = _class_of(owner)
     try:
-        other: Any = type(value)(shown)
+        other: Any = type(value)(str(shown) if type(shown) is float and type(value) is Decimal else shown)
         is_same = other == value or value != value  # noqa: PLR0124 - NaN is another value than itself
         if is_same or not _is_model(cls):
             return False

@@ -11,7 +11,7 @@ import types
 from collections.abc import Collection
 from collections.abc import Set as AbstractSet
 from functools import cached_property, lru_cache
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeGuard
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeGuard, cast
 
 from aidem._rules.canonical_json import NotEncodableError, encode, is_array, is_dict, loaded
 from aidem.exceptions import IdempotencyModelTypeError
@@ -164,23 +164,23 @@ class _Fields(NamedTuple):
         named: What the annotation of each field says.
         by_alias: The name of a field by its alias.
         left_out: Fields that its dump does not contain.
-        in_slots: Fields that its instances keep in slots.
+        outside: Fields that its instances do not keep in their `__dict__`: in slots, or as an attribute of the class.
     """
 
     named: dict[str, _Named]
     by_alias: dict[str, str]
     left_out: frozenset[str]
-    in_slots: tuple[str, ...]
+    outside: tuple[str, ...]
 
 
 def _find_fields(cls: type) -> _Fields | None:
     if is_pydantic(cls):
-        fields: dict[str, Any] = vars(cls)["__pydantic_fields__"]
+        fields: dict[str, Any] = vars(cls).get("__pydantic_fields__", {})  # BaseModel itself has none
         return _Fields(
             {name: _Named(declared_by(field.annotation)) for name, field in fields.items()},
-            {alias: name for name, field in fields.items() for alias in (field.alias, field.validation_alias)},
+            {alias: name for name, field in fields.items() for alias in _aliases_of(field)},
             frozenset(name for name, field in fields.items() if field.exclude or getattr(field, "exclude_if", None)),
-            _in_slots(cls, fields),
+            _outside(cls, fields),
         )
     if not dataclasses.is_dataclass(cls):
         return None
@@ -189,11 +189,20 @@ def _find_fields(cls: type) -> _Fields | None:
     except IdempotencyModelTypeError:  # of a class inside a function, which pydantic has resolved
         annotations = dict.fromkeys((field.name for field in dataclasses.fields(cls)), Any)
     named = {name: _Named(declared_by(annotation)) for name, annotation in annotations.items()}
-    return _Fields(named, {}, frozenset(), _in_slots(cls, named))
+    return _Fields(named, {}, frozenset(), _outside(cls, named))
 
 
-def _in_slots(cls: type, names: dict[str, Any]) -> tuple[str, ...]:
-    return tuple(name for name in names if isinstance(getattr(cls, name, None), types.MemberDescriptorType))
+def _aliases_of(field: Any) -> list[str]:
+    """Return the other names that a field has in data; a path into the data is none."""
+    aliases = [field.alias, *getattr(field.validation_alias, "choices", [field.validation_alias])]
+    return [alias for alias in aliases if isinstance(alias, str)]
+
+
+def _outside(cls: type, names: dict[str, Any]) -> tuple[str, ...]:
+    dataclass_fields: dict[str, Any] = getattr(cls, "__dataclass_fields__", {})
+    on_class = {name for name, field in dataclass_fields.items() if not field.init and hasattr(cls, name)}
+    is_slot = types.MemberDescriptorType
+    return tuple(name for name in names if name in on_class or isinstance(getattr(cls, name, None), is_slot))
 
 
 _is_single: Final[Callable[[type], bool]] = lru_cache(maxsize=1024)(_find_out_if_single)
@@ -205,9 +214,10 @@ def _lost_of_fields(original: object, rebuilt: object, fields: _Fields, named: _
     if is_dict(original):  # it became a model or a dataclass by its annotation
         return _lost_of_dict_in_fields(original, rebuilt, fields)
     own = fields if cls is type(rebuilt) else _fields_of(cls)
-    if own is None:  # validation has made a model of a text, say
-        return None if type(original) in _SCALARS else ""
-    is_filtered = named.is_filter and cls is not type(rebuilt)
+    if own is None:  # validation has made a model of it
+        return None if cls in _SCALARS else _lost_of_attributes(original, rebuilt, fields)
+    # A base without fields names nothing that could be kept: it is no filter.
+    is_filtered = named.is_filter and cls is not type(rebuilt) and bool(fields.named)
     ours, theirs = _attributes(original, own), _attributes(rebuilt, fields)
     for name, value in ours.items():
         twin = theirs.get(name, _MISSING)
@@ -225,19 +235,42 @@ def _lost_of_fields(original: object, rebuilt: object, fields: _Fields, named: _
     return f".{min(unknown)}" if unknown else None  # of a row of SQLModel, say, that has expired
 
 
+def _lost_of_attributes(original: object, rebuilt: object, fields: _Fields) -> str | None:
+    """Compare a model with what is no model, such as a row of SQLAlchemy, whose attributes became its fields."""
+    if not hasattr(original, "__dict__"):
+        return ""
+    ours, theirs = vars(original), _attributes(rebuilt, fields)
+    for name, named in fields.named.items():
+        if name in ours:
+            if (path := _lost(ours[name], theirs[name], named)) is not None:
+                return f".{name}{path}"
+        elif hasattr(
+            type(original), name
+        ):  # a column that is not loaded, or a property; else a default is all there is
+            return f".{name}"
+    return None
+
+
 def _lost_of_dict_in_fields(original: dict[Any, Any], rebuilt: object, fields: _Fields) -> str | None:
     theirs = _attributes(rebuilt, fields)
     for key, value in original.items():
         name = fields.by_alias.get(key, key)
-        if name in fields.named and (path := _lost(value, theirs[name], fields.named[name])) is not None:
+        if name not in fields.named or _is_json(value):
+            continue
+        if (path := _lost(value, theirs[name], fields.named[name])) is not None:
             return f".{name}{path}"
     return None
 
 
+def _is_json(value: object) -> bool:
+    """Whether a value is its own JSON form: then only validation can have changed what came back of it."""
+    return all(map(_is_json, cast("list[object]", value))) if type(value) is list else type(value) in _SCALARS
+
+
 def _attributes(value: object, fields: _Fields) -> dict[str, Any]:
     attributes: dict[str, Any] = getattr(value, "__dict__", {})
-    if fields.in_slots:
-        attributes = attributes | {name: getattr(value, name) for name in fields.in_slots}
+    if fields.outside:
+        attributes = attributes | {name: getattr(value, name) for name in fields.outside}
     extra: dict[str, Any] | None = getattr(value, "__pydantic_extra__", None)
     return attributes | extra if extra else attributes
 

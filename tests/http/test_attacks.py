@@ -244,6 +244,14 @@ async def test_a_retry_by_middleware_further_out_is_claimed_and_recorded_like_ev
     assert front.app.runs == 2
 
 
+async def test_middleware_further_out_that_sends_one_scope_twice_at_once_runs_the_request_once() -> None:
+    front, scope = front_of(Shop(seconds=1)), scope_of()
+    hedged = [Connection([b"{}"]), Connection([b"{}"])]
+    await asyncio.gather(*(front(scope, each.receive, each.send) for each in hedged))
+    assert (front.app.runs, sorted(each.response.status for each in hedged)) == (1, [201, 409])
+    assert (await request(front)).is_replay
+
+
 async def test_layers_of_one_prefix_are_one_though_another_lies_between() -> None:
     shop, layer = Shop(), PlannedLayer()
     front = front_of(front_of(front_of(shop, layer=layer), layer=layer, key_prefix="between"), layer=layer)

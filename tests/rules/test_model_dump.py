@@ -458,6 +458,7 @@ class Lossy(BaseModel):
     card: str = "x"
     price: float = 1
     exact: Decimal = Decimal(1)
+    as_float: Annotated[Decimal, PlainSerializer(float)] = Decimal(1)
     count: int = 1
     hidden: Annotated[str, PlainSerializer(lambda _: None)] = ""
 
@@ -484,6 +485,7 @@ class Lossy(BaseModel):
         ({"card": "4000 0000 0000 9999"}, "card"),
         ({"price": 1.499}, "price"),
         ({"exact": Decimal("1.499")}, "exact"),
+        ({"as_float": Decimal("1.00000000000000000001")}, "as_float"),
         ({"count": 25}, "count"),
         ({"hidden": "x"}, "hidden"),
     ],
@@ -505,6 +507,7 @@ class Formatted(BaseModel):
     ratio: Annotated[float, PlainSerializer(lambda ratio: f"{ratio:%}")] = 0.5
     broken: Annotated[float, PlainSerializer(lambda ratio: "half" if ratio == 0.5 else 1 / 0)] = 0.5
     same: Annotated[str, PlainSerializer(lambda same: same)] = "4242"
+    as_float: Annotated[Decimal, PlainSerializer(float)] = Decimal("1.10")
 
     @field_serializer("card")
     def _prefixed(self, card: str) -> str:
@@ -529,6 +532,7 @@ def test_a_serializer_that_keeps_values_apart_is_the_authors_word() -> None:
         "ratio": "50.000000%",
         "broken": "half",
         "same": "4242",
+        "as_float": 1.1,
     }
 
 

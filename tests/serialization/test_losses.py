@@ -174,6 +174,15 @@ class Guess(BaseModel):
     anything: Any = None
 
 
+class Row:
+    """A row of an object-relational mapper: its class has the columns, an instance those that are loaded."""
+
+    payment: Any = None
+
+    def __init__(self, **columns: Any) -> None:
+        vars(self).update(columns)
+
+
 @dataclasses.dataclass
 class Account:
     card: Card
@@ -230,8 +239,12 @@ CARD = Card(number=SecretStr("secret 4242"))
         (Noted, noted(Noted(1), extra="secret"), "$.extra"),
         (Payment, noted(Payment(amount=Decimal(1)), extra="secret"), "$.extra"),
         (Wallet, expired(Wallet()), "$.anything"),
+        (BaseModel, Payment(amount=Decimal(1)), "$.amount"),
+        (list[BaseModel], [CARD], "$[0].number"),
+        (Order, Row(payments=[]), "$.payment"),
+        (Card, Row(number=SecretStr("secret")), "$.number"),
     ],
-    ids=range(28),
+    ids=range(32),
 )
 def test_what_a_model_would_not_bring_back_is_named_by_its_path(annotation: Any, result: Any, path: str) -> None:
     assert loss(result, annotation) == path
@@ -397,6 +410,31 @@ class Derived:
         self.triple = self.price * 3
 
 
+@dataclasses.dataclass
+class Counted:
+    price: Decimal
+    count: int = dataclasses.field(init=False, default=0)
+    tags: list[str] = dataclasses.field(init=False, default_factory=list)
+
+
+class Aliased(BaseModel):
+    first: int = Field(validation_alias=pydantic.AliasChoices("FIRST", pydantic.AliasPath("all", 0)))
+    second: int = Field(2, validation_alias=pydantic.AliasPath("all", 1))
+
+
+class Stripped(BaseModel):
+    """Its validation changes JSON data, as the annotation of a function asks for."""
+
+    name: Annotated[str, pydantic.StringConstraints(strip_whitespace=True)]
+    tags: list[Annotated[str, pydantic.StringConstraints(to_lower=True)]] = []
+    at: datetime.datetime | None = None
+
+
+class Receipt(BaseModel):
+    payment: Payment
+    note: str = "has no column"
+
+
 @pydantic.dataclasses.dataclass
 class Checked:
     price: Decimal
@@ -458,8 +496,15 @@ IN_BERLIN = datetime.datetime(2026, 10, 25, 2, 30, tzinfo=BERLIN, fold=1)  # an 
         (Status, "paid"),
         (Iterable[Payment], [Payment(amount=Decimal(1))]),
         (tuple[Money, Decimal], ("5", Decimal(1))),
+        (Counted, Counted(Decimal(1))),
+        (list[Counted], [Counted(Decimal(1))]),
+        (Aliased, Aliased.model_validate({"FIRST": 1})),
+        (Aliased, {"FIRST": 1}),
+        (Stripped, {"name": " A ", "tags": ["B"], "at": NOW}),
+        (Payment, Row(amount=Decimal(1))),
+        (Receipt, Row(payment=Row(amount=Decimal(1)))),
     ],
-    ids=range(39),
+    ids=range(46),
 )
 def test_what_comes_back_or_is_kept_out_on_purpose_is_no_loss(annotation: Any, result: Any) -> None:
     trip(result, annotation)

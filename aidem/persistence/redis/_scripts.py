@@ -1,8 +1,8 @@
 """The scripts: each is one atomic step on one record, judged by the server's clock.
 
-They mirror `_state`, and the conformance suite proves that they agree. A script reads a record with `cjson`, but never
-writes with it, which would turn `[]` into `{}` and round long numbers: what is stored is text of the client, around
-instants that the script puts in. A record of ours begins with them:
+They mirror `aidem._rules.lifecycle`, and the conformance suite proves that they agree. A script reads a record with
+`cjson`, but never writes with it, which would turn `[]` into `{}` and round long numbers: what is stored is text of the
+client, around instants that the script puts in. A record of ours begins with them:
 
     {"expiration": 1, "in_progress_expiration": 1000, "status": "INPROGRESS", "owner": "...", "fence": 1000}
 
