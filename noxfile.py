@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import platform
+import secrets
 import shutil
 import subprocess
 import sys
@@ -14,7 +16,7 @@ nox.needs_version = ">=2025.5.1"
 nox.options.default_venv_backend = "uv|virtualenv"
 nox.options.download_python = "never"
 nox.options.reuse_existing_virtualenvs = True
-nox.options.sessions = ["lint", "demo", "package", "docs", "typing", "tests", "aiobotocore", "lowest"]
+nox.options.sessions = ["lint", "demo", "package", "docs", "typing", "servers", "tests", "aiobotocore", "lowest"]
 
 SUPPORTED = ("3.11", "3.12", "3.13")
 MAIN = f"{sys.version_info.major}.{sys.version_info.minor}"
@@ -29,6 +31,37 @@ HTTP = [
 ]
 OPENTELEMETRY = ["tests/test_opentelemetry.py"]
 ONE_SERVER = ["-k", "not moto and not valkey"]
+# What is tested on the main interpreter alone, as it is the same on every other: documents, measurements, the model of
+# a layer, comparisons with Powertools, and what other programs make of the same HTTP answers.
+SAME_EVERYWHERE = [
+    "README.md",
+    "docs",
+    "tests/differential",
+    "tests/http/test_generated_client.py",
+    "tests/http/test_schemathesis.py",
+    "tests/migration",
+    "tests/stateful",
+    "tests/test_benchmarks.py",
+    "tests/test_docs.py",
+]
+# What makes up most of the time of the tests without servers: processes, and faults planned in great number.
+SLOW = [
+    "tests/awslambda/test_interrupts.py",
+    "tests/awslambda/test_processes.py",
+    "tests/persistence/sqlite/test_processes.py",
+    "tests/processes",
+    "tests/simulation",
+    "tests/sync/test_interrupts.py",
+    "tests/sync/test_processes.py",
+    "tests/testing/test_testing.py",
+]
+# Debian's packages of what is tested against, and a file of each.
+SERVERS = {
+    "faketime": f"/usr/lib/{platform.machine()}-linux-gnu/faketime/libfaketime.so.1",
+    "openssl": "openssl",
+    "redis-sentinel": "redis-sentinel",
+    "redis-server": "redis-server",
+}
 
 
 def _reveal_pyenv_versions() -> None:
@@ -56,6 +89,19 @@ PRESENT = [version for version in sorted({*SUPPORTED, MAIN}) if _is_present(vers
 
 def _install(session: nox.Session, *groups: str) -> None:
     session.install("-e", ".[all]", *nox.project.dependency_groups(PROJECT, *groups))
+
+
+def _side_by_side(session: nox.Session, *arguments: str) -> list[str]:
+    """Return a command of pytest that shares out files between processes, as many as there are cores."""
+    # Names of test cases hold sets, so all processes need one seed; it is printed, for who wants to set it again.
+    seed = os.environ.get("PYTHONHASHSEED", str(secrets.randbelow(2**32)))
+    session.log(f"PYTHONHASHSEED={seed}")
+    session.env["PYTHONHASHSEED"] = seed
+    return ["pytest", "-n", "auto", "--maxprocesses", "8", "--dist", "loadfile", *arguments, *session.posargs]
+
+
+def _without(paths: list[str]) -> list[str]:
+    return ["-m", "not server", *(f"--ignore={path}" for path in paths)]
 
 
 @nox.session
@@ -105,17 +151,48 @@ def docs(session: nox.Session) -> None:
     session.run("zensical", "build", "--clean", "--strict")
 
 
+@nox.session
+def quick(session: nox.Session) -> None:
+    """Run in a minute what needs no server and takes no time: for while you work."""
+    _install(session, "test")
+    session.run(*_side_by_side(session, *_without([*SAME_EVERYWHERE, *SLOW])))
+
+
+@nox.session
+def servers(session: nox.Session) -> None:
+    """Install the servers of the tests: ministack into this session's environment, others by apt-get, as root."""
+    session.install("ministack>=1.5")
+    missing = [package for package, file in SERVERS.items() if shutil.which(file) is None and not Path(file).exists()]
+    if not missing:
+        return
+    if os.geteuid() != 0 or shutil.which("apt-get") is None:
+        session.error(f"The tests need what Debian has in these packages; install them: {' '.join(missing)}")
+    # The package starts a server of its own, unless init scripts are forbidden to: 101 is how this is said.
+    policy = Path("/usr/sbin/policy-rc.d")
+    is_ours = not policy.exists()
+    if is_ours:
+        policy.write_text("#!/bin/sh\nexit 101\n")
+        policy.chmod(0o755)
+    try:
+        session.run("apt-get", "update", "-q", external=True)
+        noninteractive = {"DEBIAN_FRONTEND": "noninteractive"}
+        session.run("apt-get", "install", "-qy", "--no-install-recommends", *missing, env=noninteractive, external=True)
+    finally:
+        if is_ours:
+            policy.unlink()
+
+
 @nox.session(python=PRESENT)
 def tests(session: nox.Session) -> None:
-    """Run the suite: on the main interpreter all of it, with coverage; on the others without servers."""
+    """Run the suite: on the main interpreter all of it, with coverage; on the others what may differ there."""
     _install(session, "test")
     if session.python != MAIN:
-        session.run("pytest", "-m", "not server", *session.posargs)
+        session.run(*_side_by_side(session, *_without(SAME_EVERYWHERE)))
         return
     for version in sorted({*SUPPORTED} - {*PRESENT}):
         session.warn(f"Python {version} is not on this machine: the suite does not run on it.")
     session.run("coverage", "erase")
-    session.run("coverage", "run", "-m", "pytest", *session.posargs)
+    session.run("coverage", "run", "-m", *_side_by_side(session))
     session.run("coverage", "combine", "--quiet")
     if not session.posargs:
         session.run("coverage", "report")
@@ -125,7 +202,7 @@ def tests(session: nox.Session) -> None:
 def aiobotocore(session: nox.Session) -> None:
     """Run the DynamoDB suite on the newest aiobotocore, without aioboto3, which pins an old one."""
     session.install("-e", ".[aiobotocore]", *nox.project.dependency_groups(PROJECT, "test"))
-    session.run("pytest", *ONE_SERVER, *DYNAMODB_CLIENT, *DYNAMODB_FAULTS, *session.posargs)
+    session.run(*_side_by_side(session, *ONE_SERVER, *DYNAMODB_CLIENT, *DYNAMODB_FAULTS))
 
 
 @nox.session
@@ -137,7 +214,7 @@ def lowest(session: nox.Session) -> None:
     extras = [needed for extra in project["optional-dependencies"].values() for needed in extra]
     session.install("-e", ".[all]", *_floors(extras), *nox.project.dependency_groups(PROJECT, "test"))
     files = [*DYNAMODB_CLIENT, *REDIS_CLIENT, *PYDANTIC, *HTTP, *OPENTELEMETRY]
-    session.run("pytest", *ONE_SERVER, *files, *session.posargs)
+    session.run(*_side_by_side(session, *ONE_SERVER, *files))
 
 
 def _floors(requirements: list[str]) -> list[str]:

@@ -83,7 +83,7 @@ class IdempotencyValidationError(IdempotencyError):
     """The key was used before with a payload whose validated part differs. Nothing was run."""
 
     _template = (
-        "the payload differs from the one first sent under idempotency key {key!r}; "
+        "Payload does not match stored record for this event key: {key!r}; "
         "repeat the original payload, or use a new key"
     )
 
@@ -92,7 +92,7 @@ class IdempotencyAlreadyInProgressError(IdempotencyError):
     """Another execution of this key is running and did not end within `wait_timeout_seconds`."""
 
     _template = (
-        "an execution with idempotency key {key!r} is already in progress; "
+        "Execution already in progress with idempotency key: {key!r}; "
         "retry later, or set wait_timeout_seconds to wait for its result"
     )
 

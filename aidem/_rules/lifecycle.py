@@ -127,7 +127,8 @@ def held_until(record: DataRecord) -> float:
     end = lease_end(record)
     if end is not None:
         return end
-    return inf if record.expiry_timestamp is None else record.expiry_timestamp * 1000
+    # It counts as absent from the next second on.
+    return inf if record.expiry_timestamp is None else (record.expiry_timestamp + 1) * 1000
 
 
 # --- The operations of a layer, given the record found --------------------------------------------------------------

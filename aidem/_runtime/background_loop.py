@@ -10,12 +10,12 @@ import asyncio
 import atexit
 import contextlib
 import os
-import threading
 import time
 from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 
 from aidem._runtime.cancellation import CLEANUP_SECONDS, writes
 from aidem._runtime.lambda_lifecycle import BeforeSnapshot
+from aidem._runtime.threads import Lock, event_loop, held_lock, thread_for
 from aidem.exceptions import IdempotencyUsageError
 
 if TYPE_CHECKING:
@@ -102,8 +102,7 @@ class BackgroundStep(Generic[T]):
         self._task: asyncio.Task[None] | None = None
         self._error: BaseException | None = None
         self._is_over = False
-        self._finished = threading.Lock()  # waiting for a lock is the cheapest way to be woken by another thread
-        self._finished.acquire()
+        self._finished = held_lock()  # waiting for a lock is the cheapest way to be woken by another thread
 
     # --- In the thread that waits -----------------------------------------------------------------------------------
 
@@ -150,7 +149,8 @@ class BackgroundStep(Generic[T]):
             self._end()
         else:
             self._task.add_done_callback(self._end)  # it may end before it has begun
-            self._task.cancel()
+            # When it has begun: what it has to write is then settled, as for any cancelled call.
+            self._task.get_loop().call_soon(self._task.cancel)
 
     async def _run(self) -> None:
         try:
@@ -180,11 +180,11 @@ class BackgroundLoop:
     def __init__(self) -> None:
         self.is_exiting = False
         self.steps: set[asyncio.Task[None]] = set()
-        self._loop = asyncio.new_event_loop()
+        self._loop = event_loop()
         self._ending: asyncio.Task[None] | None = None
         self._has_ended = False
         # A daemon, for nobody would end it before the interpreter waits for its threads.
-        self._thread = threading.Thread(target=self._serve, name="aidem.sync", daemon=True)
+        self._thread = thread_for(self._serve, name="aidem.sync")
         self.start = self._thread.start
         self.is_alive = self._thread.is_alive
 
@@ -237,7 +237,7 @@ class _Process:
     """What this process has: the loop, and what is held to start, ask or end it."""
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()
+        self.lock = Lock()
         self.loop: BackgroundLoop | None = None
 
 

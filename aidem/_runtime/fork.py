@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-import threading
 from typing import Final
 from weakref import WeakSet
+
+from aidem._runtime.threads import Lock
 
 
 class ForkSafeLock:
@@ -17,7 +18,7 @@ class ForkSafeLock:
     __slots__ = ("__weakref__", "lock")
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()
+        self.lock = Lock()
         _all.add(self)
 
 
@@ -26,7 +27,7 @@ _all: Final[WeakSet[ForkSafeLock]] = WeakSet()
 
 def _after_fork_in_child() -> None:
     for guard in _all:
-        guard.lock = threading.Lock()
+        guard.lock = Lock()
 
 
 # Where there is no fork, there is no such function either.

@@ -115,14 +115,21 @@ class _Compiler:
         self.unknown: list[type] = []
         self._known: dict[Any, _Shape] = {}
         self._is_lenient = is_lenient
-        self._aliases: list[Any] = []
+        self._aliases: list[tuple[Any, Build]] = []  # those that are being compiled
 
     def compile(self, annotation: Any) -> _Shape:
-        if any(annotation is alias for alias in self._aliases):  # it contains itself
-            return self._leaf(object)
+        for alias, build in self._aliases:
+            if annotation is alias:  # within itself
+                return _Shape(frozenset(_JSON_TYPES), build, as_is=True)
         bared = bare(annotation)
-        self._aliases += [annotation] * (bared is not annotation)
-        shape = self._compile(bared)
+        if bared is annotation:
+            shape = self._compile(annotation)
+        else:
+            builds: list[Build] = []
+            self._aliases.append((annotation, lambda value: builds[0](value)))  # noqa: PLW0108 - it is not there yet
+            shape = self._compile(bared)
+            builds.append(shape.build)
+            self._aliases.pop()
         return shape._replace(build=self._leniently(shape.build))
 
     def _leniently(self, build: Build) -> Build:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-import threading
 
 # The public one raises where there is none, which costs more than all the rest of asking.
 from asyncio import _get_running_loop as running_loop  # pyright: ignore[reportPrivateUsage]
@@ -26,6 +25,7 @@ from aidem._engine.call import Call, Phase
 from aidem._engine.operations import EFFECT_HAPPENED, FAILED, NOTHING_RUN, RUNNING
 from aidem._rules import lifecycle
 from aidem._runtime import background_loop
+from aidem._runtime.threads import has_caller_ended
 from aidem.exceptions import IdempotencyUsageError
 from aidem.hooks import SILENT
 
@@ -60,8 +60,7 @@ class BlockingCall(Call):
 
     def __init__(self, plan: Plan, key: CallKey, *, bypassed: bool = False) -> None:
         super().__init__(plan, key, bypassed=bypassed)
-        thread = threading.current_thread()
-        self.has_body_ended = lambda: not thread.is_alive()
+        self.has_body_ended = has_caller_ended()
 
     async def begin(self) -> None:
         """Claim the key or find its outcome; one in the local cache is found without the background loop."""

@@ -543,12 +543,14 @@ async def test_a_block_may_turn_the_failure_of_run_into_a_result() -> None:
 
 
 async def test_a_background_release_that_fails_is_logged(caplog: Any) -> None:
-    layer, till = PlannedLayer().plan("release", Fault(error=NO_ROUTE)), Till()
+    denied = IdempotencyPersistenceConfigError("access denied")
+    layer, till = PlannedLayer().plan("release", Fault(error=denied)), Till()
     coroutine = made_idempotent(till.charge, layer)(ORDER)
     coroutine.send(None)
     coroutine.close()
     await asyncio.sleep(1)
-    assert "it lapses with its lease: IdempotencyPersistenceConnectionError" in caplog.text
+    assert layer.calls == ["acquire", "release"]
+    assert "lapses with its lease: access denied" in caplog.text
 
 
 async def test_a_future_that_is_done_already_is_an_answer() -> None:

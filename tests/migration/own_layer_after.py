@@ -49,6 +49,11 @@ class OwnPersistenceLayer:
             found = await self.get(record.idempotency_key)
             if found is None or not is_held_by(found, record):
                 return None
+            if not is_given_up(record):  # it may be in doubt by now, or a later renewal may have come first
+                if is_given_up(found):
+                    return None
+                if held_until(record) < held_until(found):
+                    return found
             instants = ("expiry_timestamp", "in_progress_expiry_timestamp", "lease_expiry_timestamp")
             return self.put(found.replace(**{name: getattr(record, name) for name in instants}))
 
@@ -100,6 +105,15 @@ def is_held_by(found: DataRecord | None, record: DataRecord) -> bool:
     )
 
 
+def is_given_up(record: DataRecord) -> bool:
+    return record.in_progress_expiry_timestamp is None and record.lease_expiry_timestamp == 0
+
+
+def held_until(record: DataRecord) -> float:
+    end = record.in_progress_expiry_timestamp or record.lease_expiry_timestamp
+    return end or ((record.expiry_timestamp or 0) + 1) * 1000
+
+
 NAMES = {
     "status": "status",
     "expiry_timestamp": "expiration",
@@ -115,7 +129,7 @@ NAMES = {
 
 def item_of(record: DataRecord) -> dict[str, Any]:
     item = {stored: getattr(record, name) for name, stored in NAMES.items()}
-    return {stored: value for stored, value in item.items() if value not in {None, "", 0}}
+    return {stored: value for stored, value in item.items() if value not in {None, ""}}
 
 
 def record_of(key: str, item: dict[str, Any]) -> DataRecord:

@@ -8,6 +8,7 @@ import importlib
 import inspect
 import itertools
 import re
+import socket
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,12 +19,17 @@ from typing import Any
 import pytest
 from aws_lambda_powertools.utilities import idempotency as powertools
 from aws_lambda_powertools.utilities.idempotency import exceptions as their_exceptions
+from aws_lambda_powertools.utilities.idempotency.persistence import datarecord as their_record
 from aws_lambda_powertools.utilities.idempotency.persistence.cache import CachePersistenceLayer
+from aws_lambda_powertools.utilities.idempotency.serialization.pydantic import PydanticSerializer as TheirSerializer
+from aws_lambda_powertools.warnings import PowertoolsUserWarning
+from redis.exceptions import RedisClusterException
 
-from aidem import exceptions, sync
+from aidem import DataRecord, exceptions, sync
 from aidem.config import IdempotencyConfig
 from aidem.persistence import PersistenceLayer
 from aidem.persistence.redis import RedisPersistenceLayer
+from aidem.serialization import PydanticSerializer
 from aidem.testing import FakeClock, PersistenceLayerConformance
 from tests.migration import own_layer_after, own_layer_before
 from tests.support.aws_servers import Database
@@ -162,6 +168,93 @@ def test_each_layer_replays_what_the_other_has_stored(they_are_first: bool) -> N
     for function in (theirs, ours) if they_are_first else (ours, theirs):
         assert function(order="o-1") == "charged o-1"
     assert charges == ["o-1"]
+
+
+# --- What tests and code may notice -----------------------------------------------------------------------------------
+
+
+def test_warnings_are_user_warnings_of_a_class_of_our_own() -> None:
+    assert issubclass(exceptions.IdempotencyWarning, UserWarning)
+    assert issubclass(PowertoolsUserWarning, UserWarning)
+    assert not issubclass(exceptions.IdempotencyWarning, PowertoolsUserWarning)
+
+
+def test_a_record_takes_keywords_and_any_status() -> None:
+    theirs = their_record.DataRecord("k", "PAUSED")
+    with pytest.raises(their_exceptions.IdempotencyInvalidStatusError):
+        _ = theirs.status
+    ours: Any = DataRecord
+    with pytest.raises(TypeError, match="positional"):
+        ours("k", "PAUSED")
+    with pytest.raises(TypeError, match="status"):
+        ours(idempotency_key="k")
+    assert ours(idempotency_key="k", status="PAUSED").status == "PAUSED"
+
+
+async def test_an_unreachable_redis_cluster_is_found_at_first_use() -> None:
+    nowhere: dict[str, Any] = {"host": "127.0.0.1", "port": unused_port(), "mode": "cluster", "ssl": False}
+    with pytest.raises(RedisClusterException):
+        CachePersistenceLayer(**nowhere)
+    layer = RedisPersistenceLayer(**nowhere)
+    with pytest.raises(exceptions.IdempotencyPersistenceConnectionError):
+        await layer.open()
+
+
+def unused_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port: int = listener.getsockname()[1]
+        return port
+
+
+def test_a_claim_that_fails_is_released_by_us_alone() -> None:
+    asked = list[str]()
+
+    class TheirStore(own_layer_before.OwnPersistenceLayer):
+        def _put_record(self, data_record: Any) -> None:
+            super()._put_record(data_record)
+            asked.append("claim")
+            raise ConnectionError
+
+        def _delete_record(self, data_record: Any) -> None:
+            asked.append("release")
+
+    class OurStore(own_layer_after.OwnPersistenceLayer):
+        async def acquire(self, *args: Any, **options: Any) -> Any:
+            await super().acquire(*args, **options)
+            asked.append("claim")
+            raise ConnectionError
+
+        async def release(self, record: DataRecord) -> bool:
+            asked.append("release")
+            return await super().release(record)
+
+    for library, store in ((powertools, TheirStore({})), (sync, OurStore({}))):
+        decorated: Any = library
+        pay = decorated.idempotent_function(
+            lambda order: None, data_keyword_argument="order", persistence_store=store, key_prefix="pay"
+        )
+        with pytest.raises(Exception, match=r".") as failed:
+            pay(order=1)
+        assert "IdempotencyPersistenceLayerError" in {cls.__name__ for cls in type(failed.value).__mro__}
+    assert asked == ["claim", "claim", "release"]
+
+
+def test_pydantics_serializer_takes_an_annotation_that_is_no_model() -> None:
+    def pay(order: int) -> dict[str, int]:
+        return {"paid": order}
+
+    options: dict[str, Any] = {"data_keyword_argument": "order", "key_prefix": "pay"}
+    with pytest.raises((their_exceptions.IdempotencyModelTypeError, TypeError)):
+        powertools.idempotent_function(
+            pay,
+            persistence_store=own_layer_before.OwnPersistenceLayer({}),
+            output_serializer=TheirSerializer,
+            **options,
+        )
+    ours = sync.idempotent_function(
+        persistence_store=own_layer_after.OwnPersistenceLayer({}), output_serializer=PydanticSerializer, **options
+    )(pay)
+    assert ours(order=1) == ours(order=1) == {"paid": 1}
 
 
 # --- The page ---------------------------------------------------------------------------------------------------------

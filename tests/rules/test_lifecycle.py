@@ -110,6 +110,27 @@ def test_a_lease_ends_when_it_lapses_or_becomes_in_doubt(
     assert lifecycle.lease_end(record) == expected
 
 
+@pytest.mark.parametrize(
+    ("record", "seconds"),
+    [
+        (claim(), None),
+        (claim(lease_expiry_timestamp=NOW_MS + 2_000), None),  # in doubt then, and nobody may take it over
+        (claim(in_progress_expiry_timestamp=NOW_MS + 2_000), 2.0),
+        (claim(in_progress_expiry_timestamp=NOW_MS + 2_000, expiry_timestamp=NOW_S + 60), 2.0),
+        (claim(expiry_timestamp=NOW_S + 60), 60.5),
+        (claim(in_progress_expiry_timestamp=NOW_MS + 90_000, expiry_timestamp=NOW_S + 60), 60.5),
+        (claim(in_progress_expiry_timestamp=NOW_MS - 2_000), -2.0),
+    ],
+)
+def test_a_claim_keeps_others_from_its_key_until_it_lapses_or_expires(
+    record: DataRecord, seconds: float | None
+) -> None:
+    assert lifecycle.blocks_for_seconds(record, now=NOW) == (None if seconds is None else pytest.approx(seconds))
+    if seconds is not None:
+        after = NOW + seconds + 0.001
+        assert lifecycle.is_lapsed(record, now=after) or lifecycle.is_expired(record, now=after)
+
+
 # --- Acquire --------------------------------------------------------------------------------------------------------
 
 
@@ -240,7 +261,7 @@ def test_a_renewed_claim_has_the_new_instants_and_keeps_everything_else() -> Non
 @pytest.mark.parametrize(
     ("held", "until"),
     [
-        ({"expiry_timestamp": 4}, 4000),
+        ({"expiry_timestamp": 4}, 5000),  # to the end of its second
         ({"expiry_timestamp": 4, "lease_expiry_timestamp": 3000}, 3000),
         ({"expiry_timestamp": 4, "in_progress_expiry_timestamp": 2000}, 2000),
         ({"in_progress_expiry_timestamp": 2000, "lease_expiry_timestamp": 3000}, 2000),
@@ -253,7 +274,7 @@ def test_a_renewal_that_would_move_a_claim_back_changes_nothing(held: dict[str, 
     for renewal in (
         claim(in_progress_expiry_timestamp=1999),
         claim(lease_expiry_timestamp=1),
-        claim(expiry_timestamp=1),
+        claim(expiry_timestamp=0),
     ):
         assert lifecycle.renewed(found, renewal.replace(owner="ours")) is found
     assert lifecycle.renewed(found, found) == found

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import copy
 import datetime
+import inspect
 import json
 import pickle
+import re
 import time
 from typing import Any
 
 import pytest
+from aws_lambda_powertools.utilities.idempotency import base as powertools_base
+from aws_lambda_powertools.utilities.idempotency.persistence import base as powertools_persistence
 
 from aidem import DataRecord, RecordStatus, exceptions
 from aidem._rules.record import OutcomeKind
@@ -17,6 +21,7 @@ from aidem.exceptions import (
     IdempotencyAlreadyInProgressError,
     IdempotencyError,
     IdempotencyPersistenceLayerError,
+    IdempotencyValidationError,
 )
 
 RECORD = DataRecord(
@@ -93,6 +98,23 @@ def test_an_error_can_be_made_again_from_its_args_a_copy_or_a_pickle(cls: type[E
             assert type(twin) is cls
             assert str(twin) == str(error)
             assert twin.args == error.args
+
+
+@pytest.mark.parametrize(
+    ("cls", "beginning"),
+    [
+        (IdempotencyAlreadyInProgressError, "Execution already in progress with idempotency key: "),
+        (IdempotencyValidationError, "Payload does not match stored record for this event key"),
+    ],
+)
+def test_a_refusal_begins_with_the_words_of_powertools_and_says_what_to_do(
+    cls: type[IdempotencyError], beginning: str
+) -> None:
+    assert beginning in inspect.getsource(powertools_base) + inspect.getsource(powertools_persistence)
+    text = str(cls(record=RECORD))
+    assert text.startswith(beginning)
+    assert "'pay#1'" in text
+    assert re.search(r"; (retry later|repeat the original payload), or ", text)
 
 
 class TableGoneError(IdempotencyPersistenceLayerError):

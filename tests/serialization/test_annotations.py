@@ -88,6 +88,8 @@ class Alias:
 
 JSON = Alias()
 JSON.__value__ = dict[str, JSON] | list[JSON] | str | None  # type: ignore[valid-type]
+Tree = Alias()
+Tree.__value__ = dict[str, Tree] | list[datetime.date]  # type: ignore[valid-type]
 Dates = Alias()
 Dates.__value__ = list[datetime.date]
 
@@ -175,10 +177,13 @@ def exactly(value: Any) -> Any:
         (Annotated[Decimal, "EUR"], Decimal(1), '"1"'),
         (Amount, Decimal(1), '"1"'),
         (Dates, [DAY], '["2026-01-02"]'),
+        (tuple[Dates, Dates], ([DAY], [DAY]), '[["2026-01-02"], ["2026-01-02"]]'),  # type: ignore[valid-type]
+        (tuple[Amount, list[Amount]], (Decimal(1), [Decimal(2)]), '["1", ["2"]]'),
+        (Tree, {"a": {"b": [DAY]}, "c": [DAY]}, '{"a": {"b": ["2026-01-02"]}, "c": ["2026-01-02"]}'),
         ("Decimal", Decimal(1), '"1"'),
         ("dict[str, Decimal | None]", {"a": None}, '{"a": null}'),
     ],
-    ids=range(49),
+    ids=range(52),
 )
 async def test_what_is_annotated_comes_back(
     annotation: Any, result: Any, text: str | None, layer: MemoryPersistenceLayer
@@ -239,6 +244,17 @@ class Parcel:
     took: datetime.timedelta
     label: bytes
     sent: datetime.date
+
+
+@dataclasses.dataclass
+class Priced:
+    net: Amount
+    gross: Amount
+
+
+def test_a_new_type_comes_back_in_every_field() -> None:
+    priced = Priced(Amount(Decimal(1)), Amount(Decimal(2)))
+    assert round_trip(priced, DataclassSerializer(Priced))[1] == priced
 
 
 def test_durations_and_bytes_are_kept_in_dataclasses() -> None:

@@ -42,7 +42,7 @@ class SimLoop(asyncio.BaseEventLoop):
         self.clock = clock
         self.offset = offset
         self._selector = _NoSelector()
-        self._clock_resolution = 1e-9
+        self._clock_resolution = 0.0  # a timer that fired early would fire again and again: time stands still meanwhile
 
     def time(self) -> float:
         return self.clock.now + self.offset

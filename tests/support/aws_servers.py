@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -20,8 +18,10 @@ from typing import Any
 
 import pytest
 
+from tests.support.servers import free_port
+
 START_SECONDS = 60
-INSTALL_SECONDS = 300
+ENVIRONMENTS = Path(os.environ.get("NOX_ENVDIR", Path(__file__).parents[2] / ".nox"))
 OTHER_URL = os.environ.get("AIDEM_TEST_DYNAMODB_URL")
 EMULATORS = ("other",) if OTHER_URL else ("moto", "ministack")
 
@@ -108,9 +108,9 @@ def moto_url() -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def ministack_url(pytestconfig: pytest.Config) -> Iterator[str]:
+def ministack_url() -> Iterator[str]:
     port = free_port()
-    python = python_with_ministack(pytestconfig)
+    python = python_with_ministack()
     environment = {"BIND_HOST": "127.0.0.1", "GATEWAY_PORT": str(port)}
     with started([python, "-m", "ministack"], port, environment) as url:
         yield url
@@ -163,36 +163,8 @@ def wait_until_it_answers(url: str, server: subprocess.Popen[bytes]) -> None:
     pytest.fail(f"{server.args!r} did not start; run it by hand to see why")
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
-
-
-def python_with_ministack(config: pytest.Config) -> str:
+def python_with_ministack() -> str:
     """Return an interpreter that has ministack, which pins a botocore of its own and so needs its own environment."""
-    cache = config.cache
-    assert cache is not None
-    directory = cache.mkdir("ministack")
-    python = directory / "bin" / "python"
-    if not (directory / "complete").exists():
-        for command in _installation(directory, python):
-            done = subprocess.run(command, capture_output=True, text=True, timeout=INSTALL_SECONDS)
-            if done.returncode != 0:
-                pytest.fail(f"ministack, a DynamoDB emulator, cannot be installed from PyPI: {done.stderr}")
-        (directory / "complete").touch()
+    python = ENVIRONMENTS / "servers" / "bin" / "python"
+    assert python.exists(), "these tests need ministack, a DynamoDB emulator: run `nox -s servers`"
     return str(python)
-
-
-def _installation(directory: Path, python: Path) -> list[list[str]]:
-    uv = shutil.which("uv", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
-    if uv is None:
-        return [
-            [sys.executable, "-m", "venv", "--clear", str(directory)],
-            [str(python), "-m", "pip", "install", "--quiet", "ministack>=1.5"],
-        ]
-    return [
-        [uv, "venv", "--quiet", "--clear", "--python", sys.executable, str(directory)],
-        [uv, "pip", "install", "--quiet", "--python", str(python), "ministack>=1.5"],
-    ]

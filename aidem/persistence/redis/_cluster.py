@@ -2,6 +2,10 @@
 
 The nodes are asked who has which slots when nobody is known to have one, and again when a node sends a command
 elsewhere, or is lost. What was not sent, or was refused, goes where the slot is then; until its time is over.
+
+Why not redis-py's `RedisCluster`: while a slot moves, it sends `ASKING` and the command after it on different pooled
+connections, and while its `default_node` is None, scripts with keys go to random nodes. In a trial one key so got two
+owners during a resharding. It is slower, too, and `docs/internals.md` has the rest.
 """
 
 from __future__ import annotations

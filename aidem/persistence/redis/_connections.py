@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import os
-import threading
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final, Protocol
 from weakref import WeakSet
+
+from aidem._runtime.threads import Lock
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Sequence
@@ -72,7 +73,7 @@ class ConnectionsByLoop:
     def __init__(self, make: Callable[[], Connections]) -> None:
         self._make = make
         self._by_loop: dict[asyncio.AbstractEventLoop, tuple[Connections, AsyncGenerator[None]]] = {}
-        self._lock = threading.Lock()
+        self._lock = Lock()
         _all.add(self)
 
     def here(self) -> Connections:
@@ -100,7 +101,7 @@ class ConnectionsByLoop:
         """Forget everything, in a forked child: the sockets are the parent's, and nothing may be said on them."""
         _inherited.append(self._by_loop)
         self._by_loop = {}
-        self._lock = threading.Lock()
+        self._lock = Lock()
 
 
 def _closed_with_its_loop(connections: Connections) -> AsyncGenerator[None]:

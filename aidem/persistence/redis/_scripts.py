@@ -1,8 +1,8 @@
 """The scripts: each is one atomic step on one record, judged by the server's clock.
 
-They mirror `_state`, and the conformance suite proves that they agree. A script reads a record with `cjson`, but never
-writes with it, which would turn `[]` into `{}` and round long numbers: what is stored is text of the client, around
-instants that the script puts in. A record of ours begins with them:
+They mirror `aidem._rules.lifecycle`, and the conformance suite proves that they agree. A script reads a record with
+`cjson`, but never writes with it, which would turn `[]` into `{}` and round long numbers: what is stored is text of the
+client, around instants that the script puts in. A record of ours begins with them:
 
     {"expiration": 1, "in_progress_expiration": 1000, "status": "INPROGRESS", "owner": "...", "fence": 1000}
 
@@ -210,8 +210,9 @@ if ARGV[5] ~= <given up> then
     return false
   end
   local lasts = tonumber(ARGV[4]) or tonumber(ARGV[5])
-  local until_now = ends or expiry and expiry * 1000 or math.huge
-  local until_then = lasts and now + lasts or ARGV[3] ~= '' and math.ceil((now + ARGV[3]) / 1000) * 1000 or math.huge
+  local until_now = ends or expiry and (expiry + 1) * 1000 or math.huge
+  local kept_until = ARGV[3] ~= '' and math.ceil((now + ARGV[3]) / 1000 + 1) * 1000
+  local until_then = lasts and now + lasts or kept_until or math.huge
   if until_then < until_now then
     return text
   end

@@ -1,4 +1,7 @@
-"""The primary that the sentinels name: they are asked each time a connection is made."""
+"""The primary that the sentinels name: they are asked each time a connection is made.
+
+redis-py's `Sentinel` would save about 20 lines, and bring a pool of connections where each event loop needs only one.
+"""
 
 from __future__ import annotations
 

@@ -9,11 +9,11 @@ import os
 import random
 import sqlite3
 import stat
-import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, TypeVar
 
+from aidem._runtime.threads import Lock
 from aidem.exceptions import (
     IdempotencyError,
     IdempotencyPersistenceConfigError,
@@ -44,7 +44,7 @@ _WRITABLE_BY_ALL: Final = stat.S_IWOTH if hasattr(os, "geteuid") else 0
 
 # Whoever closes a descriptor of a file drops all locks that its process has on it, SQLite's too: so a file is created,
 # and that descriptor closed, before any thread of this process opens it.
-_creating: Final = threading.Lock()
+_creating: Final = Lock()
 
 # One statement, so that it sees one state.
 _IDENTIFY: Final = """

@@ -9,10 +9,9 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
-import threading
-from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
+from aidem._runtime.threads import Lock, SimpleQueue, thread_for
 from aidem.persistence.sqlite._records import Records
 
 if TYPE_CHECKING:
@@ -28,7 +27,7 @@ EXIT_SECONDS: Final = 5.0
 
 # Held to ask a thread for something, to start or to end one: nothing is asked of a thread that ends. A thread's own
 # `_in_use` may be taken under it, never the other way round.
-gate: Final = threading.Lock()
+gate: Final = Lock()
 _threads: Final[set[RecordThread]] = set()  # which are running
 
 
@@ -64,8 +63,8 @@ class RecordThread:
         self._file = file
         self._clock = clock
         self._connection: sqlite3.Connection | None = None
-        self._in_use = threading.Lock()
-        self._thread = threading.Thread(target=self._serve, name=f"aidem {file.path}", daemon=True)
+        self._in_use = Lock()
+        self._thread = thread_for(self._serve, name=f"aidem {file.path}")
         self._thread.start()
         _threads.add(self)
 

@@ -28,7 +28,8 @@ from aidem.exceptions import (
 )
 from aidem.persistence.dynamodb import DynamoDBPersistenceLayer
 from aidem.testing import claim_of, completed_of
-from tests.support.aws_servers import Database, free_port
+from tests.support.aws_servers import Database
+from tests.support.servers import free_port
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(60, func_only=True)]
 

@@ -1,0 +1,155 @@
+"""The page on how aidem is built says what is there: rooms, phases, and the way of a call through the modules."""
+
+from __future__ import annotations
+
+import re
+import sys
+import tomllib
+from collections.abc import Awaitable, Callable
+from functools import partial
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import anyio.to_thread
+import pytest
+
+import aidem
+from aidem import idempotent_function, sync
+from aidem._engine.call import Phase
+from aidem._runtime import background_loop
+from aidem.asgi import IdempotencyMiddleware
+from aidem.persistence.memory import MemoryPersistenceLayer
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = Path(aidem.__file__).parent
+PAGE = (ROOT / "docs" / "internals.md").read_text(encoding="utf-8")
+
+
+def section(title: str) -> str:
+    """Return the text below a heading, up to the next one."""
+    [text] = re.findall(rf"^##+ {title}$(.*?)(?=^##|\Z)", PAGE, re.MULTILINE | re.DOTALL)
+    return str(text)
+
+
+def lines_of_rooms() -> list[list[str]]:
+    [listing] = re.findall(r"```text\naidem/\n(.*?)```", section("Rooms"), re.DOTALL)
+    return [line.split() for line in listing.splitlines()]
+
+
+def test_the_rooms_are_the_listing_of_the_package() -> None:
+    there = {path.name + "/" * path.is_dir() for path in PACKAGE.iterdir()}
+    named = {room for line in lines_of_rooms() for room in line}
+    assert named == there - {"__init__.py", "__pycache__/", "py.typed"}
+
+
+def test_the_order_of_the_rooms_is_the_one_that_import_linter_holds() -> None:
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"][
+        "contracts"
+    ]
+    [rooms] = [contract for contract in contracts if contract.get("containers") == ["aidem"]]
+    named = [sorted(room.removesuffix("/").removesuffix(".py") for room in line) for line in lines_of_rooms()]
+    assert named == [sorted(layer.split(" | ")) for layer in rooms["layers"]]
+
+
+def test_every_module_that_contributors_are_sent_to_exists() -> None:
+    pages = [PAGE, (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")]
+    named = {path for page in pages for path in re.findall(r"`((?:aidem|tests|docs)/[\w/.-]+)`", page)}
+    assert named
+    assert {path for path in named if not (ROOT / path).exists()} == set()
+
+
+def test_the_table_of_steps_has_every_phase() -> None:
+    [header] = re.findall(r"^\| step \|(.*)\|$", section("Phases and steps"), re.MULTILINE)
+    assert [phase.strip() for phase in header.split("|")] == [phase.name for phase in Phase]
+
+
+class Walk:
+    """The modules of aidem that are entered, in the order in which each is entered for the first time."""
+
+    def __init__(self) -> None:
+        self.modules: list[str] = []
+
+    def __call__(self, frame: FrameType, event: str, _: Any) -> None:
+        path = Path(frame.f_code.co_filename)
+        if event == "call" and path.is_relative_to(PACKAGE):
+            module = path.relative_to(PACKAGE).as_posix()
+            if module not in self.modules:
+                self.modules.append(module)
+
+
+async def walk_of(call: Callable[[], Awaitable[Any]]) -> list[str]:
+    """Return the modules that a call enters whose function has been called before with another key."""
+    walk = Walk()
+    sys.setprofile(walk)
+    try:
+        await call()
+    finally:
+        sys.setprofile(None)
+    return walk.modules
+
+
+async def walk_of_async() -> list[str]:
+    @idempotent_function(persistence_store=MemoryPersistenceLayer())
+    async def charge(order_id: str) -> dict[str, int]:
+        return {"charged": 42}
+
+    await charge("o-1")
+    return await walk_of(lambda: charge("o-2"))
+
+
+async def walk_of_http() -> list[str]:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        await send({"type": "http.response.start", "status": 201, "headers": [(b"content-length", b"2")]})
+        await send({"type": "http.response.body", "body": b"{}"})
+
+    middleware = IdempotencyMiddleware(
+        app, key_prefix="payments", scope=None, persistence_store=MemoryPersistenceLayer()
+    )
+
+    async def post(key: bytes) -> None:
+        async def receive() -> Any:
+            return {"type": "http.request", "body": b"{}"}
+
+        async def send(message: Any) -> None: ...
+
+        headers = [(b"idempotency-key", key), (b"content-type", b"application/json")]
+        scope = {"type": "http", "method": "POST", "path": "/payments", "query_string": b"", "headers": headers}
+        await middleware(scope, receive, send)
+
+    await post(b'"o-1"')
+    return await walk_of(lambda: post(b'"o-2"'))
+
+
+def walk_of_sync() -> list[str]:
+    @sync.idempotent_function(persistence_store=MemoryPersistenceLayer())
+    def charge(order_id: str) -> dict[str, int]:
+        return {"charged": 42}
+
+    async def profile(walk: Walk | None) -> None:
+        sys.setprofile(walk)
+
+    walk = Walk()
+    charge("o-1")
+    background_loop.run(partial(profile, walk))
+    walk.modules.clear()
+    sys.setprofile(walk)
+    try:
+        charge("o-2")
+    finally:
+        sys.setprofile(None)
+        background_loop.run(partial(profile, None))
+        sync.close()
+    return walk.modules
+
+
+@pytest.mark.parametrize("front", ["Async", "Sync", "HTTP"])
+async def test_the_walks_name_every_module_that_a_call_enters_in_order(front: str) -> None:
+    walks: dict[str, Callable[[], Awaitable[list[str]]]] = {
+        "Async": walk_of_async,
+        "Sync": partial(anyio.to_thread.run_sync, walk_of_sync),
+        "HTTP": walk_of_http,
+    }
+    steps = re.findall(r"^\| (`[\w/., `]+\.py`) \|", section(front), re.MULTILINE)
+    assert [module.strip("`") for step in steps for module in step.split(", ")] == await walks[front]()
