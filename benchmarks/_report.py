@@ -20,7 +20,7 @@ DOCS_PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
 HEADINGS = ("subject", "what", "against", "ours", "theirs", "ratio", "by", "other clock", "target", "met")
 PACKAGES = (
-    "aidem",
+    "aidem-idempotency",
     "aioboto3",
     "aiobotocore",
     "aiosqlite",

@@ -108,7 +108,7 @@ def test_the_file_holds_the_rows_the_versions_and_no_path() -> None:
     text = json.dumps(_report.as_json({"memory": [row]}, quick=False))
     report = json.loads(text)
     assert report["rows"][0].items() >= {"subject": "memory", "what": "call", "target": "≤ 0.6", "is_met": True}.items()
-    assert report["versions"].keys() >= {"aidem", "aws-lambda-powertools", "redis"}
+    assert report["versions"].keys() >= {"aidem-idempotency", "aws-lambda-powertools", "redis"}
     assert report["machine"].keys() == {"python", "system", "architecture", "cores"}
     assert "/" not in text
 

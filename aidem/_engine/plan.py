@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import time
 import warnings
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from aidem._engine.shared import shared_by
 from aidem._rules import key as _key
 from aidem._rules.lifecycle import LeaseTerms
+from aidem._runtime.clock import wall_clock
 from aidem.config import current_lambda_context
 from aidem.exceptions import IdempotencyKeyError, IdempotencyWarning
 from aidem.persistence import SupportsWaitForChange
@@ -72,7 +72,7 @@ class Plan:
         self.config = config
         self.function = function
         self.prefix = prefix
-        self.clock: Callable[[], float] = getattr(layer, "clock", time.time)
+        self.clock: Callable[[], float] = getattr(layer, "clock", wall_clock)
         self.shared = shared_by(layer)
         self._lease = self._lease_of(config.lease_seconds)
         self.waits_for_change = layer if isinstance(layer, SupportsWaitForChange) else None

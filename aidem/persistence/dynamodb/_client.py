@@ -6,7 +6,6 @@ import asyncio
 import os
 import weakref
 from functools import cache
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Final, TypeAlias, cast
 
 import aiobotocore.session
@@ -16,6 +15,7 @@ from aiobotocore.config import AioConfig
 from aiobotocore.session import ClientCreatorContext
 from botocore.client import BaseClient
 
+from aidem._distribution import __version__
 from aidem.exceptions import IdempotencyPersistenceConfigError
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def config_of(boto_config: Any | None) -> Any:
     config: Any = AioConfig(
         parameter_validation=False,
         max_pool_connections=POOL_CONNECTIONS,
-        user_agent=f"aidem/{version('aidem')} aiobotocore/{aiobotocore.__version__}",
+        user_agent=f"aidem/{__version__} aiobotocore/{aiobotocore.__version__}",
     )
     if boto_config is not None:
         config = config.merge(boto_config)
