@@ -238,6 +238,18 @@ def simulate(session: nox.Session) -> None:
 
 
 @nox.session
+def audit(session: nox.Session) -> None:
+    """Look for known vulnerabilities in what the extras bring, newest and lowest; the advisories come from PyPI."""
+    session.install(*nox.project.dependency_groups(PROJECT, "audit"))
+    extras = [needed for extra in PROJECT["project"]["optional-dependencies"].values() for needed in extra]
+    requirements = [needed for needed in [*PROJECT["project"]["dependencies"], *extras] if ">=" in needed]
+    for name, lines in (("newest", requirements), ("lowest", _floors(requirements))):
+        listed = Path(session.create_tmp(), f"{name}.txt")
+        listed.write_text("\n".join(lines) + "\n")
+        session.run("pip-audit", "--requirement", str(listed))
+
+
+@nox.session
 def bench(session: nox.Session) -> None:
     """Measure against other libraries and print one table of ratios; see docs/benchmarks.md."""
     _install(session, "bench")
