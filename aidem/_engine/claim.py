@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from contextvars import copy_context
-from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from aidem._engine.claimed_record import ClaimedRecord
@@ -199,7 +198,9 @@ class Claim(ClaimedRecord):
 
     def undo_in_background(self) -> None:
         """Undo the claim of a body that is being closed, without waiting."""
-        if self._lease.may_be_taken_over:
-            in_background(partial(self._persist, self._release, effect=FAILED))
-        else:
-            in_background(partial(self._persist, self._abandon, effect=FAILED))
+        in_background(self._undo_unattended)
+
+    async def _undo_unattended(self) -> None:
+        shield = CancellationShield()
+        shield.bound(CLEANUP_SECONDS)
+        await self.undo(is_failure=False, shield=shield)
