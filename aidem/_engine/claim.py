@@ -378,10 +378,12 @@ class Claim:
 
     def release_in_background(self) -> None:
         """Do the same for a body that is being closed, without waiting."""
-        if self._lease.may_be_taken_over:
-            in_background(partial(self._persist, self._release_once, effect=FAILED))
-        else:
-            in_background(partial(self._persist, self._abandon, effect=FAILED))
+        in_background(self._release_unattended)
+
+    async def _release_unattended(self) -> None:
+        shield = CancellationShield()
+        shield.bound(CLEANUP_SECONDS)
+        await self.release(is_failure=False, shield=shield)
 
     # --- What is asked of the layer ---------------------------------------------------------------------------------
 

@@ -31,7 +31,8 @@ class OSThread:
     def start(self) -> None:
         """Start it."""
         self._alive.acquire()
-        get_original("_thread", "start_new_thread")(self._run, ())
+        trace = threading.gettrace()  # what `threading` has its own threads traced by, such as a debugger
+        get_original("_thread", "start_new_thread")(lambda: (sys.settrace(trace), self._run()), ())  # type: ignore[func-returns-value]
 
     def is_alive(self) -> bool:
         """Whether it has started and has not ended."""
@@ -43,7 +44,6 @@ class OSThread:
             self._alive.release()
 
     def _run(self) -> None:
-        sys.settrace(threading.gettrace())  # as `threading` does, for debuggers and coverage
         try:
             self._target()
         finally:

@@ -17,8 +17,6 @@ from aidem.exceptions import IdempotencyUsageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from queue import SimpleQueue
-    from threading import Lock
 
 __all__ = ["Lock", "SimpleQueue", "Thread", "event_loop", "has_caller_ended", "held_lock", "thread_for"]
 
@@ -29,7 +27,10 @@ def _original(module: str, name: str) -> Any:
     return getattr(import_module(module), name) if monkey is None else monkey.get_original(module, name)
 
 
-if not TYPE_CHECKING:
+if TYPE_CHECKING:
+    from queue import SimpleQueue
+    from threading import Lock
+else:
     Lock = _original("_thread", "allocate_lock")
     SimpleQueue = _original("queue", "SimpleQueue")
 

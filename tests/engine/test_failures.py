@@ -8,6 +8,7 @@ import gc
 import logging
 import socket
 import ssl
+from collections.abc import AsyncGenerator
 from typing import Any
 
 import pytest
@@ -191,13 +192,14 @@ async def test_a_loser_whose_store_is_down_says_that_the_effect_has_happened() -
 
 
 async def test_a_coroutine_that_is_closed_gives_its_key_back_in_the_background() -> None:
-    layer = PlannedLayer()
+    layer, listener = PlannedLayer(), Listener()
     gate = asyncio.Event()
 
     async def charge(order: Any) -> Any:
         await gate.wait()
 
-    function = idempotent_function(persistence_store=layer, key_prefix="charge")(charge)
+    config = IdempotencyConfig(hooks=(listener,))
+    function = idempotent_function(persistence_store=layer, config=config, key_prefix="charge")(charge)
     coroutine = function(ORDER)
     step = coroutine.send(None)
     while not (layer.inner._records and "acquire" in layer.calls and gate._waiters):
@@ -208,6 +210,27 @@ async def test_a_coroutine_that_is_closed_gives_its_key_back_in_the_background()
     await asyncio.sleep(0.1)
     assert layer.calls == ["acquire", "release"]
     assert not layer.inner._records
+    assert listener.kinds == [EventKind.RELEASED]
+
+
+async def test_a_block_that_is_closed_with_its_generator_tells_that_its_key_was_released_or_lost() -> None:
+    layer, listener = PlannedLayer(), Listener()
+
+    async def steps(key: str) -> AsyncGenerator[str]:
+        config = IdempotencyConfig(hooks=(listener,))
+        async with idempotency(key, persistence_store=layer, config=config) as execution:
+            if not execution.replayed:
+                yield "charging"
+
+    for told in (EventKind.RELEASED, EventKind.LEASE_LOST):
+        generator = steps("order-1")
+        assert await anext(generator) == "charging"
+        if told is EventKind.LEASE_LOST:
+            layer.inner._records.clear()
+        await generator.aclose()
+        await asyncio.sleep(0.1)
+        assert listener.kinds.pop() == told
+    assert layer.calls == ["acquire", "release"] * 2
 
 
 async def test_a_failing_hook_is_logged_and_changes_nothing(caplog: Any) -> None:

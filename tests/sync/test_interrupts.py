@@ -23,6 +23,7 @@ from typing import Any, Self
 import pytest
 
 from aidem import IdempotencyConfig, sync
+from aidem._runtime import background_loop
 from aidem._runtime.background_loop import INTERRUPTED_SECONDS, BackgroundLoop, BackgroundStep
 from aidem.exceptions import IdempotencyAlreadyInProgressError
 from aidem.persistence.memory import MemoryPersistenceLayer
@@ -99,6 +100,32 @@ def second() -> str:
 
 def fails() -> str:
     raise ValueError("no money")
+
+
+def test_an_interrupt_before_the_background_loop_has_begun_to_complete_lets_the_outcome_be_recorded(
+    charge: Charge,
+) -> None:
+    layer = PlannedLayer(inner=MemoryPersistenceLayer(), clock=real_now)
+    was_asked: list[str] = []
+
+    def first_while_the_loop_is_held() -> str:
+        loop: Any = background_loop._process.loop
+        loop.call(lambda: hold(loop._loop))
+        return first()
+
+    def hold(loop: Any) -> None:
+        for asked in ("_begin", "_cancel"):
+            while asked not in {handle._callback.__name__ for handle in list(loop._ready)}:
+                time.sleep(0.001)
+            was_asked.append(asked)
+            if asked == "_begin":
+                os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        charge(layer, first_while_the_loop_is_held)
+    assert was_asked == ["_begin", "_cancel"]
+    assert layer.calls == ["acquire", "complete"]
+    assert charge(layer, second) == "first"
 
 
 @pytest.mark.parametrize("moment", ["before", "after"])
