@@ -88,6 +88,12 @@ def test_the_name_and_the_version_are_those_of_the_distribution() -> None:
     assert everything == f"{DISTRIBUTION}[{','.join(extra for extra in extras if extra not in {'all', 'aiobotocore'})}]"
 
 
+def test_no_module_asks_which_version_of_an_installed_distribution_is_there() -> None:
+    """That of our import name is somebody else's, and is not there as a rule."""
+    asking = {path.name for path in (ROOT / "aidem").rglob("*.py") if "importlib.metadata" in path.read_text("utf-8")}
+    assert asking == set()
+
+
 def test_the_page_on_the_index_has_no_links_to_files_that_it_does_not_have() -> None:
     text = importlib.metadata.distribution(DISTRIBUTION).read_text("METADATA")
     assert text is not None

@@ -31,6 +31,12 @@ def test_every_session_that_is_named_exists() -> None:
     assert named - sessions() == set()
 
 
+def test_every_test_that_a_session_picks_exists() -> None:
+    picked = set(re.findall(r'"(tests/[\w/.]+)"', text("noxfile.py")))
+    assert "tests/stateful" in picked
+    assert {path for path in picked if not (ROOT / path).exists()} == set()
+
+
 def test_the_hooks_before_a_commit_install_what_the_session_installs() -> None:
     hooks = re.findall(r'additional_dependencies: \["(.+)"\]', text(".pre-commit-config.yaml"))
     groups = tomllib.loads(text("pyproject.toml"))["dependency-groups"]

@@ -6,9 +6,10 @@ import inspect
 from typing import TYPE_CHECKING, Any, ClassVar, ParamSpec, TypeVar, cast
 
 from aidem._api.execution import EncodedResult, Execution, hooked, outcome_of, replayed_value, running
-from aidem._engine.call import Call, Phase
-from aidem._engine.plan import Plan, is_disabled, unprotected_call
-from aidem.config import check_call_options, default_config, default_persistence_store
+from aidem._api.factory import CallFactory
+from aidem._engine.call import Phase, WhoseOutcome
+from aidem._engine.plan import Plan
+from aidem.config import check_call_options
 from aidem.exceptions import IdempotencyLeaseLostError, IdempotencyUsageError
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractAsyncContextManager
     from types import TracebackType
 
-    from aidem._engine.plan import CallKey
+    from aidem._engine.call import Call
     from aidem._rules.record import DataRecord
     from aidem.config import IdempotencyConfig
     from aidem.persistence import PersistenceLayer
@@ -182,7 +183,7 @@ class BlockExecution(Execution):
             raise swallowed
         if call.phase is Phase.CLAIMED:
             recording = self._recording or self._recording_of(self._result)
-            if not await call.complete(recording.text, recording.kind):
+            if await call.complete(recording.text, recording.kind) is WhoseOutcome.WINNERS:
                 await self._adopt(call.held_record(), recording)
             elif call.held_record().outcome is None:
                 self._is_decoded = False  # what `run` has handed out may have changed since
@@ -206,24 +207,12 @@ async def _called(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[
     return await result if inspect.isawaitable(result) else result
 
 
-class Block:
+class Block(CallFactory):
     """What the context managers behind `idempotency` share: here the async one, the blocking one in `aidem.sync`."""
 
-    call_type: ClassVar[type[Call]] = Call
     execution_type: ClassVar[type[BlockExecution]] = BlockExecution
 
-    __slots__ = (
-        "_call",
-        "_config",
-        "_execution",
-        "_is_entered",
-        "_key",
-        "_key_prefix",
-        "_layer",
-        "_payload",
-        "_running",
-        "_serializer",
-    )
+    __slots__ = ("_call", "_execution", "_is_entered", "_key", "_payload", "_running")
 
     def __init__(
         self,
@@ -235,12 +224,15 @@ class Block:
         serializer: OutputSerializer | None,
         key_prefix: str,
     ) -> None:
+        super().__init__(
+            function=f"the block {key_prefix!r}",
+            prefix=lambda: key_prefix,
+            layer=layer,
+            config=config,
+            output_serializer=serializer,
+        )
         self._key = key
         self._payload = payload
-        self._layer = layer
-        self._config = config
-        self._serializer = serializer
-        self._key_prefix = key_prefix
         self._is_entered = False
 
     def prepare(self) -> None:
@@ -248,7 +240,7 @@ class Block:
         if self._is_entered:
             raise IdempotencyUsageError("this block was entered before; call idempotency(...) for every block anew")
         self._is_entered = True
-        self._call = self._make_call()
+        self._call: Call = self.make(Plan.key_of_block, self._key, self._payload)
 
     async def enter(self) -> BlockExecution:
         """Begin the call."""
@@ -263,36 +255,14 @@ class Block:
         return self._execution
 
     async def leave(self, exc: BaseException | None) -> None:
-        """Record what the block leaves, or give the key back."""
+        """Record what the block leaves, or release the claim."""
         self._running.__exit__()
         if self._execution.has_result(exc):
             await self._execution.record_result()
-        elif exc is not None and not await self._call.fail(exc):
+        elif exc is not None and await self._call.fail(exc) is WhoseOutcome.WINNERS:
             record = self._call.held_record()
             reason = "another call took it over and has another outcome, which a retry will get"
             raise IdempotencyLeaseLostError(key=record.idempotency_key, record=record, reason=reason) from exc
-
-    def _make_call(self) -> Call:
-        config = self.config()
-        function = f"the block {self._key_prefix!r}"
-        if is_disabled(function):
-            plan, key = unprotected_call(self._find_key, config=config, function=function, prefix=self._key_prefix)
-            return self.call_type(plan, key, bypassed=True)
-        plan = Plan(
-            layer=default_persistence_store() if self._layer is None else self._layer,
-            config=config,
-            function=function,
-            prefix=self._key_prefix,
-            output_serializer=self._serializer,
-        )
-        return self.call_type(plan, self._find_key(plan))
-
-    def config(self) -> IdempotencyConfig:
-        """Return the settings of the call."""
-        return self._config or default_config()
-
-    def _find_key(self, plan: Plan) -> CallKey:
-        return plan.key_of_block(self._key, self._payload)
 
 
 class _AsyncBlock(Block):

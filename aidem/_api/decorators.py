@@ -3,27 +3,16 @@
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Any, ClassVar, Concatenate, ParamSpec, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar, overload
 
 from aidem._api.execution import execute
+from aidem._api.factory import Binding
 from aidem._api.signature import Target, check_takes_event, payload_finder
-from aidem._engine.call import Call
-from aidem._engine.plan import Plan, is_disabled, unprotected_call
-from aidem.config import (
-    check_call_options,
-    default_config,
-    default_persistence_store,
-    lambda_context_of,
-    register_lambda_context,
-    reset_lambda_context,
-)
-from aidem.serialization import check_returns
+from aidem.config import check_call_options, lambda_context_of, register_lambda_context, reset_lambda_context
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
-    from aidem._api.signature import FindKey
-    from aidem._engine.plan import CallKey
     from aidem.config import IdempotencyConfig
     from aidem.persistence import PersistenceLayer
     from aidem.serialization import ModelSerializer, OutputSerializer
@@ -32,65 +21,6 @@ P = ParamSpec("P")
 R = TypeVar("R")
 EventT = TypeVar("EventT")
 ContextT = TypeVar("ContextT")
-
-
-class Binding:
-    """One decorated function with its options: makes the call of each invocation."""
-
-    call_type: ClassVar[type[Call]] = Call
-
-    __slots__ = ("_config", "_find_key", "_key_prefix", "_layer", "_output_serializer", "_plan", "target")
-
-    def __init__(
-        self,
-        target: Target,
-        find_key: FindKey,
-        *,
-        persistence_store: PersistenceLayer | None,
-        config: IdempotencyConfig | None,
-        key_prefix: str | None,
-        output_serializer: type[ModelSerializer] | OutputSerializer | None = None,
-    ) -> None:
-        if output_serializer is None:
-            check_returns(target.function)
-        self.target = target
-        self._find_key = find_key
-        self._layer = persistence_store
-        self._config = config
-        self._key_prefix = key_prefix
-        self._output_serializer = output_serializer
-        self._plan: Plan | None = None
-
-    def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-        """Return the call of one invocation; its key is fixed now."""
-        config = self._config or default_config()
-        if is_disabled(self.target.name):
-            plan, key = unprotected_call(
-                lambda plan: self._find_key(plan, args, kwargs),
-                config=config,
-                function=self.target.name,
-                prefix=self._prefix(),
-            )
-            return self.call_type(plan, key, bypassed=True)
-        plan = self._plan_for(config)
-        return self.call_type(plan, self._find_key(plan, args, kwargs))
-
-    def _plan_for(self, config: IdempotencyConfig) -> Plan:
-        layer = default_persistence_store() if self._layer is None else self._layer
-        plan = self._plan
-        if plan is None or plan.layer is not layer or plan.config is not config:
-            plan = self._plan = Plan(
-                layer=layer,
-                config=config,
-                function=self.target.name,
-                prefix=self._prefix() if plan is None else plan.prefix,  # read at the first call
-                output_serializer=self._output_serializer,
-                returns=self.target.function,
-            )
-        return plan
-
-    def _prefix(self) -> str:
-        return self._key_prefix or self.target.default_prefix()
 
 
 @overload
@@ -140,7 +70,7 @@ def idempotent(
         return functools.partial(idempotent, persistence_store=persistence_store, config=config, key_prefix=key_prefix)
     target = Target(handler, decorator="idempotent", key_prefix=key_prefix)
     check_takes_event(target)
-    binding = Binding(target, key_of_event, persistence_store=persistence_store, config=config, key_prefix=key_prefix)
+    binding = Binding(target, event_of, persistence_store=persistence_store, config=config, key_prefix=key_prefix)
 
     @functools.wraps(handler)
     async def wrapper(event: Any, context: Any, *args: Any, **kwargs: Any) -> Any:
@@ -148,7 +78,7 @@ def idempotent(
         token = None if lambda_context is None else register_lambda_context(lambda_context)
         try:
             call = binding.call((event,), {})
-            call.supersedes = is_durable_replay
+            call.is_durable_replay = is_durable_replay
             return await execute(call, handler, (event, context, *args), kwargs)
         finally:
             if token is not None:
@@ -157,9 +87,9 @@ def idempotent(
     return wrapper
 
 
-def key_of_event(plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CallKey:  # noqa: ARG001 - a FindKey
-    """Return the key of a handler's call: the payload is the whole event."""
-    return plan.key(args[0])
+def event_of(args: tuple[Any, ...], _kwargs: dict[str, Any]) -> Any:
+    """Return the payload of a handler's call: the whole event."""
+    return args[0]
 
 
 @overload

@@ -11,7 +11,7 @@ import weakref
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
-from aidem._engine.call import Call, Phase
+from aidem._engine.call import Call, Phase, WhoseOutcome
 from aidem._rules.record import OutcomeKind
 from aidem.exceptions import (
     IdempotencyKeyError,
@@ -138,12 +138,12 @@ async def execute(
             return result
         recording = EncodedResult.of(result, call.plan.serializer, function=call.plan.function)
     except BaseException as error:
-        if await call.fail(error):
+        if await call.fail(error) is WhoseOutcome.OURS:
             raise
         return await replayed_value(call)  # the error would have been the outcome, but another call's counts
-    is_ours = await call.complete(recording.text, recording.kind)
+    whose = await call.complete(recording.text, recording.kind)
     recording.raise_interruption()
-    if not is_ours:
+    if whose is WhoseOutcome.WINNERS:
         return await replayed_value(call)
     recording.warn_if_unavailable(call)
     return recording.value

@@ -7,15 +7,14 @@ import inspect
 import os
 from typing import TYPE_CHECKING, Any
 
+from aidem._engine.plan import Arguments
 from aidem._rules import key as _key
 from aidem.exceptions import IdempotencyConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from aidem._engine.plan import CallKey, Plan
-
-    FindKey = Callable[[Plan, tuple[Any, ...], dict[str, Any]], CallKey]
+    FindPayload = Callable[[tuple[Any, ...], dict[str, Any]], Any]
 
 BOUND_BY_CALL = ("self", "cls")
 
@@ -124,8 +123,8 @@ def _name(function: object) -> str:
     return getattr(function, "__qualname__", None) or repr(function)
 
 
-def payload_finder(target: Target, *, data_keyword_argument: str | None, key: Callable[..., Any] | None) -> FindKey:
-    """Return how the key of a call is found among its arguments.
+def payload_finder(target: Target, *, data_keyword_argument: str | None, key: Callable[..., Any] | None) -> FindPayload:
+    """Return how the payload of a call is found among its arguments.
 
     Raises:
         IdempotencyConfigError: The options do not suit the signature, or each other.
@@ -141,10 +140,10 @@ def payload_finder(target: Target, *, data_keyword_argument: str | None, key: Ca
     return _all_arguments(signature, target)
 
 
-def _named(signature: inspect.Signature, name: str, target: Target) -> FindKey:
+def _named(signature: inspect.Signature, name: str, target: Target) -> FindPayload:
     parameter = signature.parameters.get(name)
     if parameter is None and any(each.kind is each.VAR_KEYWORD for each in signature.parameters.values()):
-        return lambda plan, _args, kwargs: plan.key(kwargs.get(name))
+        return lambda _args, kwargs: kwargs.get(name)
     if parameter is None:
         known = ", ".join(map(repr, signature.parameters)) or "none"
         message = f"data_keyword_argument={name!r} is not a parameter of {target.name}; its parameters are: {known}"
@@ -152,19 +151,19 @@ def _named(signature: inspect.Signature, name: str, target: Target) -> FindKey:
     position = list(signature.parameters).index(name)
     is_positional = parameter.kind in {parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD}
 
-    def find_key(plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CallKey:
+    def find_payload(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if is_positional and len(args) > position:
-            return plan.key(args[position])
+            return args[position]
         if parameter.kind is not parameter.POSITIONAL_ONLY and name in kwargs:
-            return plan.key(kwargs[name])
+            return kwargs[name]
         if parameter.default is not parameter.empty:
-            return plan.key(parameter.default)
-        return plan.key(_bound(target, signature, args, kwargs)[name])  # *args or **kwargs, or a TypeError
+            return parameter.default
+        return _bound(target, signature, args, kwargs)[name]  # *args or **kwargs, or a TypeError
 
-    return find_key
+    return find_payload
 
 
-def _computed(signature: inspect.Signature, key: Callable[..., Any], target: Target) -> FindKey:
+def _computed(signature: inspect.Signature, key: Callable[..., Any], target: Target) -> FindPayload:
     names = list(signature.parameters)
     try:
         inspect.signature(key).bind(**dict.fromkeys(names))
@@ -174,22 +173,22 @@ def _computed(signature: inspect.Signature, key: Callable[..., Any], target: Tar
         message = f"key= must take the arguments of {target.name} by name ({', '.join(names) or 'none'}): {exc}"
         raise IdempotencyConfigError(message) from exc
 
-    def find_key(plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CallKey:
-        return plan.key(key(**_bound(target, signature, args, kwargs)))
+    def find_payload(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return key(**_bound(target, signature, args, kwargs))
 
-    return find_key
+    return find_payload
 
 
-def _all_arguments(signature: inspect.Signature, target: Target) -> FindKey:
+def _all_arguments(signature: inspect.Signature, target: Target) -> FindPayload:
     bound_by_call = next(iter(signature.parameters), None)
 
-    def find_key(plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CallKey:
+    def find_payload(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         arguments = _bound(target, signature, args, kwargs)
         if bound_by_call in BOUND_BY_CALL:
             del arguments[bound_by_call]
-        return plan.key_of_arguments(arguments)
+        return Arguments(arguments)
 
-    return find_key
+    return find_payload
 
 
 def _bound(

@@ -1,7 +1,7 @@
 """The engine: the async shell around `lifecycle` that takes one call from its claim to its outcome.
 
-A front makes a `Call` and awaits `begin`; the call then has claimed its key, found an outcome to replay, or runs
-unprotected. After the body it awaits `complete` or `fail`. What a record means is `lifecycle`'s to say.
+A front makes a `Call` and awaits `begin`; the call then has claimed its key, found an outcome to replay, or is
+bypassed. After the body it awaits `complete` or `fail`. What a record means is `lifecycle`'s to say.
 """
 
 from __future__ import annotations
@@ -11,8 +11,7 @@ import logging
 from enum import Enum, auto
 from typing import TYPE_CHECKING
 
-from aidem._engine.claim import Claim
-from aidem._engine.claimed_record import GIVING_BACK_SECONDS
+from aidem._engine.claim import RELEASE_SECONDS, Claim
 from aidem._engine.operations import NOTHING_RUN, ask
 from aidem._engine.single_flight import SingleFlight
 from aidem._engine.waiting import WaitBudget, winner
@@ -54,6 +53,13 @@ class Phase(Enum):
     ENDED = auto()
 
 
+class WhoseOutcome(Enum):
+    """Whose outcome counts when the body has ended; the record of the call has it."""
+
+    OURS = auto()
+    WINNERS = auto()  # our claim was lost, and whoever took it over has an outcome
+
+
 class Call:
     """One idempotent call.
 
@@ -61,9 +67,9 @@ class Call:
         plan: What is the same for every call of the function.
         key: What names the call.
         phase: How far it has come.
-        record: The claim as stored, or the record that is replayed or counts; None: it runs unprotected.
+        record: The claim as stored, or the record that is replayed or counts; None: it is bypassed.
         reporter: Tells the hooks.
-        supersedes: Whether to take the claim of an earlier attempt from its owner (a durable function's replay).
+        is_durable_replay: Whether it repeats an attempt of a durable function, whose claim it may take from its owner.
         has_body_ended: Whether what runs the body is gone; None: the task that awaits `begin` runs it.
     """
 
@@ -73,12 +79,12 @@ class Call:
         "_loop_state",
         "_patience",
         "has_body_ended",
+        "is_durable_replay",
         "key",
         "phase",
         "plan",
         "record",
         "reporter",
-        "supersedes",
     )
 
     _flight: SingleFlight
@@ -92,7 +98,7 @@ class Call:
         self.reporter = SILENT
         if plan.config.hooks:
             self.reporter = Reporter(plan.config.hooks, key=key.text, function=plan.function)
-        self.supersedes = False
+        self.is_durable_replay = False
         self.has_body_ended: Callable[[], bool] | None = None
         self._claim: Claim | None = None
         self._patience: WaitBudget | None = None
@@ -128,7 +134,7 @@ class Call:
             await self._find()
         except IdempotencyPersistenceLayerError as failure:
             self.reporter.report(EventKind.PERSISTENCE_ERROR, error=failure)
-            if not self._may_run_unprotected(failure):
+            if not self._may_be_bypassed(failure):
                 raise
             logger.warning("%s runs without idempotency: %s", self.plan.function, failure)
             self.phase = Phase.BYPASSED
@@ -140,7 +146,7 @@ class Call:
         if self._patience is not None and self._patience.has_waited:
             self.reporter.report(EventKind.WAITED, fence=self.fence)
 
-    def _may_run_unprotected(self, failure: IdempotencyPersistenceLayerError) -> bool:
+    def _may_be_bypassed(self, failure: IdempotencyPersistenceLayerError) -> bool:
         is_outage = isinstance(failure, IdempotencyPersistenceConnectionError)
         return is_outage and self.plan.config.on_persistence_error == "run"
 
@@ -153,13 +159,13 @@ class Call:
                 return
         flight = self._flight = SingleFlight(self._loop_state.flights, self.key)
         try:
-            if config.wait_timeout_seconds > 0 and not self.supersedes:
+            if config.wait_timeout_seconds > 0 and not self.is_durable_replay:
                 await self._follow_others(flight)
             while self.phase is Phase.NEW:  # ask until the key is ours, has an outcome, or the time is over
                 flight.lead()
                 await self._ask(flight)
         except BaseException as error:
-            if self.phase is Phase.NEW:  # else the claim is held, and `fail` gives it back
+            if self.phase is Phase.NEW:  # else the claim is held, and `fail` releases it
                 self._end(error if isinstance(error, IdempotencyPersistenceLayerError) else None)
             raise
 
@@ -199,8 +205,8 @@ class Call:
                 self._replay(record)
             case NextStep.MISMATCH:
                 raise IdempotencyValidationError(record=record)
-            case _ if self.supersedes:
-                await self._supersede(record, now=now)
+            case _ if self.is_durable_replay:
+                await self._release_earlier_attempt(record, now=now)
             case NextStep.IN_DOUBT:
                 raise IdempotencyInDoubtError(record=record)
             case _:  # Step.WAIT
@@ -208,9 +214,9 @@ class Call:
                 flight.publish(record, blocks_until=None if holds is None else self._loop_state.time() + holds)
                 await self._pause(record, flight, now=now)
 
-    async def _supersede(self, record: DataRecord, *, now: float) -> None:
-        """Take the claim from the attempt that a durable function replays, once, so that one of two replays wins."""
-        self.supersedes = False
+    async def _release_earlier_attempt(self, record: DataRecord, *, now: float) -> None:
+        """Release the claim of the attempt that a durable function replays, once, so that one of two replays wins."""
+        self.is_durable_replay = False
         if record.owner is None:
             raise self._waiting().in_progress(record, now=now)  # nobody could tell whose it is
         release = self.plan.layer.release
@@ -237,7 +243,7 @@ class Call:
     # --- While the body runs ----------------------------------------------------------------------------------------
 
     async def ensure_owned(self) -> None:
-        """Renew the claim at the store, never by a local guess; an unprotected call has none, and passes.
+        """Renew the claim at the store, never by a local guess; a bypassed call has none, and passes.
 
         Raises:
             IdempotencyLeaseLostError: The claim is not ours any more.
@@ -260,11 +266,8 @@ class Call:
 
     # --- After the body ---------------------------------------------------------------------------------------------
 
-    async def complete(self, text: str, outcome: OutcomeKind | None = None) -> bool:
-        """Record the outcome; `record` then is the one that counts.
-
-        Returns:
-            True: it is ours. False: our claim was lost, and the record is the winner's.
+    async def complete(self, text: str, outcome: OutcomeKind | None = None) -> WhoseOutcome:
+        """Record the outcome; return whose counts, which then is in `record`.
 
         Raises:
             IdempotencyLeaseLostError: The claim was lost, and the winner has no outcome.
@@ -284,39 +287,38 @@ class Call:
         except BaseException:
             self._end(None)
             raise
-        return ours is not None
+        return WhoseOutcome.WINNERS if ours is None else WhoseOutcome.OURS
 
-    async def fail(self, error: BaseException) -> bool:
-        """Give the key back, or store the exception if it is an outcome.
+    async def fail(self, error: BaseException) -> WhoseOutcome:
+        """Release the claim, or store the exception if it is an outcome.
 
         A failure to do so is logged and noted on the error. A cancellation meanwhile is requested again instead of
         delivered: the error of the body goes first.
 
         Returns:
-            True: the error is to be raised. False: it would have been the outcome, but our claim was lost, and the
-            winner's outcome counts.
+            OURS: the error is to be raised. WINNERS: it would have been the outcome, but another counts.
 
         Raises:
             IdempotencyLeaseLostError: The same, but the winner has no outcome.
         """
         if self.phase is not Phase.CLAIMED:
-            return True
+            return WhoseOutcome.OURS
         claim = self._held_claim()
         try:
             claim.stop_renewal()
             if not claim.is_of_this_process():
-                return True
+                return WhoseOutcome.OURS
             if isinstance(error, GeneratorExit):  # nothing may be awaited any more
-                claim.undo_in_background()
-                return True
+                claim.release_in_background()
+                return WhoseOutcome.OURS
             if isinstance(error, Exception) and type(error) in self.plan.config.stored_exceptions:
                 return await self._complete_with(error)
-            await self._give_back(error, claim)
-            return True
+            await self._release(error, claim)
+            return WhoseOutcome.OURS
         finally:
             self._end(None)
 
-    async def _complete_with(self, error: Exception) -> bool:
+    async def _complete_with(self, error: Exception) -> WhoseOutcome:
         """Store an exception of the body as its outcome."""
         try:
             text, outcome = exception_text(error), OutcomeKind.EXCEPTION
@@ -327,13 +329,13 @@ class Call:
             return await self.complete(text, outcome)
         except IdempotencyPersistenceLayerError as failure:
             self._note(error, failure)
-            return True
+            return WhoseOutcome.OURS
 
-    async def _give_back(self, error: BaseException, claim: Claim) -> None:
+    async def _release(self, error: BaseException, claim: Claim) -> None:
         shield = CancellationShield()
-        shield.bound(CLEANUP_SECONDS if isinstance(error, asyncio.CancelledError) else GIVING_BACK_SECONDS)
+        shield.bound(CLEANUP_SECONDS if isinstance(error, asyncio.CancelledError) else RELEASE_SECONDS)
         try:
-            await claim.undo(is_failure=isinstance(error, Exception), shield=shield)
+            await claim.release(is_failure=isinstance(error, Exception), shield=shield)
         except IdempotencyPersistenceLayerError as failure:
             self._note(error, failure)
         finally:

@@ -1,20 +1,29 @@
-"""A claim of ours that is held: renewed while the body runs, and then completed, released or left in doubt."""
+"""A claim of ours: acquired, renewed while the body runs, and then completed, released or left in doubt.
+
+What is asked of the layer settles though the call is cancelled, and is tried again while the lease is held.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import os
+import random
+import time
 from contextvars import copy_context
 from functools import partial
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-from aidem._engine.claimed_record import ClaimedRecord
-from aidem._engine.operations import EFFECT_HAPPENED, FAILED, RUNNING, ask
+from aidem._engine.operations import EFFECT_HAPPENED, FAILED, NOTHING_RUN, RUNNING, ask, settled, started, told
 from aidem._engine.renewal import Renewal
 from aidem._rules import lifecycle
+from aidem._rules.lifecycle import Blocked, Claimed
 from aidem._rules.record import OutcomeKind
-from aidem._runtime.cancellation import CLEANUP_SECONDS, CancellationShield, in_background
+from aidem._runtime.cancellation import CLEANUP_SECONDS, CancellationShield, Immediate, in_background
 from aidem.exceptions import (
+    IdempotencyError,
+    IdempotencyLeaseLostError,
+    IdempotencyPersistenceConfigError,
     IdempotencyPersistenceConnectionError,
     IdempotencyPersistenceLayerError,
     IdempotencySerializationError,
@@ -23,25 +32,195 @@ from aidem.hooks import EventKind
 from aidem.serialization import UNAVAILABLE_TEXT
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable
 
+    from aidem._engine.plan import CallKey, Plan
+    from aidem._engine.shared import PerLoop
+    from aidem._engine.single_flight import SingleFlight
     from aidem._rules.record import DataRecord
+    from aidem._runtime.cancellation import UncancellableFuture
+    from aidem.hooks import Reporter
 
 logger = logging.getLogger("aidem")
+
+T = TypeVar("T")
 
 RENEWALS_PER_LEASE: Final = 3
 RETRIES_WITHOUT_LEASE_SECONDS: Final = 30.0
 SHORTEST_REQUEST_SECONDS: Final = 1.0
 
+FIRST_RETRY_DELAY_SECONDS: Final = 0.1
+LONGEST_RETRY_DELAY_SECONDS: Final = 2.0
 
-class Claim(ClaimedRecord):
-    """One claim of one call, made anew for every attempt to acquire the key."""
+RELEASE_SECONDS: Final = 1.0
+"""How long a failed call tries to release its claim before its caller gets the exception."""
 
-    # No slots: a claim that is never held, as that of a replay, pays nothing for these.
+_SINCE_BOOT: Final = getattr(time, "CLOCK_BOOTTIME", getattr(time, "CLOCK_MONOTONIC", None))
+"""A clock that goes on while the machine is suspended: on Linux CLOCK_BOOTTIME, on macOS CLOCK_MONOTONIC."""
+
+
+def seconds_since_boot() -> float:
+    """Return seconds that count time in suspension, too; event loops use a clock that may not."""
+    return time.monotonic() if _SINCE_BOOT is None else time.clock_gettime(_SINCE_BOOT)  # on Windows, monotonic does
+
+
+class _Process:
+    """Stands for this process: a fork gets another one."""
+
+
+_process = _Process()
+
+
+def _forked() -> None:
+    global _process  # noqa: PLW0603 - asking for the pid would be a system call or two for every call
+    _process = _Process()
+
+
+getattr(os, "register_at_fork", dict)(after_in_child=_forked)  # where there is no fork, nothing is to be done
+
+
+class Claim:
+    """One claim of one call, with a token of its own, made anew for every attempt to acquire the key.
+
+    Attributes:
+        record: The claim as proposed, then as stored.
+        lease_deadline: When it lapses, in seconds of the loop's clock, which may stand still while the machine is
+            suspended; None: not before it expires.
+    """
+
+    # Of a claim that is held; one that never is, as that of a replay, pays nothing for these.
     _is_lost = False
     _failed_renewals = 0  # in a row
     _renewal: Renewal | None = None
     _has_body_ended: Callable[[], bool]
+
+    def __init__(self, plan: Plan, key: CallKey, flight: SingleFlight, loop_state: PerLoop, reporter: Reporter) -> None:
+        self._plan = plan
+        self._flight = flight
+        self._loop_state = loop_state
+        self._reporter = reporter
+        self._process = _process
+        self._lease, self._renews = plan.lease()
+        self.lease_deadline: float | None = None
+        self._count_from(self._asking())
+        # The token comes from the kernel, for every claim anew: snapshots and forks share no generator.
+        self.record = lifecycle.claim(
+            key.text, owner=os.urandom(16).hex(), payload_hash=key.payload_hash, lease=self._lease, now=plan.clock()
+        )
+
+    def has_lapsed(self, *, in_seconds: float = 0.0) -> bool:
+        """Whether its lease has passed, or will have passed so many seconds from now, by our own clock."""
+        if self.lease_deadline is None:
+            return False
+        now, since_boot = self._loop_state.time(), seconds_since_boot()
+        return now + in_seconds >= self.lease_deadline or since_boot + in_seconds >= self._lapses_after_boot
+
+    def is_of_this_process(self) -> bool:
+        """Whether it was made here, and not by the process that this one is a fork of."""
+        return self._process is _process
+
+    def check_process(self) -> None:
+        """Raise `IdempotencyLeaseLostError` in a fork of the process that made the claim."""
+        if not self.is_of_this_process():
+            reason = "this process is a fork of the one that owns it"
+            raise IdempotencyLeaseLostError(key=self._key, record=self.record, reason=reason)
+
+    def _asking(self) -> tuple[float, float]:
+        """Return the instant before a request goes out, on the loop's clock and since boot: a lease counts from it."""
+        return self._loop_state.time(), seconds_since_boot()
+
+    def _take(self, record: DataRecord, asked: tuple[float, float]) -> None:
+        self.record = record
+        self._count_from(asked)
+
+    def _count_from(self, asked: tuple[float, float]) -> None:
+        self._asked_at, since_boot = asked
+        seconds = self._lease.lease_seconds
+        if seconds is not None:
+            self.lease_deadline = self._asked_at + seconds
+            self._lapses_after_boot = since_boot + seconds
+
+    # --- Acquired ---------------------------------------------------------------------------------------------------
+
+    async def acquire(self) -> Claimed | Blocked | None:
+        """Ask for the key; whatever interrupts it leaves no claim behind, as far as the layer answers.
+
+        Returns:
+            The answer; None: the claim was lost again before the answer came.
+
+        Raises:
+            IdempotencyPersistenceLayerError: The layer failed, or answers later than the lease lasts.
+        """
+        shield = CancellationShield()
+        try:
+            operation = started(self._acquisition)
+            if isinstance(operation, Immediate):
+                answer: Claimed | Blocked = operation.answer
+                if self._holds(answer):
+                    return answer
+            with shield:
+                return await self._acquired(operation, shield)
+        except (IdempotencyError, asyncio.CancelledError):  # raised when the claim was released
+            raise
+        except BaseException:  # a signal handler raised, or the coroutine is closed: nothing may be awaited any more
+            in_background(partial(self._release_unless_refused, shield.operation), after=shield.operation)
+            raise
+
+    async def _acquired(
+        self, operation: Awaitable[Claimed | Blocked], shield: CancellationShield
+    ) -> Claimed | Blocked | None:
+        try:
+            answer = await ask(lambda: operation, shield=shield, key=self._key, effect=NOTHING_RUN)
+            holds = self._holds(answer)
+            if shield.is_pending and isinstance(answer, Claimed):
+                await self._release_unused(shield)
+            elif not holds and not await self._renew_late(shield):
+                return None
+        except IdempotencyError as failure:
+            if _may_be_claimed(failure):
+                await self._release_unused(shield)
+            raise
+        return answer
+
+    def _holds(self, answer: Claimed | Blocked) -> bool:
+        """Take note of the answer; False: it came after the lease that it gives."""
+        if isinstance(answer, Blocked):
+            return True
+        self.record = answer.record
+        return not self.has_lapsed()
+
+    async def _renew_late(self, shield: CancellationShield) -> bool:
+        """Renew a claim whose answer came after its lease, before anything runs; False: it is not ours any more."""
+        asked = self._asking()
+        record = await ask(self._renewed_record, shield=shield, key=self._key, effect=NOTHING_RUN)
+        if record is None:
+            return False
+        self._take(record, asked)
+        if self.has_lapsed():
+            message = f"the persistence layer answers later than a lease lasts; {NOTHING_RUN}"
+            raise IdempotencyPersistenceConnectionError(message, key=self._key)
+        if shield.is_pending:
+            await self._release_unused(shield)
+        return True
+
+    async def _release_unless_refused(self, acquisition: UncancellableFuture[Any] | None) -> None:
+        failure = acquisition.exception() if acquisition is not None and acquisition.done() else None
+        if failure is None or _may_be_claimed(failure):
+            await self._persist(self._release_once, effect=NOTHING_RUN)
+
+    async def _release_unused(self, shield: CancellationShield) -> None:
+        """Release a claim that nothing ran under, or that is not even there; the caller waits for its error."""
+        is_urgent = not shield.is_pending
+        if is_urgent:
+            shield.bound(RELEASE_SECONDS)
+        try:
+            if is_urgent and self._lease.may_be_taken_over:
+                await ask(self._release_once, shield=shield, key=self._key, effect=NOTHING_RUN)
+            else:  # or it would be in doubt though nothing ran
+                await self._ask_persistently(self._release_once, shield=shield, effect=NOTHING_RUN)
+        except IdempotencyError as failure:
+            function = self._plan.function
+            logger.warning("a claim of %s could not be released, it lapses with its lease: %s", function, failure)
 
     # --- Held -------------------------------------------------------------------------------------------------------
 
@@ -143,7 +322,7 @@ class Claim(ClaimedRecord):
 
     def stop_renewal(self) -> None:
         """Renew no more, as the body has ended."""
-        self._loop_state.renewals.forget(self)
+        self._loop_state.renewals.unwatch(self)
         renewal, self._renewal = self._renewal, None
         if renewal is not None:
             renewal.stop()
@@ -183,13 +362,13 @@ class Claim(ClaimedRecord):
             return await self.complete(UNAVAILABLE_TEXT, OutcomeKind.UNAVAILABLE, shield=shield)
         return record if is_stored else None
 
-    async def undo(self, *, is_failure: bool, shield: CancellationShield) -> None:
-        """Give the key back, or leave it in doubt where the body may have had its effect and must not run again.
+    async def release(self, *, is_failure: bool, shield: CancellationShield) -> None:
+        """Release it, or leave it in doubt where the body may have had its effect and must not run again.
 
         A renewal under way need not be waited for: arriving later, it changes neither.
         """
         if is_failure or self._lease.may_be_taken_over:
-            is_ours = await self._released(shield)
+            is_ours = await self._release_persistently(shield)
             if is_ours:
                 self._reporter.report(EventKind.RELEASED, fence=self.record.fence)
         else:
@@ -197,9 +376,106 @@ class Claim(ClaimedRecord):
         if not is_ours:
             self.note_loss()
 
-    def undo_in_background(self) -> None:
-        """Undo the claim of a body that is being closed, without waiting."""
+    def release_in_background(self) -> None:
+        """Do the same for a body that is being closed, without waiting."""
         if self._lease.may_be_taken_over:
-            in_background(partial(self._persist, self._release, effect=FAILED))
+            in_background(partial(self._persist, self._release_once, effect=FAILED))
         else:
             in_background(partial(self._persist, self._abandon, effect=FAILED))
+
+    # --- What is asked of the layer ---------------------------------------------------------------------------------
+
+    @property
+    def _key(self) -> str:
+        return self.record.idempotency_key
+
+    def _ask_persistently(
+        self, start: Callable[[], Awaitable[T]], *, shield: CancellationShield, effect: str
+    ) -> Awaitable[T]:
+        """Ask again and again, with back-off, until the deadline of `shield`: the operation can be repeated.
+
+        A coroutine that is closed while it waits leaves it to the background, for `CLEANUP_SECONDS`.
+        """
+        operation = started(start)
+        return operation if isinstance(operation, Immediate) else self._retried(operation, start, shield, effect)
+
+    async def _persist(self, start: Callable[[], Awaitable[T]], *, effect: str) -> T:
+        """Ask again and again, for `in_background`."""
+        shield = CancellationShield()
+        shield.bound(CLEANUP_SECONDS)
+        return await self._ask_persistently(start, shield=shield, effect=effect)
+
+    async def _retried(
+        self, operation: Awaitable[T], start: Callable[[], Awaitable[T]], shield: CancellationShield, effect: str
+    ) -> T:
+        tries, reason = 1, ""
+        try:
+            while True:
+                try:
+                    answer = await settled(operation, shield, self._key, effect, CLEANUP_SECONDS, tries=tries)
+                    break
+                except IdempotencyPersistenceConfigError:
+                    raise
+                except IdempotencyPersistenceLayerError as failure:
+                    if not await self._pause(tries, failure, shield):
+                        raise
+                    reason = told(failure.__cause__)
+                tries += 1
+                operation = started(start)
+        except GeneratorExit:
+            in_background(partial(self._persist, start, effect=effect), after=shield.operation)
+            raise
+        if reason:
+            logger.warning("the persistence layer did at try %d what it had failed to do: %s", tries, reason)
+        return answer
+
+    async def _pause(self, tries: int, failure: IdempotencyPersistenceLayerError, shield: CancellationShield) -> bool:
+        """Wait before the next try; False: there is no time for one."""
+        delay = _retry_seconds(tries)
+        if shield.deadline is None or self._loop_state.time() + delay > shield.deadline:
+            return False
+        self._reporter.report(EventKind.PERSISTENCE_ERROR, error=failure)
+        try:
+            await shield.settle(asyncio.sleep(delay))
+        except IdempotencyPersistenceConnectionError:
+            return False  # the loop was blocked until after the deadline, and `failure` says more than this
+        return True
+
+    def _acquisition(self) -> Awaitable[Claimed | Blocked]:
+        plan = self._plan
+        skew = plan.config.max_clock_skew_seconds
+        return plan.layer.acquire(self.record, now=plan.clock(), max_clock_skew_seconds=skew)
+
+    def _renewed_record(self) -> Awaitable[DataRecord | None]:
+        now = self._plan.clock()
+        return self._plan.layer.renew(lifecycle.renewal(self.record, lease=self._lease, now=now), now=now)
+
+    def _abandon(self) -> Awaitable[DataRecord | None]:
+        return self._plan.layer.renew(lifecycle.abandoned(self.record), now=self._plan.clock())
+
+    async def _release_persistently(self, shield: CancellationShield) -> bool:
+        """Release it; False: it is not ours any more."""
+        tries = 0
+
+        def release() -> Awaitable[bool]:
+            nonlocal tries
+            tries += 1
+            return self._release_once()
+
+        is_ours = await self._ask_persistently(release, shield=shield, effect=FAILED)
+        # After a failed try, a claim that is gone within its lease is one that this try has released.
+        return is_ours or (tries > 1 and not self.has_lapsed())
+
+    def _release_once(self) -> Awaitable[bool]:
+        return self._plan.layer.release(self.record)
+
+
+def _may_be_claimed(failure: BaseException) -> bool:
+    """Whether an acquisition that failed may have been applied, and only its reply was lost."""
+    return not isinstance(failure, IdempotencyPersistenceLayerError) or failure.may_be_applied
+
+
+def _retry_seconds(tries: int) -> float:
+    """Return how long to wait before the next try of what has failed: about 0.1 s, then twice as long each time."""
+    delay = min(LONGEST_RETRY_DELAY_SECONDS, FIRST_RETRY_DELAY_SECONDS * 2.0 ** min(tries - 1, 10))
+    return delay * random.uniform(0.5, 1.0)  # noqa: S311 - jitter: many owners fail at the same moment

@@ -1,39 +1,23 @@
-"""The operations of one call on its persistence layer: settled though cancelled, tried again, their errors wrapped."""
+"""An operation of a persistence layer: settled though its caller is cancelled, its errors wrapped."""
 
 from __future__ import annotations
 
-import asyncio
 import errno
-import logging
-import random
 import socket
-from functools import partial
 from typing import TYPE_CHECKING, Final, NoReturn, TypeVar
 
-from aidem._runtime.cancellation import CLEANUP_SECONDS, CancellationShield, Immediate, in_background
+from aidem._runtime.cancellation import CancellationShield, Immediate
 from aidem.exceptions import (
     IdempotencyPersistenceConfigError,
     IdempotencyPersistenceConnectionError,
     IdempotencyPersistenceLayerError,
     IdempotencySerializationError,
 )
-from aidem.hooks import EventKind
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from aidem.hooks import Reporter
-
-logger = logging.getLogger("aidem")
-
 T = TypeVar("T")
-
-FIRST_DELAY_SECONDS: Final = 0.05
-DELAY_GROWTH: Final = 1.4
-LONGEST_DELAY_SECONDS: Final = 1.0
-
-FIRST_RETRY_DELAY_SECONDS: Final = 0.1
-LONGEST_RETRY_DELAY_SECONDS: Final = 2.0
 
 NOTHING_RUN: Final = "the function was not run"
 RUNNING: Final = "the function is running"
@@ -81,7 +65,7 @@ def ask(
     operation = started(start)
     if isinstance(operation, Immediate):
         return operation  # there is nothing to wait for, and no coroutine to pay for
-    return _ask(operation, shield, key, effect, within_seconds)
+    return settled(operation, shield, key, effect, within_seconds)
 
 
 def started(start: Callable[[], Awaitable[T]]) -> Awaitable[T]:
@@ -96,7 +80,7 @@ async def _raised(error: Exception) -> NoReturn:
     raise error
 
 
-async def _ask(
+async def settled(
     operation: Awaitable[T],
     shield: CancellationShield,
     key: str,
@@ -105,95 +89,13 @@ async def _ask(
     *,
     tries: int = 1,
 ) -> T:
+    """Wait for an operation that was started, as `ask` does; `tries` is how often it was, for the error."""
     try:
         return await shield.settle(operation, within_seconds=within_seconds)
     except Exception as error:
         if isinstance(error, IdempotencySerializationError) and effect == EFFECT_HAPPENED:
             raise  # the result does not fit; elsewhere it would be a fault of the layer
         raise _failure(error, key, effect, tries) from error
-
-
-def ask_persistently(
-    start: Callable[[], Awaitable[T]],
-    *,
-    shield: CancellationShield,
-    key: str,
-    effect: str,
-    reporter: Reporter,
-) -> Awaitable[T]:
-    """Ask the layer again and again, with back-off, until the deadline of `shield`: the operation can be repeated.
-
-    A coroutine that is closed while it waits leaves it to the background, for `CLEANUP_SECONDS`.
-    """
-    operation = started(start)
-    if isinstance(operation, Immediate):
-        return operation
-    return _ask_persistently(operation, start, shield=shield, key=key, effect=effect, reporter=reporter)
-
-
-async def persist(start: Callable[[], Awaitable[T]], *, key: str, effect: str, reporter: Reporter) -> T:
-    """Ask the layer again and again, for `in_background`."""
-    shield = CancellationShield()
-    shield.bound(CLEANUP_SECONDS)
-    return await ask_persistently(start, shield=shield, key=key, effect=effect, reporter=reporter)
-
-
-async def _ask_persistently(
-    operation: Awaitable[T],
-    start: Callable[[], Awaitable[T]],
-    *,
-    shield: CancellationShield,
-    key: str,
-    effect: str,
-    reporter: Reporter,
-) -> T:
-    tries, reason = 1, ""
-    try:
-        while True:
-            try:
-                answer = await _ask(operation, shield, key, effect, CLEANUP_SECONDS, tries=tries)
-                break
-            except IdempotencyPersistenceConfigError:
-                raise
-            except IdempotencyPersistenceLayerError as failure:
-                if not await _paused(tries, failure, shield=shield, reporter=reporter):
-                    raise
-                reason = _told(failure.__cause__)
-            tries += 1
-            operation = started(start)
-    except GeneratorExit:
-        in_background(partial(persist, start, key=key, effect=effect, reporter=reporter), after=shield.operation)
-        raise
-    if reason:
-        logger.warning("the persistence layer did at try %d what it had failed to do: %s", tries, reason)
-    return answer
-
-
-async def _paused(
-    tries: int, failure: IdempotencyPersistenceLayerError, *, shield: CancellationShield, reporter: Reporter
-) -> bool:
-    """Wait before the next try; False: there is no time for one."""
-    delay = retry_seconds(tries)
-    if shield.deadline is None or asyncio.get_running_loop().time() + delay > shield.deadline:
-        return False
-    reporter.report(EventKind.PERSISTENCE_ERROR, error=failure)
-    try:
-        await shield.settle(asyncio.sleep(delay))
-    except IdempotencyPersistenceConnectionError:
-        return False  # the loop was blocked until after the deadline, and `failure` says more than this
-    return True
-
-
-def backoff_seconds(polls: int) -> float:
-    """Return how long to wait before the next look: at most 20 in the first 5 s, then at most one a second."""
-    delay = min(LONGEST_DELAY_SECONDS, FIRST_DELAY_SECONDS * DELAY_GROWTH ** min(polls, 20))
-    return delay * random.uniform(1.0, 1.25)  # noqa: S311 - jitter, not a secret
-
-
-def retry_seconds(tries: int) -> float:
-    """Return how long to wait before the next try of what has failed: about 0.1 s, then twice as long each time."""
-    delay = min(LONGEST_RETRY_DELAY_SECONDS, FIRST_RETRY_DELAY_SECONDS * 2.0 ** min(tries - 1, 10))
-    return delay * random.uniform(0.5, 1.0)  # noqa: S311 - jitter: many owners fail at the same moment
 
 
 def _failure(error: Exception, key: str, effect: str, tries: int) -> IdempotencyPersistenceLayerError:
@@ -203,12 +105,12 @@ def _failure(error: Exception, key: str, effect: str, tries: int) -> Idempotency
         kind = IdempotencyPersistenceConfigError
     elif isinstance(error, IdempotencyPersistenceConnectionError) or _is_outage(error):
         kind = IdempotencyPersistenceConnectionError
-    failure = kind(f"{_told(error)}{f' (tried {tries} times)' if tries > 1 else ''}; {effect}", key=key)
+    failure = kind(f"{told(error)}{f' (tried {tries} times)' if tries > 1 else ''}; {effect}", key=key)
     failure.may_be_applied = _may_be_applied(error)
     return failure
 
 
-def _told(error: BaseException | None) -> str:
+def told(error: BaseException | None) -> str:
     """Return what may be told of an error: the text of a foreign one may show data."""
     return str(error) if isinstance(error, IdempotencyPersistenceLayerError) else type(error).__name__
 

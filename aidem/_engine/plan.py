@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
-import os
-import time
 import warnings
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from aidem._checks import refused
 from aidem._engine.shared import shared_by
 from aidem._rules import key as _key
 from aidem._rules.lifecycle import LeaseTerms
+from aidem._runtime.clock import wall_clock
 from aidem.config import current_lambda_context
 from aidem.exceptions import IdempotencyKeyError, IdempotencyWarning
 from aidem.persistence import SupportsWaitForChange
@@ -25,10 +22,6 @@ if TYPE_CHECKING:
     from aidem.serialization import ModelSerializer, OutputSerializer
 
 MINIMUM_LAMBDA_LEASE_SECONDS: Final = 1.0
-SWITCHES: Final = ("AIDEM_IDEMPOTENCY_DISABLED", "POWERTOOLS_IDEMPOTENCY_DISABLED")
-TRUE: Final = ("true", "1", "t", "yes", "y", "on")
-FALSE: Final = ("", "false", "0", "f", "no", "n", "off")
-_AIDEM, _POWERTOOLS = map(getattr(os.environ, "encodekey", str), SWITCHES)
 
 
 class CallKey(NamedTuple):
@@ -41,6 +34,10 @@ class CallKey(NamedTuple):
 
     text: str
     payload_hash: str = ""
+
+
+class Arguments(dict[str, Any]):
+    """A payload that is all arguments of a call by name; without an expression it always is a key."""
 
 
 class Plan:
@@ -73,7 +70,7 @@ class Plan:
         self.config = config
         self.function = function
         self.prefix = prefix
-        self.clock: Callable[[], float] = getattr(layer, "clock", time.time)
+        self.clock: Callable[[], float] = getattr(layer, "clock", wall_clock)
         self.shared = shared_by(layer)
         self._lease = self._lease_of(config.lease_seconds)
         self.waits_for_change = layer if isinstance(layer, SupportsWaitForChange) else None
@@ -85,27 +82,20 @@ class Plan:
         return self.serializer if self._output_serializer is not None else resolve(None, function)
 
     def key(self, payload: Any) -> CallKey:
-        """Return the key that an event or a named parameter selects.
+        """Return the key that a payload makes: what the expression selects of it, or all of it.
 
         Raises:
             IdempotencyKeyError: There is no key and the config demands one, or the payload cannot be one.
         """
-        config = self.config
-        selected = prepared = _key.prepare(payload)
-        if config.event_key_jmespath:
-            selected = _select(config.event_key_jmespath, prepared, config)
-        if _key.is_missing(selected):
+        expression = self.config.event_key_jmespath
+        are_arguments = isinstance(payload, Arguments)
+        prepared: Any = (
+            {name: _key.prepare(value) for name, value in payload.items()} if are_arguments else _key.prepare(payload)
+        )
+        selected = _select(expression, prepared, self.config) if expression else prepared
+        if (expression or not are_arguments) and _key.is_missing(selected):
             return self._missing()
-        if config.payload_validation_jmespath:
-            return self.key_of(selected, self._validation_hash(prepared))
-        return self.key_of(selected)
-
-    def key_of_arguments(self, arguments: dict[str, Any]) -> CallKey:
-        """Return the key of all bound arguments; without an expression there always is one."""
-        prepared = {name: _key.prepare(value) for name, value in arguments.items()}
-        if self.config.event_key_jmespath:
-            return self.key(prepared)
-        return self.key_of(prepared, self._validation_hash(prepared))
+        return self.key_of(selected, self._validation_hash(prepared))
 
     def key_of(self, selected: Any, payload_hash: str = "") -> CallKey:
         """Return the key of a selected value, whatever it is."""
@@ -153,50 +143,6 @@ class Plan:
             may_be_taken_over=self.config.on_abandoned == "run_again",
             max_clock_skew_seconds=self.config.max_clock_skew_seconds,
         )
-
-
-def unprotected_call(
-    find_key: Callable[[Plan], CallKey], *, config: IdempotencyConfig, function: str, prefix: str
-) -> tuple[Plan, CallKey]:
-    """Return plan and key of a call that asks no layer; its key is only there for `key_for`, if there is one."""
-    from aidem.persistence.memory import MemoryPersistenceLayer  # only needed while a switch for tests is on
-
-    demanding = dataclasses.replace(config, raise_on_no_idempotency_key=True)
-    plan = Plan(layer=MemoryPersistenceLayer(), config=demanding, function=function, prefix=prefix)
-    try:
-        return plan, find_key(plan)
-    except Exception:  # noqa: BLE001 - a call that is not made idempotent needs no key, so nothing is wrong with it
-        return plan, CallKey("")
-
-
-def is_disabled(function: str) -> bool:
-    """Whether a switch for tests turns idempotency off for now; then warn.
-
-    Raises:
-        IdempotencyConfigError: The switch is neither true nor false.
-    """
-    names = getattr(os.environ, "_data", None)  # asking os.environ itself takes a microsecond for each name
-    if names is not None and _AIDEM not in names and _POWERTOOLS not in names:
-        return False
-    for switch in SWITCHES:
-        value = os.environ.get(switch)
-        if value and _is_true(switch, value):
-            warnings.warn(
-                f"{switch} is set: {function} runs without idempotency; never set it in production",
-                IdempotencyWarning,
-                stacklevel=2,
-            )
-            return True
-    return False
-
-
-def _is_true(switch: str, value: str) -> bool:
-    text = value.strip().lower()
-    if text in TRUE:
-        return True
-    if text in FALSE:
-        return False
-    raise refused(switch, repr(value), f"one of {', '.join(TRUE)} to turn idempotency off, or {', '.join(FALSE[1:])}")
 
 
 def _select(expression: str, prepared: Any, config: IdempotencyConfig) -> Any:

@@ -11,34 +11,14 @@ import asyncio
 import math
 import weakref
 from contextvars import Context
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from aidem._runtime.cancellation import CancellationShield
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-
-class Renewable(Protocol):
-    """A claim as its renewal sees it."""
-
-    lease_deadline: float | None
-
-    def is_of_this_process(self) -> bool:
-        """Whether it was made here, and not by the process that this one is a fork of."""
-        ...
-
-    def begin_renewal(self) -> None:
-        """Renew from now on: the body lasts long enough to need it."""
-        ...
-
-    def next_renewal_at(self) -> float:
-        """Return when to renew, in seconds of the loop's clock."""
-        ...
-
-    async def renew(self, shield: CancellationShield) -> bool:
-        """Renew once, and take note of the answer; False: it is not ours any more."""
-        ...
+    from aidem._engine.claim import Claim
 
 
 class Renewal:
@@ -46,7 +26,7 @@ class Renewal:
 
     __slots__ = ("_claim", "_has_body_ended", "_is_stopped", "_task")
 
-    def __init__(self, claim: Renewable, *, has_body_ended: Callable[[], bool]) -> None:
+    def __init__(self, claim: Claim, *, has_body_ended: Callable[[], bool]) -> None:
         self._claim = weakref.ref(claim)
         self._has_body_ended = has_body_ended
         self._is_stopped = False
@@ -58,7 +38,7 @@ class Renewal:
         if not self._task.get_loop().is_closed():
             self._task.cancel()
 
-    def _find(self) -> Renewable | None:
+    def _find(self) -> Claim | None:
         """Return the claim if it is held and its body runs in this process."""
         claim = self._claim()
         if claim is None or self._is_stopped or self._has_body_ended() or not claim.is_of_this_process():
@@ -87,11 +67,11 @@ class Renewals:
     __slots__ = ("_due", "_timer", "_wakes_at")
 
     def __init__(self) -> None:
-        self._due: dict[Renewable, tuple[float, Context]] = {}
+        self._due: dict[Claim, tuple[float, Context]] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._wakes_at = math.inf
 
-    def watch(self, claim: Renewable, *, at: float, context: Context) -> None:
+    def watch(self, claim: Claim, *, at: float, context: Context) -> None:
         """Let the claim begin its renewal then, in seconds of the loop's clock, and in the context of its own call."""
         self._due[claim] = at, context
         if at < self._wakes_at:
@@ -101,7 +81,7 @@ class Renewals:
             # In an empty context: it serves all claims, and must not keep alive what the first caller has in its own.
             self._timer = asyncio.get_running_loop().call_at(at, self._wake, context=Context())
 
-    def forget(self, claim: Renewable) -> None:
+    def unwatch(self, claim: Claim) -> None:
         """Do not let it."""
         self._due.pop(claim, None)
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
-from aidem._engine.operations import DELAY_GROWTH, LONGEST_DELAY_SECONDS, LOST, ask, backoff_seconds
+from aidem._engine.operations import LOST, ask
 from aidem._rules import lifecycle
 from aidem._rules.lifecycle import NextStep
 from aidem._runtime.cancellation import CancellationShield
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger("aidem")
 
 SHORTEST_PAUSE_SECONDS: Final = 0.01
+FIRST_DELAY_SECONDS: Final = 0.05
+DELAY_GROWTH: Final = 1.4
+LONGEST_DELAY_SECONDS: Final = 1.0
 
 
 class WaitBudget:
@@ -90,7 +94,7 @@ class WaitBudget:
         if remaining <= 0:
             raise self.in_progress(record, now=now)
         self.has_waited = True
-        seconds = min(backoff_seconds(polls), remaining)
+        seconds = min(_backoff_seconds(polls), remaining)
         end = None if record is None else lifecycle.lease_end(record)
         if end is not None and end / 1000 > now:
             seconds = min(seconds, end / 1000 - now + 0.001)
@@ -160,6 +164,12 @@ async def _look(plan: Plan, key: CallKey, patience: WaitBudget) -> DataRecord | 
                 raise
             await patience.pause(None, polls=polls, now=plan.clock())
             polls += 1
+
+
+def _backoff_seconds(polls: int) -> float:
+    """Return how long to wait before the next look: at most 20 in the first 5 s, then at most one a second."""
+    delay = min(LONGEST_DELAY_SECONDS, FIRST_DELAY_SECONDS * DELAY_GROWTH ** min(polls, 20))
+    return delay * random.uniform(1.0, 1.25)  # noqa: S311 - jitter, not a secret
 
 
 def _own(failure: IdempotencyPersistenceLayerError) -> IdempotencyPersistenceLayerError:

@@ -2,14 +2,14 @@
 
 What the app sends goes through `send` until the call has ended, and from then on past it:
 
-    start, not to be stored      the key is given back, then it goes out
-    start, to be stored          goes out; from here on the key is never given back
+    start, not to be stored      the claim is released, then it goes out
+    start, to be stored          goes out; from here on the claim is never released
     … and says how long it is    held until the first message of the body, so that a failure can still be told
     body                         goes out at once; a bounded copy is kept
     the last of the body         recorded, then it goes out
     the copy grows too large     recorded as done, without the response
     the client is long gone      the same: an endless stream must not hold its key for ever
-    broken off                   recorded as done, without the response; before the start: the key is given back
+    broken off                   recorded as done, without the response; before the start: the claim is released
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, Final
 
 from aidem._api.execution import Execution, running
-from aidem._engine.call import Phase
+from aidem._engine.call import Phase, WhoseOutcome
 from aidem._http.answers import NOT_RECORDED, OUTCOME_UNKNOWN
 from aidem._http.options import store_by_default
 from aidem._http.response import ResponseCopy, text_of
@@ -59,7 +59,7 @@ _GIVING_UP_SECONDS: Final = 2.0
 
 
 class NotStoredError(Exception):
-    """The response is not one to keep: why a key is given back although nothing was raised."""
+    """The response is not one to keep: why a claim is released although nothing was raised."""
 
 
 class NoResponseError(BaseException):
@@ -108,7 +108,7 @@ class Exchange:
         self._started_at = math.inf  # when the start of the response, the app's own, went out
 
     async def run(self, app: ASGIApp, scope: Scope) -> None:
-        """Run the app to its end, and settle the claim if its response has not."""
+        """Run the app to its end, and end the claim if its response has not."""
         self._scope = scope
         try:
             with running(self._execution), _without_extensions(scope):
@@ -168,7 +168,7 @@ class Exchange:
         # Copies go out: middleware further out edits what it gets, and what is recorded is what the app sent.
         message = {**message, "headers": list(recorder.headers)}
         if not self._is_stored(recorder):
-            await self._give_back(NotStoredError())
+            await self._release(NotStoredError())
         else:
             self._recorder = recorder
             if recorder.is_declared:
@@ -223,13 +223,13 @@ class Exchange:
     async def _record(self, text: str, outcome: OutcomeKind | None = None) -> None:
         """Record the response; what counts goes out in its place if it is another, or if that is not known."""
         try:
-            is_ours = await self._call.complete(text, outcome)
+            whose = await self._call.complete(text, outcome)
         except IdempotencyLeaseLostError:
             await self._replace(partial(self._answers.answer, OUTCOME_UNKNOWN))
         except IdempotencyPersistenceLayerError as failure:
             await self._recording_failed(failure)
         else:
-            if not is_ours:
+            if whose is WhoseOutcome.WINNERS:
                 await self._replace(partial(self._answers.hand_out, self._call))
             elif self._call.held_record().outcome is OutcomeKind.UNAVAILABLE:
                 self._report(EventKind.RESULT_UNAVAILABLE)
@@ -261,11 +261,11 @@ class Exchange:
         await send()
 
     async def _break_off(self, error: BaseException) -> None:
-        """Settle a claim whose response did not come to its end."""
+        """End a claim whose response did not come to its end."""
         if self._call.phase is not Phase.CLAIMED:
             return
         if not self._has_started:
-            await self._give_back(error)
+            await self._release(error)
         elif isinstance(error, GeneratorExit):  # nothing may be awaited any more
             in_background(self._record_without_response)
         else:
@@ -281,7 +281,7 @@ class Exchange:
         except TimeoutError:
             logger.error("a response of %s was broken off, and could not be recorded in time", self._call.plan.function)  # noqa: TRY400 - no trace: it may show data
 
-    async def _give_back(self, error: BaseException) -> None:
+    async def _release(self, error: BaseException) -> None:
         try:
             await self._call.fail(error)
         finally:

@@ -9,19 +9,20 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING, Final
 
 from aidem._api.execution import Execution, running
-from aidem._engine.call import Call, Phase
-from aidem._engine.plan import CallKey, Plan, is_disabled, unprotected_call
+from aidem._api.factory import CallFactory, is_bypassed
+from aidem._engine.call import Phase
+from aidem._engine.plan import CallKey
 from aidem._http import answers
 from aidem._http.exchange import Exchange
 from aidem._http.fingerprint import Fingerprint, chosen_digest, lookup_key, request_parts
 from aidem._http.key import MalformedKeyError, parse_key
 from aidem._http.request import BodyTooLargeError, ClientGoneError, RequestBody
 from aidem._http.types import header_values
-from aidem.config import default_persistence_store
 from aidem.exceptions import IdempotencyPersistenceLayerError, IdempotencyUsageError
 from aidem.hooks import EventKind, Reporter
 
 if TYPE_CHECKING:
+    from aidem._engine.call import Call
     from aidem._http.options import HttpOptions
     from aidem._http.types import ASGIApp, FingerprintFunction, Receive, RequestParts, Scope, Send
 
@@ -40,16 +41,22 @@ class Gate:
     Attributes:
         options: What it was told.
         function: What the log and observers call it.
+        calls: Makes the call of each request.
     """
 
-    __slots__ = ("_has_warned", "_header", "_plan", "function", "options")
+    __slots__ = ("_has_warned", "_header", "calls", "function", "options")
 
     def __init__(self, options: HttpOptions) -> None:
         self.options = options
         self.function = f"the HTTP layer {options.key_prefix!r}"
         self._header = options.header_name.lower().encode("ascii")
         self._has_warned = False
-        self._plan: Plan | None = None
+        self.calls = CallFactory(
+            function=self.function,
+            prefix=lambda: options.key_prefix,
+            layer=options.persistence_store,
+            config=options.settings,
+        )
 
     async def serve(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve a request; requests without a key, and everything that is not one, go to the app unchanged."""
@@ -57,8 +64,8 @@ class Gate:
         values = header_values(scope["headers"], self._header) if is_concerned else []
         if not (is_concerned and (values or self.options.required)):
             await app(scope, receive, send)
-        elif is_disabled(self.function):
-            await _Visit(self, app, scope, receive, send).run_switched_off(values)
+        elif is_bypassed(self.function):
+            await _Visit(self, app, scope, receive, send).run_bypassed(values)
         else:
             await _Visit(self, app, scope, receive, send).run(values)
 
@@ -68,19 +75,8 @@ class Gate:
         hash_function = options.settings.hash_function
         return CallKey(lookup_key(options.key_prefix, space=space, key=key, hash_function=hash_function), payload_hash)
 
-    def plan(self) -> Plan:
-        """Return what is the same for all calls, with the layer of now."""
-        plan, layer = self._plan, self.options.persistence_store
-        if layer is None:
-            layer = default_persistence_store()
-        if plan is None or plan.layer is not layer:
-            options = self.options
-            plan = Plan(layer=layer, config=options.settings, function=self.function, prefix=options.key_prefix)
-            self._plan = plan
-        return plan
-
     def note_unknown_caller(self) -> None:
-        """Tell observers of a request that runs unprotected; the log once, as clients decide how many there are."""
+        """Tell observers of a request that is bypassed; the log once, as clients decide how many there are."""
         Reporter(self.options.settings.hooks, key="", function=self.function).report(EventKind.BYPASSED)
         if not self._has_warned:
             self._has_warned = True
@@ -102,20 +98,14 @@ class _Visit:
         self._send = send
         self._answers = answers.Answers(gate.options, scope, send)
 
-    async def run_switched_off(self, values: list[bytes]) -> None:
-        """Run the app unprotected; its handlers have an execution all the same, for the keys that it derives."""
+    async def run_bypassed(self, values: list[bytes]) -> None:
+        """Run the app, bypassed; its handlers have an execution all the same, for the keys that it derives."""
         try:
             found = await self._key_if_any(values)
         except Exception as error:  # noqa: BLE001 - whatever the scope function raises
             await self._answers.refuse(error)
             return
-        plan, key = unprotected_call(
-            lambda _: found,
-            config=self._options.settings,
-            function=self._gate.function,
-            prefix=self._options.key_prefix,
-        )
-        call = Call(plan, key, bypassed=True)
+        call = self._gate.calls.bypassed(lambda _plan: found)
         await call.begin()
         await self._run_begun(call, RequestBody(self._receive))
 
@@ -130,7 +120,7 @@ class _Visit:
             return CallKey("")  # a request that is not made idempotent needs no key, so nothing is wrong with it
 
     async def run(self, values: list[bytes]) -> None:
-        """Answer the request, or run the app: under a claim, or, for nobody we know, unprotected."""
+        """Answer the request, or run the app: under a claim, or, for nobody we know, bypassed."""
         if not values:
             await self._answers.answer(answers.KEY_MISSING)
             return
@@ -213,7 +203,7 @@ class _Visit:
                 _served.reset(token)
 
     async def _run_once(self, key: CallKey, request: RequestBody) -> None:
-        call = Call(self._gate.plan(), key)
+        call = self._gate.calls.make(lambda _plan: key)
         try:
             await call.begin()
         except answers.REFUSED as error:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING, Final, Self
 
 from aidem._rules import lifecycle
 from aidem._rules.lifecycle import Blocked, Claimed, Completion
 from aidem._runtime.cancellation import Immediate
+from aidem._runtime.clock import wall_clock
 from aidem._runtime.fork import ForkSafeLock
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ class MemoryPersistenceLayer:
     Its operations never wait, so they answer without a task, a future or a turn of the loop.
     """
 
-    def __init__(self, *, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, *, clock: Callable[[], float] = wall_clock) -> None:
         """Start empty.
 
         Args:

@@ -4,7 +4,7 @@ The function runs in the thread that called it, and so do `key=`, serializers an
 one background event loop of the process. What happens while a body runs, such as a lost lease, is told to the hooks at
 once, and therefore by the background thread. An async `response_hook` is awaited there, too.
 
-Whatever interrupts a call, such as Ctrl-C, gives its key back, and goes on once that is done. A child that was forked
+Whatever interrupts a call, such as Ctrl-C, releases its claim, and goes on once that is done. A child that was forked
 in a body does not own its parent's claim: there, the call ends with `IdempotencyLeaseLostError`.
 """
 
@@ -16,7 +16,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Concatenate, ParamSpec, TypeVar, cast, overload
 
 from aidem._api import block
-from aidem._api.decorators import key_of_event
+from aidem._api.decorators import event_of
 from aidem._api.signature import Target, check_takes_event, payload_finder
 from aidem._checks import check_options
 from aidem._engine.call import Phase
@@ -86,7 +86,7 @@ def idempotent(
     target = Target(handler, decorator="idempotent", key_prefix=key_prefix, is_async=False)
     check_takes_event(target)
     binding = BlockingBinding(
-        target, key_of_event, persistence_store=persistence_store, config=config, key_prefix=key_prefix
+        target, event_of, persistence_store=persistence_store, config=config, key_prefix=key_prefix
     )
 
     @functools.wraps(handler)
@@ -96,7 +96,7 @@ def idempotent(
         token = None if lambda_context is None else register_lambda_context(lambda_context)
         try:
             call = binding.call((event,), {})
-            call.supersedes = is_durable_replay
+            call.is_durable_replay = is_durable_replay
             return execute(call, handler, (event, context, *args), kwargs)
         finally:
             if token is not None:
@@ -248,7 +248,7 @@ class _Block(block.Block):
             background_loop.run_unattended(partial(call.fail, KeyboardInterrupt()))
 
     def config(self) -> IdempotencyConfig:
-        """Return the settings of the call."""
+        """Return the settings of a call that starts now."""
         return with_blocking_hook(super().config())
 
 

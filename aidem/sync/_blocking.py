@@ -3,7 +3,7 @@
 The flows of the async fronts serve here, too: a `BlockingCall` looks like any call, but its coroutines never suspend,
 for the thread waits within them. Such a flow is driven to its end by one `send`.
 
-Whatever interrupts a call, such as Ctrl-C, gives its key back: the `try` that does so is entered before the claim is
+Whatever interrupts a call, such as Ctrl-C, releases its claim: the `try` that does so is entered before the claim is
 asked for, and what interrupts a thread that waits for a step is held up until the step has cleaned up.
 """
 
@@ -19,9 +19,9 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 
 from aidem._api import execution
-from aidem._api.decorators import Binding
 from aidem._api.execution import EncodedResult, replayed_value, running
-from aidem._engine.call import Call, Phase
+from aidem._api.factory import Binding
+from aidem._engine.call import Call, Phase, WhoseOutcome
 from aidem._engine.operations import EFFECT_HAPPENED, FAILED, NOTHING_RUN, RUNNING
 from aidem._rules import lifecycle
 from aidem._runtime import background_loop
@@ -76,19 +76,19 @@ class BlockingCall(Call):
         """Renew the claim at the store."""
         await self._step(super().ensure_owned, RUNNING)
 
-    async def complete(self, text: str, outcome: OutcomeKind | None = None) -> bool:
+    async def complete(self, text: str, outcome: OutcomeKind | None = None) -> WhoseOutcome:
         """Record the outcome."""
         return await self._step(partial(super().complete, text, outcome), EFFECT_HAPPENED)
 
-    async def fail(self, error: BaseException) -> bool:
-        """Give the key back, or store the exception if it is an outcome."""
+    async def fail(self, error: BaseException) -> WhoseOutcome:
+        """Release the claim, or store the exception if it is an outcome."""
         if self.phase is not Phase.CLAIMED:
-            return True
+            return WhoseOutcome.OURS
         try:
             return await self._step(partial(super().fail, error), FAILED)
         except IdempotencyUsageError as closed:
             self._note(error, closed)
-            return True
+            return WhoseOutcome.OURS
 
     async def _step(self, step: Callable[[], Coroutine[Any, Any, T]], effect: str) -> T:
         """Take a step on the background loop, unless it asks nothing there, or is part of one that runs there."""
@@ -114,8 +114,9 @@ class BlockingBinding(Binding):
     __slots__ = ()
     call_type: ClassVar[type[Call]] = BlockingCall
 
-    def _plan_for(self, config: IdempotencyConfig) -> Plan:
-        return super()._plan_for(with_blocking_hook(config))
+    def config(self) -> IdempotencyConfig:
+        """Return the settings of a call that starts now."""
+        return with_blocking_hook(super().config())
 
 
 def execute(call: Call, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -135,19 +136,19 @@ def _run(call: Call, function: Callable[..., Any], args: tuple[Any, ...], kwargs
             return result
         recording = EncodedResult.of(result, call.plan.serializer, function=call.plan.function)
     except BaseException as error:
-        if drive(partial(call.fail, error)):
+        if drive(partial(call.fail, error)) is WhoseOutcome.OURS:
             raise
         return drive(partial(replayed_value, call))  # the error would have been the outcome, but another call's counts
-    is_ours = drive(partial(call.complete, recording.text, recording.kind))
+    whose = drive(partial(call.complete, recording.text, recording.kind))
     recording.raise_interruption()
-    if not is_ours:
+    if whose is WhoseOutcome.WINNERS:
         return drive(partial(replayed_value, call))
     recording.warn_if_unavailable(call)
     return recording.value
 
 
 def settled(call: Call, action: Callable[[], T]) -> T:
-    """Do something under a call; what interrupts it between two steps gives the key back, too."""
+    """Do something under a call; what interrupts it between two steps releases the claim, too."""
     try:
         return action()
     except BaseException as error:

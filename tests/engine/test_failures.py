@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from aidem import IdempotencyConfig, RecordStatus, current_execution, idempotency, idempotent_function
-from aidem._engine.claimed_record import GIVING_BACK_SECONDS
+from aidem._engine.claim import RELEASE_SECONDS
 from aidem._runtime.cancellation import CLEANUP_SECONDS
 from aidem.exceptions import (
     IdempotencyError,
@@ -166,7 +166,7 @@ async def test_the_users_exception_wins_over_a_failure_to_give_the_key_back(capl
     assert "OSError" in note
     assert "could not give its idempotency key back" in caplog.text
     assert set(listener.kinds) == {EventKind.PERSISTENCE_ERROR}
-    assert asyncio.get_running_loop().time() - began <= GIVING_BACK_SECONDS
+    assert asyncio.get_running_loop().time() - began <= RELEASE_SECONDS
 
 
 async def test_the_users_exception_propagates_unchanged() -> None:

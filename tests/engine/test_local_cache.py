@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from aidem import IdempotencyConfig, RecordStatus, idempotency, idempotent_function
-from aidem._engine.local_cache import LocalCache
+from aidem._engine.shared import LocalCache
 from aidem._rules.record import DataRecord
 from aidem.exceptions import (
     IdempotencyAlreadyInProgressError,

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable
 
 import pytest
@@ -9,6 +8,7 @@ import pytest
 from aidem._rules.lifecycle import Claimed
 from aidem._rules.record import DataRecord
 from aidem._runtime.cancellation import CancellationShield
+from aidem._runtime.clock import wall_clock
 from aidem.persistence import PersistenceLayer
 from aidem.persistence.memory import MemoryPersistenceLayer
 from aidem.testing import FakeClock, PersistenceLayerConformance, claim_of, completed_of
@@ -41,7 +41,7 @@ def test_a_memory_layer_is_a_persistence_layer(layer: MemoryPersistenceLayer) ->
 
 
 def test_the_machines_clock_judges_unless_another_is_given(clock: FakeClock) -> None:
-    assert MemoryPersistenceLayer().clock is time.time
+    assert MemoryPersistenceLayer().clock is wall_clock
     assert MemoryPersistenceLayer(clock=clock).clock is clock
 
 

@@ -23,7 +23,7 @@ guard = layer._guard
 """
 
 LOCAL_CACHE = """
-from aidem._engine.local_cache import LocalCache
+from aidem._engine.shared import LocalCache
 
 class Key(str):
     def __hash__(self):

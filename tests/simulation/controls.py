@@ -18,7 +18,6 @@ from tests.simulation.conditions import Conditions
 from tests.simulation.internals import (
     CancellationShield,
     Claim,
-    ClaimedRecord,
     EngineCall,
     LocalCache,
     SingleFlight,
@@ -145,33 +144,33 @@ class HandsOutExpiredRecords(Broken):
 
 @noticed_by(Rule.H14, Rule.P2)
 def a_lease_counts_from_the_answer(patch: pytest.MonkeyPatch) -> None:
-    count_from = ClaimedRecord._count_from
-    patch.setattr(ClaimedRecord, "_count_from", lambda self, asked: count_from(self, self._asking()))
+    count_from = Claim._count_from
+    patch.setattr(Claim, "_count_from", lambda self, asked: count_from(self, self._asking()))
 
 
 @noticed_by(Rule.H14, Rule.H13, Rule.P2)
 def the_end_of_a_lease_counts_from_the_answer(patch: pytest.MonkeyPatch) -> None:
-    count_from = ClaimedRecord._count_from
+    count_from = Claim._count_from
 
-    def count(self: ClaimedRecord, asked: tuple[float, float]) -> None:
+    def count(self: Claim, asked: tuple[float, float]) -> None:
         count_from(self, self._asking())
         self._asked_at, _ = asked
 
-    patch.setattr(ClaimedRecord, "_count_from", count)
+    patch.setattr(Claim, "_count_from", count)
 
 
 @noticed_by(Rule.P2)
 def time_in_suspension_is_not_counted(patch: pytest.MonkeyPatch) -> None:
-    def has_lapsed(self: ClaimedRecord, *, in_seconds: float = 0.0) -> bool:
+    def has_lapsed(self: Claim, *, in_seconds: float = 0.0) -> bool:
         return self.lease_deadline is not None and self._loop_state.time() + in_seconds >= self.lease_deadline
 
-    patch.setattr(ClaimedRecord, "has_lapsed", has_lapsed)
+    patch.setattr(Claim, "has_lapsed", has_lapsed)
 
 
 @noticed_by(Rule.P2)
 def a_body_begins_though_the_answer_came_after_the_lease(patch: pytest.MonkeyPatch) -> None:
-    holds = ClaimedRecord._holds
-    patch.setattr(ClaimedRecord, "_holds", lambda self, answer: holds(self, answer) or True)
+    holds = Claim._holds
+    patch.setattr(Claim, "_holds", lambda self, answer: holds(self, answer) or True)
 
 
 @noticed_by(Rule.H14, Rule.P2)
@@ -199,10 +198,10 @@ def a_lost_lease_is_not_told(patch: pytest.MonkeyPatch) -> None:
 
 @noticed_by(Rule.P2, where=lambda conditions: conditions.max_clock_skew > 0.0)
 def clocks_are_taken_for_equal(patch: pytest.MonkeyPatch) -> None:
-    def acquisition(self: ClaimedRecord) -> Awaitable[Any]:
+    def acquisition(self: Claim) -> Awaitable[Any]:
         return self._plan.layer.acquire(self.record, now=self._plan.clock())
 
-    patch.setattr(ClaimedRecord, "_acquisition", acquisition)
+    patch.setattr(Claim, "_acquisition", acquisition)
 
 
 # --- Cancellation and failures ----------------------------------------------------------------------------------------
@@ -218,24 +217,24 @@ def an_operation_is_cancelled_with_its_caller(patch: pytest.MonkeyPatch) -> None
 
 @noticed_by(Rule.H9)
 def a_claim_whose_caller_was_cancelled_is_not_released(patch: pytest.MonkeyPatch) -> None:
-    async def release_unused(self: ClaimedRecord, shield: CancellationShield) -> None: ...
+    async def release_unused(self: Claim, shield: CancellationShield) -> None: ...
 
-    patch.setattr(ClaimedRecord, "_release_unused", release_unused)
+    patch.setattr(Claim, "_release_unused", release_unused)
 
 
 @noticed_by(Rule.H9)
 def a_claim_of_a_closed_body_is_kept(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Claim, "undo_in_background", lambda self, renewing: None)
+    patch.setattr(Claim, "release_in_background", lambda self: None)
 
 
 @noticed_by(Rule.P4, where=lambda conditions: conditions.policy == "raise")
 def a_cancelled_body_gives_its_key_back_under_raise(patch: pytest.MonkeyPatch) -> None:
-    undo = Claim.undo
+    release = Claim.release
 
-    async def release(self: Claim, *, is_failure: bool, **options: Any) -> None:
-        await undo(self, is_failure=True, **options)
+    async def always(self: Claim, *, is_failure: bool, **options: Any) -> None:
+        await release(self, is_failure=True, **options)
 
-    patch.setattr(Claim, "undo", release)
+    patch.setattr(Claim, "release", always)
 
 
 @noticed_by(Rule.H12, where=lambda conditions: conditions.policy == "raise")
@@ -245,12 +244,10 @@ def nothing_is_ever_in_doubt(patch: pytest.MonkeyPatch) -> None:
 
 @noticed_by(Rule.H13)
 def a_completion_is_tried_once(patch: pytest.MonkeyPatch) -> None:
-    def once(
-        self: ClaimedRecord, start: Callable[[], Awaitable[Any]], *, shield: CancellationShield, effect: str
-    ) -> Any:
+    def once(self: Claim, start: Callable[[], Awaitable[Any]], *, shield: CancellationShield, effect: str) -> Any:
         return ask(start, shield=shield, key=self._key, effect=effect)
 
-    patch.setattr(ClaimedRecord, "_ask_persistently", once)
+    patch.setattr(Claim, "_ask_persistently", once)
 
 
 @noticed_by(Rule.H6, Rule.P2)

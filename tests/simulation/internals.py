@@ -7,14 +7,12 @@ import gc
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-from aidem._engine import claimed_record
+from aidem._engine import claim
 from aidem._engine.call import Call as EngineCall
 from aidem._engine.claim import Claim
-from aidem._engine.claimed_record import ClaimedRecord
-from aidem._engine.local_cache import LocalCache
 from aidem._engine.operations import ask
 from aidem._engine.renewal import Renewal
-from aidem._engine.shared import shared_by
+from aidem._engine.shared import LocalCache, shared_by
 from aidem._engine.single_flight import SingleFlight
 from aidem._engine.waiting import WaitBudget
 from aidem._rules import key as _key
@@ -32,7 +30,6 @@ __all__ = [
     "CLEANUP_SECONDS",
     "CancellationShield",
     "Claim",
-    "ClaimedRecord",
     "EngineCall",
     "LocalCache",
     "SingleFlight",
@@ -46,11 +43,11 @@ __all__ = [
 @contextlib.contextmanager
 def clock_since_boot(read: Callable[[], float]) -> Iterator[None]:
     """Let claims read this clock for one that goes on while the machine is suspended: it cannot be handed to them."""
-    real, claimed_record.seconds_since_boot = claimed_record.seconds_since_boot, read
+    real, claim.seconds_since_boot = claim.seconds_since_boot, read
     try:
         yield
     finally:
-        claimed_record.seconds_since_boot = real
+        claim.seconds_since_boot = real
 
 
 def key_text(prefix: str, selected: str) -> str:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Self, TypeAlias
 
 from aidem._distribution import how_to_install
 from aidem._rules import lifecycle
 from aidem._rules.lifecycle import Blocked, Claimed, Completion
+from aidem._runtime.clock import wall_clock
 from aidem._runtime.fork import ForkSafeLock
 from aidem.exceptions import IdempotencyPersistenceConfigError
 
@@ -108,7 +108,7 @@ class DynamoDBPersistenceLayer:
         boto_config: Any | None = None,
         session: Any | None = None,
         client: Any | None = None,
-        clock: Callable[[], float] = time.time,
+        clock: Callable[[], float] = wall_clock,
     ) -> None:
         if not table_name:
             raise IdempotencyPersistenceConfigError(

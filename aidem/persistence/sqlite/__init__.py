@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections import deque
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from aidem._runtime.cancellation import UncancellableFuture
+from aidem._runtime.clock import wall_clock
 from aidem.exceptions import IdempotencyPersistenceConnectionError
 from aidem.persistence.sqlite import _thread
 from aidem.persistence.sqlite._file import DatabaseFile
@@ -55,7 +55,7 @@ class SQLitePersistenceLayer:
         self,
         path: str | os.PathLike[str],
         *,
-        clock: Callable[[], float] = time.time,
+        clock: Callable[[], float] = wall_clock,
         busy_timeout_seconds: float = 4.0,
         timeout_seconds: float = 5.0,
     ) -> None:

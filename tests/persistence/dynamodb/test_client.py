@@ -18,6 +18,7 @@ from aiobotocore.config import AioConfig
 from aiobotocore.session import get_session
 from botocore.config import Config
 
+from aidem._distribution import __version__
 from aidem._rules.lifecycle import Blocked, Claimed
 from aidem.exceptions import IdempotencyPersistenceConfigError
 from aidem.persistence.dynamodb import DynamoDBPersistenceLayer
@@ -400,7 +401,7 @@ async def test_a_client_of_our_own_makes_cheap_requests_and_keeps_its_retries(
     config = session.config
     assert config.parameter_validation is False
     assert config.max_pool_connections == 256
-    assert config.user_agent.startswith("aidem/0.")
+    assert config.user_agent.startswith(f"aidem/{__version__} aiobotocore/")
     assert config.retries is None  # as the environment says, AWS_RETRY_MODE and AWS_MAX_ATTEMPTS
     await layer.aclose()
 
