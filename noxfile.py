@@ -50,6 +50,7 @@ SLOW = [
     "tests/awslambda/test_processes.py",
     "tests/persistence/sqlite/test_processes.py",
     "tests/processes",
+    "tests/runtime/test_forks.py",
     "tests/simulation",
     "tests/sync/test_interrupts.py",
     "tests/sync/test_processes.py",
