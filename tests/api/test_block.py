@@ -36,7 +36,7 @@ from aidem.exceptions import (
 from aidem.persistence.memory import MemoryPersistenceLayer
 from aidem.serialization import DataclassSerializer, PydanticSerializer
 from aidem.testing import FakeClock
-from tests.support.planned import Till
+from tests.support.planned import PlannedLayer, Till
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -179,6 +179,22 @@ async def test_a_result_of_run_that_cannot_be_stored_reaches_the_first_caller_al
     async with idempotency("key") as execution:
         with pytest.raises(IdempotencyResultUnavailableError):
             await execution.run(charge)
+
+
+async def test_run_takes_a_function_that_turns_out_not_to_be_async() -> None:
+    layer = PlannedLayer()
+    calls: list[int] = []
+
+    def charge() -> Any:
+        calls.append(1)
+        return {"receipt": 1}
+
+    async def pay() -> Any:
+        async with idempotency("k", persistence_store=layer) as execution:
+            return await execution.run(charge)
+
+    assert await pay() == await pay() == {"receipt": 1}
+    assert calls == [1]
 
 
 # --- Step by step -----------------------------------------------------------------------------------------------------
@@ -357,6 +373,29 @@ async def test_a_block_object_is_entered_once(till: Till) -> None:
     with pytest.raises(IdempotencyUsageError, match=r"call idempotency\(\.\.\.\) for every block"):
         async with block:
             pytest.fail("the block ran")
+
+
+async def test_a_block_that_swallows_the_failure_of_run_records_nothing() -> None:
+    layer, till = PlannedLayer(), Till()
+    till.error = ValueError("declined")
+    with pytest.raises(IdempotencyUsageError, match="swallowed"):
+        async with idempotency("k", persistence_store=layer) as execution:
+            with pytest.raises(ValueError, match="declined"):
+                await execution.run(till.charge, ORDER)
+    assert not layer.inner._records
+
+
+async def test_a_block_may_turn_the_failure_of_run_into_a_result() -> None:
+    layer, till = PlannedLayer(), Till()
+    till.error = ValueError("declined")
+    for _ in range(2):
+        async with idempotency("k", persistence_store=layer) as execution:
+            if not execution.replayed:
+                with pytest.raises(ValueError, match="declined"):
+                    await execution.run(till.charge, ORDER)
+                execution.result = "declined"
+        assert execution.result == "declined"
+    assert len(till.charges) == 1
 
 
 # --- A block whose claim was lost -------------------------------------------------------------------------------------

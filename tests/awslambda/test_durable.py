@@ -24,7 +24,7 @@ from aidem.persistence.dynamodb import DynamoDBPersistenceLayer
 from aidem.persistence.sqlite import SQLitePersistenceLayer
 from aidem.testing import claim_of
 from tests.support.aws_servers import EMULATORS, OTHER_URL, Database
-from tests.support.planned import Fault, PlannedLayer, real_now
+from tests.support.planned import VIRTUAL_TIME, Fault, PlannedLayer, Till, only_record, real_now
 
 CONFIG = IdempotencyConfig(event_key_jmespath="id")
 EVENT = {"id": 1}
@@ -92,6 +92,12 @@ def store(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
     for name, value in database.environment.items():
         monkeypatch.setenv(name, value)
     return dynamodb_store(database)
+
+
+@pytest.fixture
+def anyio_backend(request: pytest.FixtureRequest) -> Any:
+    """Let time jump, except beside a store, whose threads and sockets take real time."""
+    return "asyncio" if "store" in request.fixturenames else VIRTUAL_TIME
 
 
 @pytest.fixture(autouse=True)
@@ -276,3 +282,61 @@ async def test_a_first_attempt_that_ends_before_its_replay_has_lost_its_claim(st
             go_on.set()
             assert await replay == "replay"
             assert await handler(EVENT, REPLAY) == "replay"
+
+
+# --- In memory, where time jumps --------------------------------------------------------------------------------------
+
+
+class Suspended(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("options", [{}, {"on_abandoned": "raise"}, {"wait_timeout_seconds": 20.0}])
+async def test_a_durable_function_continues_its_own_execution(options: Any) -> None:
+    layer = PlannedLayer()
+    suspend = True
+
+    async def handler(event: Any, context: Any) -> Any:
+        if suspend:
+            raise Suspended
+        return "done"
+
+    durable = idempotent(persistence_store=layer, config=IdempotencyConfig(**options), key_prefix="h")(handler)
+    with pytest.raises(Suspended):
+        await durable(EVENT, DurableContext(1))
+    suspend = False
+    began = asyncio.get_running_loop().time()
+    assert await durable(EVENT, DurableContext(2)) == "done"
+    assert asyncio.get_running_loop().time() == began
+
+
+async def test_of_two_replays_of_a_durable_function_one_wins() -> None:
+    layer, till = PlannedLayer(), Till()
+    till.seconds = 5
+
+    async def handler(event: Any, context: Any) -> Any:
+        return await till.charge(event)
+
+    durable = idempotent(persistence_store=layer, key_prefix="h")(handler)
+    first = asyncio.ensure_future(durable(EVENT, DurableContext(1)))
+    await asyncio.sleep(1)
+    replays = await asyncio.gather(*(durable(EVENT, DurableContext(2)) for _ in range(2)), return_exceptions=True)
+    assert sorted(type(replay).__name__ for replay in replays) == ["IdempotencyAlreadyInProgressError", "dict"]
+    first.cancel()
+
+
+async def test_a_record_without_an_owner_is_not_superseded() -> None:
+    layer = PlannedLayer()
+    handler = idempotent(persistence_store=layer, key_prefix="h", config=IdempotencyConfig(wait_timeout_seconds=20))
+
+    async def body(event: Any, context: Any) -> Any:
+        raise AssertionError
+
+    blocked = idempotent(persistence_store=layer, key_prefix="h")(Till().charge_event)
+    running = asyncio.ensure_future(blocked(EVENT, None))
+    await asyncio.sleep(0.1)
+    foreign = only_record(layer).replace(owner=None)
+    layer.inner._records[foreign.idempotency_key] = foreign
+    with pytest.raises(IdempotencyAlreadyInProgressError):
+        await handler(body)(EVENT, DurableContext(2))
+    running.cancel()

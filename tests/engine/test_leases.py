@@ -23,6 +23,8 @@ from aidem import (
     idempotent_function,
     register_lambda_context,
 )
+from aidem._engine.call import Call
+from aidem._engine.plan import CallKey, Plan
 from aidem.exceptions import (
     IdempotencyAlreadyInProgressError,
     IdempotencyInDoubtError,
@@ -31,8 +33,25 @@ from aidem.exceptions import (
     IdempotencyUsageError,
 )
 from aidem.hooks import EventKind
+from aidem.persistence import Blocked
 from aidem.persistence.memory import MemoryPersistenceLayer
-from tests.support.planned import EPOCH, VIRTUAL_TIME, Fault, Listener, PlannedLayer, Till, closed_when, wall_clock
+from tests.support.planned import (
+    EPOCH,
+    NO_ROUTE,
+    VIRTUAL_TIME,
+    DeclinedError,
+    Fault,
+    InMemory,
+    Listener,
+    PlannedLayer,
+    Till,
+    VirtualTimeLoop,
+    closed_when,
+    made_idempotent,
+    only_record,
+    other_process,
+    wall_clock,
+)
 
 ORDER = {"id": 7}
 
@@ -40,22 +59,6 @@ ORDER = {"id": 7}
 @pytest.fixture
 def anyio_backend() -> Any:
     return VIRTUAL_TIME
-
-
-def idempotent_charge(layer: Any, charge: Any, **options: Any) -> Any:
-    config = IdempotencyConfig(**options)
-    return idempotent_function(
-        data_keyword_argument="order", persistence_store=layer, config=config, key_prefix="charge"
-    )(charge)
-
-
-def other_process(layer: PlannedLayer) -> PlannedLayer:
-    return PlannedLayer(inner=layer.inner)
-
-
-def only_record(layer: PlannedLayer) -> Any:
-    [record] = layer.inner._records.values()
-    return record
 
 
 class LambdaContext:
@@ -69,18 +72,18 @@ class LambdaContext:
 async def test_a_lease_is_renewed_at_a_third_while_the_body_runs() -> None:
     layer, till = PlannedLayer(), Till()
     till.seconds = 100
-    task = asyncio.ensure_future(idempotent_charge(layer, till.charge, lease_seconds=30)(ORDER))
+    task = asyncio.ensure_future(made_idempotent(till.charge, layer, lease_seconds=30)(ORDER))
     await asyncio.sleep(95)
     assert layer.calls == ["acquire"] + ["renew"] * 9
     with pytest.raises(Exception, match="already in progress"):
-        await idempotent_charge(other_process(layer), till.charge)(ORDER)
+        await made_idempotent(till.charge, other_process(layer))(ORDER)
     assert await task == {"receipt": 1}
 
 
 async def test_nothing_is_renewed_after_the_body_has_ended() -> None:
     layer, till = PlannedLayer(), Till()
     till.seconds = 25
-    await idempotent_charge(layer, till.charge, lease_seconds=30)(ORDER)
+    await made_idempotent(till.charge, layer, lease_seconds=30)(ORDER)
     asked = list(layer.calls)
     assert asked.count("renew") == 2
     await asyncio.sleep(1000)
@@ -96,17 +99,17 @@ async def test_a_short_call_pays_for_no_task() -> None:
         return await till.charge(order)
 
     before = asyncio.all_tasks()
-    await idempotent_charge(layer, charge)(ORDER)
+    await made_idempotent(charge, layer)(ORDER)
     assert set(tasks) == before
 
 
 async def test_a_lease_that_is_not_renewed_lapses_at_its_end() -> None:
     layer, till = PlannedLayer(), Till()
     till.seconds = 100
-    owner = asyncio.ensure_future(idempotent_charge(layer, till.charge, lease_seconds=30, renew_lease=False)(ORDER))
+    owner = asyncio.ensure_future(made_idempotent(till.charge, layer, lease_seconds=30, renew_lease=False)(ORDER))
     await asyncio.sleep(31)
     succeeding = Till()
-    assert await idempotent_charge(other_process(layer), succeeding.charge)(ORDER) == {"receipt": 1}
+    assert await made_idempotent(succeeding.charge, other_process(layer))(ORDER) == {"receipt": 1}
     assert "renew" not in layer.calls
     await owner
 
@@ -115,15 +118,15 @@ async def test_without_a_lease_a_claim_holds_until_its_record_expires() -> None:
     layer, till = PlannedLayer(), Till()
     till.seconds = 2000
     options: dict[str, Any] = {"lease_seconds": None, "expires_after_seconds": 1000}
-    owner = asyncio.ensure_future(idempotent_charge(layer, till.charge, **options)(ORDER))
+    owner = asyncio.ensure_future(made_idempotent(till.charge, layer, **options)(ORDER))
     await asyncio.sleep(999)
     record = only_record(layer)
     assert record.in_progress_expiry_timestamp is None
     assert record.lease_expiry_timestamp is None
     with pytest.raises(Exception, match="already in progress"):
-        await idempotent_charge(other_process(layer), till.charge)(ORDER)
+        await made_idempotent(till.charge, other_process(layer))(ORDER)
     await asyncio.sleep(3)
-    assert await idempotent_charge(other_process(layer), Till().charge)(ORDER) == {"receipt": 1}
+    assert await made_idempotent(Till().charge, other_process(layer))(ORDER) == {"receipt": 1}
     assert "renew" not in layer.calls
     owner.cancel()
 
@@ -131,7 +134,7 @@ async def test_without_a_lease_a_claim_holds_until_its_record_expires() -> None:
 async def test_a_held_lease_is_never_past_its_records_expiry() -> None:
     layer, till = PlannedLayer(), Till()
     till.seconds = 10
-    task = asyncio.ensure_future(idempotent_charge(layer, till.charge, lease_seconds=9, expires_after_seconds=1)(ORDER))
+    task = asyncio.ensure_future(made_idempotent(till.charge, layer, lease_seconds=9, expires_after_seconds=1)(ORDER))
     await asyncio.sleep(1)
     for _ in range(2):
         record = only_record(layer)
@@ -143,7 +146,7 @@ async def test_a_held_lease_is_never_past_its_records_expiry() -> None:
 async def test_the_window_counts_from_completion() -> None:
     layer, till = PlannedLayer(), Till()
     till.seconds = 50
-    await idempotent_charge(layer, till.charge, expires_after_seconds=100)(ORDER)
+    await made_idempotent(till.charge, layer, expires_after_seconds=100)(ORDER)
     assert only_record(layer).expiry_timestamp == int(EPOCH + asyncio.get_running_loop().time()) + 100
 
 
@@ -153,7 +156,7 @@ async def test_the_lambda_context_sets_the_lease_and_nothing_renews_it() -> None
 
     async def invocation() -> Any:
         register_lambda_context(LambdaContext(90_000))
-        return await idempotent_charge(layer, till.charge, lease_seconds=3)(ORDER)
+        return await made_idempotent(till.charge, layer, lease_seconds=3)(ORDER)
 
     began = EPOCH + asyncio.get_running_loop().time()
     task = asyncio.ensure_future(invocation())
@@ -180,9 +183,9 @@ async def test_a_loser_hands_out_the_winners_outcome_and_changes_nothing(caplog:
     loser, winner = Till(), Till()
     loser.seconds, winner.charges = 60, ["earlier"]
     options: dict[str, Any] = {"lease_seconds": 30, "renew_lease": False, "hooks": (listener,)}
-    task = asyncio.ensure_future(idempotent_charge(layer, loser.charge, **options)(ORDER))
+    task = asyncio.ensure_future(made_idempotent(loser.charge, layer, **options)(ORDER))
     await asyncio.sleep(31)
-    assert await idempotent_charge(other_process(layer), winner.charge)(ORDER) == {"receipt": 2}
+    assert await made_idempotent(winner.charge, other_process(layer))(ORDER) == {"receipt": 2}
     stored = only_record(layer)
     assert await task == {"receipt": 2}
     assert only_record(layer) == stored
@@ -194,9 +197,9 @@ async def test_a_loser_waits_for_the_winner_as_a_waiter_does() -> None:
     layer, loser, winner = PlannedLayer(), Till(), Till()
     loser.seconds, winner.seconds, winner.charges = 60, 60, ["earlier"]
     options: dict[str, Any] = {"lease_seconds": 30, "renew_lease": False, "wait_timeout_seconds": 100}
-    task = asyncio.ensure_future(idempotent_charge(layer, loser.charge, **options)(ORDER))
+    task = asyncio.ensure_future(made_idempotent(loser.charge, layer, **options)(ORDER))
     await asyncio.sleep(31)
-    winning = asyncio.ensure_future(idempotent_charge(other_process(layer), winner.charge)(ORDER))
+    winning = asyncio.ensure_future(made_idempotent(winner.charge, other_process(layer))(ORDER))
     assert await task == await winning == {"receipt": 2}
 
 
@@ -209,9 +212,9 @@ async def test_a_loser_whose_winner_has_no_outcome_raises(winner_ends: str) -> N
     else:
         winner.error = RuntimeError("declined")
     options: dict[str, Any] = {"lease_seconds": 30, "renew_lease": False, "wait_timeout_seconds": 10}
-    task = asyncio.ensure_future(idempotent_charge(layer, loser.charge, **options)(ORDER))
+    task = asyncio.ensure_future(made_idempotent(loser.charge, layer, **options)(ORDER))
     await asyncio.sleep(31)
-    winning = asyncio.ensure_future(idempotent_charge(other_process(layer), winner.charge)(ORDER))
+    winning = asyncio.ensure_future(made_idempotent(winner.charge, other_process(layer))(ORDER))
     await asyncio.sleep(0)
     if winner_ends == "runs on":
         with pytest.raises(IdempotencyLeaseLostError, match="effect may have happened") as caught:
@@ -236,7 +239,7 @@ async def test_a_loser_in_a_block_that_has_handed_its_result_out_raises() -> Non
 
     task = asyncio.ensure_future(block())
     await asyncio.sleep(31)
-    await idempotent_charge(other_process(layer), winner.charge)(ORDER)
+    await made_idempotent(winner.charge, other_process(layer))(ORDER)
     with pytest.raises(IdempotencyLeaseLostError, match="another outcome") as caught:
         await task
     assert caught.value.record == only_record(layer)
@@ -245,7 +248,7 @@ async def test_a_loser_in_a_block_that_has_handed_its_result_out_raises() -> Non
 async def test_a_lost_lease_is_told_at_once_and_the_body_is_left_to_finish(caplog: Any) -> None:
     layer, listener, till = PlannedLayer(), Listener(), Till()
     till.seconds = 60
-    task = asyncio.ensure_future(idempotent_charge(layer, till.charge, hooks=(listener,), lease_seconds=30)(ORDER))
+    task = asyncio.ensure_future(made_idempotent(till.charge, layer, hooks=(listener,), lease_seconds=30)(ORDER))
     await asyncio.sleep(5)
     await layer.inner.forget(only_record(layer).idempotency_key)
     await asyncio.sleep(6)
@@ -262,7 +265,7 @@ async def test_a_renewal_that_fails_is_tried_again_before_the_lease_passes() -> 
     down = IdempotencyPersistenceConnectionError("no route")
     layer.plan("renew", Fault(error=down), Fault(error=down))
     till.seconds = 40
-    await idempotent_charge(layer, till.charge, hooks=(listener,), lease_seconds=30)(ORDER)
+    await made_idempotent(till.charge, layer, hooks=(listener,), lease_seconds=30)(ORDER)
     assert EventKind.LEASE_LOST not in listener.kinds
     assert listener.kinds.count(EventKind.PERSISTENCE_ERROR) == 2
     assert layer.calls.count("renew") >= 4
@@ -273,7 +276,7 @@ async def test_a_lease_that_passes_while_the_store_is_down_is_told_once() -> Non
     down = IdempotencyPersistenceConnectionError("no route")
     layer.plan("renew", *(Fault(error=down) for _ in range(20)))
     till.seconds = 60
-    task = asyncio.ensure_future(idempotent_charge(layer, till.charge, hooks=(listener,), lease_seconds=30)(ORDER))
+    task = asyncio.ensure_future(made_idempotent(till.charge, layer, hooks=(listener,), lease_seconds=30)(ORDER))
     await asyncio.sleep(29)
     assert EventKind.LEASE_LOST not in listener.kinds
     await asyncio.sleep(5)
@@ -310,7 +313,7 @@ async def test_renewal_ends_when_the_task_of_its_body_dies_between_two_renewals(
 async def test_claims_of_one_loop_are_renewed_each_at_its_own_time() -> None:
     layer, till = PlannedLayer(), Till()
     till.seconds = 10
-    long, short = (idempotent_charge(layer, till.charge, lease_seconds=seconds) for seconds in (27, 9))
+    long, short = (made_idempotent(till.charge, layer, lease_seconds=seconds) for seconds in (27, 9))
     await asyncio.gather(long({"id": 1}), short({"id": 2}), long({"id": 3}))
     assert layer.calls.count("renew") == 1 + 3 + 1
 
@@ -322,7 +325,7 @@ async def test_a_claim_without_a_lease_can_be_confirmed() -> None:
         await current_execution().ensure_owned()
         return only_record(layer).in_progress_expiry_timestamp
 
-    assert await idempotent_charge(layer, charge, lease_seconds=None)(ORDER) is None
+    assert await made_idempotent(charge, layer, lease_seconds=None)(ORDER) is None
 
 
 async def test_renewal_ends_when_its_call_is_gone() -> None:
@@ -336,7 +339,7 @@ async def test_renewal_ends_when_its_call_is_gone() -> None:
 
 async def test_finished_calls_leave_no_cycles_for_the_collector() -> None:
     layer, till = PlannedLayer().inner, Till()
-    charge = idempotent_charge(layer, till.charge, wait_timeout_seconds=1)
+    charge = made_idempotent(till.charge, layer, wait_timeout_seconds=1)
     await charge(0)
     gc.collect()
     gc.freeze()  # what other tests have left is not looked at
@@ -364,7 +367,7 @@ async def test_ensure_owned_renews_at_the_store() -> None:
         assert current_execution().record == only_record(layer)
         return 1
 
-    assert await idempotent_charge(layer, charge)(ORDER) == 1
+    assert await made_idempotent(charge, layer)(ORDER) == 1
     assert layer.calls == ["acquire", "renew", "complete"]
 
 
@@ -373,12 +376,12 @@ async def test_ensure_owned_raises_when_the_claim_is_not_ours_any_more() -> None
 
     async def charge(order: Any) -> Any:
         await asyncio.sleep(31)
-        await idempotent_charge(other_process(layer), winner.charge)(ORDER)
+        await made_idempotent(winner.charge, other_process(layer))(ORDER)
         await current_execution().ensure_owned()
 
     options: dict[str, Any] = {"renew_lease": False, "hooks": (listener,)}
     with pytest.raises(IdempotencyLeaseLostError):
-        await idempotent_charge(layer, charge, **options)(ORDER)
+        await made_idempotent(charge, layer, **options)(ORDER)
     assert EventKind.LEASE_LOST in listener.kinds
     assert only_record(layer).status is RecordStatus.COMPLETED  # the winner's: the loser released nothing
 
@@ -391,7 +394,7 @@ async def test_ensure_owned_never_guesses_when_the_store_does_not_answer() -> No
             await current_execution().ensure_owned()
         return 1
 
-    assert await idempotent_charge(layer, charge)(ORDER) == 1
+    assert await made_idempotent(charge, layer)(ORDER) == 1
 
 
 async def test_ensure_owned_is_for_a_running_body() -> None:
@@ -445,6 +448,95 @@ def test_a_fork_neither_renews_nor_completes_nor_releases_its_parents_claim(endi
     assert parent == [True, ["parent"], ["acquire", "complete"], "COMPLETED"]
 
 
+async def test_the_first_renewal_counts_from_before_the_request() -> None:
+    layer, till = PlannedLayer().plan("acquire", Fault(after_seconds=25)), Till()
+    till.seconds = 20
+    assert await made_idempotent(till.charge, layer)(ORDER) == {"receipt": 1}
+    assert layer.calls == ["acquire", "renew", "renew", "complete"]
+
+
+async def test_a_renewal_that_hangs_does_not_hide_that_the_lease_has_passed() -> None:
+    hangs = [Fault(gate=asyncio.Event()) for _ in range(10)]
+    layer, till, listener = PlannedLayer().plan("renew", *hangs), Till(), Listener()
+    till.seconds = 60
+    task = asyncio.ensure_future(made_idempotent(till.charge, layer, hooks=(listener,))(ORDER))
+    await asyncio.sleep(31)
+    assert EventKind.LEASE_LOST in listener.kinds
+    assert await task == {"receipt": 1}
+
+
+async def test_a_request_that_hangs_does_not_use_up_the_lease() -> None:
+    for operation in ("renew", "complete"):
+        layer, till, listener = PlannedLayer().plan(operation, Fault(gate=asyncio.Event())), Till(), Listener()
+        till.seconds = 60
+        assert await made_idempotent(till.charge, layer, hooks=(listener,))(ORDER) == {"receipt": 1}
+        assert listener.kinds == [EventKind.PERSISTENCE_ERROR, EventKind.EXECUTED]
+
+
+async def test_a_claim_does_not_expire_while_others_still_hold_its_lease_for_held() -> None:
+    layer, till = PlannedLayer(), Till()
+    till.seconds = 1
+    settings = {"expires_after_seconds": 35, "lease_seconds": 30, "max_clock_skew_seconds": 10}
+    running = asyncio.ensure_future(made_idempotent(till.charge, layer, **settings)(ORDER))
+    await asyncio.sleep(0.5)
+    claim = only_record(layer)
+    assert claim.expiry_timestamp * 1000 >= claim.in_progress_expiry_timestamp + 10_000
+    await running
+
+
+async def test_ensure_owned_that_timed_out_does_not_shorten_the_completion() -> None:
+    layer, till = PlannedLayer().plan("renew", Fault(before_seconds=0.5)), Till()
+
+    async def body(order: Any) -> Any:
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.1):
+                await current_execution().ensure_owned()
+        await asyncio.sleep(6)
+        return await till.charge(order)
+
+    layer.plan("complete", Fault(before_seconds=0.5))
+    assert await made_idempotent(body, layer)(ORDER) == {"receipt": 1}
+
+
+async def test_ensure_owned_does_not_pass_when_its_answer_came_after_the_lease() -> None:
+    layer, successor = PlannedLayer().plan("renew", Fault(after_seconds=40)), Till()
+    successor.seconds = 25
+    passed: list[Any] = []
+
+    async def body(order: Any) -> None:
+        await current_execution().ensure_owned()
+        passed.append(order)
+
+    first = asyncio.ensure_future(made_idempotent(body, layer, renew_lease=False)(ORDER))
+    await asyncio.sleep(31)
+    second = asyncio.ensure_future(made_idempotent(successor.charge, other_process(layer))(ORDER))
+    with pytest.raises(IdempotencyLeaseLostError):
+        await first
+    assert not second.done()
+    assert not passed
+    await second
+
+
+async def test_ensure_owned_on_a_store_slower_than_the_lease_is_an_error() -> None:
+    layer = PlannedLayer().plan("renew", *(Fault(before_seconds=0.6, after_seconds=0.6) for _ in range(9)))
+
+    async def body(order: Any) -> Any:
+        with pytest.raises(IdempotencyPersistenceConnectionError, match="later than the lease lasts"):
+            await current_execution().ensure_owned()
+        return 1
+
+    assert await made_idempotent(body, layer, lease_seconds=1, renew_lease=False)(ORDER) == 1
+
+
+async def test_a_call_without_a_record_or_claim_says_so() -> None:
+    plan = Plan(layer=PlannedLayer(), config=IdempotencyConfig(), function="f", prefix="f")
+    call = Call(plan, CallKey(""))
+    with pytest.raises(IdempotencyUsageError, match="no record"):
+        call.held_record()
+    with pytest.raises(IdempotencyUsageError, match="no claim"):
+        await call.complete("1")
+
+
 # --- At most once ---
 
 
@@ -452,14 +544,14 @@ async def test_under_raise_a_running_claim_is_in_progress_and_a_lapsed_one_in_do
     layer, till = PlannedLayer(), Till()
     till.seconds = 50
     options: dict[str, Any] = {"on_abandoned": "raise", "lease_seconds": 30, "renew_lease": False}
-    owner = asyncio.ensure_future(idempotent_charge(layer, till.charge, **options)(ORDER))
+    owner = asyncio.ensure_future(made_idempotent(till.charge, layer, **options)(ORDER))
     await asyncio.sleep(29)
     assert only_record(layer).in_progress_expiry_timestamp is None
     with pytest.raises(Exception, match="already in progress"):
-        await idempotent_charge(other_process(layer), till.charge)(ORDER)
+        await made_idempotent(till.charge, other_process(layer))(ORDER)
     await asyncio.sleep(2)
     with pytest.raises(IdempotencyInDoubtError) as caught:
-        await idempotent_charge(other_process(layer), till.charge)(ORDER)
+        await made_idempotent(till.charge, other_process(layer))(ORDER)
     assert caught.value.record == only_record(layer)
     assert len(till.charges) == 1
     assert await owner == {"receipt": 1}  # it was only slow, and still the owner
@@ -476,21 +568,21 @@ async def test_under_raise_an_exit_that_is_no_exception_leaves_the_key_in_doubt_
 
     async def call() -> None:
         try:
-            await idempotent_charge(layer, charge, on_abandoned="raise")(ORDER)
+            await made_idempotent(charge, layer, on_abandoned="raise")(ORDER)
         except BaseException as caught:  # noqa: BLE001 - SystemExit too
             seen.append(caught)
 
     await call()
     assert [type(caught) for caught in seen] == [error]
     with pytest.raises(IdempotencyInDoubtError):
-        await idempotent_charge(layer, till.charge)(ORDER)
+        await made_idempotent(till.charge, layer)(ORDER)
 
 
 async def test_under_raise_an_ordinary_exception_gives_the_key_back() -> None:
     layer, till = PlannedLayer(), Till()
     till.error = RuntimeError("declined")
     with pytest.raises(RuntimeError):
-        await idempotent_charge(layer, till.charge, on_abandoned="raise")(ORDER)
+        await made_idempotent(till.charge, layer, on_abandoned="raise")(ORDER)
     assert not layer.inner._records
 
 
@@ -502,14 +594,14 @@ async def test_a_key_in_doubt_is_resolved_by_releasing_completing_or_forgetting_
             raise SystemExit
 
         with pytest.raises(SystemExit):
-            await idempotent_charge(layer, charge, on_abandoned="raise")(ORDER)
+            await made_idempotent(charge, layer, on_abandoned="raise")(ORDER)
         with pytest.raises(IdempotencyInDoubtError) as caught:
-            await idempotent_charge(layer, charge, on_abandoned="raise")(ORDER)
+            await made_idempotent(charge, layer, on_abandoned="raise")(ORDER)
         return layer, caught.value
 
     layer, error = await doubt()
     assert await layer.release(error.record)
-    assert await idempotent_charge(layer, Till().charge)(ORDER) == {"receipt": 1}
+    assert await made_idempotent(Till().charge, layer)(ORDER) == {"receipt": 1}
 
     layer, error = await doubt()
     now = layer.clock()
@@ -517,11 +609,29 @@ async def test_a_key_in_doubt_is_resolved_by_releasing_completing_or_forgetting_
         status=RecordStatus.COMPLETED, response_data='{"receipt": 9}', expiry_timestamp=int(now) + 100
     )
     assert await layer.complete(done, now=now)
-    assert await idempotent_charge(layer, Till().charge)(ORDER) == {"receipt": 9}
+    assert await made_idempotent(Till().charge, layer)(ORDER) == {"receipt": 9}
 
     layer, error = await doubt()
     await layer.forget(str(error.key))
-    assert await idempotent_charge(layer, Till().charge)(ORDER) == {"receipt": 1}
+    assert await made_idempotent(Till().charge, layer)(ORDER) == {"receipt": 1}
+
+
+async def test_where_clients_clocks_judge_a_claim_is_in_doubt_only_after_the_skew() -> None:
+    class JudgedByClients(PlannedLayer):
+        async def acquire(self, record: Any, *, now: float, max_clock_skew_seconds: float = 0.0) -> Any:
+            answer = await super().acquire(record, now=now)
+            return Blocked(answer.record) if isinstance(answer, Blocked) else answer
+
+    layer, till = JudgedByClients(), Till()
+    till.seconds = 100
+    owner = asyncio.ensure_future(made_idempotent(till.charge, layer, on_abandoned="raise", renew_lease=False)(ORDER))
+    await asyncio.sleep(31)
+    with pytest.raises(IdempotencyAlreadyInProgressError):
+        await made_idempotent(till.charge, layer, max_clock_skew_seconds=5)(ORDER)
+    await asyncio.sleep(5)
+    with pytest.raises(IdempotencyInDoubtError):
+        await made_idempotent(till.charge, layer, max_clock_skew_seconds=5)(ORDER)
+    owner.cancel()
 
 
 # --- Whose context, and what is kept alive ----------------------------------------------------------------------------
@@ -583,8 +693,8 @@ async def weak_request_of(call: Any) -> weakref.ref[Request]:
 async def test_the_first_call_of_a_loop_is_not_kept_alive_by_what_the_others_share() -> None:
     layer, till, short = PlannedLayer(), Till(), Till()
     till.seconds = 9
-    await idempotent_charge(layer, short.charge)(0)  # imports, and whatever else happens once
-    charge, quick = (idempotent_charge(layer, each.charge, lease_seconds=30) for each in (till, short))
+    await made_idempotent(short.charge, layer)(0)  # imports, and whatever else happens once
+    charge, quick = (made_idempotent(each.charge, layer, lease_seconds=30) for each in (till, short))
     first = await weak_request_of(lambda: quick(1))
     second = asyncio.ensure_future(charge(2))
     third = await weak_request_of(lambda: quick(3))
@@ -596,16 +706,32 @@ async def test_the_first_call_of_a_loop_is_not_kept_alive_by_what_the_others_sha
 async def test_callers_in_line_are_not_kept_alive_by_the_one_that_leads() -> None:
     layer, till = PlannedLayer(), Till()
     till.seconds = 5
-    owner = asyncio.ensure_future(idempotent_charge(layer, till.charge)(ORDER))
+    owner = asyncio.ensure_future(made_idempotent(till.charge, layer)(ORDER))
     await asyncio.sleep(1)
 
     async def give_up() -> None:
         with pytest.raises(IdempotencyAlreadyInProgressError):
-            await idempotent_charge(layer, till.charge, wait_timeout_seconds=1)(ORDER)
+            await made_idempotent(till.charge, layer, wait_timeout_seconds=1)(ORDER)
 
     in_line = await weak_request_of(give_up)
     assert in_line() is None
     assert await owner == {"receipt": 1}
+
+
+def test_a_coroutine_closed_after_its_loop_leaves_the_task_of_its_renewal_alone() -> None:
+    layer, till = PlannedLayer(), Till()
+    till.seconds = 60
+    loop = VirtualTimeLoop()
+    task = loop.create_task(made_idempotent(till.charge, layer)(ORDER))
+    loop.run_until_complete(asyncio.sleep(15))
+    assert layer.calls == ["acquire", "renew"]
+    left = asyncio.all_tasks(loop)
+    assert len(left) == 2
+    loop.close()
+    for pending in left:
+        pending._log_destroy_pending = False  # type: ignore[attr-defined]
+    coroutine: Any = task.get_coro()
+    coroutine.close()
 
 
 # --- A machine that was suspended -------------------------------------------------------------------------------------
@@ -637,7 +763,7 @@ class SuspendingLayer(PlannedLayer):
 
 async def test_a_claim_over_which_the_machine_was_suspended_is_renewed_before_its_body_runs(monkeypatch: Any) -> None:
     layer, till = SuspendingLayer(monkeypatch, acquire=1), Till()
-    assert await idempotent_charge(layer, till.charge)(ORDER) == {"receipt": 1}
+    assert await made_idempotent(till.charge, layer)(ORDER) == {"receipt": 1}
     assert layer.calls == ["acquire", "renew", "complete"]
 
 
@@ -647,7 +773,7 @@ async def test_ensure_owned_asks_again_when_the_machine_was_suspended_before_the
     async def charge(order: Any) -> None:
         await current_execution().ensure_owned()
 
-    await idempotent_charge(layer, charge)(ORDER)
+    await made_idempotent(charge, layer)(ORDER)
     assert layer.calls == ["acquire", "renew", "renew", "complete"]
 
 
@@ -659,12 +785,34 @@ async def test_an_outage_over_many_renewals_is_one_line_and_another_when_it_is_o
     down = IdempotencyPersistenceConnectionError("no route")
     layer.plan("renew", *(Fault(error=down) for _ in range(5)))
     till.seconds = 40
-    await idempotent_charge(layer, till.charge, lease_seconds=30)(ORDER)
+    await made_idempotent(till.charge, layer, lease_seconds=30)(ORDER)
     assert layer.calls.count("renew") > 5
     failed, renewed = caplog.messages
     assert "could not be renewed" in failed
     assert "no route" in failed
     assert "renewed at try 6" in renewed
+
+
+async def test_every_loss_of_a_recovered_lease_is_told() -> None:
+    layer, till, listener = PlannedLayer(), Till(), Listener()
+    down = [Fault(error=NO_ROUTE) for _ in range(10)]
+    layer.plan("renew", *down, Fault(), *down)
+    till.seconds = 120
+    await made_idempotent(till.charge, layer, hooks=(listener,))(ORDER)
+    assert listener.kinds.count(EventKind.LEASE_LOST) == 2
+
+
+async def test_a_pause_with_the_store_down_is_followed_by_one_renewal_and_not_by_many() -> None:
+    layer, till = PlannedLayer().plan("renew", *(Fault(error=NO_ROUTE) for _ in range(999))), Till()
+    till.seconds = 4000
+    task = asyncio.ensure_future(made_idempotent(till.charge, layer)(ORDER))
+    await asyncio.sleep(11)
+    loop: Any = asyncio.get_running_loop()
+    loop.jumping_selector.virtual_time += 3600  # the loop stood still
+    asked = layer.calls.count("renew")
+    await asyncio.sleep(1)
+    assert layer.calls.count("renew") - asked <= 1
+    task.cancel()
 
 
 # --- In doubt at once -------------------------------------------------------------------------------------------------
@@ -679,7 +827,7 @@ async def broken_off(layer: PlannedLayer) -> Odd:
     till = Till()
     till.seconds, till.error = 11, Odd()
     with pytest.raises(Odd) as caught:
-        await idempotent_charge(layer, till.charge, lease_seconds=30, on_abandoned="raise")(ORDER)
+        await made_idempotent(till.charge, layer, lease_seconds=30, on_abandoned="raise")(ORDER)
     return caught.value
 
 
@@ -690,7 +838,7 @@ async def test_a_renewal_that_hangs_does_not_keep_a_broken_off_body_from_being_i
     assert asyncio.get_running_loop().time() - began == pytest.approx(11, abs=0.1)
     assert layer.calls == ["acquire", "renew", "renew"]  # the second one is the mark
     with pytest.raises(IdempotencyInDoubtError):
-        await idempotent_charge(layer, Till().charge, on_abandoned="raise")(ORDER)
+        await made_idempotent(Till().charge, layer, on_abandoned="raise")(ORDER)
 
 
 async def test_a_renewal_that_is_applied_after_the_mark_of_doubt_changes_nothing() -> None:
@@ -701,14 +849,213 @@ async def test_a_renewal_that_is_applied_after_the_mark_of_doubt_changes_nothing
     await asyncio.sleep(10)
     assert only_record(layer) == marked
     with pytest.raises(IdempotencyInDoubtError):
-        await idempotent_charge(layer, Till().charge, on_abandoned="raise")(ORDER)
+        await made_idempotent(Till().charge, layer, on_abandoned="raise")(ORDER)
 
 
 async def test_a_body_closed_while_its_mark_of_doubt_is_on_its_way_is_in_doubt_all_the_same() -> None:
     layer, till = PlannedLayer().plan("renew", Fault(before_seconds=4), Fault(before_seconds=1)), Till()
     till.seconds, till.error = 11, Odd()
-    coroutine = idempotent_charge(layer, till.charge, lease_seconds=30, on_abandoned="raise")(ORDER)
+    coroutine = made_idempotent(till.charge, layer, lease_seconds=30, on_abandoned="raise")(ORDER)
     await closed_when(coroutine, lambda: layer.calls.count("renew") == 2)
     await asyncio.sleep(10)
     with pytest.raises(IdempotencyInDoubtError):
-        await idempotent_charge(layer, till.charge, on_abandoned="raise")(ORDER)
+        await made_idempotent(till.charge, layer, on_abandoned="raise")(ORDER)
+
+
+async def test_a_closed_body_is_in_doubt_where_it_must_not_run_again() -> None:
+    layer = PlannedLayer().inner
+
+    async def body(order: Any) -> Any:
+        await asyncio.get_running_loop().create_future()
+
+    coroutine = made_idempotent(body, layer, on_abandoned="raise")(ORDER)
+    coroutine.send(None)
+    coroutine.close()
+    await asyncio.sleep(1)
+    with pytest.raises(IdempotencyInDoubtError):
+        await made_idempotent(body, layer)(ORDER)
+
+
+async def test_a_body_closed_during_a_renewal_is_in_doubt_at_once() -> None:
+    layer = PlannedLayer().plan("renew", Fault(before_seconds=1))
+
+    async def enter() -> None:
+        await block.__aenter__()
+        await asyncio.sleep(100)
+
+    config = IdempotencyConfig(on_abandoned="raise")
+    block: Any = idempotency(ORDER, persistence_store=layer, config=config, key_prefix="charge")
+    entered = asyncio.ensure_future(enter())
+    await asyncio.sleep(10.5)
+    assert layer.calls == ["acquire", "renew"]
+    await block.__aexit__(GeneratorExit, GeneratorExit(), None)
+    await asyncio.sleep(2)
+    with pytest.raises(IdempotencyInDoubtError):
+        await made_idempotent(Till().charge, layer)(ORDER)
+    entered.cancel()
+
+
+async def test_a_renewal_under_way_does_not_undo_that_a_key_is_in_doubt() -> None:
+    layer, till = PlannedLayer().plan("renew", Fault(before_seconds=1)), Till()
+    till.seconds = 100
+    task = asyncio.ensure_future(made_idempotent(till.charge, layer, on_abandoned="raise")(ORDER))
+    await asyncio.sleep(10.5)
+    assert layer.calls == ["acquire", "renew"]
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await asyncio.sleep(2)
+    with pytest.raises(IdempotencyInDoubtError):
+        await made_idempotent(till.charge, layer)(ORDER)
+
+
+# --- Answers that come late -------------------------------------------------------------------------------------------
+
+
+async def test_a_body_does_not_start_on_a_lease_that_passed_before_the_answer_came() -> None:
+    layer, till, other = PlannedLayer().plan("acquire", Fault(after_seconds=31)), Till(), Till()
+    other.seconds = 20
+    late = asyncio.ensure_future(made_idempotent(till.charge, layer, wait_timeout_seconds=60)(ORDER))
+    await asyncio.sleep(30.5)
+    winner = asyncio.ensure_future(made_idempotent(other.charge, other_process(layer))(ORDER))
+    assert await late == await winner == {"receipt": 1}
+    assert not till.charges
+
+
+def stand_still() -> None:
+    """Let time pass as it does for a process that is stopped."""
+    loop: Any = asyncio.get_running_loop()
+    loop.jumping_selector.virtual_time += 31
+
+
+async def test_a_body_does_not_start_on_a_lease_that_passed_while_a_layer_answered_at_once() -> None:
+    layer, till = InMemory(stand_still), Till()
+    assert await made_idempotent(till.charge, layer)(ORDER) == {"receipt": 1}
+    assert layer.renewals == 1
+
+
+async def test_a_late_answer_whose_claim_is_still_ours_is_renewed_first() -> None:
+    layer, till = PlannedLayer().plan("acquire", Fault(after_seconds=31)), Till()
+    assert await made_idempotent(till.charge, layer)(ORDER) == {"receipt": 1}
+    assert layer.calls == ["acquire", "renew", "complete"]
+
+
+@pytest.mark.parametrize("on_abandoned", ["run_again", "raise"])
+async def test_a_store_slower_than_the_lease_is_an_error_and_leaves_nothing(on_abandoned: Any) -> None:
+    layer, till, listener = PlannedLayer(latency_seconds=1.2), Till(), Listener()
+    layer.plan("release", Fault(before_seconds=-1.0))  # which alone answers within its bound
+    charge = made_idempotent(
+        till.charge, layer, lease_seconds=1, wait_timeout_seconds=3, on_abandoned=on_abandoned, hooks=(listener,)
+    )
+    with pytest.raises(IdempotencyPersistenceConnectionError, match="later than a lease lasts; the function was not"):
+        await charge(ORDER)
+    assert not till.charges
+    assert not layer.inner._records
+    assert layer.calls == ["acquire", "renew", "release"]
+    assert listener.kinds == [EventKind.PERSISTENCE_ERROR]
+
+
+@pytest.mark.parametrize("fault", ["cancelled", "fails", "lost"])
+async def test_what_interrupts_the_late_confirmation_leaves_no_claim(fault: str) -> None:
+    layer, till, listener = PlannedLayer().plan("acquire", Fault(after_seconds=31)), Till(), Listener()
+    layer.plan("renew", Fault(error=NO_ROUTE if fault == "fails" else None, before_seconds=5))
+    charge = made_idempotent(till.charge, layer, on_abandoned="raise", hooks=(listener,))
+    task = asyncio.ensure_future(charge(ORDER))
+    await asyncio.sleep(33)
+    if fault == "cancelled":
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+    elif fault == "fails":
+        with pytest.raises(IdempotencyPersistenceConnectionError, match="was not run"):
+            await task
+    else:
+        layer.inner._records.clear()
+        assert await task == {"receipt": 1}
+        assert listener.kinds == [EventKind.EXECUTED]
+    assert len(till.charges) == (fault == "lost")
+    assert [record.status for record in layer.inner._records.values()] == [RecordStatus.COMPLETED] * len(till.charges)
+
+
+# --- Lost claims ------------------------------------------------------------------------------------------------------
+
+
+async def test_a_foreign_completion_under_our_own_token_counts() -> None:
+    layer = PlannedLayer()
+
+    async def body(order: Any) -> Any:
+        theirs = only_record(layer).replace(status=RecordStatus.COMPLETED, response_data='"theirs"')
+        layer.inner._records[theirs.idempotency_key] = theirs  # completed without touching our owner field
+        return "ours"
+
+    assert await made_idempotent(body, layer)(ORDER) == "theirs"
+    assert await made_idempotent(body, layer)(ORDER) == "theirs"
+
+
+@pytest.mark.parametrize("form", ["function", "block"])
+async def test_a_stored_exception_of_a_loser_does_not_count(form: str) -> None:
+    layer, till, listener = PlannedLayer(), Till(), Listener()
+    options: dict[str, Any] = {"stored_exceptions": (DeclinedError,), "renew_lease": False, "hooks": (listener,)}
+
+    async def body(order: Any) -> Any:
+        await asyncio.sleep(31)
+        assert await made_idempotent(till.charge, other_process(layer))(ORDER) == {"receipt": 1}
+        raise DeclinedError("no")
+
+    if form == "function":
+        assert await made_idempotent(body, layer, **options)(ORDER) == {"receipt": 1}
+    else:
+        with pytest.raises(IdempotencyLeaseLostError, match="another outcome") as caught:
+            async with idempotency(
+                ORDER, persistence_store=layer, config=IdempotencyConfig(**options), key_prefix="charge"
+            ) as execution:
+                await execution.run(body, ORDER)
+        assert isinstance(caught.value.__cause__, DeclinedError)
+    assert EventKind.LEASE_LOST in listener.kinds
+
+
+async def test_a_loser_whose_winner_gave_the_key_back_raises() -> None:
+    class GivenBack(PlannedLayer):
+        async def get(self, key: str) -> Any:
+            return None
+
+    layer, till = GivenBack(), Till()
+    till.seconds = 60
+    task = asyncio.ensure_future(made_idempotent(till.charge, layer, renew_lease=False)(ORDER))
+    await asyncio.sleep(31)
+    await made_idempotent(Till().charge, other_process(layer))(ORDER)
+    with pytest.raises(IdempotencyLeaseLostError, match="given back"):
+        await task
+
+
+async def test_a_release_of_a_claim_that_is_not_ours_any_more_is_a_loss() -> None:
+    layer, listener = PlannedLayer(), Listener()
+
+    async def body(order: Any) -> Any:
+        await layer.inner.forget(only_record(layer).idempotency_key)
+        raise ValueError("declined")
+
+    with pytest.raises(ValueError, match="declined"):
+        await made_idempotent(body, layer, hooks=(listener,))(ORDER)
+    assert listener.kinds == [EventKind.LEASE_LOST]
+
+
+async def test_a_release_that_finds_another_claim_after_the_lease_has_lost_it() -> None:
+    layer, till, listener = (
+        PlannedLayer().plan("release", Fault(error=NO_ROUTE, before_seconds=0.5)),
+        Till(),
+        Listener(),
+    )
+    other = Till()
+    till.seconds, till.error, other.seconds = 0.8, ValueError("declined"), 20
+    late = asyncio.ensure_future(
+        made_idempotent(till.charge, layer, lease_seconds=1, renew_lease=False, hooks=(listener,))(ORDER)
+    )
+    await asyncio.sleep(1.1)
+    successor = asyncio.ensure_future(made_idempotent(other.charge, other_process(layer))(ORDER))
+    with pytest.raises(ValueError, match="declined"):
+        await late
+    assert layer.calls.count("release") == 2
+    assert EventKind.LEASE_LOST in listener.kinds
+    assert EventKind.RELEASED not in listener.kinds
+    assert await successor == {"receipt": 1}

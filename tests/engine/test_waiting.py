@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from aidem import IdempotencyConfig, idempotent_function
 from aidem.exceptions import (
     IdempotencyAlreadyInProgressError,
     IdempotencyLeaseLostError,
@@ -15,7 +14,18 @@ from aidem.exceptions import (
     IdempotencyValidationError,
 )
 from aidem.hooks import EventKind
-from tests.support.planned import VIRTUAL_TIME, Fault, Listener, PlannedLayer, Till, VirtualTimeLoop, closed_when
+from tests.support.planned import (
+    NO_ROUTE,
+    VIRTUAL_TIME,
+    Fault,
+    Listener,
+    PlannedLayer,
+    Till,
+    VirtualTimeLoop,
+    closed_when,
+    made_idempotent,
+    other_process,
+)
 
 ORDER = {"id": 7, "amount": 10}
 
@@ -26,15 +36,7 @@ def anyio_backend() -> Any:
 
 
 def charger(layer: Any, till: Till, **options: Any) -> Any:
-    config = IdempotencyConfig(event_key_jmespath="id", **options)
-    return idempotent_function(
-        data_keyword_argument="order", persistence_store=layer, config=config, key_prefix="charge"
-    )(till.charge)
-
-
-def other_process(layer: PlannedLayer) -> PlannedLayer:
-    """Return a layer of its own on the same records: nothing but the store is shared."""
-    return PlannedLayer(inner=layer.inner)
+    return made_idempotent(till.charge, layer, event_key_jmespath="id", **options)
 
 
 async def started(call: Any) -> asyncio.Future[Any]:
@@ -231,6 +233,40 @@ async def test_waiting_is_reported(beside: Any) -> None:
     await owner
 
 
+async def test_a_poll_in_vain_does_not_end_the_waiting() -> None:
+    layer, till = PlannedLayer(), Till()
+    till.seconds = 10
+    owner = asyncio.ensure_future(made_idempotent(till.charge, layer)(ORDER))
+    await asyncio.sleep(1)
+    elsewhere = other_process(layer)
+    charge = made_idempotent(till.charge, elsewhere, wait_timeout_seconds=60)
+    waiters = asyncio.gather(*(charge(ORDER) for _ in range(4)))
+    await asyncio.sleep(1)
+    elsewhere.plan("acquire", Fault(error=NO_ROUTE), Fault(error=NO_ROUTE))
+    assert await waiters == [await owner] * 4
+
+
+class Telling(PlannedLayer):
+    def __init__(self, *, error: Exception | None, **options: Any) -> None:
+        super().__init__(**options)
+        self.error = error
+
+    async def wait_for_change(self, key: str, timeout_seconds: float) -> None:
+        if self.error is not None:
+            raise self.error
+
+
+@pytest.mark.parametrize("error", [None, OSError("pubsub gone")])
+async def test_a_layer_that_wakes_waiters_at_once_or_fails_to_is_polled_with_pauses(error: Exception | None) -> None:
+    layer, till = PlannedLayer(), Till()
+    till.seconds = 2
+    owner = asyncio.ensure_future(made_idempotent(till.charge, layer)(ORDER))
+    await asyncio.sleep(0.01)
+    telling = Telling(error=error, inner=layer.inner)
+    assert await made_idempotent(till.charge, telling, wait_timeout_seconds=60)(ORDER) == await owner
+    assert len(telling.calls) <= (20 if error else 250)
+
+
 # --- In line ----------------------------------------------------------------------------------------------------------
 
 
@@ -416,3 +452,55 @@ def test_callers_of_a_loop_that_was_closed_can_be_closed_in_any_order() -> None:
         calls[first].close()
         calls[1 - first].close()
         assert till.charges == [ORDER]
+
+
+async def test_a_follower_that_then_runs_itself_has_waited() -> None:
+    layer, till, listener = PlannedLayer(), Till(), Listener()
+    till.seconds, till.error = 1, ValueError("declined")
+    leader = asyncio.ensure_future(made_idempotent(till.charge, layer)(ORDER))
+    await asyncio.sleep(0.1)
+    await made_idempotent(Till().charge, layer, wait_timeout_seconds=9, hooks=(listener,))(ORDER)
+    assert listener.kinds == [EventKind.WAITED, EventKind.EXECUTED]
+    with pytest.raises(ValueError, match="declined"):
+        await leader
+
+
+async def test_a_follower_does_not_run_again_because_its_leaders_completion_failed() -> None:
+    layer, till = PlannedLayer().plan("complete", *(Fault(error=NO_ROUTE) for _ in range(200))), Till()
+    charge = made_idempotent(
+        till.charge, layer, on_persistence_error="run", wait_timeout_seconds=20, lease_seconds=60, renew_lease=False
+    )
+    results: Any = await asyncio.gather(charge(ORDER), charge(ORDER), return_exceptions=True)
+    first, second = results
+    assert isinstance(first, IdempotencyPersistenceConnectionError)
+    assert isinstance(second, IdempotencyAlreadyInProgressError)
+    assert len(till.charges) == 1
+
+
+async def test_a_follower_does_not_replay_what_had_expired_before_it_asked() -> None:
+    layer, till = PlannedLayer(), Till()
+    slow = other_process(layer).plan("acquire", Fault(after_seconds=100))
+    options: dict[str, Any] = {"expires_after_seconds": 60, "wait_timeout_seconds": 200}
+    assert await made_idempotent(till.charge, layer, **options)(ORDER) == {"receipt": 1}
+    leader = asyncio.ensure_future(made_idempotent(till.charge, slow, **options)(ORDER))
+    await asyncio.sleep(70)
+    assert await made_idempotent(till.charge, layer, **options)(ORDER) == {"receipt": 2}  # the window has passed
+    assert await made_idempotent(till.charge, slow, **options)(ORDER) == {"receipt": 2}
+    assert await leader == {"receipt": 1}
+
+
+def test_a_coroutine_closed_after_its_loop_wakes_nobody() -> None:
+    layer, till = PlannedLayer().inner, Till()
+    till.seconds = 60
+    charge = made_idempotent(till.charge, layer, wait_timeout_seconds=9)
+    loop = asyncio.new_event_loop()
+    tasks = [loop.create_task(charge(ORDER)) for _ in range(2)]
+    for _ in range(3):
+        loop.call_soon(loop.stop)
+        loop.run_forever()
+    loop.close()
+    coroutines = [task.get_coro() for task in tasks]
+    for task in tasks:
+        task._log_destroy_pending = False  # type: ignore[attr-defined]
+    for coroutine in coroutines:
+        coroutine.close()

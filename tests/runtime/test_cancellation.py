@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from typing import TYPE_CHECKING, Any
 
 import anyio
 import pytest
 
 from aidem import IdempotencyConfig, RecordStatus, idempotency, idempotent_function
+from aidem._runtime.cancellation import CancellationShield, UncancellableFuture
 from aidem.exceptions import IdempotencyInDoubtError, IdempotencyPersistenceConnectionError
-from tests.support.planned import VIRTUAL_TIME, Fault, PlannedLayer, SettlingLayer, Till, VirtualTimeLoop
+from aidem.hooks import EventKind
+from tests.support.planned import (
+    LAYERS,
+    VIRTUAL_TIME,
+    Fault,
+    InMemory,
+    PlannedLayer,
+    Till,
+    VirtualTimeLoop,
+    made_idempotent,
+    other_process,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine
@@ -84,7 +97,6 @@ class ByScope(Cancelling):
 
 
 WAYS = [Once, Twice, ByTimeout, ByScope]
-LAYERS = [PlannedLayer, SettlingLayer]
 
 
 # --- What is cancelled ------------------------------------------------------------------------------------------------
@@ -280,7 +292,7 @@ async def test_a_caller_cancelled_while_it_polls_a_foreign_owner_leaves_nothing(
     pass_time()
     for cycle in range(CYCLES):
         layer, till = new_layer(kind), Till()
-        foreign = PlannedLayer(inner=layer.inner)  # another process: a layer of its own on the same records
+        foreign = other_process(layer)
         till.seconds = 5
         owner = asyncio.ensure_future(decorated(foreign, till, waiting)())
         await asyncio.sleep(0.01)
@@ -305,3 +317,169 @@ async def test_a_store_that_never_answers_holds_a_cancelled_caller_for_a_bounded
         await task
     assert asyncio.get_running_loop().time() - started == pytest.approx(5.0, abs=0.1)
     assert not till.charges
+
+
+# --- What else must not happen ----------------------------------------------------------------------------------------
+
+
+async def test_a_cancellation_while_the_key_is_given_back_ends_a_retry_loop() -> None:
+    layer, till = PlannedLayer().plan("release", *(Fault(before_seconds=0.1) for _ in range(50))), Till()
+    till.error = ValueError("declined")
+    charge = made_idempotent(till.charge, layer)
+    attempts = 0
+
+    async def retry() -> None:
+        nonlocal attempts
+        for _ in range(50):
+            attempts += 1
+            try:
+                await charge(ORDER)
+            except ValueError:
+                continue
+
+    async def fail_soon() -> None:
+        await asyncio.sleep(0.25)
+        raise RuntimeError("sibling")
+
+    with pytest.raises(ExceptionGroup):
+        async with asyncio.TaskGroup() as group:
+            group.create_task(retry())
+            group.create_task(fail_soon())
+    assert attempts < 6
+
+
+async def test_a_timeout_that_the_body_outran_leaves_no_stray_cancellation() -> None:
+    layer, till = PlannedLayer().plan("release", Fault(before_seconds=0.2)), Till()
+    till.error = ValueError("declined")
+    with pytest.raises(ValueError, match="declined"):
+        async with asyncio.timeout(0.1):
+            await made_idempotent(till.charge, layer)(ORDER)
+    await asyncio.sleep(1)
+    task = asyncio.current_task()
+    assert task is not None
+    assert task.cancelling() == 0
+
+
+async def test_a_cancellation_that_was_withdrawn_does_not_come_back() -> None:
+    layer, till = PlannedLayer().plan("release", Fault(before_seconds=0.2)), Till()
+    till.error = ValueError("declined")
+    cleaned_up = False
+
+    async def swallows() -> None:
+        nonlocal cleaned_up
+        try:
+            await asyncio.sleep(100)
+        except asyncio.CancelledError:  # its clean-up has a timeout of its own
+            with pytest.raises(ValueError, match="declined"):
+                async with asyncio.timeout(0.1):
+                    await made_idempotent(till.charge, layer)(ORDER)
+            await asyncio.sleep(1)
+            cleaned_up = True
+            raise
+
+    task = asyncio.ensure_future(swallows())
+    await asyncio.sleep(1)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert cleaned_up
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("operation", ["acquire", "complete", "release"])
+async def test_nothing_spins_while_a_cancelled_scope_waits_for_a_write(kind: Any, operation: str) -> None:
+    layer, till = kind().plan(operation, Fault(before_seconds=1)), Till()
+    till.error = ValueError("declined") if operation == "release" else None
+    loop: Any = asyncio.get_running_loop()
+    select, turns = loop._selector.select, 0
+
+    def counting(timeout: float | None = None) -> Any:
+        nonlocal turns
+        turns += 1
+        loop.pass_time_in_every_cycle(0.0001)
+        return select(timeout)
+
+    loop._selector.select = counting
+    with anyio.CancelScope() as scope:
+        loop.call_later(0.1, scope.cancel)
+        with contextlib.suppress(ValueError):
+            await made_idempotent(till.charge, layer)(ORDER)
+        await asyncio.sleep(1)
+    assert scope.cancelled_caught
+    assert turns < 100
+
+
+async def test_a_future_that_is_done_already_is_an_answer() -> None:
+    future: UncancellableFuture[int] = UncancellableFuture(loop=asyncio.get_running_loop())
+    future.settle(1)
+    future.settle(2)
+    future.fail(ValueError())
+    with CancellationShield() as shield:
+        assert await shield.settle(future) == 1
+
+
+# --- Ended otherwise --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("on_abandoned", ["run_again", "raise"])
+async def test_a_coroutine_closed_while_it_acquires_releases_after_the_claim_was_applied(
+    kind: Any, on_abandoned: Any
+) -> None:
+    layer, till = kind().plan("acquire", Fault(before_seconds=1)), Till()
+    coroutine = made_idempotent(till.charge, layer, on_abandoned=on_abandoned)(ORDER)
+    coroutine.send(None)
+    coroutine.close()
+    await asyncio.sleep(3)
+    assert not layer.inner._records
+    assert layer.calls == ["acquire", "release"]
+
+
+def test_a_key_is_given_back_though_the_loop_shuts_down() -> None:
+    layer, till = PlannedLayer(latency_seconds=0.01), Till()
+    till.seconds = 60
+
+    async def main() -> None:
+        asyncio.ensure_future(made_idempotent(till.charge, layer)(ORDER))  # noqa: RUF006 - left to the shutdown
+        await asyncio.sleep(0.1)
+        assert layer.inner._records
+
+    asyncio.run(main())
+    assert not layer.inner._records
+
+
+def interrupt() -> None:
+    """Do what the handler of a signal does."""
+    raise KeyboardInterrupt
+
+
+async def test_an_interrupt_while_a_layer_answers_at_once_leaves_no_claim() -> None:
+    layer, till = InMemory(interrupt), Till()
+    with pytest.raises(KeyboardInterrupt):
+        await made_idempotent(till.charge, layer)(ORDER)
+    assert len(layer._records) == 1
+    await asyncio.sleep(0.1)
+    assert not layer._records
+    assert not till.charges
+
+
+@pytest.mark.parametrize("kind", [EventKind.TAKEN_OVER, EventKind.WAITED])
+@pytest.mark.parametrize("form", ["function", "block"])
+async def test_an_observer_that_ends_the_program_leaves_no_claim(kind: EventKind, form: str) -> None:
+    class Ending:
+        def on_event(self, event: Any) -> None:
+            if event.kind is kind:
+                raise SystemExit
+
+    layer, till = PlannedLayer(), Till()
+    till.seconds = 100
+    options: dict[str, Any] = {"lease_seconds": 5, "renew_lease": False}
+    vanished = asyncio.ensure_future(made_idempotent(till.charge, other_process(layer), **options)(ORDER))
+    await asyncio.sleep(1)
+    config = IdempotencyConfig(wait_timeout_seconds=60, hooks=(Ending(),))
+    block = idempotency(ORDER, persistence_store=layer, config=config, key_prefix="charge")
+    call = made_idempotent(Till().charge, layer, wait_timeout_seconds=60, hooks=(Ending(),))
+    with pytest.raises(SystemExit):
+        await (block.__aenter__() if form == "block" else call(ORDER))
+    assert not layer.inner._records
+    vanished.cancel()

@@ -9,7 +9,9 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Self
 
+from aidem import IdempotencyConfig, idempotent_function
 from aidem._runtime.cancellation import UncancellableFuture
+from aidem.exceptions import IdempotencyPersistenceConnectionError
 from aidem.persistence.memory import MemoryPersistenceLayer
 
 if TYPE_CHECKING:
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from aidem.persistence import Blocked, Claimed
 
 EPOCH = 1_700_000_000.0
+NO_ROUTE = IdempotencyPersistenceConnectionError("no route")
 
 
 class _JumpingSelector(selectors.DefaultSelector):
@@ -139,6 +142,24 @@ class PlannedLayer:
         """Nothing to close."""
 
 
+def other_process(layer: PlannedLayer) -> PlannedLayer:
+    """Return a layer of its own on the same records: nothing but the store is shared."""
+    return PlannedLayer(inner=layer.inner)
+
+
+def only_record(layer: PlannedLayer) -> Any:
+    [record] = layer.inner._records.values()
+    return record
+
+
+def made_idempotent(function: Any, layer: Any, **options: Any) -> Any:
+    """Decorate a function that takes an order, with a configuration of these options."""
+    config = IdempotencyConfig(**options)
+    return idempotent_function(
+        data_keyword_argument="order", persistence_store=layer, config=config, key_prefix="charge"
+    )(function)
+
+
 class Listener:
     """A hook that remembers."""
 
@@ -151,6 +172,10 @@ class Listener:
     @property
     def kinds(self) -> list[EventKind]:
         return [event.kind for event in self.events]
+
+
+class DeclinedError(Exception):
+    """What a till answers that some calls record as their outcome."""
 
 
 class Till:
@@ -223,3 +248,24 @@ class SettlingLayer(PlannedLayer):
 
     def get(self, key: str) -> Any:
         return self._do("get", lambda: self.inner.get(key))
+
+
+LAYERS = [PlannedLayer, SettlingLayer]
+
+
+class InMemory(MemoryPersistenceLayer):
+    """Answers at once, after something that a plan says."""
+
+    def __init__(self, *before_answers: Callable[[], object]) -> None:
+        super().__init__(clock=wall_clock)
+        self.before_answers = list(before_answers)
+        self.renewals = 0
+
+    def acquire(self, *args: Any, **options: Any) -> Any:
+        answer = super().acquire(*args, **options)
+        self.before_answers.pop(0)()
+        return answer
+
+    def renew(self, *args: Any, **options: Any) -> Any:
+        self.renewals += 1
+        return super().renew(*args, **options)
