@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final, Self
+from typing import TYPE_CHECKING, Final
 
 from aidem._rules import lifecycle
 from aidem._rules.lifecycle import Blocked, Claimed, Completion
 from aidem._runtime.cancellation import Immediate
 from aidem._runtime.clock import wall_clock
 from aidem._runtime.fork import ForkSafeLock
+from aidem.persistence._context import OpenedByAsyncWith
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from types import TracebackType
 
     from aidem._rules.record import DataRecord
 
@@ -23,7 +23,7 @@ SWEPT_AT_ONCE: Final = 2 * SWEEP_EVERY
 """How many are checked: two for each claim asked for, so that no more than about half of all records have expired."""
 
 
-class MemoryPersistenceLayer:
+class MemoryPersistenceLayer(OpenedByAsyncWith):
     """Keeps records as long as the process lives; threads and event loops may share an instance.
 
     Its operations never wait, so they answer without a task, a future or a turn of the loop.
@@ -109,15 +109,6 @@ class MemoryPersistenceLayer:
 
     async def aclose(self) -> None:
         """Do nothing: the records stay."""
-
-    async def __aenter__(self) -> Self:
-        """Open the layer."""
-        return self
-
-    async def __aexit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        """Close the layer."""
 
     def _sweep(self, now: float) -> None:
         """Drop what has expired among the next few records, the oldest first, in turn."""

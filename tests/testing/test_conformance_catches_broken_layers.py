@@ -774,7 +774,7 @@ class LosesItsRecordsOnClose(MemoryPersistenceLayer):
         self._records.clear()
 
 
-@breaks("a_layer_may_be_opened_and_closed_repeatedly_and_used_afterwards")
+@breaks("a_layer_may_be_opened_and_closed_repeatedly_and_used_afterwards", "a_layer_is_an_async_context_manager")
 class OpensOnlyOnce(MemoryPersistenceLayer):
     is_open = False
 

@@ -12,6 +12,7 @@ from aidem._rules.lifecycle import Blocked, Claimed, Completion
 from aidem._runtime.clock import wall_clock
 from aidem._runtime.fork import ForkSafeLock
 from aidem.exceptions import IdempotencyPersistenceConfigError
+from aidem.persistence._context import OpenedByAsyncWith
 
 try:
     from aidem.persistence.dynamodb import _table
@@ -25,7 +26,6 @@ from aidem.persistence.dynamodb._requests import Requests
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from types import TracebackType
 
     from aidem._rules.record import DataRecord
     from aidem.persistence.dynamodb._client import Action
@@ -54,7 +54,7 @@ class _Refused:
     was_retried: bool
 
 
-class DynamoDBPersistenceLayer:
+class DynamoDBPersistenceLayer(OpenedByAsyncWith):
     """Keeps records in a table, one item each; region, endpoint and credentials come from the AWS environment.
 
     DynamoDB has no clock that a condition could ask, so claims are judged by their callers' clocks: set
@@ -223,12 +223,6 @@ class DynamoDBPersistenceLayer:
         """Open the layer; a table that is missing is logged, so that `create_table` may be called inside."""
         await self._ask(lambda client: _table.check(client, self._requests, may_be_missing=True))
         return self
-
-    async def __aexit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        """Close the layer."""
-        await self.aclose()
 
     def _record(self, key: str, item: Item) -> DataRecord:
         return self._attributes.record_of(key, item)

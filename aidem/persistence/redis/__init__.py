@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from aidem._distribution import how_to_install
 from aidem._rules import lifecycle
@@ -12,6 +12,7 @@ from aidem._rules.lifecycle import Blocked, Claimed, Completion
 from aidem._rules.record import DataRecord, RecordStatus
 from aidem._runtime.cancellation import UncancellableFuture
 from aidem.exceptions import IdempotencyPersistenceLayerError, IdempotencySerializationError
+from aidem.persistence._context import OpenedByAsyncWith
 
 try:
     from aidem.persistence.redis import _checks
@@ -25,7 +26,6 @@ from aidem.persistence.redis._scripts import CHANNEL, AttributeNames, Script, Sc
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from types import TracebackType
 
     from redis.asyncio import Redis, RedisCluster
 
@@ -38,7 +38,7 @@ T = TypeVar("T")
 MAX_RECORD_BYTES: Final = 64 * 1024 * 1024
 
 
-class RedisPersistenceLayer:
+class RedisPersistenceLayer(OpenedByAsyncWith):
     """Keeps records in Redis 6.2 or newer, or Valkey; what its settings must be like is in docs/redis.md.
 
     Every operation is one script on one key, judged by the server's clock. All operations of an event loop share one
@@ -214,17 +214,6 @@ class RedisPersistenceLayer:
     async def aclose(self) -> None:
         """Finish what was asked so far in this event loop, then close its connection."""
         await self._connections.aclose()
-
-    async def __aenter__(self) -> Self:
-        """Open the layer."""
-        await self.open()
-        return self
-
-    async def __aexit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        """Close the layer."""
-        await self.aclose()
 
     # --- Inside -----------------------------------------------------------------------------------------------------
 

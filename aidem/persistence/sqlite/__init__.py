@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from aidem._runtime.cancellation import UncancellableFuture
 from aidem._runtime.clock import wall_clock
 from aidem.exceptions import IdempotencyPersistenceConnectionError
+from aidem.persistence._context import OpenedByAsyncWith
 from aidem.persistence.sqlite import _thread
 from aidem.persistence.sqlite._file import DatabaseFile
 from aidem.persistence.sqlite._thread import Job, RecordThread
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Callable
     from pathlib import Path
-    from types import TracebackType
 
     from aidem._rules.record import DataRecord
     from aidem.persistence import Blocked, Claimed
@@ -28,7 +28,7 @@ __all__ = ["SQLitePersistenceLayer"]
 T = TypeVar("T")
 
 
-class SQLitePersistenceLayer:
+class SQLitePersistenceLayer(OpenedByAsyncWith):
     """Keeps records in an SQLite file, which is made when it is first needed.
 
     Whatever is asked while a transaction runs goes into the next one, and every answer comes after its COMMIT has
@@ -112,17 +112,6 @@ class SQLitePersistenceLayer:
             thread.end(done)
         await done
         thread.join()  # does not wait: to answer was the last thing it did
-
-    async def __aenter__(self) -> Self:
-        """Open the layer."""
-        await self.open()
-        return self
-
-    async def __aexit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        """Close the layer."""
-        await self.aclose()
 
     def __del__(self) -> None:
         if self._thread is not None:
