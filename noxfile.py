@@ -240,14 +240,17 @@ def simulate(session: nox.Session) -> None:
 
 @nox.session
 def audit(session: nox.Session) -> None:
-    """Look for known vulnerabilities in what the extras bring, newest and lowest; the advisories come from PyPI."""
+    """Look for known vulnerabilities in what the extras bring, newest and lowest; the advisories come from PyPI.
+
+    It fails where they cannot be had, as behind a mirror that has packages only.
+    """
     session.install(*nox.project.dependency_groups(PROJECT, "audit"))
     extras = [needed for extra in PROJECT["project"]["optional-dependencies"].values() for needed in extra]
     requirements = [needed for needed in [*PROJECT["project"]["dependencies"], *extras] if ">=" in needed]
     for name, lines in (("newest", requirements), ("lowest", _floors(requirements))):
         listed = Path(session.create_tmp(), f"{name}.txt")
         listed.write_text("\n".join(lines) + "\n")
-        session.run("pip-audit", "--requirement", str(listed))
+        session.run("pip-audit", "--strict", "--requirement", str(listed))
 
 
 @nox.session

@@ -1,8 +1,8 @@
 from __future__ import annotations
 
-import time
 from typing import Any
 
+import freezegun
 import pytest
 
 from aidem import IdempotencyConfig, idempotent_function
@@ -295,7 +295,8 @@ async def test_skew_is_added_to_a_lease_and_not_to_an_expiry(layer: DynamoDBPers
 def test_a_layer_is_judged_by_its_callers_clock() -> None:
     layer = DynamoDBPersistenceLayer("table")
     assert isinstance(layer, PersistenceLayer)
-    assert layer.clock is time.time
+    with freezegun.freeze_time("2030-01-01"):  # looked up late
+        assert layer.clock() == 1893456000.0
 
 
 async def test_a_function_runs_once(table: str) -> None:
