@@ -2,66 +2,26 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import subprocess
+import sys
+from pathlib import Path
 
-import freezegun
 import pytest
 
-from aidem import IdempotencyConfig, idempotent_function, sync
 from aidem.persistence.memory import MemoryPersistenceLayer
 from aidem.persistence.sqlite import SQLitePersistenceLayer
 
-if TYPE_CHECKING:
-    from pathlib import Path
+ROOT = Path(__file__).parents[2]
 
 
-class LayerWithoutClock:
-    """Somebody's layer: it is judged by the clock of the engine."""
-
-    def __init__(self) -> None:
-        self.inner = MemoryPersistenceLayer()
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "clock":
-            raise AttributeError(name)
-        return getattr(self.inner, name)
+@pytest.mark.parametrize("layer", ["memory", "sqlite", "without-clock"])
+def test_time_that_freezegun_stops_and_moves_decides(layer: str, tmp_path: Path) -> None:
+    name = str(tmp_path / "records") if layer == "sqlite" else layer
+    run = subprocess.run([sys.executable, "-m", "tests.support.frozen", name], cwd=ROOT, capture_output=True, text=True)
+    assert (run.returncode, run.stderr) == (0, "")
 
 
-@pytest.fixture(params=["memory", "sqlite", "without a clock"])
-def layer(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
-    if request.param == "sqlite":
-        return SQLitePersistenceLayer(tmp_path / "records")
-    return MemoryPersistenceLayer() if request.param == "memory" else LayerWithoutClock()
-
-
-async def test_time_that_freezegun_stops_and_moves_decides(layer: Any) -> None:
-    calls: list[str] = []
-
-    @idempotent_function(persistence_store=layer, config=IdempotencyConfig(expires_after_seconds=3600))
-    async def charge(order: str) -> int:
-        calls.append(order)
-        return len(calls)
-
-    with freezegun.freeze_time("2030-01-01", real_asyncio=True) as frozen:
-        assert [await charge("o-1"), await charge("o-1")] == [1, 1]
-        frozen.tick(3599)
-        assert await charge("o-1") == 1
-        frozen.tick(2)
-        assert await charge("o-1") == 2
-    if isinstance(layer, SQLitePersistenceLayer):
-        await layer.aclose()
-
-
-def test_it_decides_for_blocking_code_too(layer: Any) -> None:
-    calls: list[str] = []
-
-    @sync.idempotent_function(persistence_store=layer, config=IdempotencyConfig(expires_after_seconds=3600))
-    def charge(order: str) -> int:
-        calls.append(order)
-        return len(calls)
-
-    with freezegun.freeze_time("2030-01-01", real_asyncio=True) as frozen:
-        assert [charge("o-1"), charge("o-1")] == [1, 1]
-        frozen.tick(3601)
-        assert charge("o-1") == 2
-    sync.close()
+def test_the_clock_is_looked_up_at_every_call(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    layers = MemoryPersistenceLayer(), SQLitePersistenceLayer(tmp_path / "records")
+    monkeypatch.setattr("time.time", lambda: 5.0)
+    assert [layer.clock() for layer in layers] == [5.0, 5.0]

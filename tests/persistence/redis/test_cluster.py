@@ -381,6 +381,7 @@ def test_processes_that_are_killed_and_stopped_while_slots_move_leave_one_outcom
         lease_seconds=1.0,
         wait_timeout_seconds=30.0,
         body_seconds=(0.01, 0.05),
+        tasks=1,  # who is stopped in a body is then not about to begin another one
         shuffled=True,
     )
     before = errors_of(nodes, "MOVED") + errors_of(nodes, "ASK")

@@ -5,7 +5,6 @@ import gc
 import os
 import sqlite3
 import threading
-import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -16,6 +15,7 @@ import pytest
 from aidem import idempotent_function
 from aidem._rules.lifecycle import Blocked, Claimed, milliseconds
 from aidem._rules.record import DataRecord
+from aidem._runtime.clock import wall_clock
 from aidem.exceptions import (
     IdempotencyInvalidStatusError,
     IdempotencyPersistenceConfigError,
@@ -150,7 +150,7 @@ class TestConformance(PersistenceLayerConformance):
 def test_an_sqlite_layer_is_a_persistence_layer_judged_by_the_machines_clock(path: Path) -> None:
     layer = SQLitePersistenceLayer(path)
     assert isinstance(layer, PersistenceLayer)
-    assert layer.clock is time.time
+    assert layer.clock is wall_clock
 
 
 async def test_an_answer_comes_after_its_commit(layer: SQLitePersistenceLayer, path: Path) -> None:
