@@ -212,7 +212,8 @@ class Verdict:
         call, conditions = self.call, self.conditions
         if not call.bodies:
             self._violate(Rule.H3, f"got {error!r} though its body has not run")
-        if conditions.is_gentle and conditions.renew:
+        holds_on = conditions.lease is not None or conditions.has_long_window  # else only until its record expires
+        if conditions.is_gentle and conditions.renew and holds_on:
             self._violate(Rule.H5, "has lost its lease without any fault")
         if call.front is not Front.FUNCTION or call.body_end is not End.VALUE or not conditions.has_long_window:
             return
