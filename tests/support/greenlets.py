@@ -39,6 +39,7 @@ from aidem.persistence.memory import MemoryPersistenceLayer
 from aidem.persistence.sqlite import SQLitePersistenceLayer
 
 LEASE_SECONDS = 0.5
+PREFIX = f"scene {os.getpid()}"  # scenes share a server
 lease_seconds = LEASE_SECONDS if SCENE in {"together", "imported-first", "threads-unpatched"} else 20.0
 config = IdempotencyConfig(lease_seconds=lease_seconds, wait_timeout_seconds=30.0)
 begun: Counter[int] = Counter()
@@ -59,7 +60,7 @@ layer = make_layer(sys.argv[2])
 
 
 @aidem.sync.idempotent_function(
-    data_keyword_argument="order", persistence_store=layer, config=config, key_prefix="charge"
+    data_keyword_argument="order", persistence_store=layer, config=config, key_prefix=PREFIX
 )
 def charge(order: int, seconds: float = 0.01) -> int:
     begun[order] += 1
@@ -115,7 +116,7 @@ def killed_in_its_body() -> None:
     call.kill()
     hasty = IdempotencyConfig()  # does not wait: the key was given back
     charge_at_once = aidem.sync.idempotent_function(
-        data_keyword_argument="order", persistence_store=layer, config=hasty, key_prefix="charge"
+        data_keyword_argument="order", persistence_store=layer, config=hasty, key_prefix=PREFIX
     )(inspect.unwrap(charge))
     assert charge_at_once(1) == 10
     assert begun == {1: 2}
@@ -143,7 +144,7 @@ def ensured() -> None:
         execution.ensure_owned()
         return 1
 
-    decorated = aidem.sync.idempotent_function(persistence_store=layer, key_prefix="ensured")(body)
+    decorated = aidem.sync.idempotent_function(persistence_store=layer, key_prefix=f"{PREFIX} ensured")(body)
     assert gevent.spawn(decorated).get() == decorated() == 1
 
 
@@ -179,7 +180,7 @@ def closed_again_and_again() -> None:
 def called_by_the_hub() -> None:
     """A callback of the hub cannot switch to another greenlet, so the hub waits as a thread does."""
     answers: list[int] = []
-    decorated = aidem.sync.idempotent_function(persistence_store=layer, key_prefix="hub")(lambda: 1)
+    decorated = aidem.sync.idempotent_function(persistence_store=layer, key_prefix=f"{PREFIX} hub")(lambda: 1)
     gevent.get_hub().loop.run_callback(lambda: answers.append(decorated()))
     gevent.sleep(0.1)
     assert answers == [1]
