@@ -1,6 +1,6 @@
 """Processes that gevent or eventlet has patched: `python -m tests.support.greenlets SCENE LAYER`.
 
-A scene ends without a word, or fails. LAYER is a path of SQLite, the URL of a Redis server, or `memory`.
+A scene ends without a word, or fails. LAYER is a URL, as `open_persistence_layer` takes it.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ import sys
 
 SCENE = sys.argv[1]
 if SCENE == "imported-first":
+    import aidem.persistence.sqlite
     import aidem.sync
-    from aidem.persistence.sqlite import SQLitePersistenceLayer
 
 if SCENE.startswith("eventlet"):
     import warnings
@@ -35,8 +35,7 @@ from typing import Any
 import aidem.sync
 from aidem import IdempotencyConfig, current_execution
 from aidem.exceptions import IdempotencyUsageError
-from aidem.persistence.memory import MemoryPersistenceLayer
-from aidem.persistence.sqlite import SQLitePersistenceLayer
+from aidem.persistence import open_persistence_layer
 
 LEASE_SECONDS = 0.5
 PREFIX = f"scene {os.getpid()}"  # scenes share a server
@@ -46,17 +45,7 @@ begun: Counter[int] = Counter()
 done: Counter[int] = Counter()
 
 
-def make_layer(name: str) -> Any:
-    if name == "memory":
-        return MemoryPersistenceLayer()
-    if "://" not in name:
-        return SQLitePersistenceLayer(name)
-    from aidem.persistence.redis import RedisPersistenceLayer
-
-    return RedisPersistenceLayer(name)
-
-
-layer = make_layer(sys.argv[2])
+layer = open_persistence_layer(sys.argv[2])
 
 
 @aidem.sync.idempotent_function(

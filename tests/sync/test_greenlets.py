@@ -20,6 +20,7 @@ import pytest
 from celery import Celery
 
 from aidem._runtime import greenlets
+from tests.support.aws_servers import Database
 from tests.support.servers import RedisServer, started
 
 T = TypeVar("T")
@@ -36,40 +37,54 @@ def play(scene: str, layer: str) -> None:
     assert done.returncode == 0
 
 
+@pytest.fixture
+def sqlite(tmp_path: Path) -> str:
+    return f"sqlite:///{tmp_path}/records.sqlite3"
+
+
 @pytest.fixture(scope="module")
 def redis_server() -> Iterator[RedisServer]:
     with started("redis") as server:
         yield server
 
 
-@pytest.mark.parametrize("kind", ["memory", "sqlite", pytest.param("redis", marks=pytest.mark.server)])
+@pytest.fixture(
+    params=["memory", "sqlite", *(pytest.param(server, marks=pytest.mark.server) for server in ("redis", "dynamodb"))]
+)
+def layer(request: pytest.FixtureRequest, sqlite: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "redis":  # by a name that has to be looked up
+        server: RedisServer = request.getfixturevalue("redis_server")
+        return server.url.replace("127.0.0.1", "localhost")
+    if request.param == "dynamodb":
+        database = Database(request.getfixturevalue("moto_url").replace("127.0.0.1", "localhost"))
+        for name, value in database.environment.items():
+            monkeypatch.setenv(name, value)
+        return f"dynamodb://{database.create_table()}"
+    return sqlite if request.param == "sqlite" else "memory://"
+
+
 @pytest.mark.parametrize("scene", ["together", "killed", "closed-again-and-again"])
-def test_greenlets_make_each_effect_once_on_every_layer(
-    scene: str, kind: str, tmp_path: Path, request: pytest.FixtureRequest
-) -> None:
-    layer = {"memory": "memory", "sqlite": str(tmp_path / "records.sqlite3")}.get(kind)
-    if layer is None:  # by a name that has to be looked up
-        layer = request.getfixturevalue("redis_server").url.replace("127.0.0.1", "localhost")
+def test_greenlets_make_each_effect_once_on_every_layer(scene: str, layer: str) -> None:
     play(scene, layer)
 
 
 @pytest.mark.parametrize("scene", ["imported-first", "threads-unpatched"])
-def test_aidem_may_be_imported_before_gevent_patches_and_threads_may_stay_unpatched(scene: str, tmp_path: Path) -> None:
-    play(scene, str(tmp_path / "records.sqlite3"))
+def test_aidem_may_be_imported_before_gevent_patches_and_threads_may_stay_unpatched(scene: str, sqlite: str) -> None:
+    play(scene, sqlite)
 
 
 @pytest.mark.parametrize("scene", ["killed-in-its-body", "timed-out"])
-def test_a_greenlet_that_is_killed_or_timed_out_gives_its_key_back_at_once(scene: str, tmp_path: Path) -> None:
-    play(scene, str(tmp_path / "records.sqlite3"))
+def test_a_greenlet_that_is_killed_or_timed_out_gives_its_key_back_at_once(scene: str, sqlite: str) -> None:
+    play(scene, sqlite)
 
 
 @pytest.mark.parametrize("scene", ["ensured", "in-threads-of-the-hub", "called-by-the-hub", "forked"])
-def test_calls_come_from_any_greenlet_thread_or_process(scene: str, tmp_path: Path) -> None:
-    play(scene, str(tmp_path / "records.sqlite3"))
+def test_calls_come_from_any_greenlet_thread_or_process(scene: str, sqlite: str) -> None:
+    play(scene, sqlite)
 
 
 def test_eventlet_is_refused_before_the_body_by_a_sentence_that_names_it() -> None:
-    play("eventlet", "memory")
+    play("eventlet", "memory://")
 
 
 # --- The loop and the thread ----------------------------------------------------------------------------------------
