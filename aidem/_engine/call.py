@@ -11,9 +11,9 @@ import logging
 from enum import Enum, auto
 from typing import TYPE_CHECKING
 
-from aidem._engine.claim import RELEASE_SECONDS, Claim
-from aidem._engine.operations import NOTHING_RUN, ask
-from aidem._engine.single_flight import SingleFlight
+from aidem._engine.claim import RELEASE_SECONDS, Claim, ask
+from aidem._engine.failures import NOTHING_RUN
+from aidem._engine.shared import SingleFlight
 from aidem._engine.waiting import WaitBudget, winner
 from aidem._rules import lifecycle
 from aidem._rules.lifecycle import Blocked, NextStep
@@ -36,8 +36,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from aidem._engine.plan import CallKey, Plan
-    from aidem._engine.shared import PerLoop
-    from aidem._engine.single_flight import Ending
+    from aidem._engine.shared import Ending, PerLoop
     from aidem._rules.record import DataRecord
 
 logger = logging.getLogger("aidem")
@@ -157,12 +156,13 @@ class Call:
             if cached is not None:
                 self._replay(cached)
                 return
-        flight = self._flight = SingleFlight(self._loop_state.flights, self.key)
+        flights = self._loop_state.flights
+        flight = self._flight = SingleFlight(flights, self.key)
         try:
             if config.wait_timeout_seconds > 0 and not self.is_durable_replay:
                 await self._follow_others(flight)
             while self.phase is Phase.NEW:  # ask until the key is ours, has an outcome, or the time is over
-                flight.lead()
+                flights.setdefault(self.key.text, flight)  # it leads, unless another does: then it asks beside that one
                 await self._ask(flight)
         except BaseException as error:
             if self.phase is Phase.NEW:  # else the claim is held, and `fail` releases it

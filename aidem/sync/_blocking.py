@@ -22,7 +22,7 @@ from aidem._api import execution
 from aidem._api.execution import EncodedResult, replayed_value, running
 from aidem._api.factory import Binding
 from aidem._engine.call import Call, Phase, WhoseOutcome
-from aidem._engine.operations import EFFECT_HAPPENED, FAILED, NOTHING_RUN, RUNNING
+from aidem._engine.failures import EFFECT_HAPPENED, FAILED, NOTHING_RUN, RUNNING
 from aidem._rules import lifecycle
 from aidem._runtime import background_loop
 from aidem._runtime.threads import has_caller_ended
