@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 
 from aidem._api import execution
 from aidem._api.execution import EncodedResult, replayed_value, running
-from aidem._api.factory import Binding
 from aidem._engine.call import Call, Phase, WhoseOutcome
 from aidem._engine.failures import EFFECT_HAPPENED, FAILED, NOTHING_RUN, RUNNING
+from aidem._engine.plan import CallFactory
 from aidem._rules import lifecycle
 from aidem._runtime import background_loop
 from aidem._runtime.threads import has_caller_ended
@@ -108,8 +108,8 @@ class BlockingCall(Call):
                 self.reporter.tell(event)
 
 
-class BlockingBinding(Binding):
-    """One decorated function with its options."""
+class BlockingCalls(CallFactory):
+    """Makes the calls of one decorated function."""
 
     __slots__ = ()
     call_type: ClassVar[type[Call]] = BlockingCall
