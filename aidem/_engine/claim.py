@@ -230,13 +230,15 @@ class Claim:
 
     # --- Held -------------------------------------------------------------------------------------------------------
 
-    def hold(self, *, taken_over: bool, has_body_ended: Callable[[], bool] | None) -> None:
-        """Hold the claim that was acquired, and see to its renewal."""
+    def hold(self, *, taken_over: bool, has_body_ended: Callable[[], bool]) -> None:
+        """Hold the claim that was acquired, and see to its renewal.
+
+        Args:
+            taken_over: Whether it was acquired from an owner whose lease had passed.
+            has_body_ended: Tells whether the task or thread that runs the body is gone.
+        """
         self._publish()
         if self._renews:
-            if has_body_ended is None:
-                task = asyncio.current_task()
-                has_body_ended = bool if task is None else task.done
             self._has_body_ended = has_body_ended
             self._loop_state.renewals.watch(self, at=self.next_renewal_at(), context=copy_context())
         if taken_over:
@@ -333,12 +335,19 @@ class Claim:
         if renewal is not None:
             renewal.stop()
 
-    def completion_deadline(self) -> float:
-        """Return how long to try to complete it, in seconds of the loop's clock: while the lease is held."""
+    def completion_shield(self) -> CancellationShield:
+        """Renew no more; return a shield under which to complete the claim, for as long as its lease is held.
+
+        Raises:
+            IdempotencyLeaseLostError: This process is a fork of the one that made the claim.
+        """
+        self.stop_renewal()
+        self.check_process()
         now = self._loop_state.time()
         if self.lease_deadline is None:
-            return now + RETRIES_WITHOUT_LEASE_SECONDS
-        return max(self.lease_deadline, now + CLEANUP_SECONDS)  # once at least, though we come late
+            return CancellationShield(deadline=now + RETRIES_WITHOUT_LEASE_SECONDS)
+        # Once at least, though we come late.
+        return CancellationShield(deadline=max(self.lease_deadline, now + CLEANUP_SECONDS))
 
     async def complete(
         self, text: str, outcome: OutcomeKind | None, *, shield: CancellationShield

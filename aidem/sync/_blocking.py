@@ -56,11 +56,15 @@ class BlockingCall(Call):
     Its coroutines never suspend in such a thread, so that one flow serves async and blocking code.
     """
 
-    __slots__ = ()
+    __slots__ = ("_has_caller_ended",)
 
     def __init__(self, plan: Plan, key: CallKey, *, bypassed: bool = False) -> None:
         super().__init__(plan, key, bypassed=bypassed)
-        self.has_body_ended = has_caller_ended()
+        self._has_caller_ended = has_caller_ended()
+
+    def watch_body(self) -> Callable[[], bool]:
+        """Return what tells whether the thread or greenlet that runs the body is gone: it made the call, too."""
+        return self._has_caller_ended
 
     async def begin(self) -> None:
         """Claim the key or find its outcome; one in the local cache is found without the background loop."""
