@@ -63,16 +63,16 @@ class Answer(Enum):
 
 _TAKEN, _IGNORED, _REFUSED = Answer
 
+# fmt: off
 STEPS: Final = {
-    # fmt: off
     #                NEW       CLAIMED   REPLAYED  BYPASSED  ENDED
-    "begin": (_TAKEN, _REFUSED, _REFUSED, _TAKEN, _REFUSED),
-    "ensure_owned": (_REFUSED, _TAKEN, _REFUSED, _IGNORED, _REFUSED),
-    "complete": (_REFUSED, _TAKEN, _REFUSED, _REFUSED, _REFUSED),
-    "fail": (_IGNORED, _TAKEN, _IGNORED, _IGNORED, _IGNORED),
-    "held_record": (_REFUSED, _TAKEN, _TAKEN, _REFUSED, _TAKEN),
-    # fmt: on
+    "begin":        (_TAKEN,   _REFUSED, _REFUSED, _TAKEN,   _REFUSED),
+    "ensure_owned": (_REFUSED, _TAKEN,   _REFUSED, _IGNORED, _REFUSED),
+    "complete":     (_REFUSED, _TAKEN,   _REFUSED, _REFUSED, _REFUSED),
+    "fail":         (_IGNORED, _TAKEN,   _IGNORED, _IGNORED, _IGNORED),
+    "held_record":  (_REFUSED, _TAKEN,   _TAKEN,   _REFUSED, _TAKEN),
 }
+# fmt: on
 """Which steps a call takes, by its phase."""
 
 _REFUSALS: Final = {
