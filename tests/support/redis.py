@@ -130,7 +130,6 @@ def no_complaints() -> Iterator[list[dict[str, Any]]]:
 
 FORKING = """
 import asyncio, os, sys
-from aidem.persistence.redis._urls import servers_of_url
 from aidem.persistence.redis import RedisPersistenceLayer
 from tests.support.redis import acquired
 

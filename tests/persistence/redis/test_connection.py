@@ -12,7 +12,6 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,10 +24,9 @@ from aidem.exceptions import (
     IdempotencyPersistenceLayerError,
 )
 from aidem.persistence.redis import RedisPersistenceLayer
+from aidem.persistence.redis._deployment import servers_of_url
 from aidem.persistence.redis._line import COLLECTED_AT_MOST, IDLE_SECONDS
 from aidem.persistence.redis._listener import Listener
-from aidem.persistence.redis._server import Taker, _take_over
-from aidem.persistence.redis._urls import servers_of_url
 from aidem.testing import claim_of
 from tests.support.proxy import Proxy
 from tests.support.redis import (
@@ -542,18 +540,18 @@ async def test_closing_does_not_wait_for_a_connection_that_nobody_waits_for(prox
         await listening
 
 
-async def test_a_connection_that_ended_with_its_handshake_is_not_taken_over() -> None:
-    async def hang_up(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+async def test_a_connection_that_ended_with_its_handshake_is_not_used() -> None:
+    async def shake_hands_and_hang_up(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        greeting = await reader.read(65536)
+        writer.write(b"+OK\r\n" * greeting.count(b"SETINFO"))
         writer.close()
 
-    async with await asyncio.start_server(hang_up, "127.0.0.1", 0) as server:
-        reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
-        assert await reader.read() == b""
-        connection = SimpleNamespace(_reader=reader, _writer=writer)
-        with pytest.raises(ConnectionResetError):
-            _take_over(connection, Taker())
-        writer.close()
-        await writer.wait_closed()
+    async with await asyncio.start_server(shake_hands_and_hang_up, "127.0.0.1", 0) as server:
+        layer = RedisPersistenceLayer(f"redis://127.0.0.1:{server.sockets[0].getsockname()[1]}")
+        with pytest.raises(IdempotencyPersistenceConnectionError, match="cannot be reached") as failed:
+            await layer.get("key")
+        assert failed.value.may_be_applied is False  # the command was not sent
+        await layer.aclose()
 
 
 async def test_closing_waits_for_a_connection_that_is_being_made(server: RedisServer) -> None:

@@ -205,14 +205,16 @@ async def test_opening_ends_at_once_when_it_is_cancelled(fake: FakeServer) -> No
     await layer._connections.here().abort()
 
 
-async def test_a_server_that_refuses_to_be_listened_to_is_not_asked_again(
-    fake: FakeServer, layer: RedisPersistenceLayer
+async def test_a_server_that_refuses_to_be_listened_to_is_not_asked_again_and_that_is_logged_once(
+    fake: FakeServer, layer: RedisPersistenceLayer, caplog: pytest.LogCaptureFixture
 ) -> None:
     fake.answer = lambda _command: b"-NOPERM this user has no permissions to access one of the channels\r\n"
     for _ in range(2):
         with pytest.raises(IdempotencyPersistenceConfigError, match="NOPERM"):
             await layer.wait_for_change("key", 20)
     assert [command[0] for command in fake.commands].count(b"SUBSCRIBE") == 1
+    (warning,) = [record.getMessage() for record in caplog.records if record.name == "aidem"]
+    assert warning.startswith("Redis: callers that wait are not woken, and ask again after a while instead: Redis ")
 
 
 async def test_a_server_that_cannot_be_listened_to_just_now_is_asked_again(
@@ -234,7 +236,7 @@ async def test_a_listener_whose_connection_breaks_is_told_so(fake: FakeServer, l
 async def test_a_client_that_would_try_again_and_again_does_not_keep_an_error_back(vacant_port: int) -> None:
     client = Redis(port=vacant_port, retry=Retry(ConstantBackoff(60), 5))
     layer = RedisPersistenceLayer(client=client, timeout_seconds=50)
-    with pytest.raises(IdempotencyPersistenceConnectionError, match=r"cannot be reached \(ConnectionError\)"):
+    with pytest.raises(IdempotencyPersistenceConnectionError, match=r"cannot be reached \(ConnectionRefusedError\)"):
         await asyncio.wait_for(layer.get("key"), 20)
     await layer.aclose()
     await client.aclose()
