@@ -177,7 +177,12 @@ class Server:
                 commands.append(("AUTH", *provider.get_credentials()))
         if options.client_name:
             commands.append(("CLIENT", "SETNAME", options.client_name))
-        commands += [("CLIENT", "SETINFO", name, value) for name, value in _library_of(options) if value]
+        about = getattr(options, "driver_info", options)  # redis-py before 7 has no driver_info
+        library = {
+            "LIB-NAME": getattr(about, "formatted_name", None) or getattr(about, "lib_name", None),
+            "LIB-VER": getattr(about, "lib_version", None),
+        }
+        commands += [("CLIENT", "SETINFO", name, value) for name, value in library.items() if value]
         if options.db:
             commands.append(("SELECT", options.db))
         return commands
@@ -211,15 +216,6 @@ class _OneQuestion:
 
     def lost(self, wire: Wire) -> None:
         """Do nothing."""
-
-
-def _library_of(options: Any) -> list[tuple[str, str | None]]:
-    """Return what the server shows of the library in `CLIENT LIST`."""
-    try:
-        about = options.driver_info
-    except AttributeError:  # redis-py before 7
-        return [("LIB-NAME", options.lib_name), ("LIB-VER", options.lib_version)]
-    return [] if about is None else [("LIB-NAME", about.formatted_name), ("LIB-VER", about.lib_version)]
 
 
 async def _greet(wire: Wire, greeting: Sequence[tuple[str | int, ...]]) -> None:

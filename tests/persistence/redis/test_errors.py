@@ -14,7 +14,7 @@ from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import ConstantBackoff
 
-from aidem import idempotent_function
+from aidem import IdempotencyConfig, idempotent_function
 from aidem.exceptions import (
     IdempotencyPersistenceConfigError,
     IdempotencyPersistenceConnectionError,
@@ -415,6 +415,36 @@ async def test_a_database_that_is_not_there_is_refused() -> None:
         layer = RedisPersistenceLayer(f"redis://127.0.0.1:{server.port}/99")
         with pytest.raises(IdempotencyPersistenceConfigError, match="db_index"):
             await layer.open()
+
+
+async def test_a_caller_whose_user_may_not_listen_asks_again_until_the_owner_is_done(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with started("valkey", "--user", "deaf", "on", f">{PASSWORD}", "~*", "resetchannels", "+@all") as server:
+        url = f"redis://deaf:{PASSWORD}@127.0.0.1:{server.port}"
+        entered, leave = asyncio.Event(), asyncio.Event()
+
+        async def charge(order: int) -> int:
+            entered.set()
+            await leave.wait()
+            return order
+
+        async with RedisPersistenceLayer(url) as layer, RedisPersistenceLayer(url) as elsewhere:
+            options: dict[str, Any] = {"config": IdempotencyConfig(wait_timeout_seconds=20), "key_prefix": "charge"}
+            here: Any = idempotent_function(persistence_store=layer, **options)(charge)
+            there: Any = idempotent_function(persistence_store=elsewhere, **options)(charge)
+            owner = asyncio.ensure_future(here(order=1))
+            await entered.wait()
+            caplog.clear()
+            waiters = [asyncio.ensure_future(there(order=1)) for _ in range(3)]
+
+            async def is_told() -> bool:
+                return any("not woken" in record.getMessage() for record in caplog.records)
+
+            await until(is_told)
+            leave.set()
+            assert list(await asyncio.wait_for(asyncio.gather(owner, *waiters), 20)) == [1] * 4
+        assert len([record for record in caplog.records if "not woken" in record.getMessage()]) == 1
 
 
 # --- Servers in trouble ---------------------------------------------------------------------------------------------
