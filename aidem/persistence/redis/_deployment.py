@@ -127,7 +127,7 @@ def _of_sentinel_pool(pool: Any) -> Deployment:
     if not pool.is_master:
         raise IdempotencyPersistenceConfigError("this client leads to replicas; make it with Sentinel.master_for")
     kinds = {SentinelManagedConnection: Connection, SentinelManagedSSLConnection: SSLConnection}
-    kind = kinds.get(pool.connection_class, pool.connection_class)
+    kind: Any = kinds.get(pool.connection_class, pool.connection_class)
     options = {name: value for name, value in pool.connection_kwargs.items() if name != "connection_pool"}
     manager = pool.sentinel_manager
     primary = Primary(
