@@ -130,7 +130,7 @@ class Line:
         wire, self._wire = self._wire, None
         if wire is not None:
             wire.abort(IdempotencyPersistenceConnectionError(CLOSED))
-            await wire.closed
+            await asyncio.wait([wire.closed])
 
     def pending(self) -> list[asyncio.Future[Any]]:
         """Return what was asked and is not answered yet."""

@@ -145,7 +145,7 @@ class Server:
             return question.future.result()
         finally:
             wire.abort()
-            await wire.closed
+            await asyncio.wait([wire.closed])
 
     async def subscriber(self, *, timeout_seconds: float) -> PubSub:
         """Return redis-py's connection for messages; it does not reconnect.

@@ -186,8 +186,7 @@ class Wire(asyncio.Protocol):
         self._owner.lost(self)
         if self._timer is not None:
             self._timer.cancel()
-        if not self.closed.done():
-            self.closed.set_result(None)
+        self.closed.set_result(None)
         while self.sent:
             failure = IdempotencyPersistenceConnectionError(str(self._error or f"{LOST}; {MAY_BE_APPLIED}"))
             failure.__cause__ = exc

@@ -54,12 +54,13 @@ async def test_the_handshake_is_one_write_with_all_that_the_options_say(server: 
         await layer.aclose()
 
 
-def library(name: str) -> dict[str, Any]:
-    """Return the options by which a client says what it is."""
+def library(name: str | None) -> dict[str, Any]:
+    """Return the options by which a client says what it is; None: nothing."""
     try:
-        return {"driver_info": importlib.import_module("redis.driver_info").DriverInfo(name=name, lib_version=None)}
+        about = importlib.import_module("redis.driver_info").DriverInfo
     except ModuleNotFoundError:  # redis-py before 7
         return {"lib_name": name, "lib_version": None}
+    return {"driver_info": name and about(name=name, lib_version=None)}
 
 
 async def test_a_client_says_what_the_server_shows_of_it(server: RedisServer) -> None:
@@ -70,6 +71,14 @@ async def test_a_client_says_what_the_server_shows_of_it(server: RedisServer) ->
     ):
         (mine,) = [entry for entry in await client.client_list() if entry["name"] == "shown"]
         assert (mine["lib-name"], mine["lib-ver"]) == ("payments", "")
+
+
+async def test_there_is_no_handshake_where_there_is_nothing_to_say(fake: FakeServer) -> None:
+    async with Redis(port=fake.port, **library(None)) as own:
+        layer = RedisPersistenceLayer(client=own)
+        assert await layer.get("key") is None
+        assert fake.commands == [[b"GET", b"key"]]
+        await layer.aclose()
 
 
 @pytest.mark.parametrize("path", ["url", "client"])
