@@ -106,8 +106,8 @@ def _named(transaction: object) -> str:
 class _SQLite3:
     """A connection of the standard library."""
 
-    database: ClassVar[str] = "sqlite"
-    is_blocking: ClassVar[bool] = True
+    database: str = "sqlite"
+    is_blocking: bool = True
 
     def __init__(self, connection: Any) -> None:
         self._connection = connection
@@ -142,8 +142,8 @@ class _AioSQLite(_SQLite3):
 class _Asyncpg:
     """A connection of asyncpg, as it is or as its pool hands it out."""
 
-    database: ClassVar[str] = "postgresql"
-    is_blocking: ClassVar[bool] = False
+    database: str = "postgresql"
+    is_blocking: bool = False
     opening: ClassVar[str | None] = "SELECT 1"
 
     def __init__(self, connection: Any) -> None:
@@ -165,8 +165,8 @@ class _Asyncpg:
 class _Psycopg:
     """A connection of psycopg 3."""
 
-    database: ClassVar[str] = "postgresql"
-    is_blocking: ClassVar[bool] = True
+    database: str = "postgresql"
+    is_blocking: bool = True
     opening: ClassVar[str | None] = "SELECT 1"
 
     def __init__(self, connection: Any) -> None:
