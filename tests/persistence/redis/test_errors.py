@@ -214,7 +214,7 @@ async def test_a_server_that_refuses_to_be_listened_to_is_not_asked_again_and_th
             await layer.wait_for_change("key", 20)
     assert [command[0] for command in fake.commands].count(b"SUBSCRIBE") == 1
     (warning,) = [record.getMessage() for record in caplog.records if record.name == "aidem"]
-    assert warning.startswith("Redis: callers that wait are not woken, and ask again after a while instead: Redis ")
+    assert warning.startswith("Redis: waiting callers are not woken, and poll instead: Redis ")
 
 
 async def test_a_server_that_cannot_be_listened_to_just_now_is_asked_again(
