@@ -203,6 +203,7 @@ def _fenced(proposed: DataRecord, found: DataRecord | None, *, now: float, last_
         sort_key=proposed.sort_key,
         owner=proposed.owner,
         fence=max(fence, last_fence + 1),
+        note=proposed.note,
     )
 
 
@@ -295,6 +296,7 @@ def completed(
         sort_key=claimed.sort_key,
         owner=claimed.owner,
         fence=claimed.fence,
+        note=claimed.note,
     )
 
 

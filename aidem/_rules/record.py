@@ -35,6 +35,7 @@ class _Fields:
         "idempotency_key",
         "in_progress_expiry_timestamp",
         "lease_expiry_timestamp",
+        "note",
         "outcome",
         "owner",
         "payload_hash",
@@ -54,6 +55,7 @@ class _Fields:
     sort_key: str | None
     owner: str | None
     fence: int
+    note: str | None
 
 
 class DataRecord(_Fields):
@@ -72,6 +74,7 @@ class DataRecord(_Fields):
         sort_key: The sort key of a composite key, where the store has one.
         owner: Random token of the claim; None: written by another library.
         fence: Grows with every new claim of the key; 0: written by another library.
+        note: Text for operators that the config made from the payload, stored in clear; None: there is none.
     """
 
     __slots__ = ()
@@ -90,6 +93,7 @@ class DataRecord(_Fields):
         sort_key: str | None = None,
         owner: str | None = None,
         fence: int = 0,
+        note: str | None = None,
     ) -> Self:
         # Filled first, then frozen: a frozen dataclass takes three times as long to build, and a call builds three.
         fields = _Fields()
@@ -104,6 +108,7 @@ class DataRecord(_Fields):
         fields.sort_key = sort_key
         fields.owner = owner
         fields.fence = fence
+        fields.note = note
         record: Any = fields
         record.__class__ = cls
         return record  # type: ignore[no-any-return] # it is one now

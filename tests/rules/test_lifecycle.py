@@ -37,6 +37,7 @@ PROPOSED = claim(
     lease_expiry_timestamp=NOW_MS + 31_000,
     payload_hash=HASH,
     sort_key="sort",
+    note="note",
 )
 OLD = result(
     expiry_timestamp=NOW_S - 1,
@@ -45,6 +46,7 @@ OLD = result(
     outcome=OutcomeKind.EXCEPTION,
     payload_hash="old",
     sort_key="old",
+    note="old",
 )
 
 # --- What a record means at an instant ------------------------------------------------------------------------------
@@ -376,6 +378,7 @@ def test_a_completed_record_keeps_what_names_its_claim(outcome: OutcomeKind | No
         sort_key="sort",
         owner="ours",
         fence=5,
+        note="note",
     )
 
 

@@ -284,6 +284,18 @@ class LeavesTheOldHash(ChangesTheClaimStored):
         return claim if found is None else claim.replace(payload_hash=claim.payload_hash or found.payload_hash)
 
 
+@breaks("claiming_after_expiry_leaves_nothing_of_the_record_found", "taking_over_leaves_nothing_of_the_record_found")
+class LeavesTheOldNote(ChangesTheClaimStored):
+    def changed(self, claim: DataRecord, found: DataRecord | None) -> DataRecord:
+        return claim if found is None else claim.replace(note=claim.note or found.note)
+
+
+@breaks("the_note_of_a_claim_stays_as_it_is_through_renewal_and_completion")
+class DropsTheNote(ChangesTheClaimStored):
+    def changed(self, claim: DataRecord, found: DataRecord | None) -> DataRecord:
+        return claim.replace(note=None)
+
+
 @breaks("taking_over_leaves_nothing_of_the_record_found")
 class LeavesTheOldLease(ChangesTheClaimStored):
     def changed(self, claim: DataRecord, found: DataRecord | None) -> DataRecord:
@@ -409,6 +421,12 @@ def _complete_as_of(layer: MemoryPersistenceLayer, record: DataRecord, judged_no
     if decision is lifecycle.Completion.STORE:
         layer._records[record.idempotency_key] = record
     return decision is not lifecycle.Completion.REFUSED
+
+
+@breaks("the_note_of_a_claim_stays_as_it_is_through_renewal_and_completion")
+class CompletesWithoutTheNote(MemoryPersistenceLayer):
+    def complete(self, record: DataRecord, *, now: float) -> Immediate[bool]:
+        return super().complete(record.replace(note=None), now=now)
 
 
 @breaks("complete_leaves_another_outcome_of_ours_alone")
@@ -651,6 +669,15 @@ class MovesTheMarkOfBeingGivenUp(MemoryPersistenceLayer):
         return super().renew(record, now=now)
 
 
+@breaks("the_note_of_a_claim_stays_as_it_is_through_renewal_and_completion")
+class RenewsTheNoteToo(MemoryPersistenceLayer):
+    def renew(self, record: DataRecord, *, now: float) -> Immediate[DataRecord | None]:
+        renewed = super().renew(record, now=now).answer
+        if renewed is not None:
+            renewed = self._records[record.idempotency_key] = renewed.replace(note=record.note)
+        return Immediate(renewed)
+
+
 @breaks("renew_answers_the_claim_as_stored_and_changes_nothing_but_its_instants")
 class RenewsTheHashToo(MemoryPersistenceLayer):
     def renew(self, record: DataRecord, *, now: float) -> Immediate[DataRecord | None]:
@@ -665,6 +692,7 @@ class RenewsTheHashToo(MemoryPersistenceLayer):
     "a_renewal_that_arrives_after_its_successor_moves_nothing_back",
     "renew_answers_the_claim_as_stored_and_changes_nothing_but_its_instants",
     "renew_never_moves_a_claim_back",
+    "the_note_of_a_claim_stays_as_it_is_through_renewal_and_completion",
 )
 class AnswersTheRenewalAsProposed(MemoryPersistenceLayer):
     def renew(self, record: DataRecord, *, now: float) -> Immediate[DataRecord | None]:

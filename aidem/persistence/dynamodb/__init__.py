@@ -75,6 +75,7 @@ class DynamoDBPersistenceLayer(OpenedByAsyncWith):
         fence_attr: The number that grows with every claim of the key.
         lease_expiry_attr: Epoch milliseconds, of claims that must not be taken over.
         outcome_attr: What is stored instead of a result.
+        note_attr: Text for operators, in clear.
         boto_config: A `botocore.config.Config` or `AioConfig` on top of the layer's own.
         session: An `aioboto3.Session` that makes the client.
         client: An open DynamoDB client of aioboto3 or aiobotocore; it is used as it is and never closed, and the layer
@@ -105,6 +106,7 @@ class DynamoDBPersistenceLayer(OpenedByAsyncWith):
         fence_attr: str = "fence",
         lease_expiry_attr: str = "lease_expiration",
         outcome_attr: str = "outcome",
+        note_attr: str = "note",
         boto_config: Any | None = None,
         session: Any | None = None,
         client: Any | None = None,
@@ -133,6 +135,7 @@ class DynamoDBPersistenceLayer(OpenedByAsyncWith):
             owner=owner_attr,
             fence=fence_attr,
             outcome=outcome_attr,
+            note=note_attr,
         )
         self._requests = Requests(table_name, self._attributes)
         # No item remembers the fence of a claim that was released; the next one may come within the same millisecond.

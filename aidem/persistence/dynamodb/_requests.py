@@ -26,7 +26,7 @@ Request: TypeAlias = "dict[str, Any]"
 HELD: Final = frozenset({"expiry", "in_progress_expiry", "lease_expiry"})
 """What a renewal writes."""
 
-STORED: Final = HELD | {"status", "data", "validation", "owner", "fence", "outcome"}
+STORED: Final = HELD | {"status", "data", "validation", "owner", "fence", "outcome", "note"}
 """What a claim or an outcome writes, or removes where it has none: nothing of an earlier record is left."""
 
 OURS: Final = "#owner = :owner AND #status = :inprogress"

@@ -106,6 +106,7 @@ class RedisPersistenceLayer(OpenedByAsyncWith):
         fence_attr: str = "fence",
         lease_expiry_attr: str = "lease_expiration",
         outcome_attr: str = "outcome",
+        note_attr: str = "note",
     ) -> None:
         deployment = deployment_of(
             client, url=url, host=host, port=port, username=username, password=password, db=db_index, ssl=ssl, mode=mode
@@ -125,6 +126,7 @@ class RedisPersistenceLayer(OpenedByAsyncWith):
             fence=fence_attr,
             lease_expiry=lease_expiry_attr,
             outcome=outcome_attr,
+            note=note_attr,
         )
         self._is_checked = False
         self._text = RecordText(names)

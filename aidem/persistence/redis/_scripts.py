@@ -52,6 +52,7 @@ class AttributeNames:
     fence: str = "fence"
     lease_expiry: str = "lease_expiration"
     outcome: str = "outcome"
+    note: str = "note"
 
     def __post_init__(self) -> None:
         check_names([getattr(self, name) for name in self.__slots__])

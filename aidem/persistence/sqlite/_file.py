@@ -22,7 +22,7 @@ from aidem.exceptions import (
     IdempotencySerializationError,
 )
 from aidem.persistence._stored import decoded
-from aidem.persistence.sqlite._records import SCHEMA
+from aidem.persistence.sqlite._records import SCHEMA_STEPS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -32,7 +32,7 @@ logger = logging.getLogger("aidem")
 T = TypeVar("T")
 
 APPLICATION_ID: Final = int.from_bytes(b"aide")
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = len(SCHEMA_STEPS)
 SMALLEST_DATABASE: Final = 512
 PAGES_IN_LOG: Final = 4000  # 16 MB
 RETRY_SECONDS: Final = (0.0002, 0.002)
@@ -232,7 +232,7 @@ class DatabaseFile:
 
     def _prepare(self, connection: sqlite3.Connection) -> None:
         self._refuse_swapped(connection)
-        self._is_empty(connection)  # before anything is written
+        self._version(connection)  # before anything is written
         self._switch_to_wal(connection)
         connection.execute("PRAGMA synchronous = FULL")
         connection.execute("PRAGMA fullfsync = ON")  # macOS: fsync alone does not reach the disk
@@ -242,13 +242,14 @@ class DatabaseFile:
 
     def _make_schema(self, connection: sqlite3.Connection) -> None:
         connection.execute("BEGIN IMMEDIATE")
-        is_empty = self._is_empty(connection)
+        version = self._version(connection)
         connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")  # fails if the file must not be written
-        if is_empty:
+        if version == 0:
             connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-            for statement in SCHEMA:
+        for statements in SCHEMA_STEPS[version:]:
+            for statement in statements:
                 connection.execute(statement)
-        connection.execute("COMMIT" if is_empty else "ROLLBACK")
+        connection.execute("ROLLBACK" if version == SCHEMA_VERSION else "COMMIT")
 
     def _refuse_swapped(self, connection: sqlite3.Connection) -> None:
         """Find out what SQLite has opened: it resolves a symbolic link that was put there after we looked."""
@@ -256,16 +257,16 @@ class DatabaseFile:
         if Path(opened).resolve() != self.path.parent.resolve() / self.path.name or self.was_replaced():
             raise self._refusal("it was replaced while it was being opened; see who writes to its directory")
 
-    def _is_empty(self, connection: sqlite3.Connection) -> bool:
-        """Whether the schema is still to be made; refuses a database that is not ours."""
+    def _version(self, connection: sqlite3.Connection) -> int:
+        """Return the version of the schema; 0: it is still to be made. Refuses a database that is not ours."""
         application_id, version, tables = connection.execute(_IDENTIFY).fetchone()
         if (application_id, version, tables) == (0, 0, 0):
-            return True
+            return 0
         if application_id != APPLICATION_ID:
             raise self._refusal("it is a database of another application; give aidem a file of its own")
-        if version != SCHEMA_VERSION:
+        if not 0 < version <= SCHEMA_VERSION:
             raise self._refusal(f"it was made by a newer aidem (schema {version}); upgrade aidem, or give another path")
-        return False
+        return int(version)
 
     def _switch_to_wal(self, connection: sqlite3.Connection) -> None:
         (mode,) = connection.execute("PRAGMA journal_mode = WAL").fetchone()

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import sqlite3
 
 # A rowid table: new records go to its end, and only the index on `id` is written at random places.
-SCHEMA: Final = (
+_TABLES: Final = (
     """
     CREATE TABLE records (
         id TEXT NOT NULL UNIQUE,
@@ -33,15 +33,19 @@ SCHEMA: Final = (
     "CREATE TABLE last_fence (value INTEGER NOT NULL)",
     "INSERT INTO last_fence VALUES (0)",
 )
+_NOTE: Final = ("ALTER TABLE records ADD COLUMN note TEXT",)
+
+SCHEMA_STEPS: Final = (_TABLES, _NOTE)
+"""What makes each version of the schema from the one before; a file of an older version gets the steps it lacks."""
 
 PURGED_PER_CLAIM: Final = 2
 
 _SELECT: Final = """
-    SELECT expiration, in_progress_expiration, status, data, validation, owner, fence, lease_expiration, outcome
+    SELECT expiration, in_progress_expiration, status, data, validation, owner, fence, lease_expiration, outcome, note
     FROM records WHERE id = ?
 """
 _UPSERT: Final = """
-    INSERT INTO records VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+    INSERT INTO records VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
     ON CONFLICT (id) DO UPDATE SET
         expiration = excluded.expiration,
         in_progress_expiration = excluded.in_progress_expiration,
@@ -51,7 +55,8 @@ _UPSERT: Final = """
         owner = excluded.owner,
         fence = excluded.fence,
         lease_expiration = excluded.lease_expiration,
-        outcome = excluded.outcome
+        outcome = excluded.outcome,
+        note = excluded.note
 """
 _DELETE: Final = "DELETE FROM records WHERE id = ?"
 _PURGE: Final = """
@@ -148,6 +153,7 @@ def _row(record: DataRecord) -> tuple[str | int | None, ...]:
         record.fence,
         record.lease_expiry_timestamp,
         None if record.outcome is None else record.outcome.value,
+        record.note,
     )
 
 
@@ -162,6 +168,7 @@ def _record(  # noqa: PLR0917 - the columns, in their order
     fence: object,
     lease_expiration: object,
     outcome: object,
+    note: object,
 ) -> DataRecord:
     try:
         return DataRecord(
@@ -175,6 +182,7 @@ def _record(  # noqa: PLR0917 - the columns, in their order
             payload_hash=text(validation) or "",
             owner=text(owner),
             fence=_whole(fence) or 0,
+            note=text(note),
         )
     except ValueError as error:
         raise IdempotencyInvalidStatusError(

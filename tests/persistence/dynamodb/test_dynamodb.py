@@ -34,6 +34,7 @@ OTHER_NAMES: dict[str, Any] = {
     "fence_attr": "count",
     "lease_expiry_attr": "timestamp",
     "outcome_attr": "#result",
+    "note_attr": "comment",
 }
 NOW = 1_800_000_000.0
 
@@ -79,7 +80,7 @@ async def claimed(layer: DynamoDBPersistenceLayer, **options: Any) -> DataRecord
 async def test_a_claim_is_the_item_of_the_wire_format(
     layer: DynamoDBPersistenceLayer, database: Database, table: str
 ) -> None:
-    record = await claimed(layer, payload_hash="hash")
+    record = await claimed(layer, payload_hash="hash", note="order 7")
     assert database.item(table) == {
         "id": {"S": "key"},
         "expiration": {"N": "1800000004"},
@@ -88,6 +89,7 @@ async def test_a_claim_is_the_item_of_the_wire_format(
         "validation": {"S": "hash"},
         "owner": {"S": "ours"},
         "fence": {"N": "1800000000001"},
+        "note": {"S": "order 7"},
     }
     assert record.fence == 1_800_000_000_001
 
@@ -128,7 +130,7 @@ async def test_a_composite_key_holds_the_idempotency_key_in_its_sort_key(
 async def test_every_attribute_has_the_name_that_was_given(database: Database) -> None:
     table = database.create_table("partition", "key")
     layer = DynamoDBPersistenceLayer(table, **OTHER_NAMES)
-    record = await claimed(layer, payload_hash="hash", may_be_taken_over=False)
+    record = await claimed(layer, payload_hash="hash", may_be_taken_over=False, note="order 7")
     names = {*database.items(table)[0]}
     await layer.forget("key")
     await claimed(layer)

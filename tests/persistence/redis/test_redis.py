@@ -62,7 +62,7 @@ def test_a_redis_layer_is_a_persistence_layer_that_tells_of_changes_and_has_the_
 
 
 async def test_a_claim_is_json_text_as_powertools_writes_it(layer: RedisPersistenceLayer, client: Any) -> None:
-    record = await claimed(layer, payload_hash="hash")
+    record = await claimed(layer, payload_hash="hash", note="order 7")
     text = await client.get("key")
     assert text == json.dumps(json.loads(text))
     assert json.loads(text) == {
@@ -71,6 +71,7 @@ async def test_a_claim_is_json_text_as_powertools_writes_it(layer: RedisPersiste
         "status": "INPROGRESS",
         "validation": "hash",
         "owner": "ours",
+        "note": "order 7",
         "fence": record.fence,
     }
     assert re.search(r'"in_progress_expiration": \d{13}, ', text)  # digits, no exponent
