@@ -24,6 +24,7 @@ __all__ = [
     "Immediate",
     "OutcomeKind",
     "PersistenceLayer",
+    "SupportsTakeOver",
     "SupportsWaitForChange",
     "UncancellableFuture",
     "open_persistence_layer",
@@ -157,6 +158,33 @@ class SupportsWaitForChange(Protocol):
         """Return when the record may have been completed or released, at the latest after the timeout.
 
         A change between the caller's last look and this call may be missed; the engine looks again after the timeout.
+        """
+        ...
+
+
+@runtime_checkable
+class SupportsTakeOver(Protocol):
+    """A layer that can take a claim over to resolve it; prove yours with `aidem.testing.TakeOverConformance`."""
+
+    def take_over(
+        self,
+        found: DataRecord,
+        record: DataRecord,
+        *,
+        now: float,
+        max_clock_skew_seconds: float = 0.0,
+        force: bool = False,
+    ) -> Awaitable[DataRecord | None]:
+        """Store `record`, an INPROGRESS record, in the place of the claim `found`, in one atomic step.
+
+        Done only while the stored record is INPROGRESS, has not expired, has the owner and the fence of `found`, also
+        where these are None and 0, and its lease has passed: the lease ends at `in_progress_expiry_timestamp`, without
+        that at `lease_expiry_timestamp`. So a claim that must not be taken over by `acquire` can be taken over here,
+        one that was given up at once, and one without a lease never. With `force` the lease does not count.
+
+        The answer is the record as stored, with the fence found plus one; nothing else of the claim found is left. A
+        record that is already ours is answered as found: the reply to an earlier try was lost. Everything else is
+        None, and nothing changes. Layers that judge by their callers' clocks add `max_clock_skew_seconds` to the lease.
         """
         ...
 

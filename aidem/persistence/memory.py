@@ -64,6 +64,29 @@ class MemoryPersistenceLayer(OpenedByAsyncWith):
                 self._sweep(own_now)
         return Immediate(answer)
 
+    def take_over(
+        self,
+        found: DataRecord,
+        record: DataRecord,
+        *,
+        now: float,
+        max_clock_skew_seconds: float = 0.0,  # noqa: ARG002 - there is only one clock
+        force: bool = False,
+    ) -> Immediate[DataRecord | None]:
+        """Take one claim over."""
+        key = record.idempotency_key
+        with self._guard.lock:
+            own_now = self.clock()
+            proposed = lifecycle.shifted(record, seconds=own_now - now)
+            stored = self._records.get(key)
+            answer = lifecycle.taken_over(
+                stored, found, proposed, now=own_now, force=force, last_fence=self._last_fence
+            )
+            if answer is not None:
+                self._records[key] = answer
+                self._last_fence = max(self._last_fence, answer.fence)
+        return Immediate(answer)
+
     def complete(self, record: DataRecord, *, now: float) -> Immediate[bool]:
         """Store the outcome."""
         key = record.idempotency_key

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import inspect
-from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
@@ -13,21 +11,12 @@ from aidem._rules import lifecycle
 from aidem._rules.lifecycle import Blocked, Claimed, milliseconds
 from aidem._rules.record import DataRecord, RecordStatus
 from aidem._runtime.cancellation import Immediate
-from aidem.persistence import PersistenceLayer
 from aidem.persistence.memory import MemoryPersistenceLayer
-from aidem.testing import FakeClock, PersistenceLayerConformance
+from aidem.testing import PersistenceLayerConformance
+from tests.support.controls import Controls
 
-CONTROLS: dict[type[MemoryPersistenceLayer], set[str]] = {}
-
-
-def breaks(test: str, *tests: str) -> Callable[[type[MemoryPersistenceLayer]], type[MemoryPersistenceLayer]]:
-    """Say which tests of the suite must fail for this layer, all others pass."""
-
-    def register(layer_class: type[MemoryPersistenceLayer]) -> type[MemoryPersistenceLayer]:
-        CONTROLS[layer_class] = {test, *tests}
-        return layer_class
-
-    return register
+CONTROLS = Controls(PersistenceLayerConformance)
+breaks = CONTROLS.breaks
 
 
 # --- Claims that are granted or refused wrongly ---------------------------------------------------------------------
@@ -879,40 +868,14 @@ class ForgetsAClaimWhenCancelled(MemoryPersistenceLayer):
 # --- The runner -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("broken", CONTROLS, ids=lambda broken: broken.__name__)
+@pytest.mark.parametrize("broken", CONTROLS.layers, ids=lambda broken: broken.__name__)
 def test_exactly_the_tests_of_the_broken_promise_fail(broken: type[MemoryPersistenceLayer]) -> None:
-    assert failures_of(broken) == CONTROLS[broken]
+    assert CONTROLS.failures_of(broken) == CONTROLS.layers[broken]
 
 
 def test_the_unbroken_layer_passes() -> None:
-    assert failures_of(MemoryPersistenceLayer) == set()
+    assert CONTROLS.failures_of(MemoryPersistenceLayer) == set()
 
 
 def test_every_test_of_the_suite_is_seen_to_fail() -> None:
-    assert set().union(*CONTROLS.values()) == set(TESTS)
-
-
-TESTS = {
-    name.removeprefix("test_"): test
-    for name, test in inspect.getmembers(PersistenceLayerConformance, inspect.isfunction)
-    if name.startswith("test_")
-}
-
-
-def failures_of(layer_class: Callable[..., PersistenceLayer]) -> set[str]:
-    """Run the suite in this process, and return the names of the tests that failed, without `test_`."""
-
-    class Suite(PersistenceLayerConformance):
-        async def make_layer(self, clock: FakeClock) -> PersistenceLayer:
-            return layer_class(clock=clock)
-
-    return {name for name, test in TESTS.items() if asyncio.run(_fails(Suite(), test))}
-
-
-async def _fails(suite: PersistenceLayerConformance, test: Callable[..., Awaitable[None]]) -> bool:
-    try:
-        async with asyncio.timeout(2), suite.make_trial() as trial:
-            await test(suite, trial)
-    except (Exception, pytest.fail.Exception):  # noqa: BLE001 - whatever makes a test fail
-        return True
-    return False
+    assert set().union(*CONTROLS.layers.values()) == set(CONTROLS.tests)

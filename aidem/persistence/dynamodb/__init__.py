@@ -151,10 +151,7 @@ class DynamoDBPersistenceLayer(OpenedByAsyncWith):
         )
         answer = await self._write("update_item", request)
         if not isinstance(answer, _Refused):
-            claimed = self._record(record.idempotency_key, answer["Attributes"])
-            with self._guard.lock:
-                self._last_fence = max(self._last_fence, claimed.fence)
-            return Claimed(claimed)
+            return Claimed(self._claimed(record.idempotency_key, answer))
         if answer.item is None:
             raise IdempotencyPersistenceConfigError(
                 "this DynamoDB endpoint does not answer the item that a condition refused "
@@ -162,6 +159,27 @@ class DynamoDBPersistenceLayer(OpenedByAsyncWith):
             )
         found = self._record(record.idempotency_key, answer.item)
         return Claimed(found) if lifecycle.is_held_by(found, record.owner) else Blocked(found)
+
+    async def take_over(
+        self,
+        found: DataRecord,
+        record: DataRecord,
+        *,
+        now: float,
+        max_clock_skew_seconds: float = 0.0,
+        force: bool = False,
+    ) -> DataRecord | None:
+        """Store a claim in the place of the one found."""
+        request = self._requests.take_over(
+            found, record, now=now, max_clock_skew_seconds=max_clock_skew_seconds, force=force
+        )
+        answer = await self._write("update_item", request)
+        if not isinstance(answer, _Refused):
+            return self._claimed(record.idempotency_key, answer)
+        if answer.item is None:
+            return None
+        stored = self._record(record.idempotency_key, answer.item)
+        return stored if lifecycle.taken_over(stored, found, record, now=now) is stored else None  # it was ours
 
     async def complete(self, record: DataRecord, *, now: float) -> bool:
         """Store an outcome over the claim of the same owner, or where no record is."""
@@ -226,6 +244,12 @@ class DynamoDBPersistenceLayer(OpenedByAsyncWith):
         """Open the layer; a table that is missing is logged, so that `create_table` may be called inside."""
         await self._ask(lambda client: _table.check(client, self._requests, may_be_missing=True))
         return self
+
+    def _claimed(self, key: str, answer: Response) -> DataRecord:
+        claimed = self._record(key, answer["Attributes"])
+        with self._guard.lock:
+            self._last_fence = max(self._last_fence, claimed.fence)
+        return claimed
 
     def _record(self, key: str, item: Item) -> DataRecord:
         return self._attributes.record_of(key, item)

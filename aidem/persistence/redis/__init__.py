@@ -151,6 +151,25 @@ class RedisPersistenceLayer(OpenedByAsyncWith):
             self._scripts.acquire,
         )
 
+    def take_over(
+        self,
+        found: DataRecord,
+        record: DataRecord,
+        *,
+        now: float,
+        max_clock_skew_seconds: float = 0.0,  # noqa: ARG002 - the server's clock is the only one
+        force: bool = False,
+    ) -> UncancellableFuture[DataRecord | None]:
+        """Store a claim in the place of the one found."""
+        key = record.idempotency_key
+        keys = (key, f"{key}:lock") if self._respects_lock else (key,)
+        claim = (*durations(record, now=now), self._text.claim(record))
+        return self._ask(
+            (len(keys), *keys, *self._judge(record), *claim, found.owner or "", found.fence, int(force)),
+            lambda reply: self._text.read(key, reply),
+            self._scripts.take_over,
+        )
+
     def complete(self, record: DataRecord, *, now: float) -> UncancellableFuture[bool]:
         """Store an outcome over the claim of the same owner, or where no record is.
 

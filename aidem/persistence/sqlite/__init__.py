@@ -74,6 +74,18 @@ class SQLitePersistenceLayer(OpenedByAsyncWith):
         """Store a claim unless a live record of somebody else is there."""
         return self._ask(lambda records: records.acquire(record, now=now))
 
+    def take_over(
+        self,
+        found: DataRecord,
+        record: DataRecord,
+        *,
+        now: float,
+        max_clock_skew_seconds: float = 0.0,  # noqa: ARG002 - one machine, one clock
+        force: bool = False,
+    ) -> UncancellableFuture[DataRecord | None]:
+        """Store a claim in the place of the one found."""
+        return self._ask(lambda records: records.take_over(found, record, now=now, force=force))
+
     def complete(self, record: DataRecord, *, now: float) -> UncancellableFuture[bool]:
         """Store an outcome over the claim of the same owner, or where no record is."""
         return self._ask(lambda records: records.complete(record, now=now), is_of_use_late=True)

@@ -95,6 +95,15 @@ class Records:
             self._claims += 1
         return answer
 
+    def take_over(self, found: DataRecord, proposed: DataRecord, *, now: float, force: bool) -> DataRecord | None:
+        """Store a claim in the place of the one found; `now` is the caller's."""
+        stored = self.get(proposed.idempotency_key)
+        proposed = lifecycle.shifted(proposed, seconds=self._now - now)
+        answer = lifecycle.taken_over(stored, found, proposed, now=self._now, force=force, last_fence=self._last_fence)
+        if answer is not None and answer is not stored:
+            self._store(answer)
+        return answer
+
     def complete(self, record: DataRecord, *, now: float) -> bool:
         """Store an outcome; `now` is the caller's."""
         completion = lifecycle.complete(self.get(record.idempotency_key), record, now=self._now)

@@ -15,7 +15,7 @@ from aidem.exceptions import (
 from aidem.persistence import PersistenceLayer, open_persistence_layer
 from aidem.persistence._stored import NOT_A_TEXT
 from aidem.persistence.dynamodb import DynamoDBPersistenceLayer
-from aidem.testing import FakeClock, PersistenceLayerConformance, claim_of, completed_of
+from aidem.testing import FakeClock, TakeOverConformance, claim_of, completed_of
 from tests.support.aws_servers import EMULATORS, Database
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(60, func_only=True)]
@@ -39,7 +39,7 @@ OTHER_NAMES: dict[str, Any] = {
 NOW = 1_800_000_000.0
 
 
-class TestConformance(PersistenceLayerConformance):
+class TestConformance(TakeOverConformance):
     adds_clock_skew = True
 
     @pytest.fixture(autouse=True)
@@ -51,7 +51,7 @@ class TestConformance(PersistenceLayerConformance):
 
 
 @pytest.mark.parametrize("database", EMULATORS[-1:], indirect=True)
-class TestConformanceUnderACompositeKeyAndOtherNames(PersistenceLayerConformance):
+class TestConformanceUnderACompositeKeyAndOtherNames(TakeOverConformance):
     adds_clock_skew = True
 
     @pytest.fixture(autouse=True)

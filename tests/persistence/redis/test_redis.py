@@ -24,7 +24,7 @@ from aidem.persistence import PersistenceLayer, SupportsWaitForChange
 from aidem.persistence._stored import NOT_A_TEXT
 from aidem.persistence.redis import MAX_RECORD_BYTES, RedisCachePersistenceLayer, RedisPersistenceLayer
 from aidem.testing import FakeClock, claim_of, completed_of
-from tests.support.redis import acquired, claimed, client_of, completed, stored
+from tests.support.redis import acquired, claimed, client_of, completed, stored, taken_over
 from tests.support.servers import RedisServer, started
 
 pytestmark = pytest.mark.server
@@ -144,24 +144,27 @@ async def test_every_name_may_be_another_one(server: RedisServer, client: Any) -
         f"{name}_attr": f"{name} \"'<status>]] %s ü\\\n"
         for name in (
             *("expiry", "in_progress_expiry", "status", "data", "validation_key"),
-            *("owner", "fence", "lease_expiry", "outcome"),
+            *("owner", "fence", "lease_expiry", "outcome", "note"),
         )
     }
     layer = RedisPersistenceLayer(server.url, **names)  # type: ignore[arg-type]
     async with layer:
-        record = await claimed(layer, payload_hash="hash")
+        record = await claimed(layer, payload_hash="hash", note="order 7")
         assert set(await stored(client)) == {
             names[f"{name}_attr"]
-            for name in ("expiry", "in_progress_expiry", "status", "validation_key", "owner", "fence")
+            for name in ("expiry", "in_progress_expiry", "status", "validation_key", "owner", "fence", "note")
         }
         assert await acquired(layer) == Claimed(record)
         assert isinstance(await acquired(layer, owner="theirs"), Blocked)
         assert await layer.renew(record, now=time.time()) is not None
+        now = time.time()
+        assert await layer.take_over(record, claim_of("key", now=now, owner="theirs"), now=now) is None
+        record = await taken_over(layer, record, force=True)
         assert await completed(layer, record)
         assert await completed(layer, record)
         found = await layer.get("key")
         assert found is not None
-        assert (found.owner, found.fence, found.payload_hash) == ("ours", record.fence, "hash")
+        assert (found.owner, found.fence, found.payload_hash) == ("ours again", record.fence, "hash")
 
 
 async def test_a_renewal_leaves_what_it_does_not_know_as_it_is(layer: RedisPersistenceLayer, client: Any) -> None:
@@ -468,6 +471,21 @@ async def test_an_orphan_that_powertools_has_locked_counts_as_running(
     assert answer.record.in_progress_expiry_timestamp == pytest.approx((answer.now + 10) * 1000, abs=5000)
     assert await client.get("key") == text
     assert await client.get("key:lock") == "True"
+
+
+async def test_an_orphan_that_powertools_has_locked_is_not_taken_over_to_resolve_it(
+    layer: RedisPersistenceLayer, client: Any
+) -> None:
+    await client.set("key", lapsed("theirs"))
+    found = await layer.get("key")
+    assert found is not None
+    await client.set("key:lock", "True", ex=10)
+    now = time.time()
+    for force in (False, True):
+        assert await layer.take_over(found, claim_of("key", now=now), now=now, force=force) is None
+    await client.set("key:lock", "aidem", ex=2)
+    await taken_over(layer, found)
+    assert await client.ttl("key:lock") > 5
 
 
 async def test_a_lock_of_our_own_does_not_block_a_successor_and_is_kept_up(

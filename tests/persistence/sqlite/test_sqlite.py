@@ -27,7 +27,7 @@ from aidem.persistence import PersistenceLayer
 from aidem.persistence._stored import NOT_A_TEXT
 from aidem.persistence.sqlite import SQLitePersistenceLayer
 from aidem.persistence.sqlite._thread import MAX_BATCH
-from aidem.testing import FakeClock, PersistenceLayerConformance, claim_of, completed_of
+from aidem.testing import FakeClock, TakeOverConformance, claim_of, completed_of
 from aidem.testing._trial import KEPT_SECONDS, LEASE_SECONDS
 
 
@@ -135,7 +135,7 @@ def change(path: Path, *statements: str) -> None:
         connection.commit()
 
 
-class TestConformance(PersistenceLayerConformance):
+class TestConformance(TakeOverConformance):
     @pytest.fixture(autouse=True)
     def in_directory(self, tmp_path: Path) -> None:
         self.directory = tmp_path
