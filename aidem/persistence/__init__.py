@@ -5,7 +5,7 @@ A layer stores and compares. It never decides, sleeps, retries or hashes: that i
 
 from __future__ import annotations
 
-from collections.abc import Awaitable  # noqa: TC003 - a user's tools resolve the protocol's annotations
+from collections.abc import AsyncIterator, Awaitable  # noqa: TC003 - a user's tools resolve the protocol's annotations
 from typing import TYPE_CHECKING, Final, Protocol, Self, cast, runtime_checkable
 
 from aidem._rules.lifecycle import Blocked, Claimed
@@ -16,7 +16,7 @@ from aidem.exceptions import IdempotencyPersistenceConfigError
 if TYPE_CHECKING:
     from types import TracebackType
 
-    from aidem._rules.record import DataRecord
+    from aidem._rules.record import DataRecord, RecordStatus
 
 __all__ = [
     "Blocked",
@@ -24,6 +24,8 @@ __all__ = [
     "Immediate",
     "OutcomeKind",
     "PersistenceLayer",
+    "SupportsPurge",
+    "SupportsScan",
     "SupportsTakeOver",
     "SupportsWaitForChange",
     "UncancellableFuture",
@@ -186,6 +188,35 @@ class SupportsTakeOver(Protocol):
         record that is already ours is answered as found: the reply to an earlier try was lost. Everything else is
         None, and nothing changes. Layers that judge by their callers' clocks add `max_clock_skew_seconds` to the lease.
         """
+        ...
+
+
+@runtime_checkable
+class SupportsScan(Protocol):
+    """A layer that can list its records, for operators; prove yours with `aidem.testing.ScanConformance`."""
+
+    def scan(
+        self, *, prefix: str = "", status: RecordStatus | None = None, limit: int | None = None
+    ) -> AsyncIterator[DataRecord]:
+        """Iterate over the records as they are stored now, expired or not, each once, in any order.
+
+        Records that come or go meanwhile may be missed. It reads a small page at a time, so that calls of the service
+        go on in between, and skips what it cannot read and what is no record of aidem or AWS Powertools.
+
+        Args:
+            prefix: What the idempotency key begins with, character by character.
+            status: `INPROGRESS` or `COMPLETED`, as stored. Default: either.
+            limit: How many records at most. Default: all.
+        """
+        ...
+
+
+@runtime_checkable
+class SupportsPurge(Protocol):
+    """A layer that removes expired records on demand; prove yours with `aidem.testing.PurgeConformance`."""
+
+    def purge(self) -> Awaitable[int]:
+        """Remove all records that have expired, a few at a time; return how many."""
         ...
 
 

@@ -8,7 +8,17 @@ except ImportError as error:
     raise ImportError("aidem.testing needs pytest: pip install pytest") from error
 from aidem.testing._clock import FakeClock
 from aidem.testing._conformance import PersistenceLayerConformance
+from aidem.testing._scan import PurgeConformance, ScanConformance
 from aidem.testing._take_over import TakeOverConformance
 from aidem.testing._trial import Trial, claim_of, completed_of
 
-__all__ = ["FakeClock", "PersistenceLayerConformance", "TakeOverConformance", "Trial", "claim_of", "completed_of"]
+__all__ = [
+    "FakeClock",
+    "PersistenceLayerConformance",
+    "PurgeConformance",
+    "ScanConformance",
+    "TakeOverConformance",
+    "Trial",
+    "claim_of",
+    "completed_of",
+]

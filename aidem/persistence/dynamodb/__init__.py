@@ -2,22 +2,38 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import os
+import random
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Self, TypeAlias
 
 from aidem._distribution import how_to_install
 from aidem._rules import lifecycle
 from aidem._rules.lifecycle import Blocked, Claimed, Completion
+from aidem._rules.record import DataRecord
 from aidem._runtime.clock import wall_clock
 from aidem._runtime.fork import ForkSafeLock
-from aidem.exceptions import IdempotencyPersistenceConfigError
+from aidem.exceptions import (
+    IdempotencyInvalidStatusError,
+    IdempotencyPersistenceConfigError,
+    IdempotencyPersistenceConnectionError,
+)
 from aidem.persistence._context import OpenedByAsyncWith
+from aidem.persistence._scan import RECORDS_PER_PAGE, selected
 
 try:
     from aidem.persistence.dynamodb import _table
     from aidem.persistence.dynamodb._client import GivenClient, OwnClients, connect_with
-    from aidem.persistence.dynamodb._errors import CONDITION_FAILED, code_of, response_of, too_large, translation
+    from aidem.persistence.dynamodb._errors import (
+        CONDITION_FAILED,
+        THROTTLED,
+        code_of,
+        response_of,
+        too_large,
+        translation,
+    )
 except ModuleNotFoundError as missing:
     message = f"the DynamoDB layer needs aioboto3 or aiobotocore: {how_to_install('dynamodb')}"
     raise ImportError(message) from missing
@@ -25,9 +41,9 @@ from aidem.persistence.dynamodb._items import Attributes
 from aidem.persistence.dynamodb._requests import Requests
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import AsyncGenerator, Callable
 
-    from aidem._rules.record import DataRecord
+    from aidem._rules.record import RecordStatus
     from aidem.persistence.dynamodb._client import Action
     from aidem.persistence.dynamodb._items import Item
     from aidem.persistence.dynamodb._requests import Request
@@ -37,6 +53,9 @@ __all__ = ["DynamoDBPersistenceLayer"]
 MAX_ITEM_BYTES: Final = 400 * 1024
 """https://docs.aws.amazon.com/amazondynamodb/latest/developerguide/Constraints.html"""
 
+
+PAUSES_SECONDS: Final = (0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 5.0, 5.0)
+"""Before a page that was throttled is asked for again."""
 
 Response: TypeAlias = "dict[str, Any]"
 
@@ -220,6 +239,15 @@ class DynamoDBPersistenceLayer(OpenedByAsyncWith):
         """Drop any record of the key."""
         await self._send("delete_item", self._requests.forget(key))
 
+    def scan(
+        self, *, prefix: str = "", status: RecordStatus | None = None, limit: int | None = None
+    ) -> AsyncGenerator[DataRecord]:
+        """Iterate over the records: by Query under a sort key, else by a Scan, which reads the whole table.
+
+        A page that DynamoDB throttles is asked for again, with growing pauses.
+        """
+        return selected(self._pages(prefix), status=status, limit=limit)
+
     async def open(self) -> None:
         """Connect, and look at the table's keys if the role may describe it.
 
@@ -244,6 +272,30 @@ class DynamoDBPersistenceLayer(OpenedByAsyncWith):
         """Open the layer; a table that is missing is logged, so that `create_table` may be called inside."""
         await self._ask(lambda client: _table.check(client, self._requests, may_be_missing=True))
         return self
+
+    async def _pages(self, prefix: str) -> AsyncGenerator[list[DataRecord]]:
+        operation, request = self._requests.page(prefix, limit=RECORDS_PER_PAGE)
+        while True:
+            answer = await self._throttled(operation, request)
+            page = list[DataRecord]()
+            for item in answer["Items"]:
+                with contextlib.suppress(IdempotencyInvalidStatusError):  # no record, under a simple key
+                    page.append(self._record(self._attributes.key_of(item), item))
+            yield page
+            if "LastEvaluatedKey" not in answer:
+                return
+            request["ExclusiveStartKey"] = answer["LastEvaluatedKey"]
+
+    async def _throttled(self, operation: str, request: Request) -> Response:
+        """Send a request that may well be throttled: nobody waits for it, and others need the capacity."""
+        for pause_seconds in PAUSES_SECONDS:
+            try:
+                return await self._send(operation, request)
+            except IdempotencyPersistenceConnectionError as error:
+                if error.__cause__ is None or code_of(error.__cause__) not in THROTTLED:
+                    raise
+            await asyncio.sleep(random.uniform(pause_seconds / 2, pause_seconds))  # noqa: S311 - not a secret
+        return await self._send(operation, request)
 
     def _claimed(self, key: str, answer: Response) -> DataRecord:
         claimed = self._record(key, answer["Attributes"])

@@ -55,6 +55,10 @@ class Attributes:
             return {self.key: {"S": key}}
         return {self.key: {"S": self.static_pk_value}, self.sort_key: {"S": key}}
 
+    def key_of(self, item: Item) -> str:
+        """Return the idempotency key that names an item."""
+        return str(item[self.key if self.sort_key is None else self.sort_key]["S"])
+
     def record_of(self, key: str, item: Item) -> DataRecord:
         """Return the record that an item holds.
 

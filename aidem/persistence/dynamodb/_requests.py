@@ -153,6 +153,28 @@ class Requests:
         """Return the GetItem that sees every write before it."""
         return {"TableName": self.table_name, "Key": self.attributes.primary_key(key), "ConsistentRead": True}
 
+    def page(self, prefix: str, *, limit: int) -> tuple[str, Request]:
+        """Return the operation that reads the first page of records, and its request: a Query, where that can do."""
+        names = self.attributes
+        request: Request = {"TableName": self.table_name, "ConsistentRead": True, "Limit": limit}
+        values = dict[str, dict[str, str]]()
+        expression = ""
+        if names.sort_key is not None:
+            expression = "#key = :key"
+            values[":key"] = {"S": names.static_pk_value}
+        if prefix:
+            named = "#key" if names.sort_key is None else "#sort_key"
+            expression += f"{' AND ' * bool(expression)}begins_with({named}, :prefix)"
+            values[":prefix"] = {"S": prefix}
+        if expression:
+            kind = "FilterExpression" if names.sort_key is None else "KeyConditionExpression"
+            request |= {
+                kind: expression,
+                "ExpressionAttributeNames": self._names(expression),
+                "ExpressionAttributeValues": values,
+            }
+        return ("scan" if names.sort_key is None else "query"), request
+
     def _update(
         self,
         record: DataRecord,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from aidem._distribution import how_to_install
@@ -11,8 +12,13 @@ from aidem._rules import lifecycle
 from aidem._rules.lifecycle import Blocked, Claimed, Completion
 from aidem._rules.record import DataRecord, RecordStatus
 from aidem._runtime.cancellation import UncancellableFuture
-from aidem.exceptions import IdempotencyPersistenceLayerError, IdempotencySerializationError
+from aidem.exceptions import (
+    IdempotencyInvalidStatusError,
+    IdempotencyPersistenceLayerError,
+    IdempotencySerializationError,
+)
 from aidem.persistence._context import OpenedByAsyncWith
+from aidem.persistence._scan import RECORDS_PER_PAGE, selected
 
 try:
     from aidem.persistence.redis import _checks
@@ -25,7 +31,7 @@ from aidem.persistence.redis._records import RecordText, durations
 from aidem.persistence.redis._scripts import CHANNEL, AttributeNames, Script, Scripts, Verdict
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import AsyncGenerator, Callable
 
     from redis.asyncio import Redis, RedisCluster
 
@@ -210,6 +216,16 @@ class RedisPersistenceLayer(OpenedByAsyncWith):
         """Drop any record of the key."""
         await self._ask(("DEL", key), lambda _reply: None)
 
+    def scan(
+        self, *, prefix: str = "", status: RecordStatus | None = None, limit: int | None = None
+    ) -> AsyncGenerator[DataRecord]:
+        """Iterate over the records on all primaries.
+
+        Raises:
+            IdempotencyPersistenceConfigError: The ACL of the server forbids SCAN.
+        """
+        return selected(self._pages(prefix), status=status, limit=limit)
+
     async def wait_for_change(self, key: str, timeout_seconds: float) -> None:
         """Return when the record was completed or released, or after the timeout.
 
@@ -243,6 +259,21 @@ class RedisPersistenceLayer(OpenedByAsyncWith):
         now = "" if self._own_clock is None else lifecycle.milliseconds(self._own_clock())
         return now, record.owner or ""
 
+    async def _pages(self, prefix: str) -> AsyncGenerator[list[DataRecord]]:
+        pattern = re.sub(r"([*?\[\]\\])", r"\\\1", prefix) + "*"
+        options = ("MATCH", pattern, "COUNT", str(RECORDS_PER_PAGE), "TYPE", "string")
+        seen = set[str]()  # SCAN answers some keys twice, and a slot may move to a node that is asked later
+        for node in await self._connections.here().line.nodes():
+            cursor = ""
+            while cursor != "0":
+                reply = await node.query("SCAN", cursor or "0", *options)
+                cursor = reply[0].decode()
+                names = {name.decode(errors="replace") for name in reply[1]}
+                keys = [name for name in names if "#" in name and name not in seen]
+                seen.update(keys)
+                answers = await asyncio.gather(*map(self.get, keys), return_exceptions=True)
+                yield [answer for answer in map(_readable, answers) if answer is not None]
+
     def _ask(
         self, arguments: tuple[Any, ...], read: Callable[[Any], T], script: Script | None = None
     ) -> UncancellableFuture[T]:
@@ -274,6 +305,15 @@ class RedisPersistenceLayer(OpenedByAsyncWith):
 
 
 RedisCachePersistenceLayer = RedisPersistenceLayer
+
+
+def _readable(answer: DataRecord | BaseException | None) -> DataRecord | None:
+    """Return a record that was found; None: there is none that can be read."""
+    if isinstance(answer, BaseException):
+        if isinstance(answer, IdempotencyInvalidStatusError):
+            return None
+        raise answer
+    return answer
 
 
 def _being_taken_over(key: str, *, until: int) -> DataRecord:

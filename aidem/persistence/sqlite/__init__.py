@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from aidem._runtime.cancellation import UncancellableFuture
 from aidem._runtime.clock import wall_clock
 from aidem.exceptions import IdempotencyPersistenceConnectionError
 from aidem.persistence._context import OpenedByAsyncWith
+from aidem.persistence._scan import RECORDS_PER_PAGE, selected
 from aidem.persistence.sqlite import _thread
 from aidem.persistence.sqlite._file import DatabaseFile
 from aidem.persistence.sqlite._thread import Job, RecordThread
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable
+    from collections.abc import AsyncGenerator, Callable
     from pathlib import Path
 
-    from aidem._rules.record import DataRecord
+    from aidem._rules.record import DataRecord, RecordStatus
     from aidem.persistence import Blocked, Claimed
     from aidem.persistence.sqlite._records import Records
 
@@ -106,6 +108,19 @@ class SQLitePersistenceLayer(OpenedByAsyncWith):
         """Drop any record of the key."""
         return self._ask(lambda records: records.forget(key), is_of_use_late=True)
 
+    def scan(
+        self, *, prefix: str = "", status: RecordStatus | None = None, limit: int | None = None
+    ) -> AsyncGenerator[DataRecord]:
+        """Iterate over the records by key."""
+        return selected(self._pages(prefix), status=status, limit=limit)
+
+    async def purge(self) -> int:
+        """Remove all records that have expired, some in each transaction."""
+        purged = 0
+        while count := await self._ask(lambda records: records.purge(RECORDS_PER_PAGE)):
+            purged += count
+        return purged
+
     async def open(self) -> None:
         """Open the file, or make it.
 
@@ -124,6 +139,12 @@ class SQLitePersistenceLayer(OpenedByAsyncWith):
             thread.end(done)
         await done
         thread.join()  # does not wait: to answer was the last thing it did
+
+    async def _pages(self, prefix: str) -> AsyncGenerator[list[DataRecord]]:
+        last: str | None = ""
+        while last is not None:
+            page, last = await self._ask(partial(_page, prefix=prefix, after=last), writes=False)
+            yield page
 
     def __del__(self) -> None:
         if self._thread is not None:
@@ -146,6 +167,10 @@ class SQLitePersistenceLayer(OpenedByAsyncWith):
             self._thread.jobs.put(job)
         deadlines.watch(future)
         return future
+
+
+def _page(records: Records, *, prefix: str, after: str) -> tuple[list[DataRecord], str | None]:
+    return records.page(prefix, after=after, limit=RECORDS_PER_PAGE)
 
 
 class _Deadlines:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Final
 
 from aidem._rules import lifecycle
@@ -43,6 +44,11 @@ PURGED_PER_CLAIM: Final = 2
 _SELECT: Final = """
     SELECT expiration, in_progress_expiration, status, data, validation, owner, fence, lease_expiration, outcome, note
     FROM records WHERE id = ?
+"""
+_PAGE: Final = """
+    SELECT id, expiration, in_progress_expiration, status, data, validation, owner, fence, lease_expiration, outcome,
+        note
+    FROM records WHERE id >= ? AND id > ? ORDER BY id LIMIT ?
 """
 _UPSERT: Final = """
     INSERT INTO records VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
@@ -133,6 +139,20 @@ class Records:
     def forget(self, key: str) -> None:
         """Drop the record of a key."""
         self._cursor.execute(_DELETE, (key,))
+
+    def page(self, prefix: str, *, after: str, limit: int) -> tuple[list[DataRecord], str | None]:
+        """Return the next records by key that can be read, and the last key looked at; None: there are no more."""
+        rows = self._cursor.execute(_PAGE, (prefix, after, limit)).fetchall()
+        rows_with_prefix = [row for row in rows if row[0].startswith(prefix)]
+        records = list[DataRecord]()
+        for row in rows_with_prefix:
+            with contextlib.suppress(IdempotencyInvalidStatusError):
+                records.append(_record(*row))
+        return records, rows[-1][0] if len(rows_with_prefix) == limit else None
+
+    def purge(self, limit: int) -> int:
+        """Remove some records that have expired; return how many."""
+        return self._cursor.execute(_PURGE, (int(self._now), limit)).rowcount
 
     def finish(self) -> None:
         """Write what is owed once per transaction: the highest fence, and the removal of a few expired records.

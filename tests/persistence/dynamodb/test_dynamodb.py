@@ -15,7 +15,7 @@ from aidem.exceptions import (
 from aidem.persistence import PersistenceLayer, open_persistence_layer
 from aidem.persistence._stored import NOT_A_TEXT
 from aidem.persistence.dynamodb import DynamoDBPersistenceLayer
-from aidem.testing import FakeClock, TakeOverConformance, claim_of, completed_of
+from aidem.testing import FakeClock, ScanConformance, TakeOverConformance, claim_of, completed_of
 from tests.support.aws_servers import EMULATORS, Database
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(60, func_only=True)]
@@ -39,7 +39,7 @@ OTHER_NAMES: dict[str, Any] = {
 NOW = 1_800_000_000.0
 
 
-class TestConformance(TakeOverConformance):
+class TestConformance(TakeOverConformance, ScanConformance):
     adds_clock_skew = True
 
     @pytest.fixture(autouse=True)
@@ -51,7 +51,7 @@ class TestConformance(TakeOverConformance):
 
 
 @pytest.mark.parametrize("database", EMULATORS[-1:], indirect=True)
-class TestConformanceUnderACompositeKeyAndOtherNames(TakeOverConformance):
+class TestConformanceUnderACompositeKeyAndOtherNames(TakeOverConformance, ScanConformance):
     adds_clock_skew = True
 
     @pytest.fixture(autouse=True)
@@ -342,3 +342,23 @@ async def test_a_result_too_large_for_an_item_is_not_a_second_run(
 def test_a_url_names_a_table(table: str) -> None:
     layer = open_persistence_layer(f"dynamodb://{table}")
     assert isinstance(layer, DynamoDBPersistenceLayer)
+
+
+async def test_items_of_others_in_the_table_are_not_listed(
+    layer: DynamoDBPersistenceLayer, database: Database, table: str
+) -> None:
+    record = await claimed(layer)
+    database.put(table, id={"S": "order 7"}, total={"N": "42"})
+    database.put(table, id={"S": "order 8"}, status={"S": "SHIPPED"})
+    assert [found async for found in layer.scan()] == [record]
+
+
+async def test_only_records_under_the_partition_value_are_listed(database: Database) -> None:
+    table = database.create_table("pk", "sk")
+    ours, theirs = (
+        DynamoDBPersistenceLayer(table, key_attr="pk", sort_key_attr="sk", static_pk_value=value)
+        for value in ("ours", "theirs")
+    )
+    record = await claimed(ours)
+    await claimed(theirs)
+    assert [found async for found in ours.scan()] == [record]

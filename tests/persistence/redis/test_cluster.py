@@ -20,7 +20,7 @@ from aidem._rules.lifecycle import Blocked
 from aidem.exceptions import IdempotencyPersistenceConfigError, IdempotencyPersistenceConnectionError
 from aidem.persistence import PersistenceLayer, open_persistence_layer
 from aidem.persistence.redis import RedisPersistenceLayer
-from aidem.testing import FakeClock, TakeOverConformance
+from aidem.testing import FakeClock, ScanConformance, TakeOverConformance
 from tests.support.processes.harness import Fleet, Orders
 from tests.support.processes.log import (
     check_late_owners_changed_nothing,
@@ -80,7 +80,7 @@ async def until_connections(nodes: list[RedisServer], name: str, counts: list[in
     await until(has_happened)
 
 
-class TestConformance(TakeOverConformance):
+class TestConformance(TakeOverConformance, ScanConformance):
     pytestmark: ClassVar = [*TakeOverConformance.pytestmark, pytest.mark.server]
     nodes: list[RedisServer]
 

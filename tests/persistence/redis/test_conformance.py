@@ -8,13 +8,13 @@ from redis.asyncio import Redis
 
 from aidem.persistence import PersistenceLayer
 from aidem.persistence.redis import RedisPersistenceLayer
-from aidem.testing import FakeClock, TakeOverConformance
+from aidem.testing import FakeClock, ScanConformance, TakeOverConformance
 from tests.support.servers import RedisServer, started
 
 pytestmark = pytest.mark.server
 
 
-class JudgedByAClock(TakeOverConformance):
+class JudgedByAClock(TakeOverConformance, ScanConformance):
     """Judged by the clock that the layer was given."""
 
     kind: ClassVar[str]
@@ -45,7 +45,7 @@ class TestWithoutPowertools(JudgedByAClock):
     options: ClassVar[dict[str, bool]] = {"shared_with_powertools": False}
 
 
-class TestServerClock(TakeOverConformance):
+class TestServerClock(TakeOverConformance, ScanConformance):
     """Judged by the clock of the server, which stands about still until the test moves it."""
 
     running: ClassVar[RedisServer]

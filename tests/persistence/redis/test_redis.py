@@ -16,6 +16,7 @@ from aidem._rules.record import OutcomeKind, RecordStatus
 from aidem.exceptions import (
     IdempotencyInvalidStatusError,
     IdempotencyPersistenceConfigError,
+    IdempotencyPersistenceConnectionError,
     IdempotencyPersistenceLayerError,
     IdempotencySerializationError,
 )
@@ -24,7 +25,7 @@ from aidem.persistence import PersistenceLayer, SupportsWaitForChange
 from aidem.persistence._stored import NOT_A_TEXT
 from aidem.persistence.redis import MAX_RECORD_BYTES, RedisCachePersistenceLayer, RedisPersistenceLayer
 from aidem.testing import FakeClock, claim_of, completed_of
-from tests.support.redis import acquired, claimed, client_of, completed, stored, taken_over
+from tests.support.redis import acquired, claimed, client_of, completed, fake_server, stored, taken_over
 from tests.support.servers import RedisServer, started
 
 pytestmark = pytest.mark.server
@@ -642,3 +643,51 @@ def test_what_is_set_on_a_layer_by_mistake_is_refused(server: RedisServer) -> No
     layer: Any = RedisPersistenceLayer(server.url)
     with pytest.raises(AttributeError, match="client"):
         layer.client = NotAClient()
+
+
+# --- Listing ----------------------------------------------------------------------------------------------------------
+
+
+async def test_what_is_no_record_of_ours_is_not_listed(layer: RedisPersistenceLayer, client: Any) -> None:
+    record = await claimed(layer, "pay#1")
+    later = json.dumps({"status": "LATER"})
+    texts = {
+        "pay#2": "no json",
+        "pay#3": "{}",
+        "pay#4": later,
+        "pay": lapsed(),
+        "pay#5:lock": "aidem",
+    }
+    for key, text in texts.items():
+        await client.set(key, text)
+    await client.hset("pay#6", "status", "INPROGRESS")
+    await client.lpush("pay#7", lapsed())
+    await client.set(b"pay#\xff", lapsed())
+    assert [found async for found in layer.scan()] == [record]
+
+
+async def test_a_server_that_is_lost_while_it_is_listed_is_told() -> None:
+    def answer(command: list[bytes]) -> bytes | None:
+        return b"*2\r\n$1\r\n0\r\n*1\r\n$3\r\na#1\r\n" if command[0] == b"SCAN" else b"-OOM no memory\r\n"
+
+    async with fake_server(answer) as fake:
+        layer = RedisPersistenceLayer(fake.url)
+        with pytest.raises(IdempotencyPersistenceConnectionError, match="out of memory"):
+            [record async for record in layer.scan()]
+        await layer.aclose()
+
+
+async def test_a_key_that_the_server_names_twice_is_listed_once() -> None:
+    cursors = iter([b"1", b"0"])
+
+    def answer(command: list[bytes]) -> bytes | None:
+        if command[0] == b"SCAN":
+            return b"*2\r\n$1\r\n" + next(cursors) + b"\r\n*2\r\n$3\r\na#1\r\n$3\r\na#1\r\n"
+        text = lapsed().encode()
+        return b"$%d\r\n%s\r\n" % (len(text), text)
+
+    async with fake_server(answer) as fake:
+        layer = RedisPersistenceLayer(fake.url)
+        assert [record.idempotency_key async for record in layer.scan()] == ["a#1"]
+        assert [command[0] for command in fake.commands].count(b"SCAN") == 2
+        await layer.aclose()

@@ -22,7 +22,7 @@ from aidem.persistence import PersistenceLayer, open_persistence_layer
 from aidem.persistence.redis import RedisPersistenceLayer
 from aidem.persistence.redis._command import pack
 from aidem.persistence.redis._urls import sentinels_of_url
-from aidem.testing import FakeClock, TakeOverConformance
+from aidem.testing import FakeClock, ScanConformance, TakeOverConformance
 from tests.support.redis import FORKING, FakeServer, claimed, completed, fake_server, no_complaints, until
 from tests.support.redis_clusters import SERVICE, Watched, told, watched
 
@@ -37,7 +37,7 @@ def service(request: pytest.FixtureRequest) -> Iterator[Watched]:
         yield service
 
 
-class TestConformance(TakeOverConformance):
+class TestConformance(TakeOverConformance, ScanConformance):
     pytestmark: ClassVar = [*TakeOverConformance.pytestmark, pytest.mark.server]
     service: Watched
 
