@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from benchmarks._rows import Row
 
 AIOSQLITE, BARE, THOUSAND = "aiosqlite", "sqlite3, blocking", "a thousand records"
-SCHEMA = tuple(statement for step in _records.SCHEMA_STEPS for statement in step)
+SCHEMA = tuple(statement for step in _records.Tables("").schema_steps for statement in step)
 DURABLE = ("PRAGMA journal_mode = WAL", "PRAGMA synchronous = FULL")
 
 INSERT = "INSERT INTO records VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, NULL)"

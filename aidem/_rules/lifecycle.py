@@ -164,6 +164,14 @@ def acquire(
     return Blocked(found, now)
 
 
+def acquire_held(found: DataRecord | None) -> Blocked | None:
+    """Decide a request for a claim while a transaction holds the record; None: no claim is there to wait for.
+
+    A claim counts as running then, lapsed or expired: the transaction may yet complete it.
+    """
+    return Blocked(found) if found is not None and found.status is RecordStatus.INPROGRESS else None
+
+
 def complete(found: DataRecord | None, record: DataRecord, *, now: float) -> Completion:
     """Decide a completion: it must not change a foreign record, nor another outcome of ours."""
     if found is None or is_expired(found, now=now) or is_held_by(found, record.owner):
@@ -199,6 +207,7 @@ def taken_over(
     proposed: DataRecord,
     *,
     now: float,
+    proposed_at: float | None = None,
     max_clock_skew_seconds: float = 0.0,
     force: bool = False,
     last_fence: int = 0,
@@ -213,6 +222,7 @@ def taken_over(
         found: The claim that is to be taken over, as it was read before; its owner and its fence name it.
         proposed: The claim to store in its place; its fence is set here.
         now: Epoch seconds.
+        proposed_at: See `acquire`.
         max_clock_skew_seconds: Added to the lease.
         force: Whether to take over a claim whose lease has not passed.
         last_fence: See `acquire`.
@@ -225,7 +235,11 @@ def taken_over(
         return None
     end = lease_end(stored)
     has_passed = end is not None and end < milliseconds(now - max_clock_skew_seconds)
-    return _fenced(proposed, stored, now=now, last_fence=last_fence) if has_passed or force else None
+    if not (has_passed or force):
+        return None
+    if proposed_at is not None:
+        proposed = shifted(proposed, seconds=now - proposed_at)
+    return _fenced(proposed, stored, now=now, last_fence=last_fence)
 
 
 def _fenced(proposed: DataRecord, found: DataRecord | None, *, now: float, last_fence: int) -> DataRecord:

@@ -77,10 +77,9 @@ class MemoryPersistenceLayer(OpenedByAsyncWith):
         key = record.idempotency_key
         with self._guard.lock:
             own_now = self.clock()
-            proposed = lifecycle.shifted(record, seconds=own_now - now)
             stored = self._records.get(key)
             answer = lifecycle.taken_over(
-                stored, found, proposed, now=own_now, force=force, last_fence=self._last_fence
+                stored, found, record, now=own_now, proposed_at=now, force=force, last_fence=self._last_fence
             )
             if answer is not None:
                 self._records[key] = answer

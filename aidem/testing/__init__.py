@@ -10,10 +10,18 @@ from aidem.testing._clock import FakeClock
 from aidem.testing._conformance import PersistenceLayerConformance
 from aidem.testing._scan import PurgeConformance, ScanConformance
 from aidem.testing._take_over import TakeOverConformance
+from aidem.testing._transactions import (
+    CompletionInTransactionConformance,
+    CompletionItemConformance,
+    OpenTransaction,
+)
 from aidem.testing._trial import Trial, claim_of, completed_of
 
 __all__ = [
+    "CompletionInTransactionConformance",
+    "CompletionItemConformance",
     "FakeClock",
+    "OpenTransaction",
     "PersistenceLayerConformance",
     "PurgeConformance",
     "ScanConformance",

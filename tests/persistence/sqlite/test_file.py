@@ -150,7 +150,7 @@ async def test_a_file_of_an_earlier_aidem_keeps_its_records_and_gets_the_columns
         path,
         f"PRAGMA application_id = {_file.APPLICATION_ID}",
         "PRAGMA user_version = 1",
-        *_records.SCHEMA_STEPS[0],
+        *_records.Tables("").schema_steps[0],
         "INSERT INTO records (id, status, fence) VALUES ('old', 'COMPLETED', 7)",
     )
     for _opened in ("first", "again"):
