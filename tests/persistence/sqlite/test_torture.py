@@ -17,7 +17,7 @@ import aidem
 
 WORKER = Path(__file__).parents[2] / "support" / "paying_worker.py"
 WORKERS = 4
-KEYS = 80
+KEYS = 50
 MAX_LIVES = 400
 
 
