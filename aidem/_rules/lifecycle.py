@@ -139,6 +139,7 @@ def acquire(
     proposed: DataRecord,
     *,
     now: float,
+    proposed_at: float | None = None,
     max_clock_skew_seconds: float = 0.0,
     last_fence: int = 0,
 ) -> Claimed | Blocked:
@@ -148,9 +149,12 @@ def acquire(
         found: The record in the store.
         proposed: The claim to store; its fence is set here.
         now: Epoch seconds.
+        proposed_at: Epoch seconds by the caller's clock, from which the instants of `proposed` count; None: `now`.
         max_clock_skew_seconds: Added to a foreign lease before it may be taken over.
         last_fence: The highest fence the store has given out, if it knows; the new one is higher.
     """
+    if proposed_at is not None:
+        proposed = shifted(proposed, seconds=now - proposed_at)
     if found is None or is_expired(found, now=now):
         return Claimed(_fenced(proposed, found, now=now, last_fence=last_fence))
     if is_held_by(found, proposed.owner):
@@ -158,6 +162,14 @@ def acquire(
     if is_lapsed(found, now=now, max_clock_skew_seconds=max_clock_skew_seconds):
         return Claimed(_fenced(proposed, found, now=now, last_fence=last_fence), taken_over=True)
     return Blocked(found, now)
+
+
+def acquire_held(found: DataRecord | None) -> Blocked | None:
+    """Decide a request for a claim while a transaction holds the record; None: no claim is there to wait for.
+
+    A claim counts as running then, lapsed or expired: the transaction may yet complete it.
+    """
+    return Blocked(found) if found is not None and found.status is RecordStatus.INPROGRESS else None
 
 
 def complete(found: DataRecord | None, record: DataRecord, *, now: float) -> Completion:
@@ -189,6 +201,47 @@ def renewed(found: DataRecord | None, record: DataRecord) -> DataRecord | None:
     )
 
 
+def taken_over(
+    stored: DataRecord | None,
+    found: DataRecord,
+    proposed: DataRecord,
+    *,
+    now: float,
+    proposed_at: float | None = None,
+    max_clock_skew_seconds: float = 0.0,
+    force: bool = False,
+    last_fence: int = 0,
+) -> DataRecord | None:
+    """Return what is stored after the claim `found` was taken over to resolve it; None: nothing changes.
+
+    Unlike `acquire` this takes over one claim and no other, and also one that must not be taken over to run again: so
+    a request that arrives late, when that claim is gone, takes nothing.
+
+    Args:
+        stored: The record in the store.
+        found: The claim that is to be taken over, as it was read before; its owner and its fence name it.
+        proposed: The claim to store in its place; its fence is set here.
+        now: Epoch seconds.
+        proposed_at: See `acquire`.
+        max_clock_skew_seconds: Added to the lease.
+        force: Whether to take over a claim whose lease has not passed.
+        last_fence: See `acquire`.
+    """
+    if stored is None or stored.status is not RecordStatus.INPROGRESS or is_expired(stored, now=now):
+        return None
+    if is_held_by(stored, proposed.owner):
+        return stored  # our own write, whose reply was lost
+    if (stored.owner, stored.fence) != (found.owner, found.fence):
+        return None
+    end = lease_end(stored)
+    has_passed = end is not None and end < milliseconds(now - max_clock_skew_seconds)
+    if not (has_passed or force):
+        return None
+    if proposed_at is not None:
+        proposed = shifted(proposed, seconds=now - proposed_at)
+    return _fenced(proposed, stored, now=now, last_fence=last_fence)
+
+
 def _fenced(proposed: DataRecord, found: DataRecord | None, *, now: float, last_fence: int) -> DataRecord:
     fence = milliseconds(now)
     if found is not None:
@@ -203,6 +256,7 @@ def _fenced(proposed: DataRecord, found: DataRecord | None, *, now: float, last_
         sort_key=proposed.sort_key,
         owner=proposed.owner,
         fence=max(fence, last_fence + 1),
+        note=proposed.note,
     )
 
 
@@ -295,6 +349,7 @@ def completed(
         sort_key=claimed.sort_key,
         owner=claimed.owner,
         fence=claimed.fence,
+        note=claimed.note,
     )
 
 
