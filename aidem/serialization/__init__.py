@@ -22,7 +22,7 @@ from aidem.serialization._annotations import name_of, parts, return_annotation
 from aidem.serialization._dataclasses import AnnotationSerializer, DataclassSerializer
 from aidem.serialization._losses import are_equal, lost
 from aidem.serialization._pydantic import PydanticSerializer, is_pydantic
-from aidem.serialization._shapes import lenient_rebuilder, names_more_than_json
+from aidem.serialization._rebuilders import lenient_rebuilder, names_more_than_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable

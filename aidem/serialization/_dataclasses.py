@@ -7,20 +7,15 @@ import datetime
 from typing import TYPE_CHECKING, Any, Self, cast
 
 from aidem._rules.canonical_json import is_dict, plain
-from aidem.exceptions import (
-    IdempotencyModelTypeError,
-    IdempotencyNoSerializationModelError,
-    IdempotencySerializationError,
-)
-from aidem.serialization._annotations import declared_by, parts
+from aidem.exceptions import IdempotencyModelTypeError
+from aidem.serialization._annotations import declared_by, parts, required
 from aidem.serialization._pydantic import is_pydantic, serializer_of
-from aidem.serialization._rebuild import MisfitError, bytes_text, duration_text
-from aidem.serialization._shapes import rebuilder
+from aidem.serialization._rebuilders import bytes_text, duration_text, rebuilder
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from aidem.serialization._rebuild import Build
+    from aidem.serialization._rebuilders import Build
 
 
 class AnnotationSerializer:
@@ -45,10 +40,7 @@ class AnnotationSerializer:
         Raises:
             IdempotencySerializationError: The data does not fit the model.
         """
-        try:
-            return self._rebuild(data)
-        except MisfitError as misfit:
-            raise IdempotencySerializationError(f"the stored result does not fit the model: {misfit}") from misfit.cause
+        return self._rebuild(data)
 
 
 class DataclassSerializer(AnnotationSerializer):
@@ -65,13 +57,12 @@ class DataclassSerializer(AnnotationSerializer):
 
     @classmethod
     def instantiate(cls, model_type: Any) -> Self:
-        """Make a serializer for a return annotation; None: there is none."""
-        if model_type is None:
-            raise IdempotencyNoSerializationModelError(
-                "DataclassSerializer takes its model from the return annotation, and the function has none; "
-                "annotate it, or pass DataclassSerializer(Model)"
-            )
-        return cls(model_type)
+        """Make a serializer for a return annotation; None: the function has none.
+
+        Raises:
+            IdempotencyNoSerializationModelError: The function has no return annotation.
+        """
+        return cls(required(model_type, by=cls))
 
 
 def _dump(value: object) -> Any:

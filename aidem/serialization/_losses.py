@@ -1,7 +1,11 @@
-"""What a round trip through JSON loses of a result, found by comparing the result with what a replay will return.
+"""The parts of a result that a replay would not return, found by comparing the result with the rebuilt one.
 
-What a class itself keeps out of its dump is no loss: excluded and computed fields, private attributes, cached
-properties. Neither is a conversion that the annotation asks for, nor the JSON form of what it does not name.
+Parts that a class itself keeps out of its dump are not lost: excluded and computed fields, private attributes, cached
+properties. Neither are a conversion that the annotation asks for, and the JSON form of a value that it does not name.
+
+`aidem._rules.model_dump` also walks a value beside another one, but not the same two: a model and its JSON dump, whose
+fields have aliases and whose keys are texts in the same order. It returns the dump with marks in it; here the path to
+the first loss is returned. Only the few lines about arrays are alike, so the two walks share no code.
 """
 
 from __future__ import annotations
@@ -205,6 +209,7 @@ def _outside(cls: type, names: dict[str, Any]) -> tuple[str, ...]:
     return tuple(name for name in names if name in on_class or isinstance(getattr(cls, name, None), is_slot))
 
 
+# Not as decorators: mypy then takes a class for unhashable.
 _is_single: Final[Callable[[type], bool]] = lru_cache(maxsize=1024)(_find_out_if_single)
 _fields_of: Final[Callable[[type], _Fields | None]] = lru_cache(maxsize=1024)(_find_fields)
 
