@@ -200,16 +200,11 @@ def default_persistence_store() -> PersistenceLayer:
     url = os.environ.get("AIDEM_PERSISTENCE", "")
     opened = _defaults.from_environment
     if opened is None or opened[0] != url:
-        opened = _open_once(url)
+        with _opening.lock:  # two threads with a layer each would not see each other's records in memory
+            opened = _defaults.from_environment
+            if opened is None or opened[0] != url:
+                opened = _defaults.from_environment = (url, _open(url))
     return opened[1]
-
-
-def _open_once(url: str) -> tuple[str, PersistenceLayer]:
-    with _opening.lock:  # two threads with a layer each would not see each other's records, where those are in memory
-        opened = _defaults.from_environment
-        if opened is None or opened[0] != url:
-            opened = _defaults.from_environment = (url, _open(url))
-        return opened
 
 
 def _open(url: str) -> PersistenceLayer:

@@ -45,19 +45,15 @@ def prepare(payload: Any) -> Any:
     if type(payload) in _JSON_TYPES or isinstance(payload, type):
         return payload
     try:
-        return _prepared(payload)
+        if hasattr(payload, "__dataclass_fields__"):
+            return dataclasses.asdict(payload)
+        if callable(getattr(payload, "model_dump", None)):
+            return dump_model(payload)
+        if callable(as_dict := getattr(payload, "dict", None)):
+            return as_dict()
+        return getattr(payload, "raw_event", payload)
     except Exception as error:
         raise _refused(explain(payload, error)) from error
-
-
-def _prepared(payload: Any) -> Any:
-    if hasattr(payload, "__dataclass_fields__"):
-        return dataclasses.asdict(payload)
-    if callable(getattr(payload, "model_dump", None)):
-        return dump_model(payload)
-    if callable(as_dict := getattr(payload, "dict", None)):
-        return as_dict()
-    return getattr(payload, "raw_event", payload)
 
 
 def is_missing(selected: Any) -> bool:

@@ -18,7 +18,7 @@ import logging
 import math
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeGuard, cast
+from typing import TYPE_CHECKING, Any, Final, TypeAlias, cast
 
 from aidem._checks import kind_of, refused
 from aidem.config import current_lambda_context, default_config
@@ -75,7 +75,8 @@ async def process_batch(
         TypeError: The handler is not an async function of one record.
     """
     _check(record_handler, max_concurrency=max_concurrency, time_reserve_seconds=time_reserve_seconds)
-    items = _items_of(event)
+    rows = _rows_of(event)
+    records = sum(map(len, rows))
     batch = _Batch(
         record_handler=record_handler,
         time_reserve_seconds=time_reserve_seconds,
@@ -83,25 +84,23 @@ async def process_batch(
         slots=asyncio.Semaphore(max_concurrency),
         is_interrupted=_cancellation_of_this_task(),
     )
-    rows = _rows_of(items)
     await batch.run(rows)
     if (not_run := sum(map(len, rows)) - batch.failures) > 0:
         logger.warning(
             "%d of %d records were not run: one before them failed, or the invocation is about to end",
             not_run,
-            len(items),
+            records,
         )
     return {"batchItemFailures": [{"itemIdentifier": name} for row in rows for name in _reported(row)]}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Item:
-    """A record, how it is called in the response, and the row it stands in."""
+    """A record, and what it is called in the response."""
 
     record: Record
     source: str
     identifier: str
-    row: Hashable
 
 
 @dataclass(slots=True, kw_only=True)
@@ -174,19 +173,20 @@ def _reported(row: list[_Item]) -> list[str]:
 # --- The event --------------------------------------------------------------------------------------------------------
 
 
-def _items_of(event: object) -> list[_Item]:
-    records = _member(event, "Records")
-    if not _is_list(records):
+def _rows_of(event: object) -> list[list[_Item]]:
+    found = _member(event, "Records")
+    if not isinstance(found, list):
         raise _no_batch("it has no list of `Records`")
-    return [_item_of(record, place) for place, record in enumerate(records)]
-
-
-def _item_of(record: Any, place: int) -> _Item:
-    source = _text_at(record, "eventSource", place=place)
-    if source not in IDENTIFIERS:
-        raise _no_batch(f"`Records[{place}].eventSource` is none of {', '.join(IDENTIFIERS)}")
-    identifier = _text_at(record, *IDENTIFIERS[source], place=place)
-    return _Item(record=record, source=source, identifier=identifier, row=_row_of(record, source, place))
+    records: list[Any] = found
+    rows: dict[Hashable, list[_Item]] = {}
+    for place, record in enumerate(records):
+        source = _text_at(record, "eventSource", place=place)
+        if source not in IDENTIFIERS:
+            raise _no_batch(f"`Records[{place}].eventSource` is none of {', '.join(IDENTIFIERS)}")
+        identifier = _text_at(record, *IDENTIFIERS[source], place=place)
+        row = rows.setdefault(_row_of(record, source, place), [])
+        row.append(_Item(record=record, source=source, identifier=identifier))
+    return list(rows.values())
 
 
 def _row_of(record: Record, source: str, place: int) -> Hashable:
@@ -196,13 +196,6 @@ def _row_of(record: Record, source: str, place: int) -> Hashable:
     if _text_at(record, "eventSourceARN", place=place).endswith(".fifo"):
         return _text_at(record, "attributes", "MessageGroupId", place=place)
     return place
-
-
-def _rows_of(items: list[_Item]) -> list[list[_Item]]:
-    rows: dict[Hashable, list[_Item]] = {}
-    for item in items:
-        rows.setdefault(item.row, []).append(item)
-    return list(rows.values())
 
 
 def _text_at(record: Any, *path: str, place: int) -> str:
@@ -215,15 +208,7 @@ def _text_at(record: Any, *path: str, place: int) -> str:
 
 
 def _member(value: Any, name: str) -> Any:
-    return value.get(name) if _is_mapping(value) else None
-
-
-def _is_mapping(value: object) -> TypeGuard[Mapping[str, Any]]:
-    return isinstance(value, Mapping)
-
-
-def _is_list(value: object) -> TypeGuard[list[Any]]:
-    return isinstance(value, list)
+    return cast("Mapping[str, Any]", value).get(name) if isinstance(value, Mapping) else None
 
 
 def _no_batch(reason: str) -> IdempotencyUsageError:

@@ -166,7 +166,7 @@ class _Fields(NamedTuple):
 
     Attributes:
         named: What the annotation of each field says.
-        by_alias: The name of a field by its alias.
+        by_alias: The names of fields by the other names that they have in data.
         left_out: Fields that its dump does not contain.
         outside: Fields that its instances do not keep in their `__dict__`: in slots, or as an attribute of the class.
     """
@@ -182,7 +182,12 @@ def _find_fields(cls: type) -> _Fields | None:
         fields: dict[str, Any] = vars(cls).get("__pydantic_fields__", {})  # BaseModel itself has none
         return _Fields(
             {name: _Named(declared_by(field.annotation)) for name, field in fields.items()},
-            {alias: name for name, field in fields.items() for alias in _aliases_of(field)},
+            {
+                alias: name
+                for name, field in fields.items()
+                for alias in (field.alias, *getattr(field.validation_alias, "choices", [field.validation_alias]))
+                if isinstance(alias, str)  # a path into the data is no name
+            },
             frozenset(name for name, field in fields.items() if field.exclude or getattr(field, "exclude_if", None)),
             _outside(cls, fields),
         )
@@ -194,12 +199,6 @@ def _find_fields(cls: type) -> _Fields | None:
         annotations = dict.fromkeys((field.name for field in dataclasses.fields(cls)), Any)
     named = {name: _Named(declared_by(annotation)) for name, annotation in annotations.items()}
     return _Fields(named, {}, frozenset(), _outside(cls, named))
-
-
-def _aliases_of(field: Any) -> list[str]:
-    """Return the other names that a field has in data; a path into the data is none."""
-    aliases = [field.alias, *getattr(field.validation_alias, "choices", [field.validation_alias])]
-    return [alias for alias in aliases if isinstance(alias, str)]
 
 
 def _outside(cls: type, names: dict[str, Any]) -> tuple[str, ...]:

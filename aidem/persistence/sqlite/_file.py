@@ -167,9 +167,8 @@ class DatabaseFile:
         frames hold the futures of all callers, which hold the error.
         """
         if isinstance(error, sqlite3.Error):
-            kind, advice = _MEANINGS.get(
-                _code(error), (IdempotencyPersistenceLayerError, f"SQLite failed with {_name(error)}")
-            )
+            name = getattr(error, "sqlite_errorname", type(error).__name__)
+            kind, advice = _MEANINGS.get(_code(error), (IdempotencyPersistenceLayerError, f"SQLite failed with {name}"))
             own: Exception = kind(f"{self.path}: {advice}")
         elif isinstance(error, (IdempotencyPersistenceConfigError, IdempotencyPersistenceConnectionError)):
             own = type(error)(str(error))
@@ -238,9 +237,6 @@ class DatabaseFile:
         connection.execute("PRAGMA fullfsync = ON")  # macOS: fsync alone does not reach the disk
         # Claims of a large file touch pages all over it: the more of them gather in the log, the less is written twice.
         connection.execute(f"PRAGMA wal_autocheckpoint = {PAGES_IN_LOG}")
-        self._make_schema(connection)
-
-    def _make_schema(self, connection: sqlite3.Connection) -> None:
         connection.execute("BEGIN IMMEDIATE")
         is_empty = self._is_empty(connection)
         connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")  # fails if the file must not be written
@@ -249,6 +245,11 @@ class DatabaseFile:
             for statement in SCHEMA:
                 connection.execute(statement)
         connection.execute("COMMIT" if is_empty else "ROLLBACK")
+
+    def _switch_to_wal(self, connection: sqlite3.Connection) -> None:
+        (mode,) = connection.execute("PRAGMA journal_mode = WAL").fetchone()
+        if mode != "wal":
+            raise self._refusal("its file system does not support a write-ahead log; use a local disk")
 
     def _refuse_swapped(self, connection: sqlite3.Connection) -> None:
         """Find out what SQLite has opened: it resolves a symbolic link that was put there after we looked."""
@@ -266,11 +267,6 @@ class DatabaseFile:
         if version != SCHEMA_VERSION:
             raise self._refusal(f"it was made by a newer aidem (schema {version}); upgrade aidem, or give another path")
         return False
-
-    def _switch_to_wal(self, connection: sqlite3.Connection) -> None:
-        (mode,) = connection.execute("PRAGMA journal_mode = WAL").fetchone()
-        if mode != "wal":
-            raise self._refusal("its file system does not support a write-ahead log; use a local disk")
 
     def _unusable(self, error: OSError) -> IdempotencyPersistenceLayerError:
         if error.errno in _TRANSIENT:
@@ -291,7 +287,3 @@ def _identity(status: os.stat_result) -> tuple[int, int]:
 
 def _code(error: sqlite3.Error) -> int:
     return getattr(error, "sqlite_errorcode", 0) & 0xFF  # the higher bits tell details
-
-
-def _name(error: sqlite3.Error) -> str:
-    return getattr(error, "sqlite_errorname", type(error).__name__)

@@ -132,23 +132,20 @@ class Records:
             self._cursor.execute(_PURGE, (int(self._now), PURGED_PER_CLAIM * self._claims))
 
     def _store(self, record: DataRecord) -> None:
-        self._cursor.execute(_UPSERT, _row(record))
+        row = (
+            record.idempotency_key,
+            record.expiry_timestamp,
+            record.in_progress_expiry_timestamp,
+            record.status.value,  # SQLite takes a plain str without asking how to adapt it
+            record.response_data,
+            record.payload_hash or None,
+            record.owner,
+            record.fence,
+            record.lease_expiry_timestamp,
+            None if record.outcome is None else record.outcome.value,
+        )
+        self._cursor.execute(_UPSERT, row)
         self._last_fence = max(self._last_fence, record.fence)
-
-
-def _row(record: DataRecord) -> tuple[str | int | None, ...]:
-    return (
-        record.idempotency_key,
-        record.expiry_timestamp,
-        record.in_progress_expiry_timestamp,
-        record.status.value,  # SQLite takes a plain str without asking how to adapt it
-        record.response_data,
-        record.payload_hash or None,
-        record.owner,
-        record.fence,
-        record.lease_expiry_timestamp,
-        None if record.outcome is None else record.outcome.value,
-    )
 
 
 def _record(  # noqa: PLR0917 - the columns, in their order
