@@ -175,9 +175,9 @@ class CancellationShield:
 
 
 async def _outlast(future: UncancellableFuture[Any]) -> None:
-    # A scope of anyio can be around this task only if anyio is loaded: not loading it makes imports shorter.
-    anyio: Any = sys.modules.get("anyio")
-    with nullcontext() if anyio is None else anyio.CancelScope(shield=True):
+    # A scope of anyio can be around this task only if anyio is loaded, and not while another thread still loads it.
+    scope: Any = getattr(sys.modules.get("anyio"), "CancelScope", None)
+    with nullcontext() if scope is None else scope(shield=True):
         try:
             await future
         except asyncio.CancelledError:
