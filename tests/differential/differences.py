@@ -131,8 +131,7 @@ INTENDED = (
     ),
     Intended(
         "first-result",
-        "A result that JSON changes: a tuple, a Decimal, keys that are numbers, a dataclass "
-        "without annotation",
+        "A result that JSON changes: a tuple, a Decimal, keys that are numbers, a dataclass without annotation",
         "The first call returns it as it is, a replay what JSON makes of it.",
         "Both return the type in the return annotation, such as `-> Decimal`; without one, the JSON value.",
         "Code that works with the first result should not fail on a retry.",
