@@ -83,7 +83,7 @@ def idempotency(
 
 SWALLOWED = (
     "the function that run() called has failed, and the block swallowed its exception without setting a result; let "
-    "the exception out, so that the key is given back, or set `execution.result`"
+    "the exception out, so that the key is released, or set `execution.result`"
 )
 
 

@@ -1,4 +1,4 @@
-"""Results that are rebuilt by their annotation: dataclasses, and the types of the standard library."""
+"""Serializers that rebuild results by an annotation of dataclasses and types of the standard library."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class AnnotationSerializer:
     """Rebuilds results by an annotation.
 
     Args:
-        annotation: What the function returns.
-        rebuild: Rebuilds it from JSON data.
+        annotation: The return annotation of the function.
+        rebuild: Rebuilds a value of it from JSON data.
     """
 
     def __init__(self, annotation: Any, rebuild: Build) -> None:
@@ -46,8 +46,11 @@ class AnnotationSerializer:
 class DataclassSerializer(AnnotationSerializer):
     """Rebuilds results by a dataclass, or an annotation that contains one: `list[Order]`, `Order | None`.
 
+    Args:
+        model: The dataclass or annotation.
+
     Raises:
-        IdempotencyModelTypeError: The annotation holds no dataclass, or something that cannot be rebuilt from JSON.
+        IdempotencyModelTypeError: The annotation contains no dataclass, or a type that cannot be rebuilt from JSON.
     """
 
     def __init__(self, model: Any) -> None:

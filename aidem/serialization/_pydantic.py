@@ -1,4 +1,4 @@
-"""Results that are pydantic models. pydantic itself is imported only when a serializer is made."""
+"""The serializer for pydantic models. pydantic is imported only when a serializer is made."""
 
 from __future__ import annotations
 
@@ -26,8 +26,11 @@ _SHOWN_FAULTS = 5
 class PydanticSerializer:
     """Rebuilds results by a pydantic model, or any annotation that pydantic understands: `list[Order]`, `Order | None`.
 
-    What is stored goes by field name and without computed fields; aliases and computed fields are understood when it is
-    read, so results that AWS Powertools stored are too.
+    Results are stored by field name and without computed fields. Aliases and computed fields are accepted when a result
+    is read, so results that AWS Powertools stored can be replayed.
+
+    Args:
+        model: The pydantic model or annotation.
 
     Raises:
         IdempotencyModelTypeError: pydantic cannot handle the annotation.
