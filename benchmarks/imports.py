@@ -17,6 +17,7 @@ POWERTOOLS = "Powertools' idempotency"
 OPTIONAL = {
     "aioboto3",
     "aiobotocore",
+    "anyio",
     "boto3",
     "botocore",
     "fastapi",
