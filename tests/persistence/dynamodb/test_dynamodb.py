@@ -437,7 +437,7 @@ async def test_a_call_is_completed_among_the_writes_of_its_own_request(
         database.put(payments, id={"S": "o-1"})
 
     @idempotent_function(persistence_store=layer)
-    async def pay(order: str) -> None:
+    async def pay(order: str) -> Any:
         update = await current_execution().completion_item({"paid": order})
         assert update is not None
         put = {"TableName": payments, "Item": {"id": {"S": order}}, "ConditionExpression": "attribute_not_exists(id)"}
