@@ -1,4 +1,4 @@
-"""Observing: what happened to a call, told to the objects in `IdempotencyConfig.hooks`."""
+"""Events of calls, passed to the objects in `IdempotencyConfig.hooks`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ logger = logging.getLogger("aidem")
 
 
 class EventKind(StrEnum):
-    """What happened."""
+    """The kind of an event; docs/observing.md describes each."""
 
     EXECUTED = "executed"
     REPLAYED = "replayed"
@@ -31,16 +31,16 @@ class EventKind(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IdempotencyEvent:
-    """One thing that happened to one call.
+    """One event of one call.
 
     Attributes:
-        kind: What happened.
-        key: The idempotency key; `""` where the call has none.
-        function: Module and qualified name of the function; of a block or the HTTP layer, `the block` or
-            `the HTTP layer` and its key prefix.
-        fence: The fence of the claim; 0 where nothing was claimed.
-        duration_seconds: From the start of the call until now.
-        error: What failed, for `PERSISTENCE_ERROR`, `CONFLICT` and `RESULT_UNAVAILABLE`.
+        kind: The kind of the event.
+        key: The idempotency key; `""` if the call has none.
+        function: Module and qualified name of the function; for a block or an HTTP request, `the block` or
+            `the HTTP layer` and the key prefix.
+        fence: The fence of the claim; 0 if nothing was claimed.
+        duration_seconds: Time since the start of the call.
+        error: The error, for `PERSISTENCE_ERROR`, `CONFLICT` and `RESULT_UNAVAILABLE`. Default: None.
     """
 
     kind: EventKind
@@ -53,10 +53,10 @@ class IdempotencyEvent:
 
 @runtime_checkable
 class IdempotencyHook(Protocol):
-    """An observer. It is called in line, so it must be quick; an exception of its own is logged and changes nothing."""
+    """An observer. The call waits for it, so it must be quick; if it raises an `Exception`, this is logged."""
 
     def on_event(self, event: IdempotencyEvent, /) -> None:
-        """Take note of an event."""
+        """Handle an event."""
         ...
 
 

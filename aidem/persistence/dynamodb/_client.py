@@ -69,7 +69,7 @@ def _client_of(session: Any, config: Any) -> AbstractAsyncContextManager[Any]:
     client: Any = session.client("dynamodb", config=config) if hasattr(session, "client") else None
     if not hasattr(client, "__aenter__"):
         raise IdempotencyPersistenceConfigError(
-            "this session makes no asynchronous client; pass an aioboto3.Session, which takes the arguments of boto3's"
+            "this session makes no asynchronous client; pass an aioboto3.Session, which has the arguments of boto3's"
         )
     return cast("AbstractAsyncContextManager[Any]", client)
 
@@ -93,8 +93,8 @@ class GivenClient:
     def __init__(self, client: Any) -> None:
         if isinstance(client, BaseClient | ClientCreatorContext) and not isinstance(client, AioBaseClient):
             raise IdempotencyPersistenceConfigError(
-                "this client is one of boto3, or not open; pass what `async with aioboto3.Session().client('dynamodb')`"
-                " gives, or none, and the layer makes its own"
+                "this client is a client of boto3, or it is not open; pass the client of `async with "
+                "aioboto3.Session().client('dynamodb') as client`, or no client, and the layer makes its own"
             )
         self._client = client
 

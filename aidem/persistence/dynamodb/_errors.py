@@ -75,8 +75,8 @@ _UNFIT: Final = _Meaning(
 )
 _CLOSED: Final = _Meaning(
     IdempotencyPersistenceConfigError,
-    "the DynamoDB client is closed, or belongs to another event loop; pass one that is open on this loop, or none, and "
-    "the layer makes its own",
+    "the DynamoDB client is closed, or belongs to another event loop; pass a client that is open on this loop, or no "
+    "client, and the layer makes its own",
 )
 
 # https://docs.aws.amazon.com/amazondynamodb/latest/developerguide/Programming.Errors.html
@@ -139,7 +139,7 @@ _BY_TYPE: Final[tuple[tuple[type[Exception] | tuple[type[Exception], ...], _Mean
         (NoCredentialsError, PartialCredentialsError, CredentialRetrievalError, TokenRetrievalError),
         _Meaning(
             IdempotencyPersistenceConfigError,
-            "AWS credentials cannot be had ({cause}); give the process a role, or set AWS_PROFILE, "
+            "there are no usable AWS credentials ({cause}); give the process a role, or set AWS_PROFILE, "
             "or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
         ),
     ),
