@@ -43,32 +43,29 @@ class Execution:
 
     @property
     def key(self) -> str:
-        """The idempotency key; `""` if the call has none."""
+        """The idempotency key; `""` where the call has none."""
         return self._call.key.text
 
     @property
     def replayed(self) -> bool:
-        """Whether the call returns the outcome of an earlier execution, so the effect must not be made again."""
+        """Whether the outcome of an earlier execution is handed out, so that nothing is to be done."""
         return self._call.phase is Phase.REPLAYED
 
     @property
     def record(self) -> DataRecord | None:
-        """The claim, or the record that is replayed; None if the call runs without idempotency."""
+        """The claim, or the record that is replayed; None where the call runs without idempotency."""
         return self._call.record
 
     @property
     def fence(self) -> int:
         """A number that grows with every new claim of the key, for downstream systems that check it.
 
-        0, lower than every other fence, if the call runs without idempotency.
+        0, below every other, where the call runs without idempotency.
         """
         return self._call.fence
 
     def key_for(self, name: str) -> str:
-        """Return a key for a downstream service: the same on every attempt, and different for each name.
-
-        Args:
-            name: The name of the downstream effect, such as `"bank"`.
+        """Return a key for a downstream service: the same on every attempt, another for every name.
 
         Raises:
             IdempotencyKeyError: This call has no key to derive one from.
@@ -79,14 +76,14 @@ class Execution:
         return hashlib.sha256(f"{self.key}#{name}".encode()).hexdigest()
 
     async def ensure_owned(self) -> None:
-        """Renew the claim at the store; call it right before an irreversible step.
+        """Renew the claim at the store: ask this right before an irreversible step.
 
-        It does nothing if the call runs without idempotency.
+        A call that runs without idempotency has no claim, and passes.
 
         Raises:
             IdempotencyLeaseLostError: The claim is not ours any more; another execution may run.
-            IdempotencyPersistenceLayerError: The layer did not answer.
-            IdempotencyUsageError: The call is a replay, or it has ended.
+            IdempotencyPersistenceLayerError: The layer failed to answer.
+            IdempotencyUsageError: The call replays, or is over.
         """
         await self._call.ensure_owned()
 

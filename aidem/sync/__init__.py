@@ -344,16 +344,13 @@ class _Block(block.Block):
 
 
 def warm(*persistence_stores: PersistenceLayer) -> None:
-    """Open layers now, for example during the init of a Lambda function, and again after a snapshot was restored.
+    """Open layers now, so that the first call need not: for the init of a Lambda function, and again after a restore.
 
-    If a layer cannot be opened within 5 seconds, a warning is logged, and it is opened at its first use.
-
-    Args:
-        persistence_stores: The layers.
+    One that cannot be opened within 5 seconds is logged, and opened at its first use.
 
     Raises:
-        IdempotencyConfigError: One of them is not a persistence layer.
-        IdempotencyUsageError: An event loop runs in this thread, which the call would block.
+        IdempotencyConfigError: One of them is no persistence layer.
+        IdempotencyUsageError: An event loop runs on this thread, and would stand still.
     """
     check_options(warm=persistence_stores)
     refuse_event_loop("use `await asyncio.to_thread(sync.warm, layer)`")
@@ -363,13 +360,12 @@ def warm(*persistence_stores: PersistenceLayer) -> None:
 
 
 def close() -> None:
-    """Close the background loop and the clients that layers have opened on it; the next call starts a new loop.
+    """Close the background loop and the clients that layers have opened on it; the next call starts another.
 
-    It waits a few seconds at most for operations that are under way. Claims that are still held are not renewed any
-    more. It is called automatically when the interpreter exits.
+    Calls that wait for their layer are waited for, a few seconds at most; claims held meanwhile are renewed no more.
 
     Raises:
-        IdempotencyUsageError: An event loop runs in this thread, which the call would block.
+        IdempotencyUsageError: An event loop runs on this thread, and would stand still.
     """
     refuse_event_loop("use `await asyncio.to_thread(sync.close)`")
     background_loop.close()
