@@ -164,7 +164,7 @@ class DynamoDBPersistenceLayer(OpenedByAsyncWith):
     async def acquire(
         self, record: DataRecord, *, now: float, max_clock_skew_seconds: float = 0.0
     ) -> Claimed | Blocked:
-        """Store a claim unless a live record of somebody else is there."""
+        """Store a claim unless a live record of another owner is there."""
         request = self._requests.claim(
             record, now=now, max_clock_skew_seconds=max_clock_skew_seconds, last_fence=self._last_fence
         )

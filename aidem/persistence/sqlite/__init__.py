@@ -97,7 +97,7 @@ class SQLitePersistenceLayer(OpenedByAsyncWith):
         now: float,
         max_clock_skew_seconds: float = 0.0,  # noqa: ARG002 - one machine, one clock
     ) -> UncancellableFuture[Claimed | Blocked]:
-        """Store a claim unless a live record of somebody else is there."""
+        """Store a claim unless a live record of another owner is there."""
         inside = self._is_inside_transaction()
         return self._ask(
             lambda records: records.acquire(record, now=now),
