@@ -149,9 +149,9 @@ async def execute(
     return recording.value
 
 
-async def replayed_value(call: Call, serializer: OutputSerializer | None = None) -> Any:
+async def replayed_value(call: Call) -> Any:
     """Return the outcome that a call found, by way of the response hook."""
-    value = outcome_of(call, serializer or call.plan.serializer)
+    value = outcome_of(call, call.plan.serializer)
     if call.plan.config.response_hook is None:
         return value
     hooked_value = hooked(call, value)

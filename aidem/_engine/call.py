@@ -142,10 +142,10 @@ class Call:
 
     def held_record(self) -> DataRecord:
         """Return the record, of a call that claimed, found or completed one."""
-        self._takes("held_record")
+        self.takes("held_record")
         return cast("DataRecord", self.record)  # every phase that takes this step has one
 
-    def _takes(self, step: str) -> bool:
+    def takes(self, step: str) -> bool:
         """Whether the call takes a step in its phase; False: it does nothing.
 
         Raises:
@@ -156,7 +156,8 @@ class Call:
             raise IdempotencyUsageError(_REFUSALS[step], key=self.key.text)
         return answer is _TAKEN
 
-    def _report(self, kind: EventKind, error: BaseException | None = None) -> None:
+    def report(self, kind: EventKind, error: BaseException | None = None) -> None:
+        """Tell the hooks."""
         if self.reporter is not SILENT:
             self.reporter.report(kind, fence=self.fence, error=error)
 
@@ -172,9 +173,9 @@ class Call:
             IdempotencyPersistenceLayerError: The layer failed; nothing was run.
             IdempotencyUsageError: No asyncio event loop runs the call, or it has begun before.
         """
-        self._takes("begin")
+        self.takes("begin")
         if self.phase is Phase.BYPASSED:
-            self._report(EventKind.BYPASSED)
+            self.report(EventKind.BYPASSED)
             return
         try:
             loop = asyncio.get_running_loop()
@@ -185,18 +186,18 @@ class Call:
         try:
             await self._find()
         except IdempotencyPersistenceLayerError as failure:
-            self._report(EventKind.PERSISTENCE_ERROR, failure)
+            self.report(EventKind.PERSISTENCE_ERROR, failure)
             if not self._may_be_bypassed(failure):
                 raise
             logger.warning("%s runs without idempotency: %s", self.plan.function, failure)
             self.phase = Phase.BYPASSED
             self.record = None
-            self._report(EventKind.BYPASSED, failure)
+            self.report(EventKind.BYPASSED, failure)
         except IdempotencyError as conflict:
-            self._report(EventKind.CONFLICT, conflict)
+            self.report(EventKind.CONFLICT, conflict)
             raise
         if self._patience is not None and self._patience.has_waited:
-            self._report(EventKind.WAITED)
+            self.report(EventKind.WAITED)
 
     def _may_be_bypassed(self, failure: IdempotencyPersistenceLayerError) -> bool:
         is_outage = isinstance(failure, IdempotencyPersistenceConnectionError)
@@ -207,7 +208,7 @@ class Call:
         if config.use_local_cache:
             cached = self.plan.shared.cache.get(self.key.text, now=self.plan.clock())
             if cached is not None:
-                self._replay(cached)
+                self.replay(cached)
                 return
         flights = self._loop_state.flights
         flight = self._flight = SingleFlight(flights, self.key)
@@ -227,7 +228,7 @@ class Call:
         while self.phase is Phase.NEW and (leader := flight.leader) is not None and leader is not flight:
             outcome = await self._waiting().follow(leader, flight)
             if outcome is not None and not lifecycle.is_expired(outcome, now=self.plan.clock()):
-                self._replay(outcome)
+                self.replay(outcome)
 
     async def _ask(self, flight: SingleFlight) -> None:
         claim = Claim(self.plan, self.key, flight, self._loop_state, self.reporter)
@@ -255,7 +256,7 @@ class Call:
         match step:
             case NextStep.REPLAY:
                 self._end(record)
-                self._replay(record)
+                self.replay(record)
             case NextStep.MISMATCH:
                 raise IdempotencyValidationError(record=record)
             case _ if self.is_durable_replay:
@@ -285,13 +286,18 @@ class Call:
             self._patience = WaitBudget(self.plan, self.key)
         return self._patience
 
-    def _replay(self, record: DataRecord) -> None:
+    def replay(self, record: DataRecord) -> None:
+        """Take the outcome in a record as that of the call.
+
+        Raises:
+            IdempotencyValidationError: It was recorded for another payload.
+        """
         if lifecycle.differs(record, self.key.payload_hash):
             raise IdempotencyValidationError(record=record)
         self.record = record
         self.phase = Phase.REPLAYED
         self._cache(record)
-        self._report(EventKind.REPLAYED)
+        self.report(EventKind.REPLAYED)
 
     # --- While the body runs ----------------------------------------------------------------------------------------
 
@@ -303,7 +309,7 @@ class Call:
             IdempotencyPersistenceLayerError: The layer failed to answer.
             IdempotencyUsageError: The call replays, or is over.
         """
-        if not self._takes("ensure_owned"):
+        if not self.takes("ensure_owned"):
             return
         if not await self._claim.confirm():
             reason = "another call owns it, or it was released by hand"
@@ -324,7 +330,7 @@ class Call:
             IdempotencyLeaseLostError: The claim was lost, and the winner has no outcome.
             IdempotencyPersistenceLayerError: The outcome could not be recorded while the lease was held.
         """
-        self._takes("complete")
+        self.takes("complete")
         claim = self._claim
         try:
             with claim.completion_shield() as shield:
@@ -351,7 +357,7 @@ class Call:
         Raises:
             IdempotencyLeaseLostError: The same, but the winner has no outcome.
         """
-        if not self._takes("fail"):
+        if not self.takes("fail"):
             return WhoseOutcome.OURS
         claim = self._claim
         try:
@@ -378,7 +384,7 @@ class Call:
         try:
             return await self.complete(text, outcome)
         except IdempotencyPersistenceLayerError as failure:
-            self._note(error, failure)
+            self.note_failure(error, failure)
             return WhoseOutcome.OURS
 
     async def _release(self, error: BaseException, claim: Claim) -> None:
@@ -387,21 +393,22 @@ class Call:
         try:
             await claim.release(is_failure=isinstance(error, Exception), shield=shield)
         except IdempotencyPersistenceLayerError as failure:
-            self._note(error, failure)
+            self.note_failure(error, failure)
         finally:
             shield.request_again()
 
-    def _note(self, error: BaseException, failure: IdempotencyError) -> None:
+    def note_failure(self, error: BaseException, failure: IdempotencyError) -> None:
+        """Note on the error of the body, and in the log, that its claim could not be released."""
         error.add_note(f"aidem could not give back idempotency key {self.key.text!r}: {failure}")
         logger.error("%s could not give its idempotency key back: %s", self.plan.function, failure)
-        self._report(EventKind.PERSISTENCE_ERROR, failure)
+        self.report(EventKind.PERSISTENCE_ERROR, failure)
 
     def _count(self, record: DataRecord, kind: EventKind) -> None:
         """Take the record as the outcome of the call."""
         self.record = record
         self._end(record)
         self._cache(record)
-        self._report(kind)
+        self.report(kind)
 
     def _end(self, ending: Ending) -> None:
         if self.phase is Phase.CLAIMED:

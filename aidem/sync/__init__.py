@@ -19,7 +19,7 @@ from aidem._api import block
 from aidem._api.decorators import payload_finder
 from aidem._api.signature import Target, check_takes_event
 from aidem._checks import check_options
-from aidem._engine.call import Phase
+from aidem._engine.call import Phase, WhoseOutcome
 from aidem._engine.plan import Plan
 from aidem._runtime import background_loop, lambda_lifecycle
 from aidem._runtime.lambda_lifecycle import open_all
@@ -28,10 +28,13 @@ from aidem.sync._blocking import (
     BlockingCall,
     BlockingCalls,
     Execution,
-    drive,
+    begin,
+    complete,
+    ensure_owned,
     execute,
+    fail,
+    refuse_awaitable,
     refuse_event_loop,
-    settled,
     with_blocking_hook,
 )
 
@@ -216,7 +219,7 @@ class BlockExecution(block.BlockExecution):
 
     def ensure_owned(self) -> None:  # type: ignore[override] # blocking code cannot await it
         """Renew the claim at the store, as the async one does, and wait for it."""
-        drive(super().ensure_owned)
+        ensure_owned(self._call)
 
     def run(self, func: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:  # type: ignore[override]
         """Call the function, or hand out what it returned before, as the async one does.
@@ -227,7 +230,13 @@ class BlockExecution(block.BlockExecution):
         """
         if inspect.iscoroutinefunction(func):
             raise TypeError("execution.run() of aidem.sync calls no async function; use `async with aidem.idempotency`")
-        return cast("R", drive(partial(super().run, cast("Any", func), *args, **kwargs)))
+        self._block.start_run(func)
+        if self.replayed:
+            return cast("R", self._block.take(self._block.replayed()))
+        result = func(*args, **kwargs)
+        if inspect.isawaitable(result):
+            refuse_awaitable(result, self._call)
+        return cast("R", self._block.end_run(result))
 
 
 class _Block(block.Block):
@@ -240,12 +249,38 @@ class _Block(block.Block):
     def __enter__(self) -> BlockExecution:
         refuse_event_loop("use `async with aidem.idempotency(...)`")
         self.prepare()
-        return cast("BlockExecution", settled(self._call, lambda: drive(self.enter)))
+        try:
+            begin(self._call)
+            return cast("BlockExecution", self.started())
+        except BaseException as error:
+            fail(self._call, error)
+            raise
 
     def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        settled(self._call, lambda: drive(partial(self.leave, exc)))
+        try:
+            self._running.__exit__()
+            self._end(exc)
+        except BaseException as error:
+            fail(self._call, error)  # does nothing unless the claim is still held
+            raise
+
+    def _end(self, exc: BaseException | None) -> None:
+        """Record what the block leaves, or release the claim."""
+        call, result = self._call, self._result
+        if exc is not None and not result.is_there(exc):
+            if fail(call, exc) is WhoseOutcome.WINNERS:
+                raise block.lost_to(call.held_record()) from exc
+            return
+        recording = result.final()
+        if recording is not None:
+            if complete(call, recording) is WhoseOutcome.WINNERS:
+                result.take(result.winners(recording))
+            else:
+                result.confirm(recording)
+            recording.raise_interruption()
+        result.check_looked()
 
     def __del__(self) -> None:
         # Ctrl-C may strike where Python enters `__exit__`, before any `try`. Nobody can wait for the answer here.
