@@ -1,19 +1,35 @@
 """How a write survives cancellation: in this module and nowhere else.
 
 A cancelled caller must not leave a write half-done: a claim may have been stored, a completion may be on its way. So
-while an operation is under way, cancellation is *held off*, and delivered once, after the operation has settled.
+its caller waits for an operation inside a `CancellationShield`, which delivers the cancellation once, when the
+operation has ended:
+
+    caller                     CancellationShield                 operation (a task of its own)
+      │  settle(operation)            │                                    │
+      ├──────────────────────────────►│  starts it                         │
+      │                               ├───────────────────────────────────►│
+      │  cancel()                     │                                    │  writes
+      ├──────────────────────────────►│  remembered; at most               │
+      │                               │  CLEANUP_SECONDS left              │
+      │  cancel()                     │                                    │
+      ├──────────────────────────────►│  nothing more                      │
+      │                               │◄───────────────────────────────────┤ answer
+      │◄──────────────────────────────┤ answer                             │
+      │  leaves the shield            │                                    │
+      ├──────────────────────────────►│                                    │
+      │◄──────────────────────────────┤ CancelledError, once
 
 Facts that shape this:
 
 - A task is cancelled through the `cancel` of the future it waits for. If that answers False, asyncio remembers the
   request and raises `CancelledError` once the future is done: however often it is cancelled, natively or by
-  `asyncio.timeout`.
+  `asyncio.timeout`. `UncancellableFuture` is such a future.
 - anyio cancels a scope by cancelling its tasks in every cycle of the loop until they end, so a task that holds out
   makes the loop spin, unless it does so within `CancelScope(shield=True)`. Native cancellation cuts through that scope.
 - Such a scope costs more than a request to a fast store. So the first cancellation is let through to the waiting task,
   and only then it goes on waiting, shielded, for the future that cannot be cancelled.
 
-Nothing is held off for ever: from the first cancellation on, an operation has `CLEANUP_SECONDS` to settle.
+Nothing is shielded for ever: from the first cancellation on, an operation has `CLEANUP_SECONDS` to end.
 """
 
 from __future__ import annotations
@@ -35,6 +51,9 @@ logger = logging.getLogger("aidem")
 T = TypeVar("T")
 
 CLEANUP_SECONDS: Final = 5.0
+
+
+# --- What a layer may answer, so that its operation needs no task -----------------------------------------------------
 
 
 class Immediate(Generic[T]):
@@ -97,6 +116,9 @@ class UncancellableFuture(asyncio.Future[T]):
         waiter, self._waiter = self._waiter, None
         if waiter is not None and not waiter.done():
             waiter.set_result(None)
+
+
+# --- The shield -------------------------------------------------------------------------------------------------------
 
 
 class CancellationShield:
@@ -189,6 +211,8 @@ def _cancel_again(task: asyncio.Task[Any], requests: int, args: tuple[Any, ...])
         task.cancel(*args)
         task.uncancel()  # it is the same request, not one more
 
+
+# --- Operations that need a task --------------------------------------------------------------------------------------
 
 writes: Final[set[asyncio.Task[Any]]] = set()
 """Operations that run as tasks of their own: whoever ends the tasks of a loop waits for these, and they are bounded.
