@@ -142,7 +142,8 @@ async def execute(
             raise
         return await replayed_value(call)  # the error would have been the outcome, but another call's counts
     whose = await call.complete(recording.text, recording.kind)
-    recording.raise_interruption()
+    if recording.interruption is not None:
+        raise recording.interruption
     if whose is WhoseOutcome.WINNERS:
         return await replayed_value(call)
     recording.warn_if_unavailable(call)

@@ -406,7 +406,8 @@ class Call:
     def _count(self, record: DataRecord, kind: EventKind) -> None:
         """Take the record as the outcome of the call."""
         self.record = record
-        self._end(record)
+        self.phase = Phase.ENDED
+        self._flight.end(record)
         self._cache(record)
         self.report(kind)
 

@@ -63,10 +63,10 @@ RELEASE_SECONDS: Final = 1.0
 _SINCE_BOOT: Final = getattr(time, "CLOCK_BOOTTIME", getattr(time, "CLOCK_MONOTONIC", None))
 """A clock that goes on while the machine is suspended: on Linux CLOCK_BOOTTIME, on macOS CLOCK_MONOTONIC."""
 
-
-def seconds_since_boot() -> float:
-    """Return seconds that count time in suspension, too; event loops use a clock that may not."""
-    return time.monotonic() if _SINCE_BOOT is None else time.clock_gettime(_SINCE_BOOT)  # on Windows, monotonic does
+seconds_since_boot: Callable[[], float] = (
+    time.monotonic if _SINCE_BOOT is None else partial(time.clock_gettime, _SINCE_BOOT)  # on Windows, monotonic does
+)
+"""Returns seconds that count time in suspension, too; event loops use a clock that may not."""
 
 
 class _Process:
@@ -126,7 +126,7 @@ class Claim:
 
     def check_process(self) -> None:
         """Raise `IdempotencyLeaseLostError` in a fork of the process that made the claim."""
-        if not self.is_of_this_process():
+        if self._process is not _process:
             reason = "this process is a fork of the one that owns it"
             raise IdempotencyLeaseLostError(key=self._key, record=self.record, reason=reason)
 
@@ -366,9 +366,10 @@ class Claim:
             now=now,
         )
         try:
-            is_stored = await self._ask_persistently(
+            stored = self._ask_persistently(
                 lambda: plan.layer.complete(record, now=now), shield=shield, effect=EFFECT_HAPPENED
             )
+            is_stored: bool = stored.answer if isinstance(stored, Immediate) else await stored
         except IdempotencySerializationError as error:
             if outcome is OutcomeKind.UNAVAILABLE:
                 message = f"the layer finds even a mark too large; {EFFECT_HAPPENED}"

@@ -115,11 +115,8 @@ class Plan:
         selected = _select(expression, prepared, self.config) if expression else prepared
         if (expression or not are_arguments) and _key.is_missing(selected):
             return self._missing()
-        return self.key_of(selected, self._validation_hash(prepared))
-
-    def key_of(self, selected: Any, payload_hash: str = "") -> CallKey:
-        """Return the key of a selected value, whatever it is."""
-        return CallKey(_key.key_of(selected, prefix=self.prefix, hash_function=self.config.hash_function), payload_hash)
+        validated = self.config.payload_validation_jmespath
+        return self._key_of(selected, self._hash_of(prepared, validated) if validated else "")
 
     def key_of_block(self, key: Any, payload: Any) -> CallKey:
         """Return the key of a block; its payload, unless it is `...`, must not change under the key."""
@@ -127,15 +124,13 @@ class Plan:
         if _key.is_missing(selected):
             return self._missing()
         if payload is ...:
-            return self.key_of(selected)
-        prepared = _key.prepare(payload)
-        validated = _select(self.config.payload_validation_jmespath, prepared, self.config)
-        return self.key_of(selected, _key.payload_digest(validated, self.config.hash_function))
+            return self._key_of(selected)
+        return self._key_of(selected, self._hash_of(_key.prepare(payload), self.config.payload_validation_jmespath))
 
-    def _validation_hash(self, prepared: Any) -> str:
-        expression = self.config.payload_validation_jmespath
-        if not expression:
-            return ""
+    def _key_of(self, selected: Any, payload_hash: str = "") -> CallKey:
+        return CallKey(_key.key_of(selected, prefix=self.prefix, hash_function=self.config.hash_function), payload_hash)
+
+    def _hash_of(self, prepared: Any, expression: str) -> str:
         return _key.payload_digest(_select(expression, prepared, self.config), self.config.hash_function)
 
     def _missing(self) -> CallKey:

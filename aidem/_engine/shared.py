@@ -209,10 +209,11 @@ class SingleFlight:
         if self._is_over:
             return
         self._is_over = True
-        self._stop_watching()
+        if self._lapse is not None:
+            self._stop_watching()
         if self.line is not None:
             self.line.leave(self)
-        if self.leader is not self:
+        if self._flights.get(self._key) is not self:
             return
         del self._flights[self._key]
         if self.line is not None:
