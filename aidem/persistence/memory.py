@@ -103,6 +103,11 @@ class MemoryPersistenceLayer(OpenedByAsyncWith):
             self._records.pop(key, None)
         return Immediate(None)
 
+    def records(self) -> dict[str, DataRecord]:
+        """Return what is stored, expired or not, by idempotency key: for tests to look at."""
+        with self._guard.lock:
+            return dict(self._records)
+
     async def open(self) -> None:
         """Do nothing: there is nothing to connect to."""
 
