@@ -97,16 +97,16 @@ class Call:
         plan: What is the same for every call of the function.
         key: What names the call.
         phase: How far it has come.
-        record: The claim as stored, or the record that is replayed or counts; None: it is bypassed.
+        record: The claim as stored, or the record of the outcome; None: there is none yet, or it is bypassed.
         reporter: Tells the hooks.
-        is_durable_replay: Whether it repeats an attempt of a durable function, whose claim it may take from its owner.
+        is_durable_replay: Whether it repeats an attempt of a durable function, whose claim it may release.
     """
 
     __slots__ = (
         "_claim",
         "_flight",
         "_loop_state",
-        "_patience",
+        "_wait_budget",
         "is_durable_replay",
         "key",
         "phase",
@@ -128,7 +128,7 @@ class Call:
         if plan.config.hooks:
             self.reporter = Reporter(plan.config.hooks, key=key.text, function=plan.function)
         self.is_durable_replay = False
-        self._patience: WaitBudget | None = None
+        self._wait_budget: WaitBudget | None = None
 
     def watch_body(self) -> Callable[[], bool]:
         """Return what tells whether the task that runs the body is gone: it is the one that awaits `begin`."""
@@ -187,7 +187,8 @@ class Call:
             await self._find()
         except IdempotencyPersistenceLayerError as failure:
             self.report(EventKind.PERSISTENCE_ERROR, failure)
-            if not self._may_be_bypassed(failure):
+            is_outage = isinstance(failure, IdempotencyPersistenceConnectionError)
+            if not (is_outage and self.plan.config.on_persistence_error == "run"):
                 raise
             logger.warning("%s runs without idempotency: %s", self.plan.function, failure)
             self.phase = Phase.BYPASSED
@@ -196,12 +197,8 @@ class Call:
         except IdempotencyError as conflict:
             self.report(EventKind.CONFLICT, conflict)
             raise
-        if self._patience is not None and self._patience.has_waited:
+        if self._wait_budget is not None and self._wait_budget.has_waited:
             self.report(EventKind.WAITED)
-
-    def _may_be_bypassed(self, failure: IdempotencyPersistenceLayerError) -> bool:
-        is_outage = isinstance(failure, IdempotencyPersistenceConnectionError)
-        return is_outage and self.plan.config.on_persistence_error == "run"
 
     async def _find(self) -> None:
         config = self.plan.config
@@ -248,7 +245,7 @@ class Call:
             claim.hold(taken_over=answer.taken_over, has_body_ended=self.watch_body())
 
     async def _consider(self, answer: Blocked, flight: SingleFlight) -> None:
-        """Act on the record that blocks us: replay it, raise, or pause before asking again."""
+        """Act on the record that blocks the call: replay it, raise, or pause before the store is asked again."""
         record, now = answer.record, answer.now
         if now is None:  # judged by the clock of whoever asks, so its writer's may be behind
             now = self.plan.clock() - self.plan.config.max_clock_skew_seconds
@@ -272,7 +269,7 @@ class Call:
         """Release the claim of the attempt that a durable function replays, once, so that one of two replays wins."""
         self.is_durable_replay = False
         if record.owner is None:
-            raise self._waiting().in_progress(record, now=now)  # nobody could tell whose it is
+            raise self._waiting().in_progress(record, now=now)  # its owner is unknown
         release = self.plan.layer.release
         with CancellationShield() as shield:
             await ask(lambda: release(record), shield=shield, key=self.key.text, effect=NOTHING_RUN)
@@ -282,9 +279,9 @@ class Call:
         flight.polls += 1
 
     def _waiting(self) -> WaitBudget:
-        if self._patience is None:
-            self._patience = WaitBudget(self.plan, self.key)
-        return self._patience
+        if self._wait_budget is None:
+            self._wait_budget = WaitBudget(self.plan, self.key)
+        return self._wait_budget
 
     def replay(self, record: DataRecord) -> None:
         """Take the outcome in a record as that of the call.
@@ -317,14 +314,14 @@ class Call:
         self.record = self._claim.record
 
     def holds_lease(self, *, for_seconds: float) -> bool:
-        """Whether, by our own clock, no other call can take over for so long; also once this call has ended."""
+        """Whether, by this process's clock, no other call can take over for so long; also after the call has ended."""
         was_claimed = self.phase is Phase.CLAIMED or self.phase is Phase.ENDED
         return was_claimed and not self._claim.has_lapsed(in_seconds=for_seconds)
 
     # --- After the body ---------------------------------------------------------------------------------------------
 
     async def complete(self, text: str, outcome: OutcomeKind | None = None) -> WhoseOutcome:
-        """Record the outcome; return whose counts, which then is in `record`.
+        """Record the outcome; afterwards `record` has the outcome that counts.
 
         Raises:
             IdempotencyLeaseLostError: The claim was lost, and the winner has no outcome.
@@ -348,8 +345,8 @@ class Call:
     async def fail(self, error: BaseException) -> WhoseOutcome:
         """Release the claim, or store the exception if it is an outcome.
 
-        A failure to do so is logged and noted on the error. A cancellation meanwhile is requested again instead of
-        delivered: the error of the body goes first.
+        If that fails, it is logged and noted on the error. A cancellation meanwhile is requested again instead of
+        being delivered: the error of the body goes first.
 
         Returns:
             OURS: the error is to be raised. WINNERS: it would have been the outcome, but another counts.
@@ -399,8 +396,8 @@ class Call:
 
     def note_failure(self, error: BaseException, failure: IdempotencyError) -> None:
         """Note on the error of the body, and in the log, that its claim could not be released."""
-        error.add_note(f"aidem could not give back idempotency key {self.key.text!r}: {failure}")
-        logger.error("%s could not give its idempotency key back: %s", self.plan.function, failure)
+        error.add_note(f"aidem could not release the claim of idempotency key {self.key.text!r}: {failure}")
+        logger.error("the claim of %s could not be released: %s", self.plan.function, failure)
         self.report(EventKind.PERSISTENCE_ERROR, failure)
 
     def _count(self, record: DataRecord, kind: EventKind) -> None:

@@ -14,7 +14,7 @@ from aidem.exceptions import (
 
 NOTHING_RUN: Final = "the function was not run"
 RUNNING: Final = "the function is running"
-FAILED: Final = "the function has failed, and its key was not given back"
+FAILED: Final = "the function has failed, and its claim was not released"
 EFFECT_HAPPENED: Final = "the function has run and its effect has happened, its outcome may not be recorded"
 LOST: Final = "the function has run and its effect has happened, but its claim was lost and no outcome is known"
 

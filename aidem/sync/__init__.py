@@ -159,7 +159,8 @@ def idempotent_function(
     if function is None:
         return partial(idempotent_function, **options)
     if isinstance(function, classmethod | staticmethod):  # below @classmethod it is a function already
-        return _rewrapped(function, options)
+        method: Any = function
+        return type(method)(idempotent_function(method.__func__, **options))
     target = Target(function, decorator="idempotent_function", key_prefix=key_prefix, is_async=False)
     find_payload = payload_finder(target, data_keyword_argument=data_keyword_argument, key=key)
     calls = BlockingCalls(
@@ -177,10 +178,6 @@ def idempotent_function(
         return execute(calls.make(Plan.key_of_call, find_payload, args, kwargs), function, args, kwargs)
 
     return wrapper
-
-
-def _rewrapped(method: Any, options: dict[str, Any]) -> Any:
-    return type(method)(idempotent_function(method.__func__, **options))
 
 
 # --- Blocks -----------------------------------------------------------------------------------------------------------

@@ -116,7 +116,7 @@ async def test_a_completion_that_never_succeeds_is_an_error_that_says_the_effect
     # The last try is made when there is no time for another delay, of up to 2 s, before the lease has passed.
     assert (lease_seconds or 30.0) - 2.0 <= loop.time() - began <= (lease_seconds or 30.0) + 0.1
     assert len(till.charges) == 1
-    assert only_record(layer).status is RecordStatus.INPROGRESS  # it lapses, and is not given back: the effect happened
+    assert only_record(layer).status is RecordStatus.INPROGRESS  # it lapses, and is not released: the effect happened
 
 
 async def test_a_completion_that_is_refused_for_good_is_not_tried_again() -> None:
@@ -157,9 +157,9 @@ async def test_the_users_exception_wins_over_a_failure_to_give_the_key_back(capl
     assert caught.value is till.error
     assert caught.value.__cause__ is None
     [note] = caught.value.__notes__
-    assert "could not give back idempotency key" in note
+    assert "could not release the claim of idempotency key" in note
     assert "OSError" in note
-    assert "could not give its idempotency key back" in caplog.text
+    assert "could not be released" in caplog.text
     assert set(listener.kinds) == {EventKind.PERSISTENCE_ERROR}
     assert asyncio.get_running_loop().time() - began <= RELEASE_SECONDS
 

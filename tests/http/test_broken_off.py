@@ -111,7 +111,7 @@ async def test_a_key_that_cannot_be_given_back_is_noted_on_the_exception() -> No
     front = front_of(Breaking(0, fail), layer=PlannedLayer().plan("release", Fault(DENIED)))
     with pytest.raises(ValueError, match="no") as caught:
         await request(front)
-    assert "could not give back" in caught.value.__notes__[0]
+    assert "could not release the claim" in caught.value.__notes__[0]
 
 
 async def test_a_coroutine_that_is_closed_before_the_start_has_gone_out_gives_the_key_back() -> None:

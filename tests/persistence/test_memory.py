@@ -62,7 +62,7 @@ def test_an_operation_needs_neither_a_loop_nor_a_turn_of_it(layer: MemoryPersist
 def test_the_engine_is_handed_the_answer_without_a_task(layer: MemoryPersistenceLayer, clock: FakeClock) -> None:
     claim = claimed(layer)
     with pytest.raises(StopIteration) as stopped:
-        CancellationShield().settle(layer.acquire(claim, now=clock())).send(None)
+        CancellationShield().wait_for(layer.acquire(claim, now=clock())).send(None)
     assert stopped.value.value == Claimed(claim)
 
 

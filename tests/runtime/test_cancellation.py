@@ -415,7 +415,7 @@ async def test_a_future_that_is_done_already_is_an_answer() -> None:
     future.settle(2)
     future.fail(ValueError())
     with CancellationShield() as shield:
-        assert await shield.settle(future) == 1
+        assert await shield.wait_for(future) == 1
 
 
 # --- Ended otherwise --------------------------------------------------------------------------------------------------
