@@ -42,18 +42,32 @@ def idempotency(
 ) -> AbstractAsyncContextManager[BlockExecution]:
     """Run a block once per key; a later block with the same key gets the result of the first.
 
+    Entering the block raises:
+
+    - `IdempotencyKeyError`: The value cannot be a key, or is none and `raise_on_no_idempotency_key` is set.
+    - `IdempotencyValidationError`: The key was used with another payload.
+    - `IdempotencyAlreadyInProgressError`: Another execution did not end within `wait_timeout_seconds`.
+    - `IdempotencyInDoubtError`: With `on_abandoned="raise"`, the owner of the claim vanished.
+    - `IdempotencyPersistenceLayerError`: The layer failed; the block was not run.
+
+    Leaving it raises what the block raises, and:
+
+    - `IdempotencyPersistenceLayerError`: The result could not be recorded.
+    - `IdempotencyLeaseLostError`: The claim was lost while the block ran, and another outcome counts, or none is known.
+    - `IdempotencyUsageError`: The block never asked whether it is a replay, or swallowed the exception of its function.
+
     Args:
-        key: Names the block: any value that a payload may be. `event_key_jmespath` is not applied to it.
-        payload: What must not change under the key: all of it, or what `payload_validation_jmespath` selects.
-        persistence_store: Where records are kept; by default what `configure` says.
-        config: Settings; by default what `configure` says.
-        output_serializer: Turns the result into JSON values and back.
-        key_prefix: Keeps keys of different blocks apart.
+        key: Names the block: any value that can be a payload. `event_key_jmespath` does not apply to it.
+        payload: A value that must not change under the key; with `payload_validation_jmespath`, the selected part of
+            it. Default: nothing is compared.
+        persistence_store: The persistence layer. Default: that of `configure`, or SQLite in `aidem.sqlite3`.
+        config: The settings. Default: those of `configure`, or `IdempotencyConfig()`.
+        output_serializer: Turns the result into JSON values and back. Default: what the return annotation of the
+            function says that `execution.run` calls, else plain JSON data.
+        key_prefix: The prefix of the keys, which keeps keys of different blocks apart. Default: `"aidem"`.
 
     Raises:
-        IdempotencyError: Entering: one of its subclasses, see `aidem.exceptions`; then the block does not run.
-            Leaving: the outcome could not be recorded, the claim was lost, or the block had no protection.
-        IdempotencyConfigError: At once: an option has a value that cannot work.
+        IdempotencyConfigError: An option has a value that cannot work.
     """
     check_call_options(
         config=config,

@@ -58,11 +58,23 @@ def idempotent(
     The context, if it has `get_remaining_time_in_millis`, is registered for this call, so that its claim lasts as long
     as the invocation. Of a durable context (`.state` and `.lambda_context`) the inner one is.
 
+    The decorated handler raises what it raises by itself, and:
+
+    - `IdempotencyKeyError`: The payload cannot be a key, or is none and `raise_on_no_idempotency_key` is set.
+    - `IdempotencyValidationError`: The key was used with another payload.
+    - `IdempotencyAlreadyInProgressError`: Another execution did not end within `wait_timeout_seconds`.
+    - `IdempotencyInDoubtError`: With `on_abandoned="raise"`, the owner of the claim vanished.
+    - `IdempotencyPersistenceLayerError`: The layer failed; the message says whether the handler has run.
+    - `IdempotencyLeaseLostError`: The claim was lost while the handler ran, and no other outcome is known.
+    - `IdempotencyResultUnavailableError`: The result of the first execution could not be stored, or not be rebuilt.
+    - A stored exception, of a type in `stored_exceptions`.
+
     Args:
-        handler: The handler, where the decorator is used without options.
-        persistence_store: Where records are kept; by default what `configure` says.
-        config: Settings; by default what `configure` says.
-        key_prefix: Replaces the name of the function in its keys.
+        handler: The handler, if the decorator is used without options.
+        persistence_store: The persistence layer. Default: that of `configure`, or SQLite in `aidem.sqlite3`.
+        config: The settings. Default: those of `configure`, or `IdempotencyConfig()`.
+        key_prefix: The prefix of the keys. Default: the name of the Lambda function (elsewhere `test-func`), the module
+            and the name of the handler.
 
     Raises:
         TypeError: The handler is not an `async def` function of event and context.
@@ -131,16 +143,28 @@ def idempotent_function(
 ) -> Any:
     """Make any async callable idempotent: functions, methods, partials, callable objects.
 
+    The decorated callable raises what it raises by itself, and:
+
+    - `IdempotencyKeyError`: The payload cannot be a key, or is none and `raise_on_no_idempotency_key` is set.
+    - `IdempotencyValidationError`: The key was used with another payload.
+    - `IdempotencyAlreadyInProgressError`: Another execution did not end within `wait_timeout_seconds`.
+    - `IdempotencyInDoubtError`: With `on_abandoned="raise"`, the owner of the claim vanished.
+    - `IdempotencyPersistenceLayerError`: The layer failed; the message says whether the function has run.
+    - `IdempotencyLeaseLostError`: The claim was lost while the function ran, and no other outcome is known.
+    - `IdempotencyResultUnavailableError`: The result of the first execution could not be stored, or not be rebuilt.
+    - A stored exception, of a type in `stored_exceptions`.
+
     Args:
-        function: The callable, where the decorator is used without options.
-        data_keyword_argument: The parameter that is the payload, however it is passed; or a name among `**kwargs`.
-        key: Gets the bound arguments by name, and returns the payload; the alternative to `data_keyword_argument`.
-            Without either, the payload is all arguments by name, without `self` and `cls`.
-        persistence_store: Where records are kept; by default what `configure` says.
-        config: Settings; by default what `configure` says.
-        output_serializer: Turns the result into JSON values and back. Default: the return annotation says how, by
+        function: The callable, if the decorator is used without options.
+        data_keyword_argument: The name of the parameter that is the payload, or of one among `**kwargs`.
+        key: A function that takes the arguments of the call by name and returns the payload; the alternative to
+            `data_keyword_argument`. Default of both: the payload is all arguments by name, without `self` and `cls`.
+        persistence_store: The persistence layer. Default: that of `configure`, or SQLite in `aidem.sqlite3`.
+        config: The settings. Default: those of `configure`, or `IdempotencyConfig()`.
+        output_serializer: Turns the result into JSON values and back. Default: what the return annotation says, with
             dataclasses, pydantic models and types of the standard library, also in lists, dicts, tuples and unions.
-        key_prefix: Replaces the name of the function in its keys; partials and callable objects need one.
+        key_prefix: The prefix of the keys. Default: the name of the Lambda function (elsewhere `test-func`), the module
+            and the name of the function. Partials and callable objects need one.
 
     Raises:
         TypeError: It is not an async callable.

@@ -83,7 +83,35 @@ def idempotent(
     config: IdempotencyConfig | None = None,
     key_prefix: str | None = None,
 ) -> Any:
-    """Make `def handler(event, context)` idempotent; options and errors are those of `aidem.idempotent`."""
+    """Make `def handler(event, context)` idempotent: the payload is the whole event.
+
+    The context, if it has `get_remaining_time_in_millis`, is registered for this call, so that its claim lasts as long
+    as the invocation. Of a durable context (`.state` and `.lambda_context`) the inner one is.
+
+    The decorated handler raises what it raises by itself, and:
+
+    - `IdempotencyKeyError`: The payload cannot be a key, or is none and `raise_on_no_idempotency_key` is set.
+    - `IdempotencyValidationError`: The key was used with another payload.
+    - `IdempotencyAlreadyInProgressError`: Another execution did not end within `wait_timeout_seconds`.
+    - `IdempotencyInDoubtError`: With `on_abandoned="raise"`, the owner of the claim vanished.
+    - `IdempotencyPersistenceLayerError`: The layer failed; the message says whether the handler has run.
+    - `IdempotencyLeaseLostError`: The claim was lost while the handler ran, and no other outcome is known.
+    - `IdempotencyResultUnavailableError`: The result of the first execution could not be stored, or not be rebuilt.
+    - A stored exception, of a type in `stored_exceptions`.
+    - `IdempotencyUsageError`: An event loop runs on this thread, and the call would block it; or `close` was called
+      meanwhile.
+
+    Args:
+        handler: The handler, if the decorator is used without options.
+        persistence_store: The persistence layer. Default: that of `configure`, or SQLite in `aidem.sqlite3`.
+        config: The settings. Default: those of `configure`, or `IdempotencyConfig()`.
+        key_prefix: The prefix of the keys. Default: the name of the Lambda function (elsewhere `test-func`), the module
+            and the name of the handler.
+
+    Raises:
+        TypeError: The handler is async, or no function of event and context.
+        IdempotencyConfigError: An option has a value that cannot work.
+    """
     check_call_options(config=config, persistence_store=persistence_store, key_prefix=key_prefix)
     if handler is None:
         return partial(idempotent, persistence_store=persistence_store, config=config, key_prefix=key_prefix)
@@ -146,7 +174,38 @@ def idempotent_function(
     output_serializer: type[ModelSerializer] | OutputSerializer | None = None,
     key_prefix: str | None = None,
 ) -> Any:
-    """Make any callable idempotent that is not async; options and errors are those of `aidem.idempotent_function`."""
+    """Make any callable idempotent that is not async: functions, methods, partials, callable objects.
+
+    The decorated callable raises what it raises by itself, and:
+
+    - `IdempotencyKeyError`: The payload cannot be a key, or is none and `raise_on_no_idempotency_key` is set.
+    - `IdempotencyValidationError`: The key was used with another payload.
+    - `IdempotencyAlreadyInProgressError`: Another execution did not end within `wait_timeout_seconds`.
+    - `IdempotencyInDoubtError`: With `on_abandoned="raise"`, the owner of the claim vanished.
+    - `IdempotencyPersistenceLayerError`: The layer failed; the message says whether the function has run.
+    - `IdempotencyLeaseLostError`: The claim was lost while the function ran, and no other outcome is known.
+    - `IdempotencyResultUnavailableError`: The result of the first execution could not be stored, or not be rebuilt.
+    - A stored exception, of a type in `stored_exceptions`.
+    - `IdempotencyUsageError`: An event loop runs on this thread, and the call would block it; or `close` was called
+      meanwhile.
+
+    Args:
+        function: The callable, if the decorator is used without options.
+        data_keyword_argument: The name of the parameter that is the payload, or of one among `**kwargs`.
+        key: A function that takes the arguments of the call by name and returns the payload; the alternative to
+            `data_keyword_argument`. Default of both: the payload is all arguments by name, without `self` and `cls`.
+        persistence_store: The persistence layer. Default: that of `configure`, or SQLite in `aidem.sqlite3`.
+        config: The settings. Default: those of `configure`, or `IdempotencyConfig()`.
+        output_serializer: Turns the result into JSON values and back. Default: what the return annotation says, with
+            dataclasses, pydantic models and types of the standard library, also in lists, dicts, tuples and unions.
+        key_prefix: The prefix of the keys. Default: the name of the Lambda function (elsewhere `test-func`), the module
+            and the name of the function. Partials and callable objects need one.
+
+    Raises:
+        TypeError: It is async, a generator, or not callable.
+        IdempotencyConfigError: An option has a value that cannot work, or does not suit the signature.
+        IdempotencyUsageError: It is annotated to return a response of Starlette or FastAPI.
+    """
     options: dict[str, Any] = {
         "data_keyword_argument": data_keyword_argument,
         "key": key,
@@ -192,7 +251,37 @@ def idempotency(
     output_serializer: OutputSerializer | None = None,
     key_prefix: str = "aidem",
 ) -> AbstractContextManager[BlockExecution]:
-    """Run a `with` block once per key; options and errors are those of `aidem.idempotency`."""
+    """Run a `with` block once per key; a later block with the same key gets the result of the first.
+
+    Entering the block raises:
+
+    - `IdempotencyKeyError`: The value cannot be a key, or is none and `raise_on_no_idempotency_key` is set.
+    - `IdempotencyValidationError`: The key was used with another payload.
+    - `IdempotencyAlreadyInProgressError`: Another execution did not end within `wait_timeout_seconds`.
+    - `IdempotencyInDoubtError`: With `on_abandoned="raise"`, the owner of the claim vanished.
+    - `IdempotencyPersistenceLayerError`: The layer failed; the block was not run.
+    - `IdempotencyUsageError`: An event loop runs on this thread, and the call would block it; or `close` was called
+      meanwhile.
+
+    Leaving it raises what the block raises, and:
+
+    - `IdempotencyPersistenceLayerError`: The result could not be recorded.
+    - `IdempotencyLeaseLostError`: The claim was lost while the block ran, and another outcome counts, or none is known.
+    - `IdempotencyUsageError`: The block never asked whether it is a replay, or swallowed the exception of its function.
+
+    Args:
+        key: Names the block: any value that can be a payload. `event_key_jmespath` does not apply to it.
+        payload: A value that must not change under the key; with `payload_validation_jmespath`, the selected part of
+            it. Default: nothing is compared.
+        persistence_store: The persistence layer. Default: that of `configure`, or SQLite in `aidem.sqlite3`.
+        config: The settings. Default: those of `configure`, or `IdempotencyConfig()`.
+        output_serializer: Turns the result into JSON values and back. Default: what the return annotation of the
+            function says that `execution.run` calls, else plain JSON data.
+        key_prefix: The prefix of the keys, which keeps keys of different blocks apart. Default: `"aidem"`.
+
+    Raises:
+        IdempotencyConfigError: An option has a value that cannot work.
+    """
     check_call_options(
         config=config,
         persistence_store=persistence_store,
