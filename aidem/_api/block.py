@@ -102,7 +102,7 @@ class BlockExecution(Execution):
 
     @property
     def replayed(self) -> bool:
-        """Whether the outcome of an earlier execution is handed out, so that nothing is to be done."""
+        """Whether this is a replay: the outcome of an earlier execution is returned, and nothing is to be done."""
         self._block.has_looked = True
         return super().replayed
 
@@ -111,7 +111,7 @@ class BlockExecution(Execution):
         """The result: what was recorded before, what the block has set, or after the block what a replay will get.
 
         Raises:
-            IdempotencyResultUnavailableError: The outcome cannot be handed out again.
+            IdempotencyResultUnavailableError: The outcome cannot be replayed.
             Exception: The stored exception, if the outcome is one.
             IdempotencyUsageError: Setting it on a replay, or after the block.
         """
@@ -123,7 +123,7 @@ class BlockExecution(Execution):
         self._block.set(value)
 
     async def run(self, func: Callable[P, Awaitable[R]], /, *args: P.args, **kwargs: P.kwargs) -> R:
-        """Call the function, or hand out what it returned before; leaving the block records its result.
+        """Call the function, or replay its result; leaving the block records it.
 
         The return annotation of the function says how its result is rebuilt, unless the block has an
         `output_serializer`.
@@ -205,7 +205,7 @@ class BlockResult:
     # --- The function that `run` calls ------------------------------------------------------------------------------
 
     def start_run(self, func: Callable[..., object]) -> None:
-        """Take note of the function, which is called unless this is a replay.
+        """Prepare for the function, which is called next unless this is a replay.
 
         Raises:
             IdempotencyUsageError: There was one before.
@@ -219,7 +219,7 @@ class BlockResult:
             self._is_failed = self._call.phase is not Phase.REPLAYED
 
     def end_run(self, result: Any) -> Any:
-        """Keep what the function returned; return what its caller gets."""
+        """Keep the result of the function; return the result for its caller."""
         if self._call.phase is Phase.BYPASSED:
             self._value = result
             return result
@@ -239,7 +239,7 @@ class BlockResult:
         return exc is None or (self._recording is not None and self._recording.interruption is exc)
 
     def final(self) -> EncodedResult | None:
-        """Return what is to be recorded; None: nothing, as the block holds no claim.
+        """Return the result that is to be recorded; None: the block holds no claim.
 
         Raises:
             IdempotencyUsageError: The function has failed, and the block swallowed its exception.
@@ -251,9 +251,9 @@ class BlockResult:
         return self._recording or self._encoded(self._value)
 
     def confirm(self, recording: EncodedResult) -> None:
-        """Take note that it is recorded."""
+        """Confirm that the result is recorded."""
         if self._call.held_record().outcome is None:
-            self._is_decoded = False  # what `run` has handed out may have changed since
+            self._is_decoded = False  # the object that `run` returned may have changed since
         else:
             recording.warn_if_unavailable(self._call)
 
@@ -261,7 +261,7 @@ class BlockResult:
         """Return the winner's outcome in the place of ours, by way of the response hook.
 
         Raises:
-            IdempotencyLeaseLostError: `run` has handed out another outcome, and only an error can take that back.
+            IdempotencyLeaseLostError: `run` has returned another outcome, and only an error can take that back.
         """
         record = self._call.held_record()
         if self._has_run and record.response_data != recording.text:

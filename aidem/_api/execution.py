@@ -48,7 +48,7 @@ class Execution:
 
     @property
     def replayed(self) -> bool:
-        """Whether the outcome of an earlier execution is handed out, so that nothing is to be done."""
+        """Whether this is a replay: the outcome of an earlier execution is returned, and nothing is to be done."""
         return self._call.phase is Phase.REPLAYED
 
     @property
@@ -127,7 +127,7 @@ class running:  # noqa: N801 - used like a function; a generator would cost four
 async def execute(
     call: Call, function: Callable[..., Awaitable[Any]], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> Any:
-    """Run a function under a call, or hand out what it returned before."""
+    """Run a function under a call, or replay its outcome."""
     try:
         await call.begin()
         if call.phase is Phase.REPLAYED:
@@ -179,7 +179,7 @@ def value_of(record: DataRecord, config: IdempotencyConfig, serializer: OutputSe
     """Return the outcome in a completed record as an object of its own.
 
     Raises:
-        IdempotencyResultUnavailableError: The outcome cannot be handed out again.
+        IdempotencyResultUnavailableError: The outcome cannot be replayed.
         Exception: The stored exception, if the outcome is one.
     """
     text = record.response_data
@@ -202,7 +202,7 @@ class EncodedResult:
     """A result on its way to the store: the first caller gets what its text says, as every later one does.
 
     Attributes:
-        text: What is stored.
+        text: The JSON text that is stored.
         kind: None for a result, `UNAVAILABLE` where it cannot be stored.
         value: What the first caller gets.
         interruption: What a signal handler raised meanwhile, such as Celery's soft time limit. The effect has happened,
@@ -235,7 +235,7 @@ class EncodedResult:
         return cls(UNAVAILABLE_TEXT, OutcomeKind.UNAVAILABLE, result, interruption)
 
     def raise_interruption(self) -> None:
-        """Raise what was held up until the result was recorded."""
+        """Raise the interruption, now that the result is recorded."""
         if self.interruption is not None:
             raise self.interruption
 

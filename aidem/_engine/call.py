@@ -87,14 +87,14 @@ class WhoseOutcome(Enum):
     """Whose outcome counts when the body has ended; the record of the call has it."""
 
     OURS = auto()
-    WINNERS = auto()  # our claim was lost, and whoever took it over has an outcome
+    WINNERS = auto()  # our claim was lost, and the call that took it over has an outcome
 
 
 class Call:
     """One idempotent call.
 
     Attributes:
-        plan: What is the same for every call of the function.
+        plan: Layer, settings and names, the same for every call of the function.
         key: What names the call.
         phase: How far it has come.
         record: The claim as stored, or the record of the outcome; None: there is none yet, or it is bypassed.
@@ -131,7 +131,7 @@ class Call:
         self._wait_budget: WaitBudget | None = None
 
     def watch_body(self) -> Callable[[], bool]:
-        """Return what tells whether the task that runs the body is gone: it is the one that awaits `begin`."""
+        """Return a function that tells whether the task that runs the body has ended: the one that awaits `begin`."""
         task = asyncio.current_task()
         return bool if task is None else task.done
 
@@ -247,7 +247,7 @@ class Call:
     async def _consider(self, answer: Blocked, flight: SingleFlight) -> None:
         """Act on the record that blocks the call: replay it, raise, or pause before the store is asked again."""
         record, now = answer.record, answer.now
-        if now is None:  # judged by the clock of whoever asks, so its writer's may be behind
+        if now is None:  # it was judged by this caller's clock, and the clock of its writer may be behind
             now = self.plan.clock() - self.plan.config.max_clock_skew_seconds
         step = lifecycle.next_step(record, payload_hash=self.key.payload_hash, now=now)
         match step:

@@ -256,7 +256,7 @@ class Claim:
         return (self._lease.lease_seconds or 0.0) / RENEWALS_PER_LEASE
 
     async def renew(self, shield: CancellationShield) -> bool:
-        """Renew once, and take note of the answer; False: it is not ours any more, or the body has ended meanwhile."""
+        """Renew once; False: the claim is lost, or the body has ended meanwhile."""
         asked = self._asking()
         shield.deadline = asked[0] + max(self._interval(), SHORTEST_REQUEST_SECONDS)
         if self.lease_deadline is not None and not self.has_lapsed():
@@ -401,7 +401,7 @@ class Claim:
         shield.bound(CLEANUP_SECONDS)
         await self.release(is_failure=False, shield=shield)
 
-    # --- What is asked of the layer ---------------------------------------------------------------------------------
+    # --- Operations of the layer ------------------------------------------------------------------------------------
 
     @property
     def _key(self) -> str:
@@ -577,7 +577,7 @@ class Renewals:
                 context.run(claim.begin_renewal)
 
 
-# --- Operations of the layer -----------------------------------------------------------------------------------------
+# --- One operation of the layer ---------------------------------------------------------------------------------------
 
 
 def ask(

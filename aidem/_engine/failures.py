@@ -47,7 +47,7 @@ def failure_of(error: Exception, key: str, effect: str, tries: int) -> Idempoten
 
 
 def told(error: BaseException | None) -> str:
-    """Return what may be told of an error: the text of a foreign one may show data."""
+    """Return the text of an error; of a foreign error its type only, as its text may show data."""
     return str(error) if isinstance(error, IdempotencyPersistenceLayerError) else type(error).__name__
 
 

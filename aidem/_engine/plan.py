@@ -1,6 +1,6 @@
-"""The plan: what is the same for every call of one function; how a payload becomes a key; the one factory of calls.
+"""The plan that all calls of one function share, the way from payloads to keys, and the one factory of calls.
 
-What names a call flows one way: a front finds the payload, the plan makes the key from it, the factory makes the call.
+A front finds the payload among its arguments, the plan makes the key from it, and the factory makes the call.
 """
 
 from __future__ import annotations
@@ -164,7 +164,7 @@ class Plan:
 def _select(expression: str, prepared: Any, config: IdempotencyConfig) -> Any:
     if not expression:
         return prepared
-    from aidem._rules.expressions import compile_expression, search  # jmespath is imported only by those who use it
+    from aidem._rules.expressions import compile_expression, search  # jmespath is imported where it is used
 
     return search(
         compile_expression(expression),
@@ -175,7 +175,7 @@ def _select(expression: str, prepared: Any, config: IdempotencyConfig) -> Any:
 
 
 class CallFactory:
-    """Makes the calls of one function, block or HTTP layer; what is the same for all of them is made once.
+    """Makes the calls of one function, block or HTTP layer, from one plan as long as its layer and settings stay.
 
     Attributes:
         function: What messages and events call it.

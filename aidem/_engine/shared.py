@@ -60,7 +60,7 @@ class PerLayer:
         self._loops: dict[asyncio.AbstractEventLoop, PerLoop] = {}
 
     def of(self, loop: asyncio.AbstractEventLoop) -> PerLoop:
-        """Return what the calls of a loop share; what belonged to loops that are closed by now is dropped."""
+        """Return the state that the calls of a loop share, and drop that of loops that are closed by now."""
         state = self._loops.get(loop)
         if state is None:
             # Not a weak dictionary: timers hold their loop, so the values would keep the keys alive.
@@ -74,7 +74,7 @@ _by_layer: WeakKeyDictionary[PersistenceLayer, PerLayer] = WeakKeyDictionary()
 
 
 def shared_by(layer: PersistenceLayer) -> PerLayer:
-    """Return what the calls of a layer share."""
+    """Return the state that the calls of a layer share."""
     return _by_layer.setdefault(layer, PerLayer())
 
 

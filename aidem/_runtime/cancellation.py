@@ -250,7 +250,7 @@ async def _await(operation: Awaitable[T]) -> T:
 
 
 def in_background(start: Callable[[], Awaitable[Any]], *, after: UncancellableFuture[Any] | None = None) -> None:
-    """Start an operation that nobody waits for, bounded; where no loop runs it is not started.
+    """Start an operation without waiting for it, bounded; without a running loop it is not started.
 
     For a coroutine that is being closed (`GeneratorExit`) and may not await any more.
 

@@ -37,7 +37,7 @@ class MemoryPersistenceLayer(OpenedByAsyncWith):
         """
         self.clock = clock
         self._records: dict[str, DataRecord] = {}
-        self._last_fence = 0  # of any key: remembers what release and expiry would forget, in bounded space
+        self._last_fence = 0  # of any key: fences grow over release and expiry, too, in bounded space
         self._acquires = 0
         self._unchecked: list[str] = []
         self._guard = ForkSafeLock()
@@ -104,7 +104,7 @@ class MemoryPersistenceLayer(OpenedByAsyncWith):
         return Immediate(None)
 
     def records(self) -> dict[str, DataRecord]:
-        """Return what is stored, expired or not, by idempotency key: for tests to look at."""
+        """Return all records by idempotency key, also those that have expired: for tests."""
         with self._guard.lock:
             return dict(self._records)
 
@@ -115,7 +115,7 @@ class MemoryPersistenceLayer(OpenedByAsyncWith):
         """Do nothing: the records stay."""
 
     def _sweep(self, now: float) -> None:
-        """Drop what has expired among the next few records, the oldest first, in turn."""
+        """Drop the expired ones among the next few records, the oldest first, in turn."""
         if not self._unchecked:
             self._unchecked = list(reversed(self._records))
         for key in self._unchecked[-SWEPT_AT_ONCE:]:

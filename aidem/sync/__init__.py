@@ -4,7 +4,7 @@ The function runs in the thread that called it, and so do `key=`, serializers an
 one background event loop of the process. What happens while a body runs, such as a lost lease, is told to the hooks at
 once, and therefore by the background thread. An async `response_hook` is awaited there, too.
 
-Whatever interrupts a call, such as Ctrl-C, releases its claim, and goes on once that is done. A child that was forked
+An interrupt of a call, such as Ctrl-C, releases its claim, and is raised once that is done. A child that was forked
 in a body does not own its parent's claim: there, the call ends with `IdempotencyLeaseLostError`.
 """
 
@@ -308,7 +308,7 @@ class BlockExecution(block.BlockExecution):
         ensure_owned(self._call)
 
     def run(self, func: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:  # type: ignore[override]
-        """Call the function, or hand out what it returned before, as the async one does.
+        """Call the function, or replay its result; leaving the block records it.
 
         Raises:
             TypeError: The function is async.
@@ -353,7 +353,7 @@ class _Block(block.Block):
             raise
 
     def _end(self, exc: BaseException | None) -> None:
-        """Record what the block leaves, or release the claim."""
+        """Record the result of the block, or release its claim."""
         call, result = self._call, self._result
         if exc is not None and not result.is_there(exc):
             if fail(call, exc) is WhoseOutcome.WINNERS:
@@ -369,7 +369,7 @@ class _Block(block.Block):
         result.check_looked()
 
     def __del__(self) -> None:
-        # Ctrl-C may strike where Python enters `__exit__`, before any `try`. Nobody can wait for the answer here.
+        # Ctrl-C may strike where Python enters `__exit__`, before any `try`. Nothing can be waited for here.
         call = getattr(self, "_call", None)  # a key that cannot be one leaves none
         if call is not None and call.phase is Phase.CLAIMED:
             background_loop.run_unattended(partial(call.fail, KeyboardInterrupt()))

@@ -1,10 +1,10 @@
 """A call from blocking code: the body in the calling thread, the persistence layer on the background loop.
 
 Three steps of a call ask the layer: begin, complete and fail. They run on the background loop, and the thread waits for
-each of them. The rest is done in the thread, by what the async fronts use as well.
+each of them. The rest is done in the thread, by functions that the async fronts call, too.
 
-Whatever interrupts a call, such as Ctrl-C, releases its claim: the `try` that does so is entered before the claim is
-asked for, and what interrupts a thread that waits for a step is held up until the step has cleaned up.
+An interrupt of a call, such as Ctrl-C, releases its claim: the `try` that does so is entered before the claim is asked
+for, and an interrupt of a thread that waits for a step is raised when the step has cleaned up.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ class BlockingCall(Call):
         self._has_caller_ended = has_caller_ended()
 
     def watch_body(self) -> Callable[[], bool]:
-        """Return what tells whether the thread or greenlet that runs the body is gone."""
+        """Return a function that tells whether the thread or greenlet that runs the body has ended."""
         return self._has_caller_ended
 
 
@@ -139,7 +139,7 @@ class Execution(execution.Execution):
 
 
 def execute(call: Call, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run a function under a call, or hand out what it returned before."""
+    """Run a function under a call, or replay its outcome."""
     try:
         return _run(call, function, args, kwargs)
     except BaseException as error:
