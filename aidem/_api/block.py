@@ -234,9 +234,9 @@ class BlockResult:
 
     # --- The end of the block ---------------------------------------------------------------------------------------
 
-    def is_there(self, exc: BaseException | None) -> bool:
-        """Whether the block leaves a result: also where a signal handler's exception struck after the function."""
-        return exc is None or (self._recording is not None and self._recording.interruption is exc)
+    def was_interrupted_by(self, exc: BaseException) -> bool:
+        """Whether a signal handler raised it after the function: then the block has a result all the same."""
+        return self._recording is not None and self._recording.interruption is exc
 
     def final(self) -> EncodedResult | None:
         """Return the result that is to be recorded; None: the block holds no claim.
@@ -347,7 +347,7 @@ class _AsyncBlock(Block):
     ) -> None:
         self._running.__exit__()
         call, result = self._call, self._result
-        if exc is not None and not result.is_there(exc):
+        if exc is not None and not result.was_interrupted_by(exc):
             if await call.fail(exc) is WhoseOutcome.WINNERS:
                 raise lost_to(call.held_record()) from exc
             return

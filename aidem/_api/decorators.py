@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar, cast, overload
 
 from aidem._api.execution import execute
 from aidem._api.signature import BOUND_BY_CALL, Target, check_takes_event
@@ -183,7 +183,7 @@ def idempotent_function(
     if function is None:
         return functools.partial(idempotent_function, **options)
     if isinstance(function, classmethod | staticmethod):  # below @classmethod it is a function already
-        method: Any = function
+        method = cast("Any", function)
         return type(method)(idempotent_function(method.__func__, **options))
     target = Target(function, decorator="idempotent_function", key_prefix=key_prefix)
     find_payload = payload_finder(target, data_keyword_argument=data_keyword_argument, key=key)

@@ -218,7 +218,7 @@ def idempotent_function(
     if function is None:
         return partial(idempotent_function, **options)
     if isinstance(function, classmethod | staticmethod):  # below @classmethod it is a function already
-        method: Any = function
+        method = cast("Any", function)
         return type(method)(idempotent_function(method.__func__, **options))
     target = Target(function, decorator="idempotent_function", key_prefix=key_prefix, is_async=False)
     find_payload = payload_finder(target, data_keyword_argument=data_keyword_argument, key=key)
@@ -355,7 +355,7 @@ class _Block(block.Block):
     def _end(self, exc: BaseException | None) -> None:
         """Record the result of the block, or release its claim."""
         call, result = self._call, self._result
-        if exc is not None and not result.is_there(exc):
+        if exc is not None and not result.was_interrupted_by(exc):
             if fail(call, exc) is WhoseOutcome.WINNERS:
                 raise block.lost_to(call.held_record()) from exc
             return
