@@ -63,10 +63,10 @@ RELEASE_SECONDS: Final = 1.0
 _SINCE_BOOT: Final = getattr(time, "CLOCK_BOOTTIME", getattr(time, "CLOCK_MONOTONIC", None))
 """A clock that goes on while the machine is suspended: on Linux CLOCK_BOOTTIME, on macOS CLOCK_MONOTONIC."""
 
-seconds_since_boot: Callable[[], float] = (
-    time.monotonic if _SINCE_BOOT is None else partial(time.clock_gettime, _SINCE_BOOT)  # on Windows, monotonic does
-)
-"""Returns seconds that count time in suspension, too; event loops use a clock that may not."""
+
+def seconds_since_boot() -> float:
+    """Return seconds that count time in suspension, too; event loops use a clock that may not."""
+    return time.monotonic() if _SINCE_BOOT is None else time.clock_gettime(_SINCE_BOOT)  # on Windows, monotonic does
 
 
 class _Process:
