@@ -10,6 +10,7 @@ from aidem._engine.call import Phase, WhoseOutcome
 from aidem._engine.plan import CallFactory, Plan
 from aidem.config import check_call_options
 from aidem.exceptions import IdempotencyLeaseLostError, IdempotencyUsageError
+from aidem.serialization import round_trip
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -42,32 +43,28 @@ def idempotency(
 ) -> AbstractAsyncContextManager[BlockExecution]:
     """Run a block once per key; a later block with the same key gets the result of the first.
 
-    Entering the block raises:
-
-    - `IdempotencyKeyError`: The value cannot be a key, or is none and `raise_on_no_idempotency_key` is set.
-    - `IdempotencyValidationError`: The key was used with another payload.
-    - `IdempotencyAlreadyInProgressError`: Another execution did not end within `wait_timeout_seconds`.
-    - `IdempotencyInDoubtError`: With `on_abandoned="raise"`, the owner of the claim vanished.
-    - `IdempotencyPersistenceLayerError`: The layer failed; the block was not run.
-
-    Leaving it raises what the block raises, and:
-
-    - `IdempotencyPersistenceLayerError`: The result could not be recorded.
-    - `IdempotencyLeaseLostError`: The claim was lost while the block ran, and another outcome counts, or none is known.
-    - `IdempotencyUsageError`: The block never asked whether it is a replay, or swallowed the exception of its function.
-
     Args:
-        key: Names the block: any value that can be a payload. `event_key_jmespath` does not apply to it.
-        payload: A value that must not change under the key; with `payload_validation_jmespath`, the selected part of
-            it. Default: nothing is compared.
-        persistence_store: The persistence layer. Default: that of `configure`, or SQLite in `aidem.sqlite3`.
-        config: The settings. Default: those of `configure`, or `IdempotencyConfig()`.
-        output_serializer: Turns the result into JSON values and back. Default: what the return annotation of the
-            function says that `execution.run` calls, else plain JSON data.
-        key_prefix: The prefix of the keys, which keeps keys of different blocks apart. Default: `"aidem"`.
+        key: Identifies the block: any value that a payload can be. `event_key_jmespath` is not applied to it.
+        payload: A value that must not change under the key; `payload_validation_jmespath` selects a part of it.
+            Default: nothing is validated.
+        persistence_store: The layer that keeps the records. Default: the layer of `configure`.
+        config: The settings. Default: the config of `configure`.
+        output_serializer: Turns the result into JSON values and back. Default: chosen by the return annotation of the
+            function that `run` calls; without `run`, the result is JSON data.
+        key_prefix: Keeps the keys of different blocks apart. Default: `"aidem"`.
 
     Raises:
-        IdempotencyConfigError: An option has a value that cannot work.
+        IdempotencyConfigError: At once: an option has a value that cannot work.
+        IdempotencyKeyError: On entering: `key` cannot be a key, or is none and `raise_on_no_idempotency_key` is set.
+        IdempotencyValidationError: On entering: the key was used before with another payload.
+        IdempotencyAlreadyInProgressError: On entering: another execution of the key did not end within
+            `wait_timeout_seconds`.
+        IdempotencyInDoubtError: On entering: the owner of a claim vanished, and `on_abandoned="raise"`.
+        IdempotencyResultUnavailableError: The block ran once, and its result cannot be replayed.
+        IdempotencyLeaseLostError: On leaving: another caller took the claim over, and recorded no outcome for it.
+        IdempotencyPersistenceLayerError: The store failed; the message says whether the block has run.
+        IdempotencyUsageError: On leaving: the block neither called `run` nor read `replayed` or `result`, so a retry
+            would repeat its effect.
     """
     check_call_options(
         config=config,
@@ -87,7 +84,7 @@ def idempotency(
 
 SWALLOWED = (
     "the function that run() called has failed, and the block swallowed its exception without setting a result; let "
-    "the exception out, so that the claim is released, or set `execution.result`"
+    "the exception out, so that the key is released, or set `execution.result`"
 )
 
 
@@ -139,6 +136,31 @@ class BlockExecution(Execution):
         # A function may be async although it is not declared so, or not async although it is: it has had its effect.
         return cast("R", self._block.end_run(await result if inspect.isawaitable(result) else result))
 
+    async def complete(self, result: R, *, transaction: object) -> R:
+        """Write the result in an open transaction of your own, as `Execution.complete` does; it is the block's result.
+
+        Raises:
+            IdempotencyUsageError: Also beside `run` or `execution.result = ...`.
+        """
+        self._block.start_completion("complete()")
+        completed = await super().complete(result, transaction=transaction)
+        self._block.end_completion(completed)
+        return completed
+
+    async def completion_item(self, result: object) -> dict[str, Any] | None:
+        """Return the `Update` that stores the result, as `Execution.completion_item` does; it is the block's result.
+
+        Raises:
+            IdempotencyUsageError: Also beside `run` or `execution.result = ...`.
+        """
+        self._block.start_completion("completion_item()")
+        item = await super().completion_item(result)
+        self._block.end_completion(self.completed_or(None))
+        return item
+
+    def _encoded(self, result: Any) -> tuple[str, Any]:
+        return self._block.round_trip(result)
+
 
 class BlockResult:
     """The result of a block, on its way from or to the store.
@@ -147,12 +169,23 @@ class BlockResult:
         has_looked: Whether the block asked for its result, or whether it is a replay.
     """
 
-    __slots__ = ("_call", "_has_run", "_is_decoded", "_is_failed", "_recording", "_serializer", "_value", "has_looked")
+    __slots__ = (
+        "_call",
+        "_has_run",
+        "_is_decoded",
+        "_is_failed",
+        "_is_set",
+        "_recording",
+        "_serializer",
+        "_value",
+        "has_looked",
+    )
 
     def __init__(self, call: Call) -> None:
         self._call = call
         self._serializer = call.plan.serializer
         self._has_run = False
+        self._is_set = False  # by the block itself
         self._is_failed = False  # from the start of the function until it has a result
         self._is_decoded = call.phase is not Phase.REPLAYED
         self._recording: EncodedResult | None = None
@@ -184,8 +217,10 @@ class BlockResult:
             raise IdempotencyUsageError(message, key=self._call.key.text)
         if self._call.phase is Phase.ENDED:
             raise IdempotencyUsageError("the block is over, and its result is recorded", key=self._call.key.text)
+        self._refuse_completed("result")
         self._recording = None
         self._is_failed = False
+        self._is_set = True
         self._value = value
 
     def take(self, value: Any) -> Any:
@@ -213,6 +248,7 @@ class BlockResult:
         if self._has_run:
             message = "run() was called before: a block has one result"
             raise IdempotencyUsageError(message, key=self._call.key.text)
+        self._refuse_completed("run()")
         self._has_run = self.has_looked = True
         if self._call.phase is not Phase.BYPASSED:
             self._serializer = self._call.plan.serializer_for(func)
@@ -231,6 +267,37 @@ class BlockResult:
 
     def _encoded(self, result: Any) -> EncodedResult:
         return EncodedResult.of(result, self._serializer, function=self._call.plan.function)
+
+    # --- A transaction that completes the call ----------------------------------------------------------------------
+
+    def start_completion(self, what: str) -> None:
+        """Take note that the body completes the call in a transaction, unless this is a replay.
+
+        Raises:
+            IdempotencyUsageError: The block has another result.
+        """
+        self.has_looked = True  # a replay is refused
+        if self._has_run or self._is_set:
+            other = "run()" if self._has_run else "`execution.result = ...`"
+            message = f"{what} was called beside {other}: a block has one result"
+            raise IdempotencyUsageError(message, key=self._call.key.text)
+
+    def end_completion(self, result: Any) -> None:
+        """Let the result in the transaction be that of the block."""
+        self._value = result
+
+    def round_trip(self, result: Any) -> tuple[str, Any]:
+        """Return the text of a result, and what a replay will return for it."""
+        return round_trip(result, self._serializer)
+
+    def note_commit(self) -> None:
+        """Take note that the transaction was committed: its outcome is in the record."""
+        self._is_decoded = False
+
+    def _refuse_completed(self, what: str) -> None:
+        if self._call.phase is Phase.COMPLETING:
+            message = f"{what} was used beside complete() or completion_item(): a block has one result"
+            raise IdempotencyUsageError(message, key=self._call.key.text)
 
     # --- The end of the block ---------------------------------------------------------------------------------------
 
@@ -351,6 +418,9 @@ class _AsyncBlock(Block):
             if await call.fail(exc) is WhoseOutcome.WINNERS:
                 raise lost_to(call.held_record()) from exc
             return
+        if call.phase is Phase.COMPLETING:
+            await call.confirm_commit()
+            result.note_commit()
         try:
             recording = result.final()
         except IdempotencyUsageError as swallowed:

@@ -30,6 +30,8 @@ from aidem.sync._blocking import (
     Execution,
     begin,
     complete,
+    confirm_commit,
+    drive,
     ensure_owned,
     execute,
     fail,
@@ -85,31 +87,29 @@ def idempotent(
 ) -> Any:
     """Make `def handler(event, context)` idempotent: the payload is the whole event.
 
-    The context, if it has `get_remaining_time_in_millis`, is registered for this call, so that its claim lasts as long
-    as the invocation. Of a durable context (`.state` and `.lambda_context`) the inner one is.
+    If the context has `get_remaining_time_in_millis`, it is registered for the call, so that its claim lasts as long as
+    the invocation. Of a durable context (`.state` and `.lambda_context`), the inner one is registered.
 
-    The decorated handler raises what it raises by itself, and:
+    A call of the handler raises the exceptions of the handler, and:
 
-    - `IdempotencyKeyError`: The payload cannot be a key, or is none and `raise_on_no_idempotency_key` is set.
-    - `IdempotencyValidationError`: The key was used with another payload.
-    - `IdempotencyAlreadyInProgressError`: Another execution did not end within `wait_timeout_seconds`.
-    - `IdempotencyInDoubtError`: With `on_abandoned="raise"`, the owner of the claim vanished.
-    - `IdempotencyPersistenceLayerError`: The layer failed; the message says whether the handler has run.
-    - `IdempotencyLeaseLostError`: The claim was lost while the handler ran, and no other outcome is known.
-    - `IdempotencyResultUnavailableError`: The result of the first execution could not be stored, or not be rebuilt.
-    - A stored exception, of a type in `stored_exceptions`.
-    - `IdempotencyUsageError`: An event loop runs on this thread, and the call would block it; or `close` was called
-      meanwhile.
+    - `IdempotencyKeyError`: the payload holds no key and `raise_on_no_idempotency_key` is set, or it cannot be a key.
+    - `IdempotencyValidationError`: the key was used before with another payload.
+    - `IdempotencyAlreadyInProgressError`: another execution of the key did not end within `wait_timeout_seconds`.
+    - `IdempotencyInDoubtError`: the owner of a claim vanished, and `on_abandoned="raise"`.
+    - `IdempotencyResultUnavailableError`: the handler ran once, and its result cannot be replayed.
+    - `IdempotencyLeaseLostError`: another caller took the claim over, and recorded no outcome for this call.
+    - `IdempotencyPersistenceLayerError`: the store failed; the message says whether the handler has run.
+    - `IdempotencyUsageError`: an event loop runs in the calling thread, which the call would block.
 
     Args:
         handler: The handler, if the decorator is used without options.
-        persistence_store: The persistence layer. Default: that of `configure`, or SQLite in `aidem.sqlite3`.
-        config: The settings. Default: those of `configure`, or `IdempotencyConfig()`.
-        key_prefix: The prefix of the keys. Default: the name of the Lambda function (elsewhere `test-func`), the module
-            and the name of the handler.
+        persistence_store: The layer that keeps the records. Default: the layer of `configure`.
+        config: The settings. Default: the config of `configure`.
+        key_prefix: Replaces the name of the function in its keys. Default: the name of the Lambda function (or
+            `test-func`), the module and the qualified name.
 
     Raises:
-        TypeError: The handler is async, or no function of event and context.
+        TypeError: The handler is not a plain function of event and context.
         IdempotencyConfigError: An option has a value that cannot work.
     """
     check_call_options(config=config, persistence_store=persistence_store, key_prefix=key_prefix)
@@ -174,35 +174,36 @@ def idempotent_function(
     output_serializer: type[ModelSerializer] | OutputSerializer | None = None,
     key_prefix: str | None = None,
 ) -> Any:
-    """Make any callable idempotent that is not async: functions, methods, partials, callable objects.
+    """Make any callable that is not async idempotent: functions, methods, partials, callable objects.
 
-    The decorated callable raises what it raises by itself, and:
+    A call raises the exceptions of the function, and:
 
-    - `IdempotencyKeyError`: The payload cannot be a key, or is none and `raise_on_no_idempotency_key` is set.
-    - `IdempotencyValidationError`: The key was used with another payload.
-    - `IdempotencyAlreadyInProgressError`: Another execution did not end within `wait_timeout_seconds`.
-    - `IdempotencyInDoubtError`: With `on_abandoned="raise"`, the owner of the claim vanished.
-    - `IdempotencyPersistenceLayerError`: The layer failed; the message says whether the function has run.
-    - `IdempotencyLeaseLostError`: The claim was lost while the function ran, and no other outcome is known.
-    - `IdempotencyResultUnavailableError`: The result of the first execution could not be stored, or not be rebuilt.
-    - A stored exception, of a type in `stored_exceptions`.
-    - `IdempotencyUsageError`: An event loop runs on this thread, and the call would block it; or `close` was called
-      meanwhile.
+    - `IdempotencyKeyError`: the payload holds no key and `raise_on_no_idempotency_key` is set, or it cannot be a key.
+    - `IdempotencyValidationError`: the key was used before with another payload.
+    - `IdempotencyAlreadyInProgressError`: another execution of the key did not end within `wait_timeout_seconds`.
+    - `IdempotencyInDoubtError`: the owner of a claim vanished, and `on_abandoned="raise"`.
+    - `IdempotencyResultUnavailableError`: the function ran once, and its result cannot be replayed.
+    - `IdempotencyLeaseLostError`: another caller took the claim over, and recorded no outcome for this call.
+    - `IdempotencyPersistenceLayerError`: the store failed; the message says whether the function has run.
+    - `IdempotencyModelTypeError`, `IdempotencyNoSerializationModelError`: the return annotation does not suit the class
+      that is passed as `output_serializer`.
+    - `IdempotencyUsageError`: an event loop runs in the calling thread, which the call would block.
 
     Args:
         function: The callable, if the decorator is used without options.
-        data_keyword_argument: The name of the parameter that is the payload, or of one among `**kwargs`.
-        key: A function that takes the arguments of the call by name and returns the payload; the alternative to
-            `data_keyword_argument`. Default of both: the payload is all arguments by name, without `self` and `cls`.
-        persistence_store: The persistence layer. Default: that of `configure`, or SQLite in `aidem.sqlite3`.
-        config: The settings. Default: those of `configure`, or `IdempotencyConfig()`.
-        output_serializer: Turns the result into JSON values and back. Default: what the return annotation says, with
+        data_keyword_argument: Name of the parameter that is the payload, passed by position or by name; or a name among
+            `**kwargs`. Default: all arguments by name, without `self` and `cls`, are the payload.
+        key: A function, not async, that gets the bound arguments by name and returns the payload; the alternative to
+            `data_keyword_argument`. Default: None.
+        persistence_store: The layer that keeps the records. Default: the layer of `configure`.
+        config: The settings. Default: the config of `configure`.
+        output_serializer: Turns the result into JSON values and back. Default: chosen by the return annotation, for
             dataclasses, pydantic models and types of the standard library, also in lists, dicts, tuples and unions.
-        key_prefix: The prefix of the keys. Default: the name of the Lambda function (elsewhere `test-func`), the module
-            and the name of the function. Partials and callable objects need one.
+        key_prefix: Replaces the name of the function in its keys. Default: the name of the Lambda function (or
+            `test-func`), the module and the qualified name. Partials and callable objects need one.
 
     Raises:
-        TypeError: It is async, a generator, or not callable.
+        TypeError: It is not callable, or it is async.
         IdempotencyConfigError: An option has a value that cannot work, or does not suit the signature.
         IdempotencyUsageError: It is annotated to return a response of Starlette or FastAPI.
     """
@@ -253,34 +254,28 @@ def idempotency(
 ) -> AbstractContextManager[BlockExecution]:
     """Run a `with` block once per key; a later block with the same key gets the result of the first.
 
-    Entering the block raises:
-
-    - `IdempotencyKeyError`: The value cannot be a key, or is none and `raise_on_no_idempotency_key` is set.
-    - `IdempotencyValidationError`: The key was used with another payload.
-    - `IdempotencyAlreadyInProgressError`: Another execution did not end within `wait_timeout_seconds`.
-    - `IdempotencyInDoubtError`: With `on_abandoned="raise"`, the owner of the claim vanished.
-    - `IdempotencyPersistenceLayerError`: The layer failed; the block was not run.
-    - `IdempotencyUsageError`: An event loop runs on this thread, and the call would block it; or `close` was called
-      meanwhile.
-
-    Leaving it raises what the block raises, and:
-
-    - `IdempotencyPersistenceLayerError`: The result could not be recorded.
-    - `IdempotencyLeaseLostError`: The claim was lost while the block ran, and another outcome counts, or none is known.
-    - `IdempotencyUsageError`: The block never asked whether it is a replay, or swallowed the exception of its function.
-
     Args:
-        key: Names the block: any value that can be a payload. `event_key_jmespath` does not apply to it.
-        payload: A value that must not change under the key; with `payload_validation_jmespath`, the selected part of
-            it. Default: nothing is compared.
-        persistence_store: The persistence layer. Default: that of `configure`, or SQLite in `aidem.sqlite3`.
-        config: The settings. Default: those of `configure`, or `IdempotencyConfig()`.
-        output_serializer: Turns the result into JSON values and back. Default: what the return annotation of the
-            function says that `execution.run` calls, else plain JSON data.
-        key_prefix: The prefix of the keys, which keeps keys of different blocks apart. Default: `"aidem"`.
+        key: Identifies the block: any value that a payload can be. `event_key_jmespath` is not applied to it.
+        payload: A value that must not change under the key; `payload_validation_jmespath` selects a part of it.
+            Default: nothing is validated.
+        persistence_store: The layer that keeps the records. Default: the layer of `configure`.
+        config: The settings. Default: the config of `configure`.
+        output_serializer: Turns the result into JSON values and back. Default: chosen by the return annotation of the
+            function that `run` calls; without `run`, the result is JSON data.
+        key_prefix: Keeps the keys of different blocks apart. Default: `"aidem"`.
 
     Raises:
-        IdempotencyConfigError: An option has a value that cannot work.
+        IdempotencyConfigError: At once: an option has a value that cannot work.
+        IdempotencyKeyError: On entering: `key` cannot be a key, or is none and `raise_on_no_idempotency_key` is set.
+        IdempotencyValidationError: On entering: the key was used before with another payload.
+        IdempotencyAlreadyInProgressError: On entering: another execution of the key did not end within
+            `wait_timeout_seconds`.
+        IdempotencyInDoubtError: On entering: the owner of a claim vanished, and `on_abandoned="raise"`.
+        IdempotencyResultUnavailableError: The block ran once, and its result cannot be replayed.
+        IdempotencyLeaseLostError: On leaving: another caller took the claim over, and recorded no outcome for it.
+        IdempotencyPersistenceLayerError: The store failed; the message says whether the block has run.
+        IdempotencyUsageError: On leaving: the block neither called `run` nor read `replayed` or `result`, so a retry
+            would repeat its effect. On entering: an event loop runs in the calling thread.
     """
     check_call_options(
         config=config,
@@ -306,6 +301,14 @@ class BlockExecution(block.BlockExecution):
     def ensure_owned(self) -> None:  # type: ignore[override] # blocking code cannot await it
         """Renew the claim at the store, as the async one does, and wait for it."""
         ensure_owned(self._call)
+
+    def complete(self, result: R, *, transaction: object) -> R:  # type: ignore[override]
+        """Write the result in an open transaction of yours, as the async one does, and return it as a replay will."""
+        return drive(partial(super().complete, result, transaction=transaction))
+
+    def completion_item(self, result: object) -> dict[str, Any] | None:  # type: ignore[override]
+        """Return the `Update` that stores the result, for your own `transact_write_items`, as the async one does."""
+        return drive(partial(super().completion_item, result))
 
     def run(self, func: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:  # type: ignore[override]
         """Call the function, or replay its result; leaving the block records it.
@@ -359,6 +362,9 @@ class _Block(block.Block):
             if fail(call, exc) is WhoseOutcome.WINNERS:
                 raise block.lost_to(call.held_record()) from exc
             return
+        if call.phase is Phase.COMPLETING:
+            confirm_commit(call)
+            result.note_commit()
         recording = result.final()
         if recording is not None:
             if complete(call, recording) is WhoseOutcome.WINNERS:
@@ -371,7 +377,7 @@ class _Block(block.Block):
     def __del__(self) -> None:
         # Ctrl-C may strike where Python enters `__exit__`, before any `try`. Nothing can be waited for here.
         call = getattr(self, "_call", None)  # a key that cannot be one leaves none
-        if call is not None and call.phase is Phase.CLAIMED:
+        if call is not None and call.holds_claim:
             background_loop.run_unattended(partial(call.fail, KeyboardInterrupt()))
 
     def config(self) -> IdempotencyConfig:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, TypeVar, cast
 from aidem._api import execution
 from aidem._api.execution import EncodedResult, hooked, outcome_of, running
 from aidem._engine.call import Call, Phase, WhoseOutcome
-from aidem._engine.failures import EFFECT_HAPPENED, FAILED, NOTHING_RUN, RUNNING
+from aidem._engine.failures import COMMIT_UNKNOWN, EFFECT_HAPPENED, FAILED, NOTHING_RUN, RUNNING
 from aidem._engine.plan import CallFactory
 from aidem._rules import lifecycle
 from aidem._runtime import background_loop
@@ -68,6 +68,11 @@ def complete(call: Call, recording: EncodedResult) -> WhoseOutcome:
     return _wait_for(call, partial(call.complete, recording.text, recording.kind), EFFECT_HAPPENED)
 
 
+def confirm_commit(call: Call) -> None:
+    """Look whether the transaction that completes the call was committed."""
+    _wait_for(call, call.confirm_commit, COMMIT_UNKNOWN)
+
+
 def fail(call: Call, error: BaseException) -> WhoseOutcome:
     """Release the claim, or store the exception if it is an outcome."""
     if not call.takes("fail"):
@@ -104,9 +109,13 @@ def _wait_for(call: Call, step: Callable[[], Coroutine[Any, Any, T]], effect: st
 
 
 class BlockingCall(Call):
-    """A call that is made by the thread or greenlet which runs its body, and which no event loop knows."""
+    """A call that is made by the thread or greenlet which runs its body, and which no event loop knows.
+
+    The statement that completes it in a transaction is executed in that thread; `drive` runs the coroutine around it.
+    """
 
     __slots__ = ("_has_caller_ended",)
+    is_blocking = True
 
     def __init__(self, plan: Plan, key: CallKey, *, bypassed: bool = False) -> None:
         super().__init__(plan, key, bypassed=bypassed)
@@ -115,6 +124,24 @@ class BlockingCall(Call):
     def watch_body(self) -> Callable[[], bool]:
         """Return a function that tells whether the thread or greenlet that runs the body has ended."""
         return self._has_caller_ended
+
+    async def _begin_completion(self) -> None:
+        _wait_for(self, super()._begin_completion, RUNNING)
+
+    async def _resume_renewal(self) -> None:
+        _wait_for(self, super()._resume_renewal, RUNNING)
+
+    async def _explain_refusal(self, earlier: Phase) -> NoReturn:
+        _wait_for(self, partial(super()._explain_refusal, earlier), RUNNING)
+
+
+def drive(start: Callable[[], Coroutine[Any, Any, T]]) -> T:
+    """Run a coroutine of a layer that executes a statement with a blocking driver, so that it does not suspend."""
+    try:
+        start().send(None)
+    except StopIteration as end:
+        return cast("T", end.value)
+    raise TypeError("the persistence layer awaits although the driver of the transaction is a blocking one")
 
 
 class BlockingCalls(CallFactory):
@@ -137,6 +164,14 @@ class Execution(execution.Execution):
         """Renew the claim at the store, as the async one does, and wait for it."""
         ensure_owned(self._call)
 
+    def complete(self, result: T, *, transaction: object) -> T:  # type: ignore[override]
+        """Write the result in an open transaction of yours, as the async one does, and return it as a replay will."""
+        return drive(partial(super().complete, result, transaction=transaction))
+
+    def completion_item(self, result: object) -> dict[str, Any] | None:  # type: ignore[override]
+        """Return the `Update` that stores the result, for your own `transact_write_items`, as the async one does."""
+        return drive(partial(super().completion_item, result))
+
 
 def execute(call: Call, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run a function under a call, or replay its outcome."""
@@ -152,12 +187,15 @@ def _run(call: Call, function: Callable[..., Any], args: tuple[Any, ...], kwargs
     if call.phase is Phase.REPLAYED:
         return _replayed(call)
     try:
-        with running(Execution(call)):
+        with running(Execution(call)) as execution_:
             result = function(*args, **kwargs)
         if inspect.iscoroutine(result):
             refuse_awaitable(result, call)
         if call.phase is Phase.BYPASSED:
-            return result
+            return execution_.completed_or(result)
+        if call.phase is Phase.COMPLETING:
+            confirm_commit(call)
+            return outcome_of(call, call.plan.serializer)
         recording = EncodedResult.of(result, call.plan.serializer, function=call.plan.function)
     except BaseException as error:
         if fail(call, error) is WhoseOutcome.OURS:
