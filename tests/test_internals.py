@@ -196,11 +196,11 @@ async def test_the_walks_name_every_module_that_a_call_enters_in_order(front: st
 async def test_a_reader_follows_a_first_call_through_few_files() -> None:
     walk = await walk_of_async()
     assert len(walk.modules) <= 12
-    assert walk.switches <= 35
+    assert walk.switches <= 34
 
 
 @pytest.mark.usefixtures("_still_clock")
 async def test_a_reader_follows_a_request_through_few_files() -> None:
     walk = await walk_of_http()
     assert len(walk.modules) <= 19
-    assert walk.switches <= 61
+    assert walk.switches <= 60

@@ -38,7 +38,7 @@ class MemoryPersistenceLayer(OpenedByAsyncWith):
         """
         self.clock = clock
         self._records: dict[str, DataRecord] = {}
-        self._last_fence = 0  # of any key: remembers what release and expiry would forget, in bounded space
+        self._last_fence = 0  # of any key: fences grow over release and expiry, too, in bounded space
         self._acquires = 0
         self._unchecked: list[str] = []
         self._guard = ForkSafeLock()
@@ -126,6 +126,11 @@ class MemoryPersistenceLayer(OpenedByAsyncWith):
             self._records.pop(key, None)
         return Immediate(None)
 
+    def records(self) -> dict[str, DataRecord]:
+        """Return all records by idempotency key, also those that have expired: for tests."""
+        with self._guard.lock:
+            return dict(self._records)
+
     def scan(
         self, *, prefix: str = "", status: RecordStatus | None = None, limit: int | None = None
     ) -> AsyncGenerator[DataRecord]:
@@ -153,7 +158,7 @@ class MemoryPersistenceLayer(OpenedByAsyncWith):
         yield page
 
     def _sweep(self, now: float) -> None:
-        """Drop what has expired among the next few records, the oldest first, in turn."""
+        """Drop the expired ones among the next few records, the oldest first, in turn."""
         if not self._unchecked:
             self._unchecked = list(reversed(self._records))
         for key in self._unchecked[-SWEPT_AT_ONCE:]:

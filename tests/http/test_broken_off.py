@@ -111,7 +111,7 @@ async def test_a_key_that_cannot_be_given_back_is_noted_on_the_exception() -> No
     front = front_of(Breaking(0, fail), layer=PlannedLayer().plan("release", Fault(DENIED)))
     with pytest.raises(ValueError, match="no") as caught:
         await request(front)
-    assert "could not give back" in caught.value.__notes__[0]
+    assert "could not release the claim" in caught.value.__notes__[0]
 
 
 async def test_a_coroutine_that_is_closed_before_the_start_has_gone_out_gives_the_key_back() -> None:
@@ -120,7 +120,7 @@ async def test_a_coroutine_that_is_closed_before_the_start_has_gone_out_gives_th
     coroutine = await suspended(front)
     coroutine.close()
     await asyncio.sleep(1)
-    assert front.layer.inner._records == {}
+    assert front.layer.inner.records() == {}
 
 
 # --- After it has gone out --------------------------------------------------------------------------------------------
@@ -201,7 +201,7 @@ async def test_a_body_without_a_start_is_a_fault_for_the_server_to_name() -> Non
 
     front = front_of(app)
     assert (await request(front)).messages == [{"type": "http.response.body", "body": b"one"}]
-    assert front.layer.inner._records == {}
+    assert front.layer.inner.records() == {}
 
 
 async def test_a_failure_to_record_does_not_replace_the_apps_exception(caplog: pytest.LogCaptureFixture) -> None:
@@ -217,7 +217,7 @@ async def test_a_lost_lease_does_not_replace_the_apps_exception() -> None:
 
     async def lose(message: Any) -> None:
         front.layer.inner._records.update(
-            {key: record.replace(owner="another") for key, record in front.layer.inner._records.items()}
+            {key: record.replace(owner="another") for key, record in front.layer.inner.records().items()}
         )
 
     connection.on_send = lose

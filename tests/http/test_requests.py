@@ -207,7 +207,7 @@ async def test_two_services_with_one_store_do_not_meet() -> None:
     for prefix in ("shop", "bank", "shop"):
         await request(front_of(shop, layer=layer, key_prefix=prefix))
     assert shop.runs == 2
-    assert sorted(key.partition("#")[0] for key in layer.inner._records) == ["bank", "shop"]
+    assert sorted(key.partition("#")[0] for key in layer.inner.records()) == ["bank", "shop"]
 
 
 # --- What must not change ---------------------------------------------------------------------------------------------
@@ -487,7 +487,7 @@ async def test_a_claim_whose_observer_is_interrupted_is_given_back() -> None:
         await request(front)
     with pytest.raises(ValueError, match="no"):
         await failing
-    assert layer.inner._records == {}
+    assert layer.inner.records() == {}
 
 
 # --- In the handler, and around it ------------------------------------------------------------------------------------
@@ -523,7 +523,7 @@ async def test_two_layers_of_one_prefix_around_one_request_are_one() -> None:
 async def test_two_layers_of_two_prefixes_around_one_request_both_record_it() -> None:
     layer = PlannedLayer()
     await request(front_of(front_of(Shop(), layer=layer, key_prefix="inner"), layer=layer, key_prefix="outer"))
-    assert sorted(key.partition("#")[0] for key in layer.inner._records) == ["inner", "outer"]
+    assert sorted(key.partition("#")[0] for key in layer.inner.records()) == ["inner", "outer"]
 
 
 async def test_another_request_under_the_same_key_is_refused_also_from_within() -> None:

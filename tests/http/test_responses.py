@@ -38,7 +38,7 @@ def anyio_backend() -> Any:
 
 
 def records_of(front: Front) -> list[Any]:
-    return list(front.layer.inner._records.values())
+    return list(front.layer.inner.records().values())
 
 
 # --- What is recorded -------------------------------------------------------------------------------------------------

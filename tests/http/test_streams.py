@@ -377,7 +377,7 @@ async def test_a_stream_of_events_is_not_stored_unless_asked_for(value: bytes) -
     records: list[int] = []
 
     async def look(message: Any) -> None:
-        records.append(len(front.layer.inner._records))
+        records.append(len(front.layer.inner.records()))
 
     connection.on_send = look
     await front(scope_of(), connection.receive, connection.send)
