@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Final
 
 from aidem._http import answers
-from aidem._http.key import MAX_KEY_CHARACTERS
+from aidem._http.answers import MAX_KEY_CHARACTERS
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable
 
+    from aidem._http.answers import Problem
     from aidem._http.options import HttpOptions
-    from aidem._http.types import Problem
 
 _QUOTED: Final = rf'"([ !#-\[\]-~]|\\["\\]){{1,{MAX_KEY_CHARACTERS}}}"'
 _BARE: Final = rf"[!#-+\--:<-~]{{1,{MAX_KEY_CHARACTERS}}}"

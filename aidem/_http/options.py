@@ -7,18 +7,18 @@ import hashlib
 import inspect
 import re
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Required, TypedDict, TypeGuard
 
 from aidem._checks import kind_of, refused
-from aidem._http.fingerprint import parts
-from aidem._http.types import header_values
+from aidem._http.request import parts
+from aidem._http.response import store_by_default
 from aidem.config import IdempotencyConfig, check_call_options
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from aidem._http.types import FingerprintFunction, Headers, ProblemBody, Scope, ScopeFunction, StoreIf
+    from aidem._http.types import FingerprintFunction, ProblemBody, Scope, ScopeFunction, StoreIf
     from aidem.persistence import PersistenceLayer
 
 DAY_SECONDS: Final = 24 * 3600
@@ -36,22 +36,7 @@ _WITHOUT_MEANING: Final = {
     "response_hook": "a replay is sent as it was recorded",
     "stored_exceptions": "responses are stored, not exceptions",
 }
-# 307 and 308 ask for the same request elsewhere, 421 on another connection, 426 by another protocol, and 428 with a
-# condition: with the same key, which must not be taken by the one that was sent on. 423 passes when a lock does.
-_NOT_STORED: Final = frozenset({307, 308, 401, 403, 408, 421, 422, 423, 425, 426, 428, 429})
 _TOKEN: Final = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")  # RFC 9110, section 5.6.2
-
-
-def store_by_default(status: int, headers: Headers) -> bool:
-    """Whether a response is final, so that a retry would get the same: 2xx, and most of 3xx and 4xx."""
-    is_final = 200 <= status < 500 and status not in _NOT_STORED  # noqa: PLR2004 - classes of status codes
-    return is_final and not any(_says_to_ask_again(name.lower(), value) for name, value in headers)
-
-
-def _says_to_ask_again(name: bytes, value: bytes) -> bool:
-    """Whether a header tells that a retry gets something else: later, or of a stream of events, which may never end."""
-    is_stream_of_events = name == b"content-type" and value.lower().startswith(b"text/event-stream")
-    return is_stream_of_events or name == b"retry-after"
 
 
 def by_header(name: str, *more: str) -> ScopeFunction:
@@ -74,8 +59,8 @@ def by_header(name: str, *more: str) -> ScopeFunction:
     wanted = [each.lower().encode("ascii") for each in (name, *more)]
 
     def scope_of(scope: Scope) -> str | None:
-        found = [header_values(scope["headers"], each) for each in wanted]
-        if not all(any(values) for values in found):
+        found = [[value for name, value in scope["headers"] if name == each] for each in wanted]
+        if not all(map(any, found)):
             return None
         # One header's values are hashed as they always were, so that its records are still found.
         text = parts(*(parts(*values) for values in found)) if more else parts(*found[0])
@@ -136,6 +121,11 @@ class IdempotencyOptions(TypedDict, total=False):
 class HttpOptions:
     """The options of a middleware or a route class, checked and with their defaults; see `IdempotencyOptions`.
 
+    Attributes:
+        settings: The config of every call.
+        key_header: The name of the header that holds the key, as ASGI writes it.
+        replay_mark: The name of the header that marks a replay.
+
     Raises:
         IdempotencyConfigError: An option has a value that cannot work; the message names it and what is allowed.
     """
@@ -157,6 +147,10 @@ class HttpOptions:
     problem_body: ProblemBody | None = None
     documentation_url: str | None = None
 
+    settings: IdempotencyConfig = field(init=False, repr=False, compare=False)
+    key_header: bytes = field(init=False, repr=False, compare=False)
+    replay_mark: bytes = field(init=False, repr=False, compare=False)
+
     def __post_init__(self) -> None:
         check_call_options(config=self.config, persistence_store=self.persistence_store, key_prefix=self.key_prefix)
         if not self.key_prefix:
@@ -165,13 +159,15 @@ class HttpOptions:
             value = getattr(self, option)
             if not is_allowed(value):
                 raise refused(option, kind_of(value) if callable(value) else repr(value), allowed)
-        _check_config(self.config or DEFAULT_CONFIG)
-        object.__setattr__(self, "methods", frozenset(method.upper() for method in self.methods))
-
-    @property
-    def settings(self) -> IdempotencyConfig:
-        """The config of every call."""
-        return self.config or DEFAULT_CONFIG
+        derived = {
+            "methods": frozenset(method.upper() for method in self.methods),
+            "settings": self.config or DEFAULT_CONFIG,
+            "key_header": self.header_name.lower().encode("ascii"),
+            "replay_mark": self.replayed_header.lower().encode("ascii"),
+        }
+        for option, value in derived.items():
+            object.__setattr__(self, option, value)
+        _check_config(self.settings)
 
 
 def _check_config(config: IdempotencyConfig) -> None:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aidem._http.fingerprint import Fingerprint, full_path, lookup_key, parts
+from aidem._http.request import full_path, lookup_key, parts, request_digest
 from tests.support.asgi import JSON, scope_of
 
 FORM = b"multipart/form-data; boundary="
@@ -20,7 +20,7 @@ def fingerprint(
 ) -> str:
     if content_type is not None:
         scope["headers"] = [(b"content-type", content_type)]
-    taken = Fingerprint(scope_of(**scope), hash_function)  # type: ignore[arg-type]
+    taken = request_digest(scope_of(**scope), hash_function)  # type: ignore[arg-type]
     for chunk in chunks:
         taken.update(chunk)
     return taken.hexdigest()
@@ -121,7 +121,7 @@ def test_no_part_can_be_taken_for_the_next(one: dict[str, object], other: dict[s
 def test_a_server_that_has_no_query_or_root_path_to_tell_is_understood() -> None:
     scope = scope_of()
     del scope["query_string"], scope["root_path"]
-    taken = Fingerprint(scope, "sha256")
+    taken = request_digest(scope, "sha256")
     taken.update(b"{}")
     assert taken.hexdigest() == fingerprint(b"{}")
 
