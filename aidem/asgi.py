@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from aidem._http.answers import Problem
 from aidem._http.gate import Gate
 from aidem._http.lifespan import Lifespan
 from aidem._http.options import HttpOptions, IdempotencyOptions, by_header
-from aidem._http.request import RequestParts
+from aidem._http.types import Problem, RequestParts
 
 if TYPE_CHECKING:
     from typing import Unpack

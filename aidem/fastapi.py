@@ -17,10 +17,10 @@ except ImportError as error:
     raise ImportError(f"aidem.fastapi needs FastAPI: {how_to_install('fastapi')}") from error
 
 from aidem._http import openapi
-from aidem._http.answers import MEDIA_TYPE, Problem
+from aidem._http.answers import MEDIA_TYPE
 from aidem._http.gate import Gate
 from aidem._http.options import HttpOptions, IdempotencyOptions, by_header
-from aidem._http.request import RequestParts
+from aidem._http.types import Problem, RequestParts
 from aidem.exceptions import IdempotencyConfigError
 
 if TYPE_CHECKING:

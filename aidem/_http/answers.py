@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from http.client import responses
 from typing import TYPE_CHECKING, Any, Final
 
 from aidem._api.execution import outcome_of
 from aidem._http.response import RESPONSES
+from aidem._http.types import Problem
 from aidem.exceptions import (
     IdempotencyAlreadyInProgressError,
     IdempotencyError,
@@ -35,27 +36,6 @@ MAX_KEY_CHARACTERS: Final = 255
 MEDIA_TYPE: Final = "application/problem+json"
 RETRY_AFTER_SECONDS: Final = 1
 """A request that runs may end at any moment, and a store that is down may come back."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Problem:
-    """An answer of the layer itself, in place of the app's response; `problem_body` writes its body.
-
-    Attributes:
-        name: Identifies the kind of problem, such as `in-progress`.
-        status: The status code.
-        title: What the kind of problem is, in a few words.
-        detail: What the client can do. Of an `HTTPException` that a scope function raises: its detail, unchanged.
-        type: A URI of the kind of problem: the name below `documentation_url`, or `about:blank` without one.
-        is_temporary: Whether the same request may succeed later; the answer then has a `Retry-After` header.
-    """
-
-    name: str
-    status: int
-    title: str
-    detail: Any
-    type: str = "about:blank"
-    is_temporary: bool = False
 
 
 KEY_MISSING: Final = Problem(

@@ -22,7 +22,7 @@ from aidem._http.answers import (
     send_replay,
 )
 from aidem._http.exchange import Exchange
-from aidem._http.request import RequestBody, RequestParts, chosen_digest, lookup_key, parse_key, request_digest
+from aidem._http.request import RequestBody, chosen_digest, lookup_key, parse_key, request_digest, request_parts
 from aidem.exceptions import IdempotencyPersistenceLayerError, IdempotencyUsageError
 from aidem.hooks import EventKind, Reporter
 
@@ -176,7 +176,7 @@ class Gate:
         digest = request_digest(scope, hash_function)
         await body.read(scope, digest, limit=options.max_request_bytes)
         if options.fingerprint is not None:
-            parts = RequestParts.of(scope, body.whole)
+            parts = request_parts(scope, body.whole)
             try:
                 chosen = options.fingerprint(parts)
             except Exception as error:  # noqa: BLE001 - whatever a function of the user's raises for what a client sent

@@ -10,8 +10,8 @@ from aidem._http.answers import MAX_KEY_CHARACTERS
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable
 
-    from aidem._http.answers import Problem
     from aidem._http.options import HttpOptions
+    from aidem._http.types import Problem
 
 _QUOTED: Final = rf'"([ !#-\[\]-~]|\\["\\]){{1,{MAX_KEY_CHARACTERS}}}"'
 _BARE: Final = rf"[!#-+\--:<-~]{{1,{MAX_KEY_CHARACTERS}}}"

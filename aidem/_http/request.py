@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import re
 from collections import deque
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from aidem._http.answers import (
@@ -23,6 +22,7 @@ from aidem._http.answers import (
     RefusedError,
 )
 from aidem._http.response import length_in
+from aidem._http.types import RequestParts
 from aidem._rules.key import hash_constructor, idempotency_key
 
 if TYPE_CHECKING:
@@ -160,39 +160,6 @@ class RequestBody:
 # --- What must not change on a retry ----------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RequestParts:
-    """A request with a key, as a `fingerprint` function gets it.
-
-    Attributes:
-        method: The method, such as `POST`.
-        path: The decoded path as the client sees it, with the prefixes of mounted apps.
-        query: The raw query string, without `?`.
-        headers: All headers in order, with names in lower case.
-        content_type: The value of the `Content-Type` header; `""` without one.
-        body: The whole body.
-    """
-
-    method: str
-    path: str
-    query: bytes
-    headers: tuple[tuple[bytes, bytes], ...]
-    content_type: str
-    body: bytes
-
-    @classmethod
-    def of(cls, scope: Scope, body: bytes) -> RequestParts:
-        """Return the parts of a request."""
-        return cls(
-            method=scope["method"],
-            path=full_path(scope),
-            query=scope.get("query_string", b""),
-            headers=tuple((name, value) for name, value in scope["headers"]),
-            content_type=b", ".join(_content_types(scope)).decode("latin-1"),
-            body=body,
-        )
-
-
 def request_digest(scope: Scope, hash_function: str) -> Any:
     """Return the hash of method, path, query and content type, to be updated with the body as it comes.
 
@@ -211,6 +178,18 @@ def request_digest(scope: Scope, hash_function: str) -> Any:
     )
     digest = hash_constructor(hash_function)(head, usedforsecurity=False)
     return digest if boundary is None else _MultipartDigest(digest, boundary)
+
+
+def request_parts(scope: Scope, body: bytes) -> RequestParts:
+    """Return what a `fingerprint` function is called with."""
+    return RequestParts(
+        method=scope["method"],
+        path=full_path(scope),
+        query=scope.get("query_string", b""),
+        headers=tuple((name, value) for name, value in scope["headers"]),
+        content_type=b", ".join(_content_types(scope)).decode("latin-1"),
+        body=body,
+    )
 
 
 def chosen_digest(request: RequestParts, chosen: bytes, hash_function: str) -> str:

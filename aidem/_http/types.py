@@ -1,13 +1,10 @@
-"""The shapes of ASGI, and the functions that options take."""
+"""The shapes of ASGI as the HTTP layer speaks it, and what its options are called with."""
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, MutableMapping
-from typing import TYPE_CHECKING, Any, TypeAlias
-
-if TYPE_CHECKING:
-    from aidem._http.answers import Problem
-    from aidem._http.request import RequestParts
+from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 Scope: TypeAlias = MutableMapping[str, Any]
 Message: TypeAlias = MutableMapping[str, Any]
@@ -16,7 +13,50 @@ Send: TypeAlias = Callable[[Message], Awaitable[None]]
 ASGIApp: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
 Headers: TypeAlias = list[tuple[bytes, bytes]]
 
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Problem:
+    """An answer of the layer itself, in place of the app's response; `problem_body` writes its body.
+
+    Attributes:
+        name: Identifies the kind of problem, such as `in-progress`.
+        status: The status code.
+        title: What the kind of problem is, in a few words.
+        detail: What the client can do. Of an `HTTPException` that a scope function raises: its detail, unchanged.
+        type: A URI of the kind of problem: the name below `documentation_url`, or `about:blank` without one.
+        is_temporary: Whether the same request may succeed later; the answer then has a `Retry-After` header.
+    """
+
+    name: str
+    status: int
+    title: str
+    detail: Any
+    type: str = "about:blank"
+    is_temporary: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestParts:
+    """A request with a key, as a `fingerprint` function gets it.
+
+    Attributes:
+        method: The method, such as `POST`.
+        path: The decoded path as the client sees it, with the prefixes of mounted apps.
+        query: The raw query string, without `?`.
+        headers: All headers in order, with names in lower case.
+        content_type: The value of the `Content-Type` header; `""` without one.
+        body: The whole body.
+    """
+
+    method: str
+    path: str
+    query: bytes
+    headers: tuple[tuple[bytes, bytes], ...]
+    content_type: str
+    body: bytes
+
+
 ScopeFunction: TypeAlias = Callable[[Scope], "str | Awaitable[str | None] | None"]
 StoreIf: TypeAlias = Callable[[int, Headers], bool]
-ProblemBody: TypeAlias = "Callable[[Problem, Scope], tuple[bytes, str]]"
-FingerprintFunction: TypeAlias = "Callable[[RequestParts], bytes | None]"
+ProblemBody: TypeAlias = Callable[[Problem, Scope], tuple[bytes, str]]
+FingerprintFunction: TypeAlias = Callable[[RequestParts], bytes | None]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 from typing import Any
 
 import pytest
@@ -119,6 +120,14 @@ async def test_a_coroutine_that_is_closed_before_the_start_has_gone_out_gives_th
     front = front_of(app, layer=PlannedLayer())
     coroutine = await suspended(front)
     coroutine.close()
+    await asyncio.sleep(1)
+    assert front.layer.inner._records == {}
+
+
+async def test_a_coroutine_may_be_closed_from_another_context() -> None:
+    front = front_of(Breaking(0, hang), layer=PlannedLayer())
+    coroutine = await suspended(front)
+    contextvars.Context().run(coroutine.close)
     await asyncio.sleep(1)
     assert front.layer.inner._records == {}
 
