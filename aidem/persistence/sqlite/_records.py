@@ -83,8 +83,7 @@ class Records:
     def acquire(self, proposed: DataRecord, *, now: float) -> Claimed | Blocked:
         """Store a claim unless a live record of somebody else is there; `now` is the caller's."""
         found = self.get(proposed.idempotency_key)
-        proposed = lifecycle.shifted(proposed, seconds=self._now - now)
-        answer = lifecycle.acquire(found, proposed, now=self._now, last_fence=self._last_fence)
+        answer = lifecycle.acquire(found, proposed, now=self._now, proposed_at=now, last_fence=self._last_fence)
         if isinstance(answer, Claimed) and answer.record is not found:
             self._store(answer.record)
             self._claims += 1
