@@ -38,8 +38,9 @@ class IdempotencyMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve a request, or the lifespan of the app."""
-        layer = self._gate.options.persistence_store
-        if scope["type"] == "lifespan" and layer is not None:  # that of `configure` belongs to whoever called it
-            await Lifespan(layer, receive, send).run(self.app, scope)
-        else:
-            await self._gate.serve(self.app, scope, receive, send)
+        if scope["type"] == "lifespan":
+            layer = self._gate.options.persistence_store
+            if layer is not None:  # else it is that of `configure`, whose caller opens and closes it
+                await Lifespan(layer, receive, send).run(self.app, scope)
+                return
+        await self._gate.serve(self.app, scope, receive, send)

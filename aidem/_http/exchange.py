@@ -38,6 +38,14 @@ _GIVING_UP_SECONDS: Final = 2.0
 """How long before the end of the lease, at most, a recording that keeps failing is tried for the last time."""
 
 
+# Names of their own: to look a member up on its enum costs as much as a call.
+_WAITING, _HELD, _SENDING, _PASSING, _UNRECORDED, _REPLACED, _WITHHELD = State
+_PASS, _HOLD, _DROP, _RAISE, _RELEASE, _RECORD, _RECORD_AS_DONE, *_ANSWERS = Action
+_MESSAGE, _PART, _BROKEN_OFF = Event.MESSAGE, Event.PART, Event.BROKEN_OFF
+_ENDS_CLAIM: Final = frozenset({_RELEASE, _RECORD, _RECORD_AS_DONE})
+_IS_CLAIMED: Final = frozenset({_WAITING, _HELD, _SENDING})
+
+
 class NotStoredError(Exception):
     """The response is not one to keep: why a claim is released although nothing was raised."""
 
@@ -60,6 +68,7 @@ class Exchange:
         "_options",
         "_scope",
         "_send",
+        "_settled",
         "_started_at",
         "_state",
         "_withheld_because",
@@ -71,11 +80,12 @@ class Exchange:
         self._options = options
         self._scope = scope
         self._send = send
-        self._state = State.WAITING
+        self._state = _WAITING
         self._copy: ResponseCopy | None = None  # while HELD or SENDING
         self._held_start: Message | None = None
         self._withheld_because = ""
-        self._is_settled = asyncio.Event()  # nothing is recorded any more
+        self._is_settled = False  # nothing is recorded any more
+        self._settled: asyncio.Event | None = None  # set then, if the app waits for it
         self._disconnect: Message | None = None  # kept from the app
         self._gone_at = math.inf  # when the client went, in seconds of the loop's clock
         self._started_at = math.inf  # when the start of the response was sent
@@ -92,7 +102,7 @@ class Exchange:
             await self._break_off(error)
             raise
         await self._break_off(NoResponseError())
-        if self._state is State.WITHHELD:  # the app may end as if all were well; the server must not end the response
+        if self._state is _WITHHELD:  # the app may end as if all were well; the server must not end the response
             raise self._error()
 
     async def _run_without_extensions(self, app: ASGIApp) -> None:
@@ -120,10 +130,12 @@ class Exchange:
         return message
 
     async def _outlast_the_client(self) -> None:
-        while not self._is_settled.is_set() and (remaining := self._remaining_seconds()) > 0:
+        if self._settled is None:
+            self._settled = asyncio.Event()
+        while not self._is_settled and (remaining := self._remaining_seconds()) > 0:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(min(remaining, LINGER_SECONDS)):  # it may begin meanwhile
-                    await self._is_settled.wait()
+                    await self._settled.wait()
 
     def _note_that_the_client_is_gone(self) -> None:
         self._gone_at = min(self._gone_at, asyncio.get_running_loop().time())
@@ -138,38 +150,41 @@ class Exchange:
         Copies are sent: middleware further out edits what it gets, and what is recorded is what the app sent.
         """
         kind = message["type"]
-        event = Event.MESSAGE
+        event = _MESSAGE
         if kind == "http.response.body" and self._copy is not None:
             message = {**message}
             event = self._copy.add(message)
-            if event is Event.PART and self._remaining_seconds() <= 0:
+            if event is _PART and self._remaining_seconds() <= 0:
                 event = Event.OUTGROWN
-        elif kind == "http.response.start" and self._state in (State.WAITING, State.HELD):
+        elif kind == "http.response.start" and (self._state is _WAITING or self._state is _HELD):
             self._copy = ResponseCopy(message, limit=self._options.max_response_bytes)
             message = {**message, "headers": list(self._copy.headers)}
             self._held_start = None
             event = self._start_event(self._copy)
         action = self._next(event)
-        if action in (Action.RELEASE, Action.RECORD, Action.RECORD_AS_DONE):
+        if action in _ENDS_CLAIM:
             action = await self._end_claim(action, NotStoredError())
-        if action is Action.HOLD:
+        if action is _HOLD:
             self._held_start = message
-        elif action is Action.PASS:
+        elif action is _PASS:
             await self._pass(message)
-        elif action is Action.RAISE:
+        elif action is _RAISE:
             raise self._error()
 
     def _start_event(self, response: ResponseCopy) -> Event:
         """Return what the start of a response means."""
-        options = self._options
-        if options.store_if is store_by_default and is_of_no_route(self._scope, response):
-            return Event.START_NOT_STORED
-        try:
-            is_stored = options.store_if(response.status, list(response.headers))
-        except Exception as error:  # noqa: BLE001 - whatever a function of the user's raises
-            # No trace: it may show what is in the headers.
-            logger.error("store_if of %s raised %s", self._call.plan.function, type(error).__name__)  # noqa: TRY400
-            is_stored = True  # or the request would run again
+        store_if = self._options.store_if
+        if store_if is store_by_default:
+            is_stored = store_by_default(response.status, response.headers) and not is_of_no_route(
+                self._scope, response
+            )
+        else:
+            try:
+                is_stored = store_if(response.status, list(response.headers))
+            except Exception as error:  # noqa: BLE001 - whatever a function of the user's raises
+                # No trace: it may show what is in the headers.
+                logger.error("store_if of %s raised %s", self._call.plan.function, type(error).__name__)  # noqa: TRY400
+                is_stored = True  # or the request would run again
         if not is_stored:
             return Event.START_NOT_STORED
         return Event.START_STREAMED if response.length is None else Event.START_WITH_LENGTH
@@ -180,19 +195,19 @@ class Exchange:
         return action
 
     async def _pass(self, message: Message) -> None:
-        if self._state is not State.HELD and self._held_start is not None:
+        if self._state is not _HELD and self._held_start is not None:
             start, self._held_start = self._held_start, None
             await self._pass(start)
-        if self._state is State.UNRECORDED and not self._call.holds_lease(for_seconds=_GIVING_UP_SECONDS):
+        if self._state is _UNRECORDED and not self._call.holds_lease(for_seconds=_GIVING_UP_SECONDS):
             self._next(Event.LEASE_ENDING)
             self._withheld_because = "its response could not be recorded, and a retry may get another one"
             raise self._error()
-        if message["type"] == "http.response.start":
+        if self._state is _SENDING and message["type"] == "http.response.start":
             self._started_at = asyncio.get_running_loop().time()  # though sending it may be interrupted
         try:
             await self._send(message)
         except OSError:  # so do servers say that the client is gone
-            if self._state not in (State.WAITING, State.HELD, State.SENDING):
+            if self._state not in _IS_CLAIMED:
                 raise
             self._note_that_the_client_is_gone()
 
@@ -206,26 +221,28 @@ class Exchange:
     async def _end_claim(self, action: Action, error: BaseException) -> Action:
         """Release the claim because of `error`, or record the response; return what is to be done with the message."""
         try:
-            if action is Action.RELEASE:
+            if action is _RELEASE:
                 self._held_start = None
                 await self._call.fail(error)
-                return Action.PASS
+                return _PASS
             try:
-                event = await self._record(has_response=action is Action.RECORD)
+                event = await self._record(has_response=action is _RECORD)
             except BaseException:
                 self._held_start = None
                 self._next(Event.INTERRUPTED)
                 raise
             action = self._next(event)
-            if self._state is State.REPLACED:
+            if self._state is _REPLACED:
                 await self._replace(action)
-            elif self._state is State.WITHHELD:
+            elif self._state is _WITHHELD:
                 self._withheld_because = "another call took it over, and a retry will get that one's response"
             return action
         finally:
             # Only now may the app hear that the client is gone, as it may break off what is being sent.
             self._copy = None
-            self._is_settled.set()
+            self._is_settled = True
+            if self._settled is not None:
+                self._settled.set()
 
     async def _record(self, *, has_response: bool) -> Event:
         """Record the response, or only that the request is done; return how that ended."""
@@ -258,12 +275,12 @@ class Exchange:
 
     async def _break_off(self, error: BaseException) -> None:
         """End a claim whose response did not come to its end. What the app raised goes before what fails here."""
-        action = self._next(Event.BROKEN_OFF)
-        if action is Action.RELEASE:
+        action = self._next(_BROKEN_OFF)
+        if action is _RELEASE:
             await self._end_claim(action, error)
-        elif action is Action.RECORD_AS_DONE and isinstance(error, GeneratorExit):  # nothing may be awaited any more
+        elif action is _RECORD_AS_DONE and isinstance(error, GeneratorExit):  # nothing may be awaited any more
             in_background(partial(self._end_claim, action, error))
-        elif action is Action.RECORD_AS_DONE:
+        elif action is _RECORD_AS_DONE:
             is_cancelled = isinstance(error, asyncio.CancelledError)
             try:
                 async with asyncio.timeout(CLEANUP_SECONDS if is_cancelled else None):

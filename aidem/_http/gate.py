@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("aidem")
 
+_REPLAYED, _CLAIMED = Phase.REPLAYED, Phase.CLAIMED  # to look a member up on its enum costs as much as a call
 _REQUEST: Final = "aidem.request"
 """Where a scope, and every copy of it, says which request it is of."""
 
@@ -80,7 +81,7 @@ class Gate:
             return
         if call is None:
             await app(scope, body.rest, send)
-        elif call.phase is Phase.REPLAYED:
+        elif call.phase is _REPLAYED:
             await send_replay(call, options, scope, send)
         else:
             await self._run(call, app, scope, body, send)
@@ -193,7 +194,7 @@ class Gate:
         """Run the app, under the claim or bypassed. Layers further in that make the same key let this request pass."""
         token = _served.set((*_served.get(), (scope.get(_REQUEST), call.key)))
         try:
-            if call.phase is Phase.CLAIMED:
+            if call.phase is _CLAIMED:
                 await Exchange(call, body, self.options, scope, send).run(app)
             else:  # handlers have an execution all the same, for the keys that they derive
                 execution = Execution(call)

@@ -10,6 +10,7 @@ bytes.
 from __future__ import annotations
 
 import re
+import struct
 from collections import deque
 from typing import TYPE_CHECKING, Any, Final
 
@@ -30,11 +31,11 @@ if TYPE_CHECKING:
 
     from aidem._http.types import Message, Receive, Scope
 
-LENGTH_BYTES: Final = 8
 MULTIPART: Final = b"multipart/"
 PIECE_BYTES: Final = 64 * 1024
 """Smaller chunks are joined up to this: each is a message, and a client that sends single bytes must cost no more."""
 
+_length: Final = struct.Struct(">Q").pack
 _QUOTED: Final = re.compile(rb'"([ !#-\[\]-~]*(?:\\["\\][ !#-\[\]-~]*)*)"')
 _BARE: Final = re.compile(rb"[!#-+\--:<-~]+")  # visible ASCII without `"`, `,` and `;`
 _ESCAPED: Final = re.compile(rb"\\(.)")
@@ -114,8 +115,8 @@ class RequestBody:
         Raises:
             RefusedError: The body is too large, or the client went before all of it had come.
         """
-        declared = [value for name, value in scope["headers"] if name == b"content-length"]
-        if declared and (length_in(declared) or 0) > limit:
+        declared = length_in([value for name, value in scope["headers"] if name == b"content-length"])
+        if declared is not None and declared > limit:
             raise RefusedError(BODY_TOO_LARGE)  # before the client is told to go on sending
         received = 0
         more_body = True
@@ -204,7 +205,10 @@ def chosen_digest(request: RequestParts, chosen: bytes, hash_function: str) -> s
 
 def parts(*values: bytes) -> bytes:
     """Return a text that says which parts it is made of, whatever is in them."""
-    return b"".join([len(value).to_bytes(LENGTH_BYTES, "big") + value for value in values])
+    text = b""
+    for value in values:
+        text += _length(len(value)) + value
+    return text
 
 
 def full_path(scope: Scope) -> str:

@@ -10,10 +10,8 @@ from __future__ import annotations
 import base64
 import json
 import re
-from dataclasses import dataclass
-from http import HTTPStatus
 from json.encoder import encode_basestring_ascii as _quoted
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from aidem._http.states import Event
 
@@ -23,6 +21,7 @@ if TYPE_CHECKING:
 # 307 and 308 ask for the same request elsewhere, 421 on another connection, 426 by another protocol, and 428 with a
 # condition: with the same key, which the request that was redirected must not find taken. 423 ends with a lock.
 _NOT_STORED: Final = frozenset({307, 308, 401, 403, 408, 421, 422, 423, 425, 426, 428, 429})
+_NOT_FOUND, _METHOD_NOT_ALLOWED = 404, 405
 _HOP_BY_HOP: Final = frozenset(
     {
         b"connection",
@@ -43,13 +42,19 @@ _STATUSES: Final = range(200, 600)
 _LONGEST_LENGTH: Final = 18
 # Names and values that servers send, https://www.rfc-editor.org/rfc/rfc9110#section-5, each on a line of its own. For
 # others servers raise, when the response has begun.
-_HEADERS: Final = re.compile(rb"(?:[!#$%&'*+\-.^_`|~0-9A-Za-z]+\n[\t -~\x80-\xff]*\n)*")
+_SENDABLE: Final = re.compile(
+    rb"(?:(?!(?i:%b)\n)[!#$%%&'*+\-.^_`|~0-9A-Za-z]+\n[\t -~\x80-\xff]*\n)*" % b"|".join(sorted(_HOP_BY_HOP))
+)
+_NOT_SENDABLE: Final = "the stored response is not one that can be sent"
+# Names of their own: to look a member up on its enum costs as much as a call.
+_PART, _LAST_PART, _OUTGROWN = Event.PART, Event.LAST_PART, Event.OUTGROWN
 
 
 def length_in(values: list[bytes]) -> int | None:
     """Return the length that the values of `content-length` declare, in bytes; None: none, or no single number."""
-    is_plain = len(values) == 1 and values[0].isdigit() and len(values[0]) <= _LONGEST_LENGTH
-    return int(values[0]) if is_plain else None
+    if len(values) == 1 and values[0].isdigit() and len(values[0]) <= _LONGEST_LENGTH:
+        return int(values[0])
+    return None
 
 
 # --- Which responses are stored ---------------------------------------------------------------------------------------
@@ -73,11 +78,13 @@ def store_by_default(status: int, headers: Headers) -> bool:
 
 def is_of_no_route(scope: Scope, response: ResponseCopy) -> bool:
     """Whether a router answers because the app has no such path or method, so that nothing has run."""
-    if response.status == HTTPStatus.METHOD_NOT_ALLOWED:
+    if response.status not in (_NOT_FOUND, _METHOD_NOT_ALLOWED):
+        return False
+    if response.status == _METHOD_NOT_ALLOWED:
         allowed = b",".join(response.values(b"allow")).decode("latin-1").replace(" ", "")
         methods = getattr(scope.get("route"), "methods", None) or (allowed and allowed.split(","))
         return bool(methods) and scope["method"] not in methods
-    if response.status != HTTPStatus.NOT_FOUND or "router" not in scope:
+    if "router" not in scope:
         return False
     # Starlette's router leaves the endpoint as it was when it finds no route: None, or the app that the router itself
     # is mounted as, maybe within middleware.
@@ -105,8 +112,12 @@ class ResponseCopy:
 
     def __init__(self, start: Message, *, limit: int) -> None:
         self.status: int = start["status"]
-        self.headers = [(bytes(name), bytes(value)) for name, value in start.get("headers", ())]
-        self._names = [name.lower() for name, _ in self.headers]
+        self.headers: Headers = []
+        self._names: list[bytes] = []
+        for name, value in start.get("headers", ()):
+            pair = bytes(name), bytes(value)
+            self.headers.append(pair)
+            self._names.append(pair[0].lower())
         self.length: int | None = None
         if self.status in _BODILESS:
             self.length = 0
@@ -120,9 +131,9 @@ class ResponseCopy:
         """Copy a part of the body; return whether it is a part, the last part, or makes the copy too large."""
         chunk = message.get("body", b"")
         self._received += len(chunk)
-        if max(self._received, self.length or 0) > self._limit:
+        if self._received > self._limit or (self.length is not None and self.length > self._limit):
             self._body = b""
-            return Event.OUTGROWN
+            return _OUTGROWN
         if not self._body:
             self._body = bytes(chunk)
         else:
@@ -131,8 +142,8 @@ class ResponseCopy:
             self._body += chunk
         # A client does not wait for the last message when it has as many bytes as it was promised.
         if not message.get("more_body", False) or (self.length is not None and self._received >= self.length):
-            return Event.LAST_PART
-        return Event.PART
+            return _LAST_PART
+        return _PART
 
     def text(self, *, store_set_cookie: bool) -> str:
         """Return what is stored of the response."""
@@ -150,8 +161,7 @@ class ResponseCopy:
 # --- The text ---------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class StoredResponse:
+class StoredResponse(NamedTuple):
     """A response that can be sent again: status, header pairs in their order, and body."""
 
     status: int
@@ -186,27 +196,19 @@ class StoredResponses:
         Raises:
             ValueError: The response cannot be sent, because of a mistake, or because somebody has written to the store.
         """
+        status, pairs = data["status"], data["headers"]
         body = data["body"].encode("ascii") if "body" in data else base64.b64decode(data["base64"], validate=True)
-        headers = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in data["headers"]]
-        response = StoredResponse(data["status"], headers, body)
-        if not _is_sendable(response):
-            raise ValueError("the stored response is not one that can be sent")
-        return response
+        # All of them at once. If one has a line break, there are more lines than names and values.
+        text = "".join([name + "\n" + value + "\n" for name, value in pairs]).encode("latin-1")
+        lines = text.split(b"\n")
+        if len(lines) != 2 * len(pairs) + 1 or not _SENDABLE.fullmatch(text) or type(status) is not int:
+            raise ValueError(_NOT_SENDABLE)
+        headers = list(zip(lines[:-1:2], lines[1::2], strict=True))
+        lengths = [value for name, value in headers if name.lower() == b"content-length"]
+        has_its_length = not body if status in _BODILESS else not lengths or length_in(lengths) == len(body)
+        if status not in _STATUSES or not has_its_length:
+            raise ValueError(_NOT_SENDABLE)
+        return StoredResponse(status, headers, body)
 
 
 RESPONSES: Final = StoredResponses()
-
-
-def _is_sendable(response: StoredResponse) -> bool:
-    if type(response.status) is not int or response.status not in _STATUSES:
-        return False
-    names = [name.lower() for name, _ in response.headers]
-    if not _HOP_BY_HOP.isdisjoint(names):
-        return False
-    lines = b"".join([b"%b\n%b\n" % pair for pair in response.headers])
-    if lines.count(b"\n") != 2 * len(names) or not _HEADERS.fullmatch(lines):
-        return False
-    if response.status in _BODILESS:
-        return not response.body
-    lengths = [value for name, (_, value) in zip(names, response.headers, strict=True) if name == b"content-length"]
-    return not lengths or length_in(lengths) == len(response.body)
