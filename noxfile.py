@@ -24,7 +24,9 @@ MAIN = f"{sys.version_info.major}.{sys.version_info.minor}"
 # What depends on the version of a client; a second server, Powertools and many processes do not.
 DYNAMODB_CLIENT = [f"tests/persistence/dynamodb/test_{part}.py" for part in ("dynamodb", "client")]
 DYNAMODB_FAULTS = [f"tests/persistence/dynamodb/test_{part}.py" for part in ("errors", "faults")]
-REDIS_CLIENT = [f"tests/persistence/redis/test_{part}.py" for part in ("redis", "conformance", "connection", "errors")]
+REDIS_CLIENT = [
+    f"tests/persistence/redis/test_{part}.py" for part in ("redis", "conformance", "connection", "errors", "handshake")
+]
 PYDANTIC = ["tests/rules/test_payloads.py", "tests/rules/test_model_dump.py", "tests/serialization"]
 HTTP = [
     f"tests/http/test_{part}.py" for part in ("fastapi_functions", "fastapi_openapi", "fastapi_route", "schemathesis")

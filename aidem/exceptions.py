@@ -15,6 +15,7 @@
     └── IdempotencyPersistenceLayerError            the persistence layer failed
         ├── IdempotencyPersistenceConfigError       … because of its settings: table, schema, rights, file
         ├── IdempotencyPersistenceConnectionError   … unreachable, timed out, throttled: a retry may help
+        ├── IdempotencyHeldByTransactionError       … cannot change a record that an open transaction holds
         └── IdempotencyInvalidStatusError           … a record has a status that aidem does not know
 
 An error carries its facts as attributes, says what to do, and never prints a payload or a result.
@@ -156,6 +157,15 @@ class IdempotencyPersistenceConfigError(IdempotencyPersistenceLayerError):
 
 class IdempotencyPersistenceConnectionError(IdempotencyPersistenceLayerError):
     """The store could not be reached, did not answer in time, or asked to slow down."""
+
+
+class IdempotencyHeldByTransactionError(IdempotencyPersistenceLayerError):
+    """An open transaction holds the record, so that nobody can change it, or take its claim over, until that ends.
+
+    Layers that support completion in the caller's transaction raise it from `renew` and `release`.
+    """
+
+    may_be_applied = False
 
 
 class IdempotencyInvalidStatusError(IdempotencyPersistenceLayerError):

@@ -164,6 +164,14 @@ def acquire(
     return Blocked(found, now)
 
 
+def acquire_held(found: DataRecord | None) -> Blocked | None:
+    """Decide a request for a claim while a transaction holds the record; None: no claim is there to wait for.
+
+    A claim counts as running then, lapsed or expired: the transaction may yet complete it.
+    """
+    return Blocked(found) if found is not None and found.status is RecordStatus.INPROGRESS else None
+
+
 def complete(found: DataRecord | None, record: DataRecord, *, now: float) -> Completion:
     """Decide a completion: it must not change a foreign record, nor another outcome of ours."""
     if found is None or is_expired(found, now=now) or is_held_by(found, record.owner):

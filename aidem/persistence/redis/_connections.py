@@ -13,9 +13,9 @@ from aidem._runtime.threads import Lock
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Sequence
 
-    from aidem.persistence.redis._command import Command
     from aidem.persistence.redis._line import Line
     from aidem.persistence.redis._listener import Listener
+    from aidem.persistence.redis._wire import Command
 
 
 class Lines(Protocol):
