@@ -1,4 +1,4 @@
-"""One claimed request while the app answers it: the I/O around the states of its response, see `aidem._http.states`."""
+"""The I/O around the states of a response: runs the app under a claim, and carries out what `states` decides."""
 
 from __future__ import annotations
 
@@ -32,26 +32,28 @@ _TAKEN_OUT: Final = frozenset({"http.response.pathsend", "http.response.zerocopy
 """Extensions by which a response would pass unseen: files by name or descriptor, and what follows the body."""
 
 LINGER_SECONDS: Final = 300.0
-"""For how long a response that has begun goes on after its client has gone, so that a retry can get all of it."""
+"""How long a response that has begun may go on after its client has disconnected, so that a retry can get it."""
 
 _GIVING_UP_SECONDS: Final = 2.0
 """How long before the end of the lease, at most, a recording that keeps failing is tried for the last time."""
 
 
-# Names of their own: to look a member up on its enum costs as much as a call.
-_WAITING, _HELD, _SENDING, _PASSING, _UNRECORDED, _REPLACED, _WITHHELD = State
-_PASS, _HOLD, _DROP, _RAISE, _RELEASE, _RECORD, _RECORD_AS_DONE, *_ANSWERS = Action
+# Members that every request needs. Looking one up on its enum costs as much as a call.
+_WAITING, _HELD, _SENDING = State.WAITING, State.HELD, State.SENDING
+_UNRECORDED, _REPLACED, _WITHHELD = State.UNRECORDED, State.REPLACED, State.WITHHELD
+_PASS, _HOLD, _RAISE = Action.PASS, Action.HOLD, Action.RAISE
+_RELEASE, _RECORD, _RECORD_AS_DONE = Action.RELEASE, Action.RECORD, Action.RECORD_AS_DONE
 _MESSAGE, _PART, _BROKEN_OFF = Event.MESSAGE, Event.PART, Event.BROKEN_OFF
 _ENDS_CLAIM: Final = frozenset({_RELEASE, _RECORD, _RECORD_AS_DONE})
 _IS_CLAIMED: Final = frozenset({_WAITING, _HELD, _SENDING})
 
 
 class NotStoredError(Exception):
-    """The response is not one to keep: why a claim is released although nothing was raised."""
+    """The reason why a claim is released when the response is not to be stored."""
 
 
 class NoResponseError(BaseException):
-    """The app ended without a response; no `Exception`, as it did not say that it has failed."""
+    """The app returned without a response. Not an `Exception`: the app did not say that it has failed."""
 
 
 class Exchange:
@@ -84,10 +86,10 @@ class Exchange:
         self._copy: ResponseCopy | None = None  # while HELD or SENDING
         self._held_start: Message | None = None
         self._withheld_because = ""
-        self._is_settled = False  # nothing is recorded any more
-        self._settled: asyncio.Event | None = None  # set then, if the app waits for it
-        self._disconnect: Message | None = None  # kept from the app
-        self._gone_at = math.inf  # when the client went, in seconds of the loop's clock
+        self._is_settled = False  # the claim has ended, or will end without a response
+        self._settled: asyncio.Event | None = None  # set then; made if the app waits for a disconnect
+        self._disconnect: Message | None = None  # withheld from the app
+        self._gone_at = math.inf  # when the client disconnected, in seconds of the loop's clock
         self._started_at = math.inf  # when the start of the response was sent
 
     async def run(self, app: ASGIApp) -> None:
@@ -117,9 +119,9 @@ class Exchange:
     # --- What the app sees --------------------------------------------------------------------------------------------
 
     async def receive(self) -> Message:
-        """Hand out the request. Keep a disconnect from the app until the response is recorded.
+        """Return the next message of the request. Withhold a disconnect until the response is recorded.
 
-        Starlette breaks off a streaming response when the client goes, and when the response is complete.
+        Starlette cancels a streaming response when it receives a disconnect, even after the last part was sent.
         """
         message = self._disconnect or await self._body.receive()
         if message["type"] == "http.disconnect":
@@ -141,7 +143,7 @@ class Exchange:
         self._gone_at = min(self._gone_at, asyncio.get_running_loop().time())
 
     def _remaining_seconds(self) -> float:
-        """Return for how long the response may still go on without its client."""
+        """Return how much longer the response may go on without its client."""
         return max(self._gone_at, self._started_at) + LINGER_SECONDS - asyncio.get_running_loop().time()
 
     async def send(self, message: Message) -> None:
@@ -157,10 +159,10 @@ class Exchange:
             if event is _PART and self._remaining_seconds() <= 0:
                 event = Event.OUTGROWN
         elif kind == "http.response.start" and (self._state is _WAITING or self._state is _HELD):
-            self._copy = ResponseCopy(message, limit=self._options.max_response_bytes)
-            message = {**message, "headers": list(self._copy.headers)}
-            self._held_start = None
-            event = self._start_event(self._copy)
+            response = ResponseCopy(message, limit=self._options.max_response_bytes)
+            message = {**message, "headers": list(response.headers)}
+            event = self._start_event(response)
+            self._copy, self._held_start = response, None
         action = self._next(event)
         if action in _ENDS_CLAIM:
             action = await self._end_claim(action, NotStoredError())
@@ -212,7 +214,7 @@ class Exchange:
             self._note_that_the_client_is_gone()
 
     def _error(self) -> IdempotencyLeaseLostError:
-        """Return the error by which the rest of a response is withheld: no client takes what it has for the whole."""
+        """Return the error that withholds the rest of a response: the client sees that it is incomplete."""
         call = self._call
         return IdempotencyLeaseLostError(key=call.key.text, record=call.record, reason=self._withheld_because)
 
@@ -238,7 +240,7 @@ class Exchange:
                 self._withheld_because = "another call took it over, and a retry will get that one's response"
             return action
         finally:
-            # Only now may the app hear that the client is gone, as it may break off what is being sent.
+            # Not before: an app that receives the disconnect may cancel what is being sent in place of its response.
             self._copy = None
             self._is_settled = True
             if self._settled is not None:
@@ -274,7 +276,7 @@ class Exchange:
             await send_problem(problem, options, scope, send)
 
     async def _break_off(self, error: BaseException) -> None:
-        """End a claim whose response did not come to its end. What the app raised goes before what fails here."""
+        """End a claim whose response is not complete. An exception of the app takes precedence over failures here."""
         action = self._next(_BROKEN_OFF)
         if action is _RELEASE:
             await self._end_claim(action, error)

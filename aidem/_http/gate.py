@@ -1,8 +1,7 @@
-"""The gate that every request comes to: it passes, is refused, gets a recorded response, or runs under a claim."""
+"""Decides for each request: it goes to the app unchanged, is refused, gets a replay, or runs under a claim."""
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import logging
 from contextvars import ContextVar
@@ -76,8 +75,11 @@ class Gate:
         try:
             call = await self._begun_call(scope, values, body)
         except RefusedError as refused:
-            with contextlib.suppress(*((OSError,) if refused.problem is BODY_INCOMPLETE else ())):  # its client is gone
+            try:
                 await send_problem(refused.problem, options, scope, send, headers=refused.headers)
+            except OSError:
+                if refused.problem is not BODY_INCOMPLETE:  # else the client is known to be gone
+                    raise
             return
         if call is None:
             await app(scope, body.rest, send)
@@ -87,10 +89,10 @@ class Gate:
             await self._run(call, app, scope, body, send)
 
     async def _begun_call(self, scope: Scope, values: list[bytes], body: RequestBody) -> Call | None:
-        """Decide what a request is.
+        """Decide what is done with a request, and begin its call.
 
         Returns:
-            A call that has found a response to replay, is claimed, or is bypassed. None: the request passes.
+            A call that is claimed, replayed or bypassed. None: the request goes to the app without one.
 
         Raises:
             RefusedError: The client gets a problem.
@@ -136,7 +138,7 @@ class Gate:
         return CallKey("") if space == "" else self._lookup_key(name, space)
 
     async def _space(self, scope: Scope) -> str | None:
-        """Return whose key it is; None: everybody's; `""`: nobody's.
+        """Return the caller to whom the key belongs; None: all callers share their keys; `""`: no caller was found.
 
         Raises:
             RefusedError: The scope function raised an `HTTPException`, and no handlers of Starlette are further out.
@@ -158,7 +160,7 @@ class Gate:
         return space
 
     def _note_unknown_caller(self) -> None:
-        """Tell observers of a request that is bypassed; the log once, as clients decide how many there are."""
+        """Report a request that is bypassed to hooks. Log it only once, as clients decide how many there are."""
         Reporter(self.options.settings.hooks, key="", function=self.function).report(EventKind.BYPASSED)
         if not self._has_warned:
             self._has_warned = True
@@ -196,9 +198,8 @@ class Gate:
         try:
             if call.phase is _CLAIMED:
                 await Exchange(call, body, self.options, scope, send).run(app)
-            else:  # handlers have an execution all the same, for the keys that they derive
-                execution = Execution(call)
-                with running(execution):
+            else:  # handlers have an execution all the same, for `key_for`
+                with running(Execution(call)):
                     await app(scope, body.rest, send)
         finally:  # code further out may try again with the same scope
             try:  # noqa: SIM105 - cheaper than contextlib.suppress, for every request

@@ -40,18 +40,18 @@ _TOKEN: Final = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")  # RFC 9110, section
 
 
 def by_header(name: str, *more: str) -> ScopeFunction:
-    """Return a scope that tells callers apart by headers which prove who they are, such as `authorization`.
+    """Return a scope function that identifies callers by the headers that prove who they are, such as `authorization`.
 
-    The scope is a hash of all their values, so that no credential is stored. A request without one of the headers has
-    no scope. A client that renews its token between two attempts is another caller, and its request runs again; where
-    tokens are short-lived, use a scope function that returns the stable identity of the caller.
+    It returns a hash of the values of all headers, so that no credential is stored, and None for a request that lacks
+    one of them. A client that renews its token between two attempts counts as another caller, and its request runs
+    again. For tokens that are renewed, write a scope function that verifies the token and returns its subject.
 
     Args:
         name: The name of a header.
         *more: Names of further headers, such as `x-tenant`.
 
     Raises:
-        IdempotencyConfigError: One cannot be the name of a header.
+        IdempotencyConfigError: A name cannot be the name of a header.
     """
     for option in (name, *more):
         if not _is_header_name(option):
@@ -75,27 +75,30 @@ class IdempotencyOptions(TypedDict, total=False):
     Attributes:
         key_prefix: Required. The name of the service; services that share a store must have different names.
         scope: Required. A function `scope(request_scope)`, sync or async, that returns the verified caller as a string,
-            such as `by_header("authorization")`. For None or `""` from it, see `required`. `scope=None` instead of a
-            function: all callers share one space of keys.
+            such as `by_header("authorization")`, or None if there is none; see `required`. With `scope=None` instead of
+            a function, all callers share one space of keys.
         persistence_store: The persistence layer. Default: that of `aidem.configure`.
         config: Settings. Default: responses are kept for 24 hours.
         methods: The HTTP methods whose requests may carry a key. Default: POST and PATCH.
         required: Whether requests of these methods are refused with 400 if they have no key or no verified caller.
-            Default: False; they run without idempotency.
-        strict: Whether keys must be quoted strings. Default: False; bare values are keys, too.
+            Default: False; such requests run without idempotency.
+        strict: Whether keys must be quoted strings. Default: False; bare values are accepted, too.
         header_name: The request header that holds the key. Default: `Idempotency-Key`.
         replayed_header: The response header that marks a replay with `true`. Default: `Idempotent-Replayed`.
         max_request_bytes: The largest body of a request with a key; it is read into memory. Default: 16 MiB.
         max_response_bytes: The largest response body that is kept for a replay. Default: 1 MiB.
-        fingerprint: A function `fingerprint(request)` that gets `RequestParts` and returns bytes in place of query,
-            content type and body, for clients that serialise a retry differently. Method and path always count. None
-            from it: the default for this request. Default: query, content type and body count byte for byte.
-        store_if: A function `store_if(status, headers)` that returns whether a response is final; for other responses
-            the key is given back. Default: 2xx, 3xx and 4xx, except 307, 308, 401, 403, 408, 421, 422, 423, 425, 426,
-            428 and 429, responses with `Retry-After`, streams of events, and the 404 and 405 of what no route has.
+        fingerprint: A function `fingerprint(request)` that gets `RequestParts` and returns the bytes to compare
+            instead of query, content type and body, for clients that serialise a retry differently. Method and path
+            are always compared. If it returns None, the default applies to this request. Default: query, content type
+            and body are compared byte for byte.
+        store_if: A function `store_if(status, headers)` that returns whether a response is final and stored; for other
+            responses the key is released. Default: 2xx, 3xx and 4xx, except 307, 308, 401, 403, 408, 421, 422, 423,
+            425, 426, 428 and 429, responses with `Retry-After`, streams of events, and the 404 and 405 of requests for
+            which there is no route.
         store_set_cookie: Whether `Set-Cookie` is stored and replayed. Default: False.
         problem_body: A function `problem_body(problem, request_scope)` that gets a `Problem` and returns the body, as
-            bytes, and the content type of an answer of the layer itself. Default: None; `application/problem+json`.
+            bytes, and the content type of an answer that is sent in place of the app's. Default: None;
+            `application/problem+json`.
         documentation_url: The page that the `type` of a problem points to. Default: None; the type is `about:blank`.
     """
 
@@ -154,7 +157,8 @@ class HttpOptions:
     def __post_init__(self) -> None:
         check_call_options(config=self.config, persistence_store=self.persistence_store, key_prefix=self.key_prefix)
         if not self.key_prefix:
-            raise refused("key_prefix", repr(self.key_prefix), "a name of this service, so that no two services meet")
+            allowed = "the name of this service, different from that of every other service that uses the store"
+            raise refused("key_prefix", repr(self.key_prefix), allowed)
         for option, (is_allowed, allowed) in _CHECKS.items():
             value = getattr(self, option)
             if not is_allowed(value):

@@ -16,15 +16,15 @@ Headers: TypeAlias = list[tuple[bytes, bytes]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Problem:
-    """An answer of the layer itself, in place of the app's response; `problem_body` writes its body.
+    """An answer that is sent in place of the app's response. A `problem_body` function writes its body.
 
     Attributes:
         name: Identifies the kind of problem, such as `in-progress`.
         status: The status code.
-        title: What the kind of problem is, in a few words.
-        detail: What the client can do. Of an `HTTPException` that a scope function raises: its detail, unchanged.
-        type: A URI of the kind of problem: the name below `documentation_url`, or `about:blank` without one.
-        is_temporary: Whether the same request may succeed later; the answer then has a `Retry-After` header.
+        title: The kind of problem in a few words.
+        detail: What the client can do. For an `HTTPException` raised by a scope function: its detail, unchanged.
+        type: A URI for the kind of problem: the name below `documentation_url`, or `about:blank` without one.
+        is_temporary: Whether the same request may succeed later. The answer then has a `Retry-After` header.
     """
 
     name: str
