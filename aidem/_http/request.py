@@ -115,8 +115,8 @@ class RequestBody:
         Raises:
             RefusedError: The body is too large, or the client went before all of it had come.
         """
-        declared = length_in([value for name, value in scope["headers"] if name == b"content-length"])
-        if declared is not None and declared > limit:
+        declared = [value for name, value in scope["headers"] if name == b"content-length"]
+        if declared and (length_in(declared) or 0) > limit:
             raise RefusedError(BODY_TOO_LARGE)  # before the client is told to go on sending
         received = 0
         more_body = True
