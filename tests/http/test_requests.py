@@ -360,6 +360,16 @@ async def test_half_a_request_is_no_fault_where_a_server_says_that_nobody_is_the
     assert (len(sent), front.layer.calls) == (1, [])
 
 
+async def test_a_server_that_cannot_send_another_refusal_hears_of_its_own_error() -> None:
+    async def send(message: Any) -> None:
+        raise OSError("the client is gone")
+
+    front = front_of(Shop())
+    with pytest.raises(OSError, match="the client is gone"):
+        await front(scope_of(key=b'""'), Connection([b"{}"]).receive, send)
+    assert front.layer.calls == []
+
+
 async def test_half_a_request_does_not_make_middleware_further_out_fail() -> None:
     async def pass_on(incoming: Request, call_next: Any) -> Response:
         response: Response = await call_next(incoming)
