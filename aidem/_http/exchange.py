@@ -23,7 +23,7 @@ from aidem.serialization import UNAVAILABLE_TEXT
 if TYPE_CHECKING:
     from aidem._engine.call import Call
     from aidem._http.options import HttpOptions
-    from aidem._http.request import RequestBody
+    from aidem._http.request import Request
     from aidem._http.types import ASGIApp, Message, Scope, Send
 
 logger = logging.getLogger("aidem")
@@ -60,7 +60,6 @@ class Exchange:
     """Runs the app for one claimed request; its `receive` and `send` are the app's."""
 
     __slots__ = (
-        "_body",
         "_call",
         "_copy",
         "_disconnect",
@@ -68,6 +67,7 @@ class Exchange:
         "_held_start",
         "_is_settled",
         "_options",
+        "_request",
         "_scope",
         "_send",
         "_settled",
@@ -76,9 +76,9 @@ class Exchange:
         "_withheld_because",
     )
 
-    def __init__(self, call: Call, body: RequestBody, options: HttpOptions, scope: Scope, send: Send) -> None:
+    def __init__(self, call: Call, request: Request, options: HttpOptions, scope: Scope, send: Send) -> None:
         self._call = call
-        self._body = body
+        self._request = request
         self._options = options
         self._scope = scope
         self._send = send
@@ -123,7 +123,7 @@ class Exchange:
 
         Starlette cancels a streaming response when it receives a disconnect, even after the last part was sent.
         """
-        message = self._disconnect or await self._body.receive()
+        message = self._disconnect or await self._request.receive()
         if message["type"] == "http.disconnect":
             self._disconnect = message  # the app may stop waiting, and ask again
             self._note_that_the_client_is_gone()

@@ -20,7 +20,7 @@ from aidem._http.answers import (
     send_replay,
 )
 from aidem._http.exchange import Exchange
-from aidem._http.request import RequestBody, chosen_digest, lookup_key, parse_key, request_digest, request_parts
+from aidem._http.request import Request, chosen_digest, lookup_key, parse_key, request_parts
 from aidem.exceptions import IdempotencyPersistenceLayerError, IdempotencyUsageError
 from aidem.hooks import EventKind, Reporter
 
@@ -67,13 +67,13 @@ class Gate:
         if scope["type"] != "http" or scope["method"].upper() not in options.methods:
             await app(scope, receive, send)
             return
-        values = [value for name, value in scope["headers"] if name == options.key_header]
+        request = Request(scope, receive)
+        values = request.values(options.key_header)
         if not (values or options.required):
             await app(scope, receive, send)
             return
-        body = RequestBody(receive)
         try:
-            call = await self._begun_call(scope, values, body)
+            call = await self._begun_call(scope, values, request)
         except RefusedError as refused:
             try:
                 await send_problem(refused.problem, options, scope, send, headers=refused.headers)
@@ -82,13 +82,13 @@ class Gate:
                     raise
             return
         if call is None:
-            await app(scope, body.rest, send)
+            await app(scope, request.rest, send)
         elif call.phase is _REPLAYED:
             await send_replay(call, options, scope, send)
         else:
-            await self._run(call, app, scope, body, send)
+            await self._run(call, app, scope, request, send)
 
-    async def _begun_call(self, scope: Scope, values: list[bytes], body: RequestBody) -> Call | None:
+    async def _begun_call(self, scope: Scope, values: list[bytes], request: Request) -> Call | None:
         """Decide what is done with a request, and begin its call.
 
         Returns:
@@ -110,7 +110,7 @@ class Gate:
                 raise RefusedError(CALLER_UNKNOWN)
             self._note_unknown_caller()
             return None
-        key = self._lookup_key(name, space, await self._payload_hash(scope, body))
+        key = self._lookup_key(name, space, await self._payload_hash(scope, request))
         if (scope.setdefault(_REQUEST, object()), key) in _served.get():
             return None  # a layer further out, with the same prefix, serves it under this key
         call = self.calls.make(lambda _plan: key)
@@ -172,13 +172,12 @@ class Gate:
         hash_function = options.settings.hash_function
         return CallKey(lookup_key(options.key_prefix, space=space, key=name, hash_function=hash_function), payload_hash)
 
-    async def _payload_hash(self, scope: Scope, body: RequestBody) -> str:
+    async def _payload_hash(self, scope: Scope, request: Request) -> str:
         """Read the body; return the hash of what must not change under the key."""
         options, hash_function = self.options, self.options.settings.hash_function
-        digest = request_digest(scope, hash_function)
-        await body.read(scope, digest, limit=options.max_request_bytes)
+        payload_hash = await request.read(limit=options.max_request_bytes, hash_function=hash_function)
         if options.fingerprint is not None:
-            parts = request_parts(scope, body.whole)
+            parts = request_parts(scope, request.whole)
             try:
                 chosen = options.fingerprint(parts)
             except Exception as error:  # noqa: BLE001 - whatever a function of the user's raises for what a client sent
@@ -189,18 +188,17 @@ class Gate:
                 if not isinstance(chosen, bytes):  # pyright: ignore[reportUnnecessaryIsInstance] - of whatever type it is
                     raise IdempotencyUsageError("fingerprint(request) must return bytes, or None for the default")
                 return chosen_digest(parts, chosen, hash_function)
-        payload_hash: str = digest.hexdigest()
         return payload_hash
 
-    async def _run(self, call: Call, app: ASGIApp, scope: Scope, body: RequestBody, send: Send) -> None:
+    async def _run(self, call: Call, app: ASGIApp, scope: Scope, request: Request, send: Send) -> None:
         """Run the app, under the claim or bypassed. Layers further in that make the same key let this request pass."""
         token = _served.set((*_served.get(), (scope.get(_REQUEST), call.key)))
         try:
             if call.phase is _CLAIMED:
-                await Exchange(call, body, self.options, scope, send).run(app)
+                await Exchange(call, request, self.options, scope, send).run(app)
             else:  # handlers have an execution all the same, for `key_for`
                 with running(Execution(call)):
-                    await app(scope, body.rest, send)
+                    await app(scope, request.rest, send)
         finally:  # code further out may try again with the same scope
             try:  # noqa: SIM105 - cheaper than contextlib.suppress, for every request
                 _served.reset(token)

@@ -43,6 +43,24 @@ _PARAMETER: Final = re.compile(rb';[ \t]*([^=;"\s]+)=("(?:[^"\\]|\\.)*"|[^;"\s]*
 _UNSAFE: Final = re.compile(rb"[\0\r\n]")  # not allowed in a boundary: a delimiter could overlap itself or the mark
 
 
+class HeaderLines:
+    """The header lines of a request by name. Most requests send each header once, and are read without a search."""
+
+    __slots__ = ("_last", "_lines")
+
+    def __init__(self, scope: Scope) -> None:
+        self._lines = scope["headers"]
+        self._last: dict[bytes, bytes] = dict(self._lines)
+
+    def values(self, name: bytes) -> list[bytes]:
+        """Return the value of every line of a header; ASGI writes names in lower case."""
+        if name not in self._last:
+            return []
+        if len(self._last) == len(self._lines):
+            return [self._last[name]]
+        return [value for found, value in self._lines if found == name]
+
+
 # --- The key ----------------------------------------------------------------------------------------------------------
 
 
@@ -88,36 +106,43 @@ def lookup_key(prefix: str, *, space: str | None, key: str, hash_function: str) 
         key: What the header names.
         hash_function: A name of `hashlib`.
     """
-    owned = parts(_encoded(key)) if space is None else parts(_encoded(space), _encoded(key))
+    name = key.encode("utf-8", "surrogatepass")
+    owned = parts(name) if space is None else parts(space.encode("utf-8", "surrogatepass"), name)
     return idempotency_key(prefix, hash_constructor(hash_function)(owned, usedforsecurity=False).hexdigest())
 
 
 # --- The body ---------------------------------------------------------------------------------------------------------
 
 
-class RequestBody:
-    """The body of a request. It is read and hashed before the key is claimed, then handed on to the app."""
+class Request:
+    """A request. Its body is read and hashed before the key is claimed, then handed on to the app."""
 
-    __slots__ = ("_pieces", "_receive")
+    __slots__ = ("_lines", "_pieces", "_receive", "_scope")
 
-    def __init__(self, receive: Receive) -> None:
+    def __init__(self, scope: Scope, receive: Receive) -> None:
+        self._scope = scope
         self._receive = receive
+        self._lines = HeaderLines(scope)
         self._pieces: deque[bytes | bytearray] = deque()
 
-    async def read(self, scope: Scope, digest: Any, *, limit: int) -> None:
-        """Read the body into memory, and hash it as it comes.
+    def values(self, name: bytes) -> list[bytes]:
+        """Return the values of a header, whose name is given in lower case."""
+        return self._lines.values(name)
+
+    async def read(self, *, limit: int, hash_function: str) -> str:
+        """Read the body into memory; return the hash of the request.
 
         Args:
-            scope: The scope of the request.
-            digest: What `request_digest` returns.
             limit: How many bytes the body may have.
+            hash_function: A name of `hashlib`.
 
         Raises:
             RefusedError: The body is too large, or the client went before all of it had come.
         """
-        declared = [value for name, value in scope["headers"] if name == b"content-length"]
+        declared = self._lines.values(b"content-length")
         if declared and (length_in(declared) or 0) > limit:
             raise RefusedError(BODY_TOO_LARGE)  # before the client is told to go on sending
+        digest = request_digest(self._scope, self._lines.values(b"content-type"), hash_function)
         received = 0
         more_body = True
         while more_body:
@@ -131,6 +156,8 @@ class RequestBody:
             digest.update(chunk)
             self._keep(chunk)
             more_body = message.get("more_body", False)
+        payload_hash: str = digest.hexdigest()
+        return payload_hash
 
     def _keep(self, chunk: bytes) -> None:
         if not self._pieces or len(self._pieces[-1]) >= PIECE_BYTES:
@@ -161,19 +188,19 @@ class RequestBody:
 # --- What must not change on a retry ----------------------------------------------------------------------------------
 
 
-def request_digest(scope: Scope, hash_function: str) -> Any:
+def request_digest(scope: Scope, content_types: list[bytes], hash_function: str) -> Any:
     """Return the hash of method, path, query and content type, to be updated with the body as it comes.
 
     Clients may choose another multipart boundary for each attempt, so the boundary does not count.
     """
-    content_types = _content_types(scope)
     boundary = None
     if len(content_types) == 1:
-        content_types[0], boundary = _without_boundary(content_types[0])
+        content_type, boundary = _without_boundary(content_types[0])
+        content_types = [content_type]
     head = parts(
         b"body" if boundary is None else b"multipart",
         scope["method"].encode(),
-        _encoded(full_path(scope)),
+        full_path(scope).encode("utf-8", "surrogatepass"),
         scope.get("query_string", b""),
         *content_types,
     )
@@ -188,7 +215,7 @@ def request_parts(scope: Scope, body: bytes) -> RequestParts:
         path=full_path(scope),
         query=scope.get("query_string", b""),
         headers=tuple((name, value) for name, value in scope["headers"]),
-        content_type=b", ".join(_content_types(scope)).decode("latin-1"),
+        content_type=b", ".join(HeaderLines(scope).values(b"content-type")).decode("latin-1"),
         body=body,
     )
 
@@ -198,7 +225,7 @@ def chosen_digest(request: RequestParts, chosen: bytes, hash_function: str) -> s
 
     Method and path always count: a function that forgets them must not hand out the response of another operation.
     """
-    text = parts(b"chosen", request.method.encode(), _encoded(request.path), chosen)
+    text = parts(b"chosen", request.method.encode(), request.path.encode("utf-8", "surrogatepass"), chosen)
     digest: str = hash_constructor(hash_function)(text, usedforsecurity=False).hexdigest()
     return digest
 
@@ -248,10 +275,6 @@ class _MultipartDigest:
         self._digest.update(text.replace(b"\0", b"\0\0").replace(self._delimiter, b"\0\1"))
 
 
-def _content_types(scope: Scope) -> list[bytes]:
-    return [value for name, value in scope["headers"] if name == b"content-type"]
-
-
 def _without_boundary(content_type: bytes) -> tuple[bytes, bytes | None]:
     """Return a content type without the boundary of multipart, and that boundary, if there is one."""
     if content_type[: len(MULTIPART)].lower() == MULTIPART:
@@ -261,7 +284,3 @@ def _without_boundary(content_type: bytes) -> tuple[bytes, bytes | None]:
             if name.lower() == b"boundary" and boundary and not _UNSAFE.search(boundary):
                 return content_type[: parameter.start()] + content_type[parameter.end() :], boundary
     return content_type, None
-
-
-def _encoded(text: str) -> bytes:
-    return text.encode("utf-8", "surrogatepass")
