@@ -129,7 +129,7 @@ _PROBLEMS_OF_ERRORS: Final[tuple[tuple[type[IdempotencyError], Problem], ...]] =
     (IdempotencyResultUnavailableError, NOT_KEPT),
     (IdempotencyPersistenceLayerError, STORE_DOWN),
 )
-ANSWERED_ERRORS: Final = tuple(kind for kind, _ in _PROBLEMS_OF_ERRORS)
+ANSWERED_ERRORS: Final[tuple[type[IdempotencyError], ...]] = tuple(kind for kind, _ in _PROBLEMS_OF_ERRORS)
 """The errors of a call that is begun for which the client gets a problem."""
 
 
