@@ -43,17 +43,27 @@ def idempotency(
     """Run a block once per key; a later block with the same key gets the result of the first.
 
     Args:
-        key: Names the block: any value that a payload may be. `event_key_jmespath` is not applied to it.
-        payload: What must not change under the key: all of it, or what `payload_validation_jmespath` selects.
-        persistence_store: Where records are kept; by default what `configure` says.
-        config: Settings; by default what `configure` says.
-        output_serializer: Turns the result into JSON values and back.
-        key_prefix: Keeps keys of different blocks apart.
+        key: Identifies the block: any value that a payload can be. `event_key_jmespath` is not applied to it.
+        payload: A value that must not change under the key; `payload_validation_jmespath` selects a part of it.
+            Default: nothing is validated.
+        persistence_store: The layer that keeps the records. Default: the layer of `configure`.
+        config: The settings. Default: the config of `configure`.
+        output_serializer: Turns the result into JSON values and back. Default: chosen by the return annotation of the
+            function that `run` calls; without `run`, the result is JSON data.
+        key_prefix: Keeps the keys of different blocks apart. Default: `"aidem"`.
 
     Raises:
-        IdempotencyError: Entering: one of its subclasses, see `aidem.exceptions`; then the block does not run.
-            Leaving: the outcome could not be recorded, the claim was lost, or the block had no protection.
         IdempotencyConfigError: At once: an option has a value that cannot work.
+        IdempotencyKeyError: On entering: `key` cannot be a key, or is none and `raise_on_no_idempotency_key` is set.
+        IdempotencyValidationError: On entering: the key was used before with another payload.
+        IdempotencyAlreadyInProgressError: On entering: another execution of the key did not end within
+            `wait_timeout_seconds`.
+        IdempotencyInDoubtError: On entering: the owner of a claim vanished, and `on_abandoned="raise"`.
+        IdempotencyResultUnavailableError: The block ran once, and its result cannot be replayed.
+        IdempotencyLeaseLostError: On leaving: another caller took the claim over, and recorded no outcome for it.
+        IdempotencyPersistenceLayerError: The store failed; the message says whether the block has run.
+        IdempotencyUsageError: On leaving: the block neither called `run` nor read `replayed` or `result`, so a retry
+            would repeat its effect.
     """
     check_call_options(
         config=config,
@@ -73,7 +83,7 @@ def idempotency(
 
 SWALLOWED = (
     "the function that run() called has failed, and the block swallowed its exception without setting a result; let "
-    "the exception out, so that the key is given back, or set `execution.result`"
+    "the exception out, so that the key is released, or set `execution.result`"
 )
 
 
