@@ -43,7 +43,9 @@ _WAITING, _HELD, _SENDING = State.WAITING, State.HELD, State.SENDING
 _UNRECORDED, _REPLACED, _WITHHELD = State.UNRECORDED, State.REPLACED, State.WITHHELD
 _PASS, _HOLD, _RAISE = Action.PASS, Action.HOLD, Action.RAISE
 _RELEASE, _RECORD, _RECORD_AS_DONE = Action.RELEASE, Action.RECORD, Action.RECORD_AS_DONE
-_MESSAGE, _PART, _BROKEN_OFF = Event.MESSAGE, Event.PART, Event.BROKEN_OFF
+_MESSAGE, _PART, _RECORDED = Event.MESSAGE, Event.PART, Event.RECORDED
+_START_WITH_LENGTH, _START_STREAMED = Event.START_WITH_LENGTH, Event.START_STREAMED
+_WINNERS, _UNAVAILABLE = WhoseOutcome.WINNERS, OutcomeKind.UNAVAILABLE
 _ENDS_CLAIM: Final = frozenset({_RELEASE, _RECORD, _RECORD_AS_DONE})
 _IS_CLAIMED: Final = frozenset({_WAITING, _HELD, _SENDING})
 
@@ -103,7 +105,8 @@ class Exchange:
         except BaseException as error:
             await self._break_off(error)
             raise
-        await self._break_off(NoResponseError())
+        if self._state in _IS_CLAIMED:
+            await self._break_off(NoResponseError())
         if self._state is _WITHHELD:  # the app may end as if all were well; the server must not end the response
             raise self._error()
 
@@ -165,7 +168,7 @@ class Exchange:
             self._copy, self._held_start = response, None
         action = self._next(event)
         if action in _ENDS_CLAIM:
-            action = await self._end_claim(action, NotStoredError())
+            action = await self._end_claim(action)
         if action is _HOLD:
             self._held_start = message
         elif action is _PASS:
@@ -177,9 +180,8 @@ class Exchange:
         """Return what the start of a response means."""
         store_if = self._options.store_if
         if store_if is store_by_default:
-            is_stored = store_by_default(response.status, response.headers) and not is_of_no_route(
-                self._scope, response
-            )
+            is_final = store_by_default(response.status, response.headers)
+            is_stored = is_final and not is_of_no_route(self._scope, response)
         else:
             try:
                 is_stored = store_if(response.status, list(response.headers))
@@ -189,7 +191,7 @@ class Exchange:
                 is_stored = True  # or the request would run again
         if not is_stored:
             return Event.START_NOT_STORED
-        return Event.START_STREAMED if response.length is None else Event.START_WITH_LENGTH
+        return _START_STREAMED if response.length is None else _START_WITH_LENGTH
 
     def _next(self, event: Event) -> Action:
         """Change the state; return what is to be done."""
@@ -220,12 +222,17 @@ class Exchange:
 
     # --- How the claim ends -------------------------------------------------------------------------------------------
 
-    async def _end_claim(self, action: Action, error: BaseException) -> Action:
-        """Release the claim because of `error`, or record the response; return what is to be done with the message."""
+    async def _end_claim(self, action: Action, error: BaseException | None = None) -> Action:
+        """Release the claim, or record the response; return what is to be done with the message.
+
+        Args:
+            action: RELEASE, RECORD or RECORD_AS_DONE.
+            error: The exception that broke the response off. None: the response is not to be stored.
+        """
         try:
             if action is _RELEASE:
                 self._held_start = None
-                await self._call.fail(error)
+                await self._call.fail(error or NotStoredError())
                 return _PASS
             try:
                 event = await self._record(has_response=action is _RECORD)
@@ -249,7 +256,7 @@ class Exchange:
     async def _record(self, *, has_response: bool) -> Event:
         """Record the response, or only that the request is done; return how that ended."""
         call = self._call
-        text, outcome = UNAVAILABLE_TEXT, OutcomeKind.UNAVAILABLE if not has_response else None
+        text, outcome = UNAVAILABLE_TEXT, None if has_response else _UNAVAILABLE
         if has_response and self._copy is not None:
             text = self._copy.text(store_set_cookie=self._options.store_set_cookie)
         try:
@@ -260,11 +267,11 @@ class Exchange:
             logger.error("a response of %s was not recorded: %s", call.plan.function, failure)  # noqa: TRY400 - the trace has nothing of the user's
             call.reporter.report(EventKind.PERSISTENCE_ERROR, fence=call.fence, error=failure)
             return Event.NOT_RECORDED
-        if whose is WhoseOutcome.WINNERS:
+        if whose is _WINNERS:
             return Event.OTHER_RECORDED
-        if call.held_record().outcome is OutcomeKind.UNAVAILABLE:
+        if call.held_record().outcome is _UNAVAILABLE:
             call.reporter.report(EventKind.RESULT_UNAVAILABLE, fence=call.fence)
-        return Event.RECORDED
+        return _RECORDED
 
     async def _replace(self, action: Action) -> None:
         """Send another response in place of the app's, which does not count."""
@@ -277,7 +284,7 @@ class Exchange:
 
     async def _break_off(self, error: BaseException) -> None:
         """End a claim whose response is not complete. An exception of the app takes precedence over failures here."""
-        action = self._next(_BROKEN_OFF)
+        action = self._next(Event.BROKEN_OFF)
         if action is _RELEASE:
             await self._end_claim(action, error)
         elif action is _RECORD_AS_DONE and isinstance(error, GeneratorExit):  # nothing may be awaited any more
