@@ -222,6 +222,8 @@ UNSENDABLE = [
     *[stored(headers=[[name, "b"]]) for name in ("", "x a", "x:a", "x\na", "x\0a", "\xe9", "\u20ac", 7, None)],
     *[stored(headers=[["x-a", value]]) for value in ("b\r\nx-b: c", "b\n", "\r", "\0", "\x7f", "\u20ac", 7, None)],
     *[stored(headers=headers) for headers in (None, 7, "x", {"x-a": "b"}, [["x-a"]], [["x-a", "b", "c"]], ["xy", "z"])],
+    stored(headers=[["x-a", "b\nset-cookie\nc"]]),
+    stored(headers=[["x-a\nb", "c"], ["d", "e\nf"]]),
     *[stored(headers=[["Content-Length", value]]) for value in ("3", "5", "-4", "+4", "", "four", "4,4", "9" * 30)],
     stored(headers=[["content-length", "4"], ["content-length", "4"]]),
     *[stored(body=body) for body in ("\xe9", 7, None, ["paid"])],
@@ -236,10 +238,7 @@ async def test_a_record_that_cannot_be_sent_is_done_and_not_run_again(text: str)
     [record] = records_of(front)
     front.layer.inner._records[record.idempotency_key] = record.replace(response_data=text)
     response = await request(front)
-    assert (response.status, response.problem["title"]) == (
-        409,
-        NOT_KEPT,
-    )
+    assert (response.status, response.problem["title"]) == (409, NOT_KEPT)
     assert shop.runs == 1
 
 
