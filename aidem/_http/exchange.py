@@ -7,7 +7,7 @@ import contextlib
 import logging
 import math
 from functools import partial
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from aidem._api.execution import Execution, running
 from aidem._engine.call import WhoseOutcome
@@ -16,7 +16,7 @@ from aidem._http.response import ResponseCopy, is_of_no_route, store_by_default
 from aidem._http.states import TRANSITIONS, Action, Event, State
 from aidem._rules.record import OutcomeKind
 from aidem._runtime.cancellation import CLEANUP_SECONDS, in_background
-from aidem.exceptions import IdempotencyLeaseLostError, IdempotencyPersistenceLayerError
+from aidem.exceptions import IdempotencyLeaseLostError, IdempotencyPersistenceLayerError, IdempotencyUsageError
 from aidem.hooks import EventKind
 from aidem.serialization import UNAVAILABLE_TEXT
 
@@ -48,6 +48,19 @@ _START_WITH_LENGTH, _START_STREAMED = Event.START_WITH_LENGTH, Event.START_STREA
 _WINNERS, _UNAVAILABLE = WhoseOutcome.WINNERS, OutcomeKind.UNAVAILABLE
 _ENDS_CLAIM: Final = frozenset({_RELEASE, _RECORD, _RECORD_AS_DONE})
 _IS_CLAIMED: Final = frozenset({_WAITING, _HELD, _SENDING})
+
+
+class RequestExecution(Execution):
+    """The execution that `current_execution()` returns in the app; its outcome is the response."""
+
+    __slots__ = ()
+
+    def _encoded(self, result: Any) -> NoReturn:  # noqa: ARG002 - it is not looked at
+        raise IdempotencyUsageError(
+            "the outcome of a request is its response, which is recorded when it is sent; to complete a call in a "
+            "transaction, decorate a function that the route calls with idempotent_function, or use idempotency(...)",
+            key=self.key,
+        )
 
 
 class NotStoredError(Exception):
@@ -97,7 +110,7 @@ class Exchange:
     async def run(self, app: ASGIApp) -> None:
         """Run the app to its end, and end the claim if its response has not."""
         try:
-            with running(Execution(self._call)):
+            with running(RequestExecution(self._call)):
                 if _TAKEN_OUT.isdisjoint(self._scope.get("extensions") or ()):
                     await app(self._scope, self.receive, self.send)
                 else:

@@ -7,7 +7,7 @@ import logging
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Final
 
-from aidem._api.execution import Execution, running
+from aidem._api.execution import running
 from aidem._engine.call import Phase
 from aidem._engine.plan import CallFactory, CallKey, is_bypassed
 from aidem._http.answers import (
@@ -19,7 +19,7 @@ from aidem._http.answers import (
     send_problem,
     send_replay,
 )
-from aidem._http.exchange import Exchange
+from aidem._http.exchange import Exchange, RequestExecution
 from aidem._http.request import Request, chosen_digest, lookup_key, parse_key, request_parts
 from aidem.exceptions import IdempotencyPersistenceLayerError, IdempotencyUsageError
 from aidem.hooks import EventKind, Reporter
@@ -197,7 +197,7 @@ class Gate:
             if call.phase is _CLAIMED:
                 await Exchange(call, request, self.options, scope, send).run(app)
             else:  # handlers have an execution all the same, for `key_for`
-                with running(Execution(call)):
+                with running(RequestExecution(call)):
                     await app(scope, request.rest, send)
         finally:  # code further out may try again with the same scope
             try:  # noqa: SIM105 - cheaper than contextlib.suppress, for every request

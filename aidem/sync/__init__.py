@@ -19,7 +19,6 @@ from aidem._api import block
 from aidem._api.decorators import payload_finder
 from aidem._api.signature import Target, check_takes_event
 from aidem._checks import check_options
-from aidem._engine.call import Phase
 from aidem._engine.plan import Plan
 from aidem._runtime import background_loop, lambda_lifecycle
 from aidem._runtime.lambda_lifecycle import open_all
@@ -300,6 +299,14 @@ class BlockExecution(block.BlockExecution):
         """Renew the claim at the store, as the async one does, and wait for it."""
         drive(super().ensure_owned)
 
+    def complete(self, result: R, *, transaction: object) -> R:  # type: ignore[override]
+        """Write the result in an open transaction of yours, as the async one does, and return it as a replay will."""
+        return drive(partial(super().complete, result, transaction=transaction))
+
+    def completion_item(self, result: object) -> dict[str, Any] | None:  # type: ignore[override]
+        """Return the `Update` that stores the result, for your own `transact_write_items`, as the async one does."""
+        return drive(partial(super().completion_item, result))
+
     def run(self, func: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:  # type: ignore[override]
         """Call the function, or hand out what it returned before, as the async one does.
 
@@ -332,7 +339,7 @@ class _Block(block.Block):
     def __del__(self) -> None:
         # Ctrl-C may strike where Python enters `__exit__`, before any `try`. Nobody can wait for the answer here.
         call = getattr(self, "_call", None)  # a key that cannot be one leaves none
-        if call is not None and call.phase is Phase.CLAIMED:
+        if call is not None and call.holds_claim:
             background_loop.run_unattended(partial(call.fail, KeyboardInterrupt()))
 
     def config(self) -> IdempotencyConfig:
