@@ -1,4 +1,4 @@
-"""Records in a dict: for tests, and for services whose duplicates only meet in one process."""
+"""Records in a dict: for tests, and for services with a single process."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ SWEPT_AT_ONCE: Final = 2 * SWEEP_EVERY
 
 
 class MemoryPersistenceLayer(OpenedByAsyncWith):
-    """Keeps records as long as the process lives; threads and event loops may share an instance.
+    """Keeps records in memory, for as long as the process lives; threads and event loops can share an instance.
 
-    Its operations never wait, so they answer without a task, a future or a turn of the loop.
+    Its operations never wait, so they need no task, no future and no turn of the event loop.
     """
 
     def __init__(self, *, clock: Callable[[], float] = wall_clock) -> None:
         """Start empty.
 
         Args:
-            clock: Answers epoch seconds; every decision is made by it.
+            clock: Returns epoch seconds; used for every decision. Default: the clock of the machine.
         """
         self.clock = clock
         self._records: dict[str, DataRecord] = {}
