@@ -12,13 +12,13 @@ from aidem._rules.lifecycle import Blocked, Claimed, Completion
 from aidem._rules.record import DataRecord, RecordStatus
 from aidem._runtime.cancellation import UncancellableFuture
 from aidem.exceptions import IdempotencyPersistenceLayerError, IdempotencySerializationError
+from aidem.persistence._by_loop import ByLoop
 from aidem.persistence._context import OpenedByAsyncWith
 
 try:
     from aidem.persistence.redis import _checks
     from aidem.persistence.redis._client import Mode, deployment_of, is_lock_respected
     from aidem.persistence.redis._command import Command
-    from aidem.persistence.redis._connections import ConnectionsByLoop
 except ImportError as error:
     raise ImportError(f"RedisPersistenceLayer needs redis-py and hiredis: {how_to_install('redis')}") from error
 from aidem.persistence.redis._records import RecordText, durations
@@ -129,7 +129,7 @@ class RedisPersistenceLayer(OpenedByAsyncWith):
         self._is_checked = False
         self._text = RecordText(names)
         self._scripts = Scripts(names)
-        self._connections = ConnectionsByLoop(lambda: deployment.connections(timeout_seconds=timeout_seconds))
+        self._connections = ByLoop(lambda: deployment.connections(timeout_seconds=timeout_seconds))
 
     # --- Operations -------------------------------------------------------------------------------------------------
 
