@@ -15,6 +15,7 @@
     └── IdempotencyPersistenceLayerError            the persistence layer failed
         ├── IdempotencyPersistenceConfigError       … because of its settings: table, schema, rights, file
         ├── IdempotencyPersistenceConnectionError   … unreachable, timed out, throttled: a retry may help
+        ├── IdempotencyHeldByTransactionError       … an open transaction decides about the record
         └── IdempotencyInvalidStatusError           … a record has a status that aidem does not know
 
 An error carries its facts as attributes, says what to do, and never prints a payload or a result.
@@ -156,6 +157,13 @@ class IdempotencyPersistenceConfigError(IdempotencyPersistenceLayerError):
 
 class IdempotencyPersistenceConnectionError(IdempotencyPersistenceLayerError):
     """The store could not be reached, did not answer in time, or asked to slow down."""
+
+
+class IdempotencyHeldByTransactionError(IdempotencyPersistenceLayerError):
+    """An open transaction holds the record, and decides what becomes of it; nothing was changed."""
+
+    _template = "an open transaction holds the record of idempotency key {key!r}, and decides what becomes of it"
+    may_be_applied = False
 
 
 class IdempotencyInvalidStatusError(IdempotencyPersistenceLayerError):
