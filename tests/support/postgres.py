@@ -100,8 +100,8 @@ def started(*settings: str) -> Iterator[PostgresServer]:
         directory = Path(name)
         if user := another_user():
             shutil.chown(directory, user["user"])
-        options = ("--auth=trust", "--username=aidem", "--encoding=UTF8", "--locale=C", "--no-sync", "--no-instructions")
-        command = [postgres_program("initdb"), "-D", str(directory), *options]
+        options = ("--auth=trust", "--username=aidem", "--encoding=UTF8", "--locale=C")
+        command = [postgres_program("initdb"), "-D", str(directory), *options, "--no-sync", "--no-instructions"]
         subprocess.run(command, check=True, cwd=directory, stdout=subprocess.DEVNULL, **user)
         server = PostgresServer(directory, free_port(), settings)
         try:
@@ -217,6 +217,29 @@ async def make_database(server: PostgresServer, name: str) -> str:
         await connection.execute(f'DROP DATABASE IF EXISTS "{name}" WITH (FORCE)')
         await connection.execute(f'CREATE DATABASE "{name}"')
     return server.url.replace("/postgres?", f"/{name}?")
+
+
+@contextlib.asynccontextmanager
+async def failing(client: Any, state: str, *, times: int = 1_000_000) -> AsyncGenerator[None]:
+    """Let the server answer an error to the next statements that write records; there must be some."""
+    await client.execute(
+        f"""
+        CREATE SEQUENCE failures;
+        CREATE FUNCTION fail() RETURNS trigger LANGUAGE plpgsql AS $$
+        BEGIN
+            IF nextval('failures') <= {times} THEN
+                RAISE EXCEPTION 'for a test' USING ERRCODE = '{state}';
+            END IF;
+            RETURN NEW;
+        END $$;
+        CREATE TRIGGER fail BEFORE INSERT OR UPDATE ON aidem_records FOR EACH ROW EXECUTE FUNCTION fail();
+        """
+    )
+    try:
+        yield
+        assert await client.fetchval("SELECT is_called FROM failures"), "nothing was written, so nothing failed"
+    finally:
+        await client.execute("DROP FUNCTION fail CASCADE; DROP SEQUENCE failures")
 
 
 async def until(has_happened: Any) -> None:

@@ -13,11 +13,13 @@ from aidem._rules.record import RecordStatus
 from aidem.exceptions import (
     IdempotencyHeldByTransactionError,
     IdempotencyPersistenceConfigError,
+    IdempotencyPersistenceConnectionError,
+    IdempotencyPersistenceLayerError,
     IdempotencySerializationError,
 )
 from aidem.persistence._by_loop import ByLoop
 from aidem.persistence._context import OpenedByAsyncWith
-from aidem.persistence.postgres import _checks
+from aidem.persistence.postgres import _checks, _errors
 from aidem.persistence.postgres._pools import GivenPool
 from aidem.persistence.postgres._questions import AGAIN, Question
 from aidem.persistence.postgres._records import durations, record_of
@@ -259,8 +261,14 @@ class PostgresPersistenceLayer(OpenedByAsyncWith):
         Raises:
             IdempotencyPersistenceLayerError: They cannot be created.
         """
-        for number, statement in enumerate(self._table.ddl().split(";")[:-1]):
-            await self._ask(Statement(f"aidem_create_{number}", statement), (), lambda _reply: None)
+        for number, text in enumerate(self._table.statements()):
+            statement = Statement(f"aidem_create_{number}", text)
+            try:
+                await self._ask(statement, (), lambda _reply: None)
+            except IdempotencyPersistenceLayerError as failure:
+                if not _errors.is_already_there(failure):
+                    raise
+                await self._ask(statement, (), lambda _reply: None)  # another has created it at the same moment
 
     async def aclose(self) -> None:
         """Finish what was asked so far in this event loop, then close its connections, unless a pool was passed in."""
@@ -300,7 +308,8 @@ class PostgresPersistenceLayer(OpenedByAsyncWith):
         )
 
     def _purge_failed(self, failure: BaseException) -> None:
-        if not self._has_failed_to_purge:
+        # Of an outage the calls tell, and the next purge removes as much.
+        if not self._has_failed_to_purge and not isinstance(failure, IdempotencyPersistenceConnectionError):
             self._has_failed_to_purge = True
             logger.warning("PostgreSQL: records that have expired could not be removed: %s", failure)
 

@@ -24,7 +24,7 @@ from aidem.exceptions import (
     IdempotencyPersistenceLayerError,
 )
 from aidem.persistence.postgres import _errors
-from aidem.persistence.postgres._questions import AGAIN, Question, Reply, pause_seconds
+from aidem.persistence.postgres._questions import AGAIN, Question, Reply, next_pause
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -245,8 +245,9 @@ class OwnConnections:
 
     def _ask_again(self, job: _Job[Any]) -> bool:
         """Ask once more, after a pause; False: there is no time for that."""
-        pause = pause_seconds(job.asked_again)
-        if self._loop.time() + pause >= job.deadline:
+        remaining = job.deadline - self._loop.time()
+        pause = next_pause(job.asked_again, remaining_seconds=remaining, timeout_seconds=self._timeout_seconds)
+        if pause is None:
             return False
         job.asked_again += 1
         self._paused.add(job)

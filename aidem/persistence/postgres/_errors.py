@@ -69,6 +69,11 @@ def is_worth_another_try(error: BaseException) -> bool:
     return state_of(error) in _TRY_AGAIN_STATES
 
 
+def is_already_there(error: BaseException) -> bool:
+    """Whether a table or an index could not be created as there is one, or one is being made."""
+    return state_of(error) in {"23505", "42P07"}
+
+
 def is_of_prepared_statement(error: BaseException) -> bool:
     """Whether a prepared statement cannot be used any more, so that its connection is of no use."""
     return state_of(error) in {"0A000", "26000"}

@@ -8,13 +8,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import sys
+import time
 from contextvars import Context
 from functools import partial
 from typing import TYPE_CHECKING, Any, Self, TypeAlias, TypeVar
 
 from aidem.exceptions import IdempotencyError, IdempotencyPersistenceConfigError
 from aidem.persistence.postgres import _errors
-from aidem.persistence.postgres._questions import AGAIN, Reply, pause_seconds
+from aidem.persistence.postgres._questions import AGAIN, Reply, next_pause
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Callable
@@ -92,19 +93,26 @@ class GivenPool:
             raise _errors.translated(error, self._table) from error
 
     async def _answer(self, question: Question[T]) -> T:
+        deadline = time.monotonic() + self._timeout_seconds
         asked_again = found_held = 0
         while True:
+            failure: Exception = _errors.stayed_locked(self._timeout_seconds)
             try:
                 rows = await self._rows(question)
             except Exception as error:
                 if not _errors.is_worth_another_try(error):
                     raise
+                failure = error
             else:
                 answer = question.read(Reply.of(rows, found_held=found_held))
                 if answer is not AGAIN:
                     return answer
                 found_held += 1
-            await asyncio.sleep(pause_seconds(asked_again))
+            remaining = deadline - time.monotonic()
+            pause = next_pause(asked_again, remaining_seconds=remaining, timeout_seconds=self._timeout_seconds)
+            if pause is None:
+                raise failure
+            await asyncio.sleep(pause)
             asked_again += 1
 
     async def _rows(self, question: Question[Any]) -> Rows:

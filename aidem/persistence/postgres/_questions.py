@@ -61,7 +61,11 @@ class Question(Generic[T]):
     read: Callable[[Reply], MaybeAgain[T]]
 
 
-def pause_seconds(asked_again: int) -> float:
-    """Return how long to wait before a question that was asked again so often is asked once more."""
+def next_pause(asked_again: int, *, remaining_seconds: float, timeout_seconds: float) -> float | None:
+    """Return how long to wait before a question that was asked again so often is asked once more.
+
+    None: there is no time for that, as a tenth of it is kept for the try itself.
+    """
     longest = PAUSES_SECONDS[min(asked_again, len(PAUSES_SECONDS) - 1)]
-    return longest * random.uniform(0.5, 1.0)  # noqa: S311 - jitter: many fail at the same moment
+    pause = longest * random.uniform(0.5, 1.0)  # noqa: S311 - jitter: many fail at the same moment
+    return pause if pause + timeout_seconds / 10 < remaining_seconds else None

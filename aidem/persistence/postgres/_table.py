@@ -46,13 +46,17 @@ class Table:
         self.quoted = ".".join(map(_quoted, parts))
         self._index = _quoted(f"{parts[-1]}_purge_after")
 
-    def ddl(self) -> str:
-        """Return the statements that create the table."""
+    def statements(self) -> tuple[str, str]:
+        """Return the statements that create the table and its index."""
         columns = ",\n".join(f"    {name} {kind}" for name, kind in COLUMNS.items())
         return (
-            f"CREATE TABLE IF NOT EXISTS {self.quoted} (\n{columns}\n) WITH (fillfactor = 70);\n"
-            f"CREATE INDEX IF NOT EXISTS {self._index} ON {self.quoted} (purge_after);"
+            f"CREATE TABLE IF NOT EXISTS {self.quoted} (\n{columns}\n) WITH (fillfactor = 70);",
+            f"CREATE INDEX IF NOT EXISTS {self._index} ON {self.quoted} (purge_after);",
         )
+
+    def ddl(self) -> str:
+        """Return them as one text."""
+        return "\n".join(self.statements())
 
 
 def _quoted(name: str) -> str:

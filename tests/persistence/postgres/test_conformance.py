@@ -81,8 +81,8 @@ class TestServerClock(InDatabase):
     settings = (
         "CREATE TABLE clock (epoch double precision)",
         "INSERT INTO clock VALUES (0)",
-        "CREATE FUNCTION public.clock_timestamp() RETURNS timestamptz VOLATILE LANGUAGE sql"
-        " BEGIN ATOMIC SELECT to_timestamp(epoch) FROM public.clock; END",
+        """CREATE FUNCTION public.clock_timestamp() RETURNS timestamptz LANGUAGE sql
+        BEGIN ATOMIC SELECT to_timestamp(epoch) FROM public.clock; END""",
         'ALTER DATABASE "{database}" SET search_path = public, pg_catalog',
     )
 
