@@ -130,7 +130,7 @@ class OnPool(OnServer):
 
 class TestPoolOfAsyncpg(OnPool):
     def pool(self) -> AbstractAsyncContextManager[Any]:
-        return asyncpg.create_pool(self.url, min_size=1)  # type: ignore[no-any-return]
+        return asyncpg.create_pool(self.url, min_size=1)
 
 
 class TestPoolOfPsycopg(OnPool):

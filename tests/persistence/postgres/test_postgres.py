@@ -290,12 +290,12 @@ async def test_a_key_that_cannot_be_stored_is_refused(layer: PostgresPersistence
         await acquired(layer, key)
 
 
-async def test_a_url_names_the_layer(server: PostgresServer) -> None:
+async def test_a_url_names_the_layer(server: PostgresServer, client: Any) -> None:
     for scheme in ("postgresql", "postgres"):
         layer = open_persistence_layer(server.url.replace("postgresql", scheme))
         assert isinstance(layer, PostgresPersistenceLayer)
         async with layer:
-            await claimed(layer)
+            await claimed(layer, scheme)
 
 
 @pytest.mark.parametrize("url", ["", "postgres", "postgresql+asyncpg://user:secret@host/", "mysql://user:secret@host/"])

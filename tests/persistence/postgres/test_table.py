@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, Callable
+from pathlib import Path
 from typing import Any
 
 import asyncpg
@@ -19,6 +20,7 @@ from aidem.persistence.postgres import PostgresPersistenceLayer, table_ddl
 from tests.support.postgres import PostgresServer, acquired, claimed, connected, make_database, started
 
 pytestmark = pytest.mark.server
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture
@@ -77,6 +79,10 @@ async def test_the_ddl_for_a_migration_is_what_create_table_runs(make_layer: Mak
     assert [index[0].partition(" USING ")[2] for index in indexes] == ["btree (purge_after)", "btree (id)"]
     options = await empty.fetchval("SELECT reloptions FROM pg_class WHERE relname = 'Records'")
     assert options == ["fillfactor=70"]
+
+
+def test_the_ddl_in_the_docs_is_that_of_the_code() -> None:
+    assert table_ddl() in (ROOT / "docs" / "postgres.md").read_text(encoding="utf-8")
 
 
 async def test_the_record_is_stored_under_the_names_of_the_wire_format_and_the_result_as_its_text(
