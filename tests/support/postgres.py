@@ -220,7 +220,9 @@ async def make_database(server: PostgresServer, name: str) -> str:
 
 
 @contextlib.asynccontextmanager
-async def failing(client: Any, state: str, *, times: int = 1_000_000) -> AsyncGenerator[None]:
+async def failing(
+    client: Any, state: str, *, times: int = 1_000_000, statement: str = "PERFORM 1"
+) -> AsyncGenerator[None]:
     """Let the server answer an error to the next statements that write records; there must be some."""
     await client.execute(
         f"""
@@ -228,6 +230,7 @@ async def failing(client: Any, state: str, *, times: int = 1_000_000) -> AsyncGe
         CREATE FUNCTION fail() RETURNS trigger LANGUAGE plpgsql AS $$
         BEGIN
             IF nextval('failures') <= {times} THEN
+                {statement};
                 RAISE EXCEPTION 'for a test' USING ERRCODE = '{state}';
             END IF;
             RETURN NEW;

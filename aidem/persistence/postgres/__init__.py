@@ -308,8 +308,9 @@ class PostgresPersistenceLayer(OpenedByAsyncWith):
         )
 
     def _purge_failed(self, failure: BaseException) -> None:
-        # Of an outage the calls tell, and the next purge removes as much.
-        if not self._has_failed_to_purge and not isinstance(failure, IdempotencyPersistenceConnectionError):
+        # An outage is told by the calls, and a pool that was closed meanwhile needs no purge.
+        is_refused = _errors.state_of(failure) and not isinstance(failure, IdempotencyPersistenceConnectionError)
+        if is_refused and not self._has_failed_to_purge:
             self._has_failed_to_purge = True
             logger.warning("PostgreSQL: records that have expired could not be removed: %s", failure)
 

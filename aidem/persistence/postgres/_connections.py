@@ -238,7 +238,7 @@ class OwnConnections:
                 job.future.fail(_errors.stayed_locked(self._timeout_seconds))
 
     def _failed(self, connection: OwnConnection, job: _Job[Any], error: Exception) -> None:
-        if isinstance(error, TimeoutError) or _errors.is_of_prepared_statement(error):
+        if _errors.spoils_connection(error):
             self._drop(connection, gently=True)
         if not _errors.is_worth_another_try(error) or not self._ask_again(job):
             job.future.fail(self._failure(error))
@@ -278,21 +278,18 @@ class OwnConnections:
             IdempotencyPersistenceLayerError: None can be made.
         """
         deadline = self._loop.time() + self._timeout_seconds
-        driver: asyncpg.Connection | None = None
         try:
             # Statements are prepared here, under names of ours, so asyncpg need not remember any.
             driver = await asyncpg.connect(
                 self._url, timeout=self._timeout_seconds, connection_class=_Connection, statement_cache_size=0
             )
-            [(pid, is_replica)] = await driver.fetch(_HELLO, timeout=deadline - self._loop.time())
+            try:
+                [(pid, is_replica)] = await driver.fetch(_HELLO, timeout=deadline - self._loop.time())
+            except BaseException:
+                driver.terminate()
+                raise
         except Exception as error:
-            if driver is not None:
-                driver.terminate()
             raise _errors.connecting_failed(error, self._table, timeout_seconds=self._timeout_seconds) from error
-        except asyncio.CancelledError:
-            if driver is not None:
-                driver.terminate()
-            raise
         if is_replica:
             driver.terminate()
             raise _errors.is_replica()

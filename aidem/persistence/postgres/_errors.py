@@ -11,6 +11,7 @@ import ssl
 from typing import TYPE_CHECKING, Final
 
 from aidem.exceptions import (
+    IdempotencyError,
     IdempotencyPersistenceConfigError,
     IdempotencyPersistenceConnectionError,
     IdempotencyPersistenceLayerError,
@@ -74,9 +75,9 @@ def is_already_there(error: BaseException) -> bool:
     return state_of(error) in {"23505", "42P07"}
 
 
-def is_of_prepared_statement(error: BaseException) -> bool:
-    """Whether a prepared statement cannot be used any more, so that its connection is of no use."""
-    return state_of(error) in {"0A000", "26000"}
+def spoils_connection(error: BaseException) -> bool:
+    """Whether a connection is of no use any more: the driver has failed, or a prepared statement is gone."""
+    return state_of(error) in {"", "0A000", "26000"} and not isinstance(error, IdempotencyError)
 
 
 def translated(error: Exception, table: Table) -> IdempotencyPersistenceLayerError:
@@ -179,8 +180,9 @@ def _without_state(error: Exception) -> IdempotencyPersistenceLayerError:
     return failure
 
 
-_OF_CONNECTIONS: Final = frozenset({"OperationalError", "InterfaceError", "TimeoutError"})
-"""What drivers and pools call their errors for connections that broke, or that were not to be had."""
+# What drivers and pools call their errors for connections that broke, or that were not to be had. The last one is
+# raised by asyncpg when the server ends a session at the moment in which a statement is sent.
+_OF_CONNECTIONS: Final = frozenset({"OperationalError", "InterfaceError", "TimeoutError", "InternalClientError"})
 
 
 def _unreachable(error: Exception, timeout_seconds: float) -> IdempotencyPersistenceLayerError:

@@ -64,6 +64,7 @@ async def test_a_connection_that_is_idle_for_long_is_closed_and_another_is_made(
     server: PostgresServer, client: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     layer = PostgresPersistenceLayer(named(server.url, "idle"))
+    layer._next_purge_at = math.inf
     await asyncio.gather(*(claimed(layer, f"{number}") for number in range(3)))
     source: Any = layer._sources.here()
     assert await client.fetchval(SESSIONS, "idle") >= 3
@@ -270,6 +271,7 @@ def test_an_outcome_is_stored_though_the_loop_ends_meanwhile(server: PostgresSer
 
 FORKING = """
 import asyncio, gc, os, sys
+from aidem.persistence import _by_loop
 from aidem.persistence.postgres import PostgresPersistenceLayer
 from tests.support.postgres import acquired
 
@@ -281,6 +283,9 @@ pids = {connection.driver.get_server_pid() for connection in source._open}
 for number in range(3):
     child = os.fork()
     if child == 0:
+        _by_loop._inherited.clear()
+        source = None
+        gc.collect()  # finalizes the connection of the parent, as the end of the interpreter does
         answers = asyncio.run(asyncio.wait_for(acquired(layer, f"child {number}", "child"), 20))
         print(type(answers).__name__, flush=True)
         sys.exit(0)

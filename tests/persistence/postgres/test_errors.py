@@ -133,6 +133,7 @@ def test_what_fails_while_connecting_is_translated(error: Exception, kind: type[
     [
         (OperationalError("secret", None, Exception("secret")), CONNECTION),
         (asyncpg.InterfaceError("secret"), CONNECTION),
+        (asyncpg.InternalClientError("secret"), CONNECTION),
         (ConnectionResetError("secret"), CONNECTION),
         (ZeroDivisionError("secret"), IdempotencyPersistenceLayerError),
     ],

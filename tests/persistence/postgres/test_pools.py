@@ -151,6 +151,16 @@ async def test_a_claim_that_a_transaction_holds_is_not_waited_for(
                 await layer.release(claim)
 
 
+async def test_a_session_that_the_server_ends_in_the_middle_is_an_outage_and_the_next_call_has_another(
+    layer: PostgresPersistenceLayer, client: Any
+) -> None:
+    async with failing(client, "00000", statement="PERFORM pg_terminate_backend(pg_backend_pid())", times=1):
+        with pytest.raises(IdempotencyPersistenceConnectionError) as failed:
+            await acquired(layer)
+        assert failed.value.may_be_applied
+        await claimed(layer)
+
+
 async def test_a_pool_whose_connections_are_all_in_use_is_an_outage(server: PostgresServer, client: Any) -> None:
     for kind in KINDS:
         async with pool_of(kind, server.url, size=1) as pool:
@@ -225,6 +235,9 @@ def test_pools_and_engines_of_other_kinds_are_refused(server: PostgresServer) ->
         create_engine(server.url.replace("postgresql:", "postgresql+psycopg:")),
         "postgresql://host/",
     ]
+    other = create_async_engine("postgresql+asyncpg://host/")
+    other.dialect.driver = "aiosqlite"
+    refused.append(other)
     for pool in refused:
         with pytest.raises(IdempotencyPersistenceConfigError, match=r"pool takes an asyncpg\.Pool"):
             PostgresPersistenceLayer(pool=pool)

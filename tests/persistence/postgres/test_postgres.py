@@ -79,9 +79,10 @@ async def test_a_claim_that_blocks_is_left_without_a_lock_too(layer: PostgresPer
     assert await client.fetchrow("SELECT pg_current_wal_insert_lsn(), xmin, xmax FROM aidem_records") == before
 
 
-async def test_updates_are_heap_only(layer: PostgresPersistenceLayer, client: Any) -> None:
+async def test_updates_are_heap_only(server: PostgresServer, client: Any) -> None:
     """What is indexed stays as it is from the claim on, so no index entry is written again."""
-    without_purge(layer)
+    layer = without_purge(PostgresPersistenceLayer(server.url, table="hot"))
+    await layer.create_table()
     for number in range(20):
         claim = await claimed(layer, f"{number}")
         await layer.renew(claim_of(f"{number}", now=0, lease_seconds=100, kept_seconds=200), now=0)
@@ -90,14 +91,13 @@ async def test_updates_are_heap_only(layer: PostgresPersistenceLayer, client: An
 
     async def are_counted() -> bool:
         await client.execute("SELECT pg_stat_clear_snapshot()")
-        return bool(
-            await client.fetchval("SELECT n_tup_upd >= 40 FROM pg_stat_user_tables WHERE relname = 'aidem_records'")
-        )
+        return bool(await client.fetchval("SELECT n_tup_upd >= 40 FROM pg_stat_user_tables WHERE relname = 'hot'"))
 
     await layer.aclose()  # a session reports its counts at its end
     await until(are_counted)
-    counts = "SELECT n_tup_hot_upd::float / n_tup_upd FROM pg_stat_user_tables WHERE relname = 'aidem_records'"
+    counts = "SELECT n_tup_hot_upd::float / n_tup_upd FROM pg_stat_user_tables WHERE relname = 'hot'"
     assert await client.fetchval(counts) > 0.9
+    await client.execute("DROP TABLE hot")
 
 
 async def test_among_many_claimers_a_lost_race_is_rare_and_one_gets_the_key(
