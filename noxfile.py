@@ -24,14 +24,15 @@ MAIN = f"{sys.version_info.major}.{sys.version_info.minor}"
 # What depends on the version of a client; a second server, Powertools and many processes do not.
 DYNAMODB_CLIENT = [f"tests/persistence/dynamodb/test_{part}.py" for part in ("dynamodb", "client")]
 DYNAMODB_FAULTS = [f"tests/persistence/dynamodb/test_{part}.py" for part in ("errors", "faults")]
-REDIS_CLIENT = [f"tests/persistence/redis/test_{part}.py" for part in ("redis", "conformance", "connection", "errors")]
+REDIS_CLIENT = [
+    f"tests/persistence/redis/test_{part}.py" for part in ("redis", "conformance", "connection", "errors", "handshake")
+]
 PYDANTIC = ["tests/rules/test_payloads.py", "tests/rules/test_model_dump.py", "tests/serialization"]
 HTTP = [
     f"tests/http/test_{part}.py" for part in ("fastapi_functions", "fastapi_openapi", "fastapi_route", "schemathesis")
 ]
-POSTGRES_CLIENT = [
-    f"tests/persistence/postgres/test_{part}.py" for part in ("postgres", "conformance", "connections", "errors", "pools")
-]
+POSTGRES_CLIENT = [f"tests/persistence/postgres/test_{part}.py" for part in ("postgres", "connections", "errors")]
+POSTGRES_POOLS = [f"tests/persistence/postgres/test_{part}.py" for part in ("pools", "conformance")]
 OPENTELEMETRY = ["tests/test_opentelemetry.py"]
 ONE_SERVER = ["-k", "not moto and not valkey"]
 # What is tested on the main interpreter alone, as it is the same on every other: documents, measurements, the model of
@@ -224,7 +225,7 @@ def lowest(session: nox.Session) -> None:
     session.run("python", "docs/examples/payment.py")  # pytest's plugin is anyio's, and takes a newer one
     extras = [needed for extra in project["optional-dependencies"].values() for needed in extra]
     session.install("-e", ".[all]", *_floors(extras), *nox.project.dependency_groups(PROJECT, "test"))
-    files = [*DYNAMODB_CLIENT, *REDIS_CLIENT, *POSTGRES_CLIENT, *PYDANTIC, *HTTP, *OPENTELEMETRY]
+    files = [*DYNAMODB_CLIENT, *REDIS_CLIENT, *POSTGRES_CLIENT, *POSTGRES_POOLS, *PYDANTIC, *HTTP, *OPENTELEMETRY]
     session.run(*_side_by_side(session, *ONE_SERVER, *files))
 
 

@@ -99,7 +99,7 @@ class IdempotencyConfig:
 
 # --- The Lambda context of the current task or thread ---------------------------------------------------------------
 
-_lambda_context: ContextVar[LambdaContext | None] = ContextVar("aidem_lambda_context", default=None)
+registered_lambda_context: Final[ContextVar[LambdaContext | None]] = ContextVar("aidem_lambda_context", default=None)
 
 
 def register_lambda_context(lambda_context: LambdaContext | None) -> Token[LambdaContext | None]:
@@ -115,19 +115,19 @@ def register_lambda_context(lambda_context: LambdaContext | None) -> Token[Lambd
         IdempotencyConfigError: It is no Lambda context.
     """
     check_options(lambda_context=lambda_context)
-    return _lambda_context.set(lambda_context)
+    return registered_lambda_context.set(lambda_context)
 
 
 def reset_lambda_context(token: Token[LambdaContext | None]) -> None:
     """Restore what was registered before."""
     # A coroutine that is closed from another context never changed the variable there.
     with contextlib.suppress(ValueError):
-        _lambda_context.reset(token)
+        registered_lambda_context.reset(token)
 
 
 def current_lambda_context(config: IdempotencyConfig) -> LambdaContext | None:
     """Return the context registered for the current task or thread, else that of the config."""
-    context = _lambda_context.get()
+    context = registered_lambda_context.get()
     return config.lambda_context if context is None else context
 
 
@@ -148,13 +148,15 @@ def lambda_context_of(context: object) -> tuple[LambdaContext | None, bool]:
 
 
 @dataclass(slots=True)
-class _Defaults:
+class Defaults:
+    """What `configure` has set."""
+
     persistence_store: PersistenceLayer | None = None
     config: IdempotencyConfig = field(default_factory=IdempotencyConfig)
     from_environment: tuple[str, PersistenceLayer] | None = None
 
 
-_defaults = _Defaults()
+defaults: Final = Defaults()
 _opening = ForkSafeLock()
 
 
@@ -165,8 +167,8 @@ def configure(*, persistence_store: PersistenceLayer | None = None, config: Idem
         IdempotencyConfigError: A value is no layer, or no config.
     """
     check_call_options(config=config, persistence_store=persistence_store)
-    _defaults.persistence_store = persistence_store
-    _defaults.config = config or IdempotencyConfig()
+    defaults.persistence_store = persistence_store
+    defaults.config = config or IdempotencyConfig()
 
 
 def check_call_options(*, config: object, **options: object) -> None:
@@ -182,7 +184,7 @@ def check_call_options(*, config: object, **options: object) -> None:
 
 def default_config() -> IdempotencyConfig:
     """Return the config for calls that have none of their own."""
-    return _defaults.config
+    return defaults.config
 
 
 def default_persistence_store() -> PersistenceLayer:
@@ -195,10 +197,10 @@ def default_persistence_store() -> PersistenceLayer:
         IdempotencyPersistenceConfigError: Nothing is configured on Lambda, where a file is shared with nobody; or
             the environment variable cannot be understood.
     """
-    if _defaults.persistence_store is not None:
-        return _defaults.persistence_store
+    if defaults.persistence_store is not None:
+        return defaults.persistence_store
     url = os.environ.get("AIDEM_PERSISTENCE", "")
-    opened = _defaults.from_environment
+    opened = defaults.from_environment
     if opened is None or opened[0] != url:
         opened = _open_once(url)
     return opened[1]
@@ -206,9 +208,9 @@ def default_persistence_store() -> PersistenceLayer:
 
 def _open_once(url: str) -> tuple[str, PersistenceLayer]:
     with _opening.lock:  # two threads with a layer each would not see each other's records, where those are in memory
-        opened = _defaults.from_environment
+        opened = defaults.from_environment
         if opened is None or opened[0] != url:
-            opened = _defaults.from_environment = (url, _open(url))
+            opened = defaults.from_environment = (url, _open(url))
         return opened
 
 

@@ -15,7 +15,7 @@
     └── IdempotencyPersistenceLayerError            the persistence layer failed
         ├── IdempotencyPersistenceConfigError       … because of its settings: table, schema, rights, file
         ├── IdempotencyPersistenceConnectionError   … unreachable, timed out, throttled: a retry may help
-        ├── IdempotencyHeldByTransactionError       … an open transaction decides about the record
+        ├── IdempotencyHeldByTransactionError       … cannot change a record that an open transaction holds
         └── IdempotencyInvalidStatusError           … a record has a status that aidem does not know
 
 An error carries its facts as attributes, says what to do, and never prints a payload or a result.
@@ -160,9 +160,11 @@ class IdempotencyPersistenceConnectionError(IdempotencyPersistenceLayerError):
 
 
 class IdempotencyHeldByTransactionError(IdempotencyPersistenceLayerError):
-    """An open transaction holds the record, and decides what becomes of it; nothing was changed."""
+    """An open transaction holds the record, so that nobody can change it, or take its claim over, until that ends.
 
-    _template = "an open transaction holds the record of idempotency key {key!r}, and decides what becomes of it"
+    Layers that support completion in the caller's transaction raise it from `renew` and `release`.
+    """
+
     may_be_applied = False
 
 

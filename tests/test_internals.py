@@ -16,7 +16,7 @@ import pytest
 
 import aidem
 from aidem import idempotent_function, sync
-from aidem._engine.call import Phase
+from aidem._engine.call import STEPS, Answer, Phase
 from aidem._runtime import background_loop
 from aidem.asgi import IdempotencyMiddleware
 from aidem.persistence.memory import MemoryPersistenceLayer
@@ -64,32 +64,67 @@ def test_the_table_of_steps_has_every_phase() -> None:
     assert [phase.strip() for phase in header.split("|")] == [phase.name for phase in Phase]
 
 
+def test_the_table_of_steps_is_the_one_that_calls_follow() -> None:
+    rows = re.findall(r"^\| `(\w+)` \|(.*)\|$", section("Phases and steps"), re.MULTILINE)
+    assert rows
+    answers = {answer.value: answer for answer in Answer}
+    told = {step: tuple(answers.get(cell.strip(), Answer.TAKEN) for cell in row.split("|")) for step, row in rows}
+    assert told == STEPS
+
+
+@pytest.fixture
+def _still_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stop the clock of the machine: a layer makes another record where a millisecond has passed since the call."""
+    monkeypatch.setattr("time.time", lambda: 1_700_000_000.0)
+
+
 class Walk:
-    """The modules of aidem that are entered, in the order in which each is entered for the first time."""
+    """What happens between the files of aidem while a call runs.
+
+    A call of a function of aidem from another file of aidem is a *switch of file*: whoever reads along turns to
+    another file there. Functions of others that stand between the two, such as asyncio's, are looked through. Returns
+    are not counted, nor calls of what is written in C.
+
+    Attributes:
+        modules: Those that are entered, in the order in which each is entered for the first time.
+        switches: How often a function in another file is called.
+    """
 
     def __init__(self) -> None:
         self.modules: list[str] = []
+        self.switches = 0
 
     def __call__(self, frame: FrameType, event: str, _: Any) -> None:
-        path = Path(frame.f_code.co_filename)
-        if event == "call" and path.is_relative_to(PACKAGE):
-            module = path.relative_to(PACKAGE).as_posix()
-            if module not in self.modules:
-                self.modules.append(module)
+        module = module_of(frame)
+        if event != "call" or module is None:
+            return
+        if module not in self.modules:
+            self.modules.append(module)
+        caller = frame.f_back
+        while caller is not None and module_of(caller) is None:
+            caller = caller.f_back
+        if caller is not None and module_of(caller) != module:
+            self.switches += 1
 
 
-async def walk_of(call: Callable[[], Awaitable[Any]]) -> list[str]:
-    """Return the modules that a call enters whose function has been called before with another key."""
+def module_of(frame: FrameType) -> str | None:
+    """Return the module of aidem that a function is in; None: it is somebody else's."""
+    path = Path(frame.f_code.co_filename)
+    return path.relative_to(PACKAGE).as_posix() if path.is_relative_to(PACKAGE) else None
+
+
+async def walk_of(call: Callable[[], Awaitable[Any]]) -> Walk:
+    """Return the walk of a call whose function has been called before with another key."""
     walk = Walk()
     sys.setprofile(walk)
     try:
         await call()
     finally:
         sys.setprofile(None)
-    return walk.modules
+    return walk
 
 
-async def walk_of_async() -> list[str]:
+async def walk_of_async() -> Walk:
     @idempotent_function(persistence_store=MemoryPersistenceLayer())
     async def charge(order_id: str) -> dict[str, int]:
         return {"charged": 42}
@@ -98,7 +133,7 @@ async def walk_of_async() -> list[str]:
     return await walk_of(lambda: charge("o-2"))
 
 
-async def walk_of_http() -> list[str]:
+async def walk_of_http() -> Walk:
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await receive()
         await send({"type": "http.response.start", "status": 201, "headers": [(b"content-length", b"2")]})
@@ -122,7 +157,7 @@ async def walk_of_http() -> list[str]:
     return await walk_of(lambda: post(b'"o-2"'))
 
 
-def walk_of_sync() -> list[str]:
+def walk_of_sync() -> Walk:
     @sync.idempotent_function(persistence_store=MemoryPersistenceLayer())
     def charge(order_id: str) -> dict[str, int]:
         return {"charged": 42}
@@ -141,15 +176,31 @@ def walk_of_sync() -> list[str]:
         sys.setprofile(None)
         background_loop.run(partial(profile, None))
         sync.close()
-    return walk.modules
+    return walk
 
 
+@pytest.mark.usefixtures("_still_clock")
 @pytest.mark.parametrize("front", ["Async", "Sync", "HTTP"])
 async def test_the_walks_name_every_module_that_a_call_enters_in_order(front: str) -> None:
-    walks: dict[str, Callable[[], Awaitable[list[str]]]] = {
+    walks: dict[str, Callable[[], Awaitable[Walk]]] = {
         "Async": walk_of_async,
         "Sync": partial(anyio.to_thread.run_sync, walk_of_sync),
         "HTTP": walk_of_http,
     }
     steps = re.findall(r"^\| (`[\w/., `]+\.py`) \|", section(front), re.MULTILINE)
-    assert [module.strip("`") for step in steps for module in step.split(", ")] == await walks[front]()
+    walk = await walks[front]()
+    assert [module.strip("`") for step in steps for module in step.split(", ")] == walk.modules
+
+
+@pytest.mark.usefixtures("_still_clock")
+async def test_a_reader_follows_a_first_call_through_few_files() -> None:
+    walk = await walk_of_async()
+    assert len(walk.modules) <= 12
+    assert walk.switches <= 35
+
+
+@pytest.mark.usefixtures("_still_clock")
+async def test_a_reader_follows_a_request_through_few_files() -> None:
+    walk = await walk_of_http()
+    assert len(walk.modules) <= 19
+    assert walk.switches <= 61

@@ -6,9 +6,8 @@ import inspect
 from typing import TYPE_CHECKING, Any, ClassVar, ParamSpec, TypeVar, cast
 
 from aidem._api.execution import EncodedResult, Execution, hooked, outcome_of, replayed_value, running
-from aidem._api.factory import CallFactory
 from aidem._engine.call import Phase, WhoseOutcome
-from aidem._engine.plan import Plan
+from aidem._engine.plan import CallFactory, Plan
 from aidem.config import check_call_options
 from aidem.exceptions import IdempotencyLeaseLostError, IdempotencyUsageError
 

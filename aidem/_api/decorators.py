@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar, overload
 
 from aidem._api.execution import execute
-from aidem._api.factory import Binding
-from aidem._api.signature import Target, check_takes_event, payload_finder
+from aidem._api.signature import BOUND_BY_CALL, Target, check_takes_event
+from aidem._engine.plan import Arguments, CallFactory, Plan
 from aidem.config import check_call_options, lambda_context_of, register_lambda_context, reset_lambda_context
+from aidem.exceptions import IdempotencyConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
+    from aidem._engine.plan import FindPayload
     from aidem.config import IdempotencyConfig
     from aidem.persistence import PersistenceLayer
     from aidem.serialization import ModelSerializer, OutputSerializer
@@ -70,14 +73,20 @@ def idempotent(
         return functools.partial(idempotent, persistence_store=persistence_store, config=config, key_prefix=key_prefix)
     target = Target(handler, decorator="idempotent", key_prefix=key_prefix)
     check_takes_event(target)
-    binding = Binding(target, event_of, persistence_store=persistence_store, config=config, key_prefix=key_prefix)
+    calls = CallFactory(
+        function=target.name,
+        prefix=target.prefix,
+        layer=persistence_store,
+        config=config,
+        returns=target.function,
+    )
 
     @functools.wraps(handler)
     async def wrapper(event: Any, context: Any, *args: Any, **kwargs: Any) -> Any:
         lambda_context, is_durable_replay = lambda_context_of(context)
         token = None if lambda_context is None else register_lambda_context(lambda_context)
         try:
-            call = binding.call((event,), {})
+            call = calls.make(Plan.key, event)
             call.is_durable_replay = is_durable_replay
             return await execute(call, handler, (event, context, *args), kwargs)
         finally:
@@ -85,11 +94,6 @@ def idempotent(
                 reset_lambda_context(token)
 
     return wrapper
-
-
-def event_of(args: tuple[Any, ...], _kwargs: dict[str, Any]) -> Any:
-    """Return the payload of a handler's call: the whole event."""
-    return args[0]
 
 
 @overload
@@ -157,18 +161,19 @@ def idempotent_function(
     if isinstance(function, classmethod | staticmethod):  # below @classmethod it is a function already
         return _rewrapped(function, options)
     target = Target(function, decorator="idempotent_function", key_prefix=key_prefix)
-    binding = Binding(
-        target,
-        payload_finder(target, data_keyword_argument=data_keyword_argument, key=key),
-        persistence_store=persistence_store,
+    find_payload = payload_finder(target, data_keyword_argument=data_keyword_argument, key=key)
+    calls = CallFactory(
+        function=target.name,
+        prefix=target.prefix,
+        layer=persistence_store,
         config=config,
-        key_prefix=key_prefix,
         output_serializer=output_serializer,
+        returns=target.function,
     )
 
     @functools.wraps(function)
     async def wrapper(*args: Any, **kwargs: Any) -> Any:
-        return await execute(binding.call(args, kwargs), function, args, kwargs)
+        return await execute(calls.make(Plan.key_of_call, find_payload, args, kwargs), function, args, kwargs)
 
     return wrapper
 
@@ -176,3 +181,85 @@ def idempotent_function(
 def _rewrapped(method: Any, options: dict[str, Any]) -> Any:
     """Decorate the function inside a classmethod or staticmethod."""
     return type(method)(idempotent_function(method.__func__, **options))
+
+
+# --- The payload among the arguments ----------------------------------------------------------------------------------
+
+
+def payload_finder(target: Target, *, data_keyword_argument: str | None, key: Callable[..., Any] | None) -> FindPayload:
+    """Return how the payload of a call is found among its arguments.
+
+    Raises:
+        IdempotencyConfigError: The options do not suit the signature, or each other.
+    """
+    signature = target.signature()
+    if data_keyword_argument is not None and key is not None:
+        message = "data_keyword_argument and key both say what the payload is; give only one of them"
+        raise IdempotencyConfigError(message)
+    if data_keyword_argument is not None:
+        return _named(signature, data_keyword_argument, target)
+    if key is not None:
+        return _computed(signature, key, target)
+    return _all_arguments(signature, target)
+
+
+def _named(signature: inspect.Signature, name: str, target: Target) -> FindPayload:
+    parameter = signature.parameters.get(name)
+    if parameter is None and any(each.kind is each.VAR_KEYWORD for each in signature.parameters.values()):
+        return lambda _args, kwargs: kwargs.get(name)
+    if parameter is None:
+        known = ", ".join(map(repr, signature.parameters)) or "none"
+        message = f"data_keyword_argument={name!r} is not a parameter of {target.name}; its parameters are: {known}"
+        raise IdempotencyConfigError(message)
+    position = list(signature.parameters).index(name)
+    is_positional = parameter.kind in {parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD}
+
+    def find_payload(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if is_positional and len(args) > position:
+            return args[position]
+        if parameter.kind is not parameter.POSITIONAL_ONLY and name in kwargs:
+            return kwargs[name]
+        if parameter.default is not parameter.empty:
+            return parameter.default
+        return _bound(target, signature, args, kwargs)[name]  # *args or **kwargs, or a TypeError
+
+    return find_payload
+
+
+def _computed(signature: inspect.Signature, key: Callable[..., Any], target: Target) -> FindPayload:
+    names = list(signature.parameters)
+    try:
+        inspect.signature(key).bind(**dict.fromkeys(names))
+    except ValueError:
+        pass  # a built-in such as `dict`, which does not tell what it takes
+    except TypeError as exc:
+        message = f"key= must take the arguments of {target.name} by name ({', '.join(names) or 'none'}): {exc}"
+        raise IdempotencyConfigError(message) from exc
+
+    def find_payload(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return key(**_bound(target, signature, args, kwargs))
+
+    return find_payload
+
+
+def _all_arguments(signature: inspect.Signature, target: Target) -> FindPayload:
+    bound_by_call = next(iter(signature.parameters), None)
+
+    def find_payload(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        arguments = _bound(target, signature, args, kwargs)
+        if bound_by_call in BOUND_BY_CALL:
+            del arguments[bound_by_call]
+        return Arguments(arguments)
+
+    return find_payload
+
+
+def _bound(
+    target: Target, signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    try:
+        bound = signature.bind(*args, **kwargs)
+    except TypeError as exc:
+        raise TypeError(f"{target.name}(): {exc}") from None
+    bound.apply_defaults()
+    return bound.arguments

@@ -241,8 +241,8 @@ class EncodedResult:
     @staticmethod
     def warn_if_unavailable(call: Call) -> None:
         """Say that later callers will not get the result."""
-        record = call.held_record()
-        if record.outcome is OutcomeKind.UNAVAILABLE:
+        record = call.record
+        if record is not None and record.outcome is OutcomeKind.UNAVAILABLE:
             call.reporter.report(EventKind.RESULT_UNAVAILABLE, fence=record.fence)
             message = (
                 f"the result of {call.plan.function} could not be stored; its effect will not be repeated, "

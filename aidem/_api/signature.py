@@ -1,4 +1,4 @@
-"""The decorated callable: its kind, its name, and how the payload is found among its arguments."""
+"""The decorated callable: its kind, its name, and the prefix of its keys."""
 
 from __future__ import annotations
 
@@ -7,14 +7,11 @@ import inspect
 import os
 from typing import TYPE_CHECKING, Any
 
-from aidem._engine.plan import Arguments
 from aidem._rules import key as _key
 from aidem.exceptions import IdempotencyConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-    FindPayload = Callable[[tuple[Any, ...], dict[str, Any]], Any]
 
 BOUND_BY_CALL = ("self", "cls")
 
@@ -31,12 +28,13 @@ class Target:
         IdempotencyConfigError: It has no stable name, and no `key_prefix`.
     """
 
-    __slots__ = ("_module", "_qualname", "function", "name")
+    __slots__ = ("_key_prefix", "_module", "_qualname", "function", "name")
 
     def __init__(
         self, function: Callable[..., Any], *, decorator: str, key_prefix: str | None, is_async: bool = True
     ) -> None:
         self.function = function
+        self._key_prefix = key_prefix
         _check_kind(function, decorator=decorator, is_async=is_async)
         self._module: str | None = getattr(function, "__module__", None)
         self._qualname: str | None = getattr(function, "__qualname__", None)
@@ -48,9 +46,11 @@ class Target:
         else:
             self.name = f"{self._module}.{self._qualname}"
 
-    def default_prefix(self) -> str:
-        """Return the key prefix that Lambda's function name and the callable's own make."""
-        return _key.default_prefix(os.environ.get("AWS_LAMBDA_FUNCTION_NAME"), self._module or "", self._qualname or "")
+    def prefix(self) -> str:
+        """Return the key prefix: the given one, or what Lambda's function name and the callable's own make."""
+        return self._key_prefix or _key.default_prefix(
+            os.environ.get("AWS_LAMBDA_FUNCTION_NAME"), self._module or "", self._qualname or ""
+        )
 
     def signature(self) -> inspect.Signature:
         """Return the signature of the callable."""
@@ -121,82 +121,3 @@ def _called(function: Any) -> Any:
 
 def _name(function: object) -> str:
     return getattr(function, "__qualname__", None) or repr(function)
-
-
-def payload_finder(target: Target, *, data_keyword_argument: str | None, key: Callable[..., Any] | None) -> FindPayload:
-    """Return how the payload of a call is found among its arguments.
-
-    Raises:
-        IdempotencyConfigError: The options do not suit the signature, or each other.
-    """
-    signature = target.signature()
-    if data_keyword_argument is not None and key is not None:
-        message = "data_keyword_argument and key both say what the payload is; give only one of them"
-        raise IdempotencyConfigError(message)
-    if data_keyword_argument is not None:
-        return _named(signature, data_keyword_argument, target)
-    if key is not None:
-        return _computed(signature, key, target)
-    return _all_arguments(signature, target)
-
-
-def _named(signature: inspect.Signature, name: str, target: Target) -> FindPayload:
-    parameter = signature.parameters.get(name)
-    if parameter is None and any(each.kind is each.VAR_KEYWORD for each in signature.parameters.values()):
-        return lambda _args, kwargs: kwargs.get(name)
-    if parameter is None:
-        known = ", ".join(map(repr, signature.parameters)) or "none"
-        message = f"data_keyword_argument={name!r} is not a parameter of {target.name}; its parameters are: {known}"
-        raise IdempotencyConfigError(message)
-    position = list(signature.parameters).index(name)
-    is_positional = parameter.kind in {parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD}
-
-    def find_payload(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if is_positional and len(args) > position:
-            return args[position]
-        if parameter.kind is not parameter.POSITIONAL_ONLY and name in kwargs:
-            return kwargs[name]
-        if parameter.default is not parameter.empty:
-            return parameter.default
-        return _bound(target, signature, args, kwargs)[name]  # *args or **kwargs, or a TypeError
-
-    return find_payload
-
-
-def _computed(signature: inspect.Signature, key: Callable[..., Any], target: Target) -> FindPayload:
-    names = list(signature.parameters)
-    try:
-        inspect.signature(key).bind(**dict.fromkeys(names))
-    except ValueError:
-        pass  # a built-in such as `dict`, which does not tell what it takes
-    except TypeError as exc:
-        message = f"key= must take the arguments of {target.name} by name ({', '.join(names) or 'none'}): {exc}"
-        raise IdempotencyConfigError(message) from exc
-
-    def find_payload(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return key(**_bound(target, signature, args, kwargs))
-
-    return find_payload
-
-
-def _all_arguments(signature: inspect.Signature, target: Target) -> FindPayload:
-    bound_by_call = next(iter(signature.parameters), None)
-
-    def find_payload(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        arguments = _bound(target, signature, args, kwargs)
-        if bound_by_call in BOUND_BY_CALL:
-            del arguments[bound_by_call]
-        return Arguments(arguments)
-
-    return find_payload
-
-
-def _bound(
-    target: Target, signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> dict[str, Any]:
-    try:
-        bound = signature.bind(*args, **kwargs)
-    except TypeError as exc:
-        raise TypeError(f"{target.name}(): {exc}") from None
-    bound.apply_defaults()
-    return bound.arguments

@@ -1,19 +1,20 @@
 """The engine: the async shell around `lifecycle` that takes one call from its claim to its outcome.
 
 A front makes a `Call` and awaits `begin`; the call then has claimed its key, found an outcome to replay, or is
-bypassed. After the body it awaits `complete` or `fail`. What a record means is `lifecycle`'s to say.
+bypassed. After the body it awaits `complete` or `fail`. `STEPS` says which of these a call in each phase takes. What a
+record means is `lifecycle`'s to say.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from enum import Enum, auto
-from typing import TYPE_CHECKING
+from enum import Enum, IntEnum, auto
+from typing import TYPE_CHECKING, Final, cast
 
-from aidem._engine.claim import RELEASE_SECONDS, Claim
-from aidem._engine.operations import NOTHING_RUN, ask
-from aidem._engine.single_flight import SingleFlight
+from aidem._engine.claim import RELEASE_SECONDS, Claim, ask
+from aidem._engine.failures import NOTHING_RUN
+from aidem._engine.shared import SingleFlight
 from aidem._engine.waiting import WaitBudget, winner
 from aidem._rules import lifecycle
 from aidem._rules.lifecycle import Blocked, NextStep
@@ -36,21 +37,50 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from aidem._engine.plan import CallKey, Plan
-    from aidem._engine.shared import PerLoop
-    from aidem._engine.single_flight import Ending
+    from aidem._engine.shared import Ending, PerLoop
     from aidem._rules.record import DataRecord
 
 logger = logging.getLogger("aidem")
 
 
-class Phase(Enum):
-    """How far a call has come."""
+class Phase(IntEnum):
+    """How far a call has come; the number is that of its column in `STEPS`."""
 
-    NEW = auto()
-    CLAIMED = auto()
-    REPLAYED = auto()
-    BYPASSED = auto()
-    ENDED = auto()
+    NEW = 0
+    CLAIMED = 1
+    REPLAYED = 2
+    BYPASSED = 3
+    ENDED = 4
+
+
+class Answer(Enum):
+    """What a call answers when it is asked for a step."""
+
+    TAKEN = "taken"
+    IGNORED = "does nothing"
+    REFUSED = "refused"
+
+
+_TAKEN, _IGNORED, _REFUSED = Answer
+
+# fmt: off
+STEPS: Final = {
+    #                NEW       CLAIMED   REPLAYED  BYPASSED  ENDED
+    "begin":        (_TAKEN,   _REFUSED, _REFUSED, _TAKEN,   _REFUSED),
+    "ensure_owned": (_REFUSED, _TAKEN,   _REFUSED, _IGNORED, _REFUSED),
+    "complete":     (_REFUSED, _TAKEN,   _REFUSED, _REFUSED, _REFUSED),
+    "fail":         (_IGNORED, _TAKEN,   _IGNORED, _IGNORED, _IGNORED),
+    "held_record":  (_REFUSED, _TAKEN,   _TAKEN,   _REFUSED, _TAKEN),
+}
+# fmt: on
+"""Which steps a call takes, by its phase."""
+
+_REFUSALS: Final = {
+    "begin": "this call has begun before",
+    "ensure_owned": "ensure_owned() asks about a running claim; call it in the body of a call that is not replayed",
+    "complete": "this call holds no claim that could be completed",
+    "held_record": "this call has no record",
+}
 
 
 class WhoseOutcome(Enum):
@@ -70,7 +100,6 @@ class Call:
         record: The claim as stored, or the record that is replayed or counts; None: it is bypassed.
         reporter: Tells the hooks.
         is_durable_replay: Whether it repeats an attempt of a durable function, whose claim it may take from its owner.
-        has_body_ended: Whether what runs the body is gone; None: the task that awaits `begin` runs it.
     """
 
     __slots__ = (
@@ -78,7 +107,6 @@ class Call:
         "_flight",
         "_loop_state",
         "_patience",
-        "has_body_ended",
         "is_durable_replay",
         "key",
         "phase",
@@ -87,6 +115,7 @@ class Call:
         "reporter",
     )
 
+    _claim: Claim  # while CLAIMED and when ENDED
     _flight: SingleFlight
     _loop_state: PerLoop
 
@@ -99,9 +128,12 @@ class Call:
         if plan.config.hooks:
             self.reporter = Reporter(plan.config.hooks, key=key.text, function=plan.function)
         self.is_durable_replay = False
-        self.has_body_ended: Callable[[], bool] | None = None
-        self._claim: Claim | None = None
         self._patience: WaitBudget | None = None
+
+    def watch_body(self) -> Callable[[], bool]:
+        """Return what tells whether the task that runs the body is gone: it is the one that awaits `begin`."""
+        task = asyncio.current_task()
+        return bool if task is None else task.done
 
     @property
     def fence(self) -> int:
@@ -110,9 +142,23 @@ class Call:
 
     def held_record(self) -> DataRecord:
         """Return the record, of a call that claimed, found or completed one."""
-        if self.record is None:
-            raise IdempotencyUsageError("this call has no record", key=self.key.text)
-        return self.record
+        self._takes("held_record")
+        return cast("DataRecord", self.record)  # every phase that takes this step has one
+
+    def _takes(self, step: str) -> bool:
+        """Whether the call takes a step in its phase; False: it does nothing.
+
+        Raises:
+            IdempotencyUsageError: It refuses the step.
+        """
+        answer = STEPS[step][self.phase]
+        if answer is _REFUSED:
+            raise IdempotencyUsageError(_REFUSALS[step], key=self.key.text)
+        return answer is _TAKEN
+
+    def _report(self, kind: EventKind, error: BaseException | None = None) -> None:
+        if self.reporter is not SILENT:
+            self.reporter.report(kind, fence=self.fence, error=error)
 
     # --- Before the body --------------------------------------------------------------------------------------------
 
@@ -124,27 +170,33 @@ class Call:
             IdempotencyAlreadyInProgressError: Another execution did not end in time.
             IdempotencyInDoubtError: The owner of the claim vanished, and it must not be taken over.
             IdempotencyPersistenceLayerError: The layer failed; nothing was run.
-            IdempotencyUsageError: No asyncio event loop runs the call.
+            IdempotencyUsageError: No asyncio event loop runs the call, or it has begun before.
         """
+        self._takes("begin")
         if self.phase is Phase.BYPASSED:
-            self.reporter.report(EventKind.BYPASSED)
+            self._report(EventKind.BYPASSED)
             return
-        self._loop_state = self.plan.shared.of(_running_loop())
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            message = "aidem needs asyncio, but no asyncio event loop runs this call; trio and others are not supported"
+            raise IdempotencyUsageError(message) from None
+        self._loop_state = self.plan.shared.of(loop)
         try:
             await self._find()
         except IdempotencyPersistenceLayerError as failure:
-            self.reporter.report(EventKind.PERSISTENCE_ERROR, error=failure)
+            self._report(EventKind.PERSISTENCE_ERROR, failure)
             if not self._may_be_bypassed(failure):
                 raise
             logger.warning("%s runs without idempotency: %s", self.plan.function, failure)
             self.phase = Phase.BYPASSED
             self.record = None
-            self.reporter.report(EventKind.BYPASSED, error=failure)
+            self._report(EventKind.BYPASSED, failure)
         except IdempotencyError as conflict:
-            self.reporter.report(EventKind.CONFLICT, error=conflict)
+            self._report(EventKind.CONFLICT, conflict)
             raise
         if self._patience is not None and self._patience.has_waited:
-            self.reporter.report(EventKind.WAITED, fence=self.fence)
+            self._report(EventKind.WAITED)
 
     def _may_be_bypassed(self, failure: IdempotencyPersistenceLayerError) -> bool:
         is_outage = isinstance(failure, IdempotencyPersistenceConnectionError)
@@ -157,12 +209,13 @@ class Call:
             if cached is not None:
                 self._replay(cached)
                 return
-        flight = self._flight = SingleFlight(self._loop_state.flights, self.key)
+        flights = self._loop_state.flights
+        flight = self._flight = SingleFlight(flights, self.key)
         try:
             if config.wait_timeout_seconds > 0 and not self.is_durable_replay:
                 await self._follow_others(flight)
             while self.phase is Phase.NEW:  # ask until the key is ours, has an outcome, or the time is over
-                flight.lead()
+                flights.setdefault(self.key.text, flight)  # it leads, unless another does: then it asks beside that one
                 await self._ask(flight)
         except BaseException as error:
             if self.phase is Phase.NEW:  # else the claim is held, and `fail` releases it
@@ -191,7 +244,7 @@ class Call:
             self._claim = claim
             self.record = claim.record
             self.phase = Phase.CLAIMED
-            claim.hold(taken_over=answer.taken_over, has_body_ended=self.has_body_ended)
+            claim.hold(taken_over=answer.taken_over, has_body_ended=self.watch_body())
 
     async def _consider(self, answer: Blocked, flight: SingleFlight) -> None:
         """Act on the record that blocks us: replay it, raise, or pause before asking again."""
@@ -238,7 +291,7 @@ class Call:
         self.record = record
         self.phase = Phase.REPLAYED
         self._cache(record)
-        self.reporter.report(EventKind.REPLAYED, fence=record.fence)
+        self._report(EventKind.REPLAYED)
 
     # --- While the body runs ----------------------------------------------------------------------------------------
 
@@ -250,11 +303,8 @@ class Call:
             IdempotencyPersistenceLayerError: The layer failed to answer.
             IdempotencyUsageError: The call replays, or is over.
         """
-        if self.phase is Phase.BYPASSED:
+        if not self._takes("ensure_owned"):
             return
-        if self._claim is None or self.phase is not Phase.CLAIMED:
-            message = "ensure_owned() asks about a running claim; call it in the body of a call that is not replayed"
-            raise IdempotencyUsageError(message, key=self.key.text)
         if not await self._claim.confirm():
             reason = "another call owns it, or it was released by hand"
             raise IdempotencyLeaseLostError(key=self.key.text, record=None, reason=reason)
@@ -262,7 +312,8 @@ class Call:
 
     def holds_lease(self, *, for_seconds: float) -> bool:
         """Whether, by our own clock, no other call can take over for so long; also once this call has ended."""
-        return self._claim is not None and not self._claim.has_lapsed(in_seconds=for_seconds)
+        was_claimed = self.phase is Phase.CLAIMED or self.phase is Phase.ENDED
+        return was_claimed and not self._claim.has_lapsed(in_seconds=for_seconds)
 
     # --- After the body ---------------------------------------------------------------------------------------------
 
@@ -273,11 +324,10 @@ class Call:
             IdempotencyLeaseLostError: The claim was lost, and the winner has no outcome.
             IdempotencyPersistenceLayerError: The outcome could not be recorded while the lease was held.
         """
-        claim = self._held_claim()
+        self._takes("complete")
+        claim = self._claim
         try:
-            claim.stop_renewal()
-            claim.check_process()
-            with CancellationShield(deadline=claim.completion_deadline()) as shield:
+            with claim.completion_shield() as shield:
                 ours = await claim.complete(text, outcome, shield=shield)
                 if ours is not None:
                     self._count(ours, EventKind.EXECUTED)
@@ -301,9 +351,9 @@ class Call:
         Raises:
             IdempotencyLeaseLostError: The same, but the winner has no outcome.
         """
-        if self.phase is not Phase.CLAIMED:
+        if not self._takes("fail"):
             return WhoseOutcome.OURS
-        claim = self._held_claim()
+        claim = self._claim
         try:
             claim.stop_renewal()
             if not claim.is_of_this_process():
@@ -344,20 +394,14 @@ class Call:
     def _note(self, error: BaseException, failure: IdempotencyError) -> None:
         error.add_note(f"aidem could not give back idempotency key {self.key.text!r}: {failure}")
         logger.error("%s could not give its idempotency key back: %s", self.plan.function, failure)
-        self.reporter.report(EventKind.PERSISTENCE_ERROR, fence=self.fence, error=failure)
+        self._report(EventKind.PERSISTENCE_ERROR, failure)
 
     def _count(self, record: DataRecord, kind: EventKind) -> None:
         """Take the record as the outcome of the call."""
         self.record = record
         self._end(record)
         self._cache(record)
-        self.reporter.report(kind, fence=record.fence)
-
-    def _held_claim(self) -> Claim:
-        if self._claim is None or self.phase is not Phase.CLAIMED:
-            message = "this call holds no claim that could be completed"
-            raise IdempotencyUsageError(message, key=self.key.text)
-        return self._claim
+        self._report(kind)
 
     def _end(self, ending: Ending) -> None:
         if self.phase is Phase.CLAIMED:
@@ -367,11 +411,3 @@ class Call:
     def _cache(self, record: DataRecord) -> None:
         if self.plan.config.use_local_cache:
             self.plan.shared.cache.put(record, max_items=self.plan.config.local_cache_max_items)
-
-
-def _running_loop() -> asyncio.AbstractEventLoop:
-    try:
-        return asyncio.get_running_loop()
-    except RuntimeError:
-        message = "aidem needs asyncio, but no asyncio event loop runs this call; trio and others are not supported"
-        raise IdempotencyUsageError(message) from None

@@ -1,21 +1,27 @@
 """A claim of ours: acquired, renewed while the body runs, and then completed, released or left in doubt.
 
 What is asked of the layer settles though the call is cancelled, and is tried again while the lease is held.
+
+A claim is renewed at a third of its lease, while its body runs and not a moment longer. A short call pays for an entry
+in a dict: one timer serves all claims of an event loop, and only a body that lasts long enough gets a task that renews.
+Nothing renews a claim whose body is not running: that task holds the claim weakly, and ends when the call is over or
+gone, its task or thread is dead, or the process is a fork of the one that made it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 import random
 import time
-from contextvars import copy_context
+import weakref
+from contextvars import Context, copy_context
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar
 
-from aidem._engine.operations import EFFECT_HAPPENED, FAILED, NOTHING_RUN, RUNNING, ask, settled, started, told
-from aidem._engine.renewal import Renewal
+from aidem._engine.failures import EFFECT_HAPPENED, FAILED, NOTHING_RUN, RUNNING, failure_of, told
 from aidem._rules import lifecycle
 from aidem._rules.lifecycle import Blocked, Claimed
 from aidem._rules.record import OutcomeKind
@@ -35,8 +41,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from aidem._engine.plan import CallKey, Plan
-    from aidem._engine.shared import PerLoop
-    from aidem._engine.single_flight import SingleFlight
+    from aidem._engine.shared import PerLoop, SingleFlight
     from aidem._rules.record import DataRecord
     from aidem._runtime.cancellation import UncancellableFuture
     from aidem.hooks import Reporter
@@ -151,19 +156,20 @@ class Claim:
         Raises:
             IdempotencyPersistenceLayerError: The layer failed, or answers later than the lease lasts.
         """
-        shield = CancellationShield()
+        shield: CancellationShield | None = None
         try:
-            operation = started(self._acquisition)
+            operation = _started(self._acquisition)
             if isinstance(operation, Immediate):
                 answer: Claimed | Blocked = operation.answer
                 if self._holds(answer):
                     return answer
-            with shield:
+            with CancellationShield() as shield:
                 return await self._acquired(operation, shield)
         except (IdempotencyError, asyncio.CancelledError):  # raised when the claim was released
             raise
         except BaseException:  # a signal handler raised, or the coroutine is closed: nothing may be awaited any more
-            in_background(partial(self._release_unless_refused, shield.operation), after=shield.operation)
+            acquisition = None if shield is None else shield.operation
+            in_background(partial(self._release_unless_refused, acquisition), after=acquisition)
             raise
 
     async def _acquired(
@@ -224,13 +230,15 @@ class Claim:
 
     # --- Held -------------------------------------------------------------------------------------------------------
 
-    def hold(self, *, taken_over: bool, has_body_ended: Callable[[], bool] | None) -> None:
-        """Hold the claim that was acquired, and see to its renewal."""
+    def hold(self, *, taken_over: bool, has_body_ended: Callable[[], bool]) -> None:
+        """Hold the claim that was acquired, and see to its renewal.
+
+        Args:
+            taken_over: Whether it was acquired from an owner whose lease had passed.
+            has_body_ended: Tells whether the task or thread that runs the body is gone.
+        """
         self._publish()
         if self._renews:
-            if has_body_ended is None:
-                task = asyncio.current_task()
-                has_body_ended = bool if task is None else task.done
             self._has_body_ended = has_body_ended
             self._loop_state.renewals.watch(self, at=self.next_renewal_at(), context=copy_context())
         if taken_over:
@@ -327,12 +335,19 @@ class Claim:
         if renewal is not None:
             renewal.stop()
 
-    def completion_deadline(self) -> float:
-        """Return how long to try to complete it, in seconds of the loop's clock: while the lease is held."""
+    def completion_shield(self) -> CancellationShield:
+        """Renew no more; return a shield under which to complete the claim, for as long as its lease is held.
+
+        Raises:
+            IdempotencyLeaseLostError: This process is a fork of the one that made the claim.
+        """
+        self.stop_renewal()
+        self.check_process()
         now = self._loop_state.time()
         if self.lease_deadline is None:
-            return now + RETRIES_WITHOUT_LEASE_SECONDS
-        return max(self.lease_deadline, now + CLEANUP_SECONDS)  # once at least, though we come late
+            return CancellationShield(deadline=now + RETRIES_WITHOUT_LEASE_SECONDS)
+        # Once at least, though we come late.
+        return CancellationShield(deadline=max(self.lease_deadline, now + CLEANUP_SECONDS))
 
     async def complete(
         self, text: str, outcome: OutcomeKind | None, *, shield: CancellationShield
@@ -398,7 +413,7 @@ class Claim:
 
         A coroutine that is closed while it waits leaves it to the background, for `CLEANUP_SECONDS`.
         """
-        operation = started(start)
+        operation = _started(start)
         return operation if isinstance(operation, Immediate) else self._retried(operation, start, shield, effect)
 
     async def _persist(self, start: Callable[[], Awaitable[T]], *, effect: str) -> T:
@@ -414,7 +429,7 @@ class Claim:
         try:
             while True:
                 try:
-                    answer = await settled(operation, shield, self._key, effect, CLEANUP_SECONDS, tries=tries)
+                    answer = await _settled(operation, shield, self._key, effect, CLEANUP_SECONDS, tries=tries)
                     break
                 except IdempotencyPersistenceConfigError:
                     raise
@@ -423,7 +438,7 @@ class Claim:
                         raise
                     reason = told(failure.__cause__)
                 tries += 1
-                operation = started(start)
+                operation = _started(start)
         except GeneratorExit:
             in_background(partial(self._persist, start, effect=effect), after=shield.operation)
             raise
@@ -481,3 +496,141 @@ def _retry_seconds(tries: int) -> float:
     """Return how long to wait before the next try of what has failed: about 0.1 s, then twice as long each time."""
     delay = min(LONGEST_RETRY_DELAY_SECONDS, FIRST_RETRY_DELAY_SECONDS * 2.0 ** min(tries - 1, 10))
     return delay * random.uniform(0.5, 1.0)  # noqa: S311 - jitter: many owners fail at the same moment
+
+
+# --- Renewal ---------------------------------------------------------------------------------------------------------
+
+
+class Renewal:
+    """Renews one claim."""
+
+    __slots__ = ("_claim", "_has_body_ended", "_is_stopped", "_task")
+
+    def __init__(self, claim: Claim, *, has_body_ended: Callable[[], bool]) -> None:
+        self._claim = weakref.ref(claim)
+        self._has_body_ended = has_body_ended
+        self._is_stopped = False
+        self._task = asyncio.get_running_loop().create_task(self._renew_repeatedly())
+
+    def stop(self) -> None:
+        """Renew no more; a renewal under way settles by itself."""
+        self._is_stopped = True
+        if not self._task.get_loop().is_closed():
+            self._task.cancel()
+
+    def _find(self) -> Claim | None:
+        """Return the claim if it is held and its body runs in this process."""
+        claim = self._claim()
+        if claim is None or self._is_stopped or self._has_body_ended() or not claim.is_of_this_process():
+            return None
+        return claim
+
+    async def _renew_repeatedly(self) -> None:
+        delay: float | None = 0.0
+        while delay is not None:
+            await asyncio.sleep(delay)
+            delay = await self._renew()
+
+    async def _renew(self) -> float | None:
+        """Renew once; return how long to wait before the next time, None if there is none."""
+        claim = self._find()
+        if claim is None:
+            return None
+        with CancellationShield(deadline=claim.lease_deadline) as shield:
+            is_ours = await claim.renew(shield)
+        return max(0.0, claim.next_renewal_at() - asyncio.get_running_loop().time()) if is_ours else None
+
+
+class Renewals:
+    """The claims of one event loop that are held, but not for so long that they need a renewal."""
+
+    __slots__ = ("_due", "_timer", "_wakes_at")
+
+    def __init__(self) -> None:
+        self._due: dict[Claim, tuple[float, Context]] = {}
+        self._timer: asyncio.TimerHandle | None = None
+        self._wakes_at = math.inf
+
+    def watch(self, claim: Claim, *, at: float, context: Context) -> None:
+        """Let the claim begin its renewal then, in seconds of the loop's clock, and in the context of its own call."""
+        self._due[claim] = at, context
+        if at < self._wakes_at:
+            if self._timer is not None:
+                self._timer.cancel()
+            self._wakes_at = at
+            # In an empty context: it serves all claims, and must not keep alive what the first caller has in its own.
+            self._timer = asyncio.get_running_loop().call_at(at, self._wake, context=Context())
+
+    def unwatch(self, claim: Claim) -> None:
+        """Do not let it."""
+        self._due.pop(claim, None)
+
+    def _wake(self) -> None:
+        self._timer, self._wakes_at = None, math.inf
+        now = asyncio.get_running_loop().time()
+        waiting, self._due = self._due, {}
+        for claim, (at, context) in waiting.items():
+            if at > now:
+                self.watch(claim, at=at, context=context)
+            else:
+                context.run(claim.begin_renewal)
+
+
+# --- Operations of the layer -----------------------------------------------------------------------------------------
+
+
+def ask(
+    start: Callable[[], Awaitable[T]],
+    *,
+    shield: CancellationShield,
+    key: str,
+    effect: str,
+    within_seconds: float | None = None,
+) -> Awaitable[T]:
+    """Ask the layer once.
+
+    Args:
+        start: Starts the operation.
+        shield: Settles it.
+        key: The idempotency key, for the error.
+        effect: What an error says of the function.
+        within_seconds: How long it may take; None: until the deadline of `shield`.
+
+    Raises:
+        IdempotencyPersistenceLayerError: It failed.
+        IdempotencySerializationError: The layer cannot hold the record.
+    """
+    operation = _started(start)
+    if isinstance(operation, Immediate):
+        return operation  # there is nothing to wait for, and no coroutine to pay for
+    return _settled(operation, shield, key, effect, within_seconds)
+
+
+def _started(start: Callable[[], Awaitable[T]]) -> Awaitable[T]:
+    """Start an operation; what fails at once fails as what fails later."""
+    try:
+        return start()
+    except Exception as error:  # noqa: BLE001 - it is raised where the operation is awaited
+        return _raised(error)
+
+
+async def _raised(error: Exception) -> NoReturn:
+    raise error
+
+
+async def _settled(
+    operation: Awaitable[T],
+    shield: CancellationShield,
+    key: str,
+    effect: str,
+    within_seconds: float | None,
+    *,
+    tries: int = 1,
+) -> T:
+    """Wait for an operation that was started, as `ask` does; `tries` is how often it was, for the error."""
+    try:
+        return await shield.settle(operation, within_seconds=within_seconds)
+    except Exception as error:
+        if isinstance(error, IdempotencySerializationError) and effect == EFFECT_HAPPENED:
+            raise  # the result does not fit; elsewhere it would be a fault of the layer
+        raise failure_of(error, key, effect, tries) from error

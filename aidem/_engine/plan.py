@@ -1,18 +1,25 @@
-"""The plan: what is the same for every call of one function, fixed once; and how a payload becomes a call's key."""
+"""The plan: what is the same for every call of one function; how a payload becomes a key; the one factory of calls.
+
+What names a call flows one way: a front finds the payload, the plan makes the key from it, the factory makes the call.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import os
 import warnings
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Concatenate, Final, NamedTuple, ParamSpec
 
+from aidem._checks import refused
+from aidem._engine.call import Call
 from aidem._engine.shared import shared_by
 from aidem._rules import key as _key
 from aidem._rules.lifecycle import LeaseTerms
 from aidem._runtime.clock import wall_clock
-from aidem.config import current_lambda_context
+from aidem.config import default_persistence_store, defaults, registered_lambda_context
 from aidem.exceptions import IdempotencyKeyError, IdempotencyWarning
 from aidem.persistence import SupportsWaitForChange
-from aidem.serialization import resolve
+from aidem.serialization import check_returns, resolve
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -20,6 +27,15 @@ if TYPE_CHECKING:
     from aidem.config import IdempotencyConfig
     from aidem.persistence import PersistenceLayer
     from aidem.serialization import ModelSerializer, OutputSerializer
+
+    FindPayload = Callable[[tuple[Any, ...], dict[str, Any]], Any]
+
+P = ParamSpec("P")
+
+SWITCHES: Final = ("AIDEM_IDEMPOTENCY_DISABLED", "POWERTOOLS_IDEMPOTENCY_DISABLED")
+TRUE: Final = ("true", "1", "t", "yes", "y", "on")
+FALSE: Final = ("", "false", "0", "f", "no", "n", "off")
+_AIDEM, _POWERTOOLS = map(getattr(os.environ, "encodekey", str), SWITCHES)
 
 MINIMUM_LAMBDA_LEASE_SECONDS: Final = 1.0
 
@@ -83,6 +99,10 @@ class Plan:
         """Return the serializer for what a function returns, unless one is given."""
         return self.serializer if self._output_serializer is not None else resolve(None, function)
 
+    def key_of_call(self, find_payload: FindPayload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CallKey:
+        """Return the key of a call with these arguments."""
+        return self.key(find_payload(args, kwargs))
+
     def key(self, payload: Any) -> CallKey:
         """Return the key that a payload makes: what the expression selects of it, or all of it.
 
@@ -91,9 +111,7 @@ class Plan:
         """
         expression = self.config.event_key_jmespath
         are_arguments = isinstance(payload, Arguments)
-        prepared: Any = (
-            {name: _key.prepare(value) for name, value in payload.items()} if are_arguments else _key.prepare(payload)
-        )
+        prepared: Any = _key.prepare_each(payload) if are_arguments else _key.prepare(payload)
         selected = _select(expression, prepared, self.config) if expression else prepared
         if (expression or not are_arguments) and _key.is_missing(selected):
             return self._missing()
@@ -101,8 +119,7 @@ class Plan:
 
     def key_of(self, selected: Any, payload_hash: str = "") -> CallKey:
         """Return the key of a selected value, whatever it is."""
-        digest = _key.payload_digest(selected, self.config.hash_function)
-        return CallKey(_key.idempotency_key(self.prefix, digest), payload_hash)
+        return CallKey(_key.key_of(selected, prefix=self.prefix, hash_function=self.config.hash_function), payload_hash)
 
     def key_of_block(self, key: Any, payload: Any) -> CallKey:
         """Return the key of a block; its payload, unless it is `...`, must not change under the key."""
@@ -132,7 +149,9 @@ class Plan:
 
     def lease(self) -> tuple[LeaseTerms, bool]:
         """Return how long a claim made now holds, and whether it is renewed."""
-        context = current_lambda_context(self.config)
+        context = registered_lambda_context.get()
+        if context is None:  # as `current_lambda_context` does, for less
+            context = self.config.lambda_context
         if context is None:
             return self._lease, self.config.renew_lease and self.config.lease_seconds is not None
         remaining = context.get_remaining_time_in_millis() / 1000
@@ -158,3 +177,109 @@ def _select(expression: str, prepared: Any, config: IdempotencyConfig) -> Any:
         config.jmespath_options,
         max_inflated_bytes=config.max_inflated_bytes,
     )
+
+
+class CallFactory:
+    """Makes the calls of one function, block or HTTP layer; what is the same for all of them is made once.
+
+    Attributes:
+        function: What messages and events call it.
+    """
+
+    call_type: ClassVar[type[Call]] = Call
+
+    __slots__ = ("_config", "_layer", "_output_serializer", "_plan", "_prefix", "_returns", "function")
+
+    def __init__(
+        self,
+        *,
+        function: str,
+        prefix: Callable[[], str],
+        layer: PersistenceLayer | None,
+        config: IdempotencyConfig | None,
+        output_serializer: type[ModelSerializer] | OutputSerializer | None = None,
+        returns: Callable[..., Any] | None = None,
+    ) -> None:
+        self.function = function
+        self._prefix = prefix
+        self._layer = layer
+        self._config = config
+        self._output_serializer = output_serializer
+        self._returns = returns
+        self._plan: Plan | None = None
+        if returns is not None and output_serializer is None:
+            check_returns(returns)
+
+    def config(self) -> IdempotencyConfig:
+        """Return the settings of a call that starts now."""
+        return self._config or defaults.config
+
+    def make(self, find_key: Callable[Concatenate[Plan, P], CallKey], *args: P.args, **kwargs: P.kwargs) -> Call:
+        """Return a call, bypassed while a switch is on; its key is what `find_key` returns now.
+
+        Raises:
+            IdempotencyConfigError: The switch is neither true nor false.
+            IdempotencyKeyError: There is no key and the config demands one, or the payload cannot be one.
+        """
+        if is_bypassed(self.function):
+            return self.bypassed(find_key, *args, **kwargs)
+        plan = self._planned()
+        return self.call_type(plan, find_key(plan, *args, **kwargs))
+
+    def bypassed(self, find_key: Callable[Concatenate[Plan, P], CallKey], *args: P.args, **kwargs: P.kwargs) -> Call:
+        """Return a call that asks no layer; its key is only there for `key_for`, if there is one."""
+        from aidem.persistence.memory import MemoryPersistenceLayer  # only needed while a switch for tests is on
+
+        demanding = dataclasses.replace(self.config(), raise_on_no_idempotency_key=True)
+        plan = Plan(layer=MemoryPersistenceLayer(), config=demanding, function=self.function, prefix=self._prefix())
+        try:
+            key = find_key(plan, *args, **kwargs)
+        except Exception:  # noqa: BLE001 - a call that is not made idempotent needs no key, so nothing is wrong with it
+            key = CallKey("")
+        return self.call_type(plan, key, bypassed=True)
+
+    def _planned(self) -> Plan:
+        """Return the plan, for the layer and the settings of now."""
+        layer = default_persistence_store() if self._layer is None else self._layer
+        config = self.config()
+        plan = self._plan
+        if plan is None or plan.layer is not layer or plan.config is not config:
+            plan = self._plan = Plan(
+                layer=layer,
+                config=config,
+                function=self.function,
+                prefix=self._prefix() if plan is None else plan.prefix,  # read at the first call
+                output_serializer=self._output_serializer,
+                returns=self._returns,
+            )
+        return plan
+
+
+def is_bypassed(function: str) -> bool:
+    """Whether a switch for tests bypasses all calls for now; then warn.
+
+    Raises:
+        IdempotencyConfigError: The switch is neither true nor false.
+    """
+    names = getattr(os.environ, "_data", None)  # asking os.environ itself takes a microsecond for each name
+    if names is not None and _AIDEM not in names and _POWERTOOLS not in names:
+        return False
+    for switch in SWITCHES:
+        value = os.environ.get(switch)
+        if value and _is_true(switch, value):
+            warnings.warn(
+                f"{switch} is set: {function} runs without idempotency; never set it in production",
+                IdempotencyWarning,
+                stacklevel=2,
+            )
+            return True
+    return False
+
+
+def _is_true(switch: str, value: str) -> bool:
+    text = value.strip().lower()
+    if text in TRUE:
+        return True
+    if text in FALSE:
+        return False
+    raise refused(switch, repr(value), f"one of {', '.join(TRUE)} to turn idempotency off, or {', '.join(FALSE[1:])}")

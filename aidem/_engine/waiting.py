@@ -8,7 +8,8 @@ import random
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
-from aidem._engine.operations import LOST, ask
+from aidem._engine.claim import ask
+from aidem._engine.failures import LOST
 from aidem._rules import lifecycle
 from aidem._rules.lifecycle import NextStep
 from aidem._runtime.cancellation import CancellationShield
@@ -22,7 +23,7 @@ from aidem.exceptions import (
 
 if TYPE_CHECKING:
     from aidem._engine.plan import CallKey, Plan
-    from aidem._engine.single_flight import SingleFlight
+    from aidem._engine.shared import SingleFlight
     from aidem._rules.record import DataRecord
 
 logger = logging.getLogger("aidem")

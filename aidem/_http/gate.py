@@ -9,9 +9,8 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING, Final
 
 from aidem._api.execution import Execution, running
-from aidem._api.factory import CallFactory, is_bypassed
 from aidem._engine.call import Phase
-from aidem._engine.plan import CallKey
+from aidem._engine.plan import CallFactory, CallKey, is_bypassed
 from aidem._http import answers
 from aidem._http.exchange import Exchange
 from aidem._http.fingerprint import Fingerprint, chosen_digest, lookup_key, request_parts

@@ -50,6 +50,11 @@ def prepare(payload: Any) -> Any:
         raise _refused(explain(payload, error)) from error
 
 
+def prepare_each(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Return arguments by name, each of them prepared."""
+    return {name: prepare(value) for name, value in arguments.items()}
+
+
 def _prepared(payload: Any) -> Any:
     if hasattr(payload, "__dataclass_fields__"):
         return dataclasses.asdict(payload)
@@ -137,3 +142,12 @@ def default_prefix(lambda_function_name: str | None, module: str, qualname: str)
 def idempotency_key(prefix: str, digest: str) -> str:
     """Return the key under which records are stored."""
     return f"{prefix}#{digest}"
+
+
+def key_of(selected: Any, *, prefix: str, hash_function: str) -> str:
+    """Return the key under which the record of a value is stored.
+
+    Raises:
+        IdempotencyKeyError: The value cannot be encoded.
+    """
+    return idempotency_key(prefix, payload_digest(selected, hash_function))

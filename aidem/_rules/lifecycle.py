@@ -139,6 +139,7 @@ def acquire(
     proposed: DataRecord,
     *,
     now: float,
+    proposed_at: float | None = None,
     max_clock_skew_seconds: float = 0.0,
     last_fence: int = 0,
 ) -> Claimed | Blocked:
@@ -148,9 +149,12 @@ def acquire(
         found: The record in the store.
         proposed: The claim to store; its fence is set here.
         now: Epoch seconds.
+        proposed_at: Epoch seconds by the caller's clock, from which the instants of `proposed` count; None: `now`.
         max_clock_skew_seconds: Added to a foreign lease before it may be taken over.
         last_fence: The highest fence the store has given out, if it knows; the new one is higher.
     """
+    if proposed_at is not None:
+        proposed = shifted(proposed, seconds=now - proposed_at)
     if found is None or is_expired(found, now=now):
         return Claimed(_fenced(proposed, found, now=now, last_fence=last_fence))
     if is_held_by(found, proposed.owner):
@@ -158,6 +162,14 @@ def acquire(
     if is_lapsed(found, now=now, max_clock_skew_seconds=max_clock_skew_seconds):
         return Claimed(_fenced(proposed, found, now=now, last_fence=last_fence), taken_over=True)
     return Blocked(found, now)
+
+
+def acquire_held(found: DataRecord | None) -> Blocked | None:
+    """Decide a request for a claim while a transaction holds the record; None: no claim is there to wait for.
+
+    A claim counts as running then, lapsed or expired: the transaction may yet complete it.
+    """
+    return Blocked(found) if found is not None and found.status is RecordStatus.INPROGRESS else None
 
 
 def complete(found: DataRecord | None, record: DataRecord, *, now: float) -> Completion:

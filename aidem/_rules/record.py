@@ -8,7 +8,7 @@ from __future__ import annotations
 import datetime
 import json
 from enum import StrEnum
-from typing import Any, NoReturn, Self
+from typing import Any, NamedTuple, NoReturn
 
 
 class RecordStatus(StrEnum):
@@ -26,38 +26,8 @@ class OutcomeKind(StrEnum):
     UNAVAILABLE = "unavailable"
 
 
-class _Fields:
-    """The fields of a record that is being filled."""
-
-    __slots__ = (
-        "expiry_timestamp",
-        "fence",
-        "idempotency_key",
-        "in_progress_expiry_timestamp",
-        "lease_expiry_timestamp",
-        "outcome",
-        "owner",
-        "payload_hash",
-        "response_data",
-        "sort_key",
-        "status",
-    )
-
-    idempotency_key: str
-    status: RecordStatus
-    expiry_timestamp: int | None
-    in_progress_expiry_timestamp: int | None
-    lease_expiry_timestamp: int | None
-    response_data: str | None
-    outcome: OutcomeKind | None
-    payload_hash: str
-    sort_key: str | None
-    owner: str | None
-    fence: int
-
-
-class DataRecord(_Fields):
-    """One idempotency record: immutable, compared by value.
+class DataRecord(NamedTuple):
+    """One idempotency record: immutable, compared by value. Fields may be added, so name them, also to make one.
 
     Attributes:
         idempotency_key: Prefix, `#` and hash.
@@ -74,39 +44,18 @@ class DataRecord(_Fields):
         fence: Grows with every new claim of the key; 0: written by another library.
     """
 
-    __slots__ = ()
-
-    def __new__(
-        cls,
-        *,
-        idempotency_key: str,
-        status: RecordStatus,
-        expiry_timestamp: int | None = None,
-        in_progress_expiry_timestamp: int | None = None,
-        lease_expiry_timestamp: int | None = None,
-        response_data: str | None = None,
-        outcome: OutcomeKind | None = None,
-        payload_hash: str = "",
-        sort_key: str | None = None,
-        owner: str | None = None,
-        fence: int = 0,
-    ) -> Self:
-        # Filled first, then frozen: a frozen dataclass takes three times as long to build, and a call builds three.
-        fields = _Fields()
-        fields.idempotency_key = idempotency_key
-        fields.status = status
-        fields.expiry_timestamp = expiry_timestamp
-        fields.in_progress_expiry_timestamp = in_progress_expiry_timestamp
-        fields.lease_expiry_timestamp = lease_expiry_timestamp
-        fields.response_data = response_data
-        fields.outcome = outcome
-        fields.payload_hash = payload_hash
-        fields.sort_key = sort_key
-        fields.owner = owner
-        fields.fence = fence
-        record: Any = fields
-        record.__class__ = cls
-        return record  # type: ignore[no-any-return] # it is one now
+    # A tuple, since a call makes three: a frozen dataclass takes three times as long.
+    idempotency_key: str
+    status: RecordStatus
+    expiry_timestamp: int | None = None
+    in_progress_expiry_timestamp: int | None = None
+    lease_expiry_timestamp: int | None = None
+    response_data: str | None = None
+    outcome: OutcomeKind | None = None
+    payload_hash: str = ""
+    sort_key: str | None = None
+    owner: str | None = None
+    fence: int = 0
 
     @property
     def is_expired(self) -> bool:
@@ -128,36 +77,15 @@ class DataRecord(_Fields):
 
     def replace(self, **changes: Any) -> DataRecord:
         """Return a copy with some fields changed."""
-        return DataRecord(**{name: getattr(self, name) for name in _Fields.__slots__} | changes)
+        return self._replace(**changes)
 
     def __setattr__(self, name: str, value: object) -> NoReturn:
-        message = f"a DataRecord is immutable; use record.replace({name}=...)"
-        raise AttributeError(message)
+        raise AttributeError(f"a DataRecord is immutable; use record.replace({name}=...)")
 
     def __delattr__(self, name: str) -> NoReturn:
-        message = f"a DataRecord is immutable; cannot delete {name}"
-        raise AttributeError(message)
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, DataRecord):
-            return NotImplemented
-        return _values(self) == _values(other)
-
-    def __hash__(self) -> int:
-        return hash(_values(self))
+        raise AttributeError(f"a DataRecord is immutable; cannot delete {name}")
 
     def __repr__(self) -> str:
         # The result itself stays out: reprs end up in logs.
-        shown = (f"{name}={getattr(self, name)!r}" for name in _Fields.__slots__ if name != "response_data")
+        shown = (f"{name}={value!r}" for name, value in self._asdict().items() if name != "response_data")
         return f"DataRecord({', '.join(shown)})"
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (_restore, ({name: getattr(self, name) for name in _Fields.__slots__},))
-
-
-def _values(record: DataRecord) -> tuple[object, ...]:
-    return tuple(getattr(record, name) for name in _Fields.__slots__)
-
-
-def _restore(fields: dict[str, Any]) -> DataRecord:
-    return DataRecord(**fields)

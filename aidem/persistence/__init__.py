@@ -6,7 +6,7 @@ A layer stores and compares. It never decides, sleeps, retries or hashes: that i
 from __future__ import annotations
 
 from collections.abc import Awaitable  # noqa: TC003 - a user's tools resolve the protocol's annotations
-from typing import TYPE_CHECKING, Final, Protocol, Self, cast, runtime_checkable
+from typing import TYPE_CHECKING, Any, Final, Protocol, Self, cast, runtime_checkable
 
 from aidem._rules.lifecycle import Blocked, Claimed
 from aidem._rules.record import OutcomeKind
@@ -24,6 +24,8 @@ __all__ = [
     "Immediate",
     "OutcomeKind",
     "PersistenceLayer",
+    "SupportsCompletionInTransaction",
+    "SupportsCompletionItem",
     "SupportsWaitForChange",
     "UncancellableFuture",
     "open_persistence_layer",
@@ -158,6 +160,59 @@ class SupportsWaitForChange(Protocol):
         """Return when the record may have been completed or released, at the latest after the timeout.
 
         A change between the caller's last look and this call may be missed; the engine looks again after the timeout.
+        """
+        ...
+
+
+@runtime_checkable
+class SupportsCompletionInTransaction(Protocol):
+    """A layer that can store an outcome in a transaction of the caller's, on the database that holds the records.
+
+    The claim is made and renewed on the layer's own connection, so that everybody sees it; only the completion is in
+    the caller's transaction. While that transaction is open it *holds* the record, and these rules are added to
+    those of `PersistenceLayer`. No operation waits for the transaction. `acquire` answers `Blocked` with the record as
+    found, also where its lease has passed: nobody takes it over. `renew` and `release` raise
+    `IdempotencyHeldByTransactionError`. `get` answers the record as it was before the transaction. A store that locks
+    more than the record, as SQLite does, may let operations wait for a short time.
+
+    Prove it with `aidem.testing.CompletionInTransactionConformance`.
+    """
+
+    def check_transaction(self, transaction: object, *, blocking: bool) -> None:
+        """Refuse what `complete_in` cannot write in: the engine asks this first, before anything is written.
+
+        `blocking` says that an ordinary function asks, from a thread without an event loop.
+
+        Raises:
+            IdempotencyUsageError: It is not an open transaction of a kind that the layer knows; the message says what
+                to pass.
+        """
+        ...
+
+    def complete_in(self, transaction: object, record: DataRecord, *, now: float) -> Awaitable[bool]:
+        """Store the outcome in `record`, in the transaction, over the claim of the same owner, and nowhere else.
+
+        True: stored, as soon as the transaction is committed. False: the transaction sees no claim of that owner, and
+        nothing was written: unlike `complete`, it stores nothing where no record is. It runs on the event loop or, for
+        a blocking transaction, in the thread of the caller, and then never suspends. Errors of the caller's driver are
+        raised as they are.
+        """
+        ...
+
+    def is_free(self, record: DataRecord) -> Awaitable[bool]:
+        """Whether the claim is ours, INPROGRESS, and held by no open transaction. Asked on the layer's connection."""
+        ...
+
+
+@runtime_checkable
+class SupportsCompletionItem(Protocol):
+    """A layer whose store takes several writes in one request that is applied as a whole, as DynamoDB does."""
+
+    def completion_item(self, record: DataRecord, *, now: float) -> dict[str, Any]:
+        """Return the write that stores the outcome in `record` over the claim of the same owner, and nowhere else.
+
+        The whole request must fail where that claim is not there. Nothing is sent. For DynamoDB it is the value of
+        `Update` in `TransactItems`, as the low-level client takes it.
         """
         ...
 

@@ -53,9 +53,8 @@ class MemoryPersistenceLayer(OpenedByAsyncWith):
         key = record.idempotency_key
         with self._guard.lock:
             own_now = self.clock()
-            proposed = lifecycle.shifted(record, seconds=own_now - now)
             found = self._records.get(key)
-            answer = lifecycle.acquire(found, proposed, now=own_now, last_fence=self._last_fence)
+            answer = lifecycle.acquire(found, record, now=own_now, proposed_at=now, last_fence=self._last_fence)
             if isinstance(answer, Claimed):
                 self._records[key] = answer.record
                 self._last_fence = max(self._last_fence, answer.record.fence)

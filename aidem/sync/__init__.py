@@ -16,16 +16,17 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Concatenate, ParamSpec, TypeVar, cast, overload
 
 from aidem._api import block
-from aidem._api.decorators import event_of
-from aidem._api.signature import Target, check_takes_event, payload_finder
+from aidem._api.decorators import payload_finder
+from aidem._api.signature import Target, check_takes_event
 from aidem._checks import check_options
 from aidem._engine.call import Phase
+from aidem._engine.plan import Plan
 from aidem._runtime import background_loop, lambda_lifecycle
 from aidem._runtime.lambda_lifecycle import open_all
 from aidem.config import check_call_options, lambda_context_of, register_lambda_context, reset_lambda_context
 from aidem.sync._blocking import (
-    BlockingBinding,
     BlockingCall,
+    BlockingCalls,
     Execution,
     drive,
     execute,
@@ -85,8 +86,12 @@ def idempotent(
         return partial(idempotent, persistence_store=persistence_store, config=config, key_prefix=key_prefix)
     target = Target(handler, decorator="idempotent", key_prefix=key_prefix, is_async=False)
     check_takes_event(target)
-    binding = BlockingBinding(
-        target, event_of, persistence_store=persistence_store, config=config, key_prefix=key_prefix
+    calls = BlockingCalls(
+        function=target.name,
+        prefix=target.prefix,
+        layer=persistence_store,
+        config=config,
+        returns=target.function,
     )
 
     @functools.wraps(handler)
@@ -95,7 +100,7 @@ def idempotent(
         lambda_context, is_durable_replay = lambda_context_of(context)
         token = None if lambda_context is None else register_lambda_context(lambda_context)
         try:
-            call = binding.call((event,), {})
+            call = calls.make(Plan.key, event)
             call.is_durable_replay = is_durable_replay
             return execute(call, handler, (event, context, *args), kwargs)
         finally:
@@ -153,19 +158,20 @@ def idempotent_function(
     if isinstance(function, classmethod | staticmethod):  # below @classmethod it is a function already
         return _rewrapped(function, options)
     target = Target(function, decorator="idempotent_function", key_prefix=key_prefix, is_async=False)
-    binding = BlockingBinding(
-        target,
-        payload_finder(target, data_keyword_argument=data_keyword_argument, key=key),
-        persistence_store=persistence_store,
+    find_payload = payload_finder(target, data_keyword_argument=data_keyword_argument, key=key)
+    calls = BlockingCalls(
+        function=target.name,
+        prefix=target.prefix,
+        layer=persistence_store,
         config=config,
-        key_prefix=key_prefix,
         output_serializer=output_serializer,
+        returns=target.function,
     )
 
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         refuse_event_loop("make the function async and decorate it with aidem.idempotent_function")
-        return execute(binding.call(args, kwargs), function, args, kwargs)
+        return execute(calls.make(Plan.key_of_call, find_payload, args, kwargs), function, args, kwargs)
 
     return wrapper
 

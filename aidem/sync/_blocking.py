@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 
 from aidem._api import execution
 from aidem._api.execution import EncodedResult, replayed_value, running
-from aidem._api.factory import Binding
 from aidem._engine.call import Call, Phase, WhoseOutcome
-from aidem._engine.operations import EFFECT_HAPPENED, FAILED, NOTHING_RUN, RUNNING
+from aidem._engine.failures import EFFECT_HAPPENED, FAILED, NOTHING_RUN, RUNNING
+from aidem._engine.plan import CallFactory
 from aidem._rules import lifecycle
 from aidem._runtime import background_loop
 from aidem._runtime.threads import has_caller_ended
@@ -56,11 +56,15 @@ class BlockingCall(Call):
     Its coroutines never suspend in such a thread, so that one flow serves async and blocking code.
     """
 
-    __slots__ = ()
+    __slots__ = ("_has_caller_ended",)
 
     def __init__(self, plan: Plan, key: CallKey, *, bypassed: bool = False) -> None:
         super().__init__(plan, key, bypassed=bypassed)
-        self.has_body_ended = has_caller_ended()
+        self._has_caller_ended = has_caller_ended()
+
+    def watch_body(self) -> Callable[[], bool]:
+        """Return what tells whether the thread or greenlet that runs the body is gone: it made the call, too."""
+        return self._has_caller_ended
 
     async def begin(self) -> None:
         """Claim the key or find its outcome; one in the local cache is found without the background loop."""
@@ -108,8 +112,8 @@ class BlockingCall(Call):
                 self.reporter.tell(event)
 
 
-class BlockingBinding(Binding):
-    """One decorated function with its options."""
+class BlockingCalls(CallFactory):
+    """Makes the calls of one decorated function."""
 
     __slots__ = ()
     call_type: ClassVar[type[Call]] = BlockingCall

@@ -8,6 +8,20 @@ except ImportError as error:
     raise ImportError("aidem.testing needs pytest: pip install pytest") from error
 from aidem.testing._clock import FakeClock
 from aidem.testing._conformance import PersistenceLayerConformance
+from aidem.testing._transactions import (
+    CompletionInTransactionConformance,
+    CompletionItemConformance,
+    OpenTransaction,
+)
 from aidem.testing._trial import Trial, claim_of, completed_of
 
-__all__ = ["FakeClock", "PersistenceLayerConformance", "Trial", "claim_of", "completed_of"]
+__all__ = [
+    "CompletionInTransactionConformance",
+    "CompletionItemConformance",
+    "FakeClock",
+    "OpenTransaction",
+    "PersistenceLayerConformance",
+    "Trial",
+    "claim_of",
+    "completed_of",
+]

@@ -9,11 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from aidem._engine import claim
 from aidem._engine.call import Call as EngineCall
-from aidem._engine.claim import Claim
-from aidem._engine.operations import ask
-from aidem._engine.renewal import Renewal
-from aidem._engine.shared import LocalCache, shared_by
-from aidem._engine.single_flight import SingleFlight
+from aidem._engine.claim import Claim, Renewal, ask
+from aidem._engine.shared import LocalCache, SingleFlight, shared_by
 from aidem._engine.waiting import WaitBudget
 from aidem._rules import key as _key
 from aidem._rules import lifecycle

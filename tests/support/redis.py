@@ -58,10 +58,11 @@ async def stored(client: Any, key: str = "key") -> dict[str, Any]:
 
 
 class FakeServer:
-    """Answers what a function says to each command; None: nothing."""
+    """Answers what a function says to each command, None: nothing; and always the same to CLIENT."""
 
-    def __init__(self, answer: Callable[[list[bytes]], bytes | None]) -> None:
+    def __init__(self, answer: Callable[[list[bytes]], bytes | None], greeted: bytes) -> None:
         self.answer = answer
+        self._greeted = greeted
         self.port = 0
         self.commands: list[list[bytes]] = []
         self.open_connections = 0
@@ -83,7 +84,7 @@ class FakeServer:
             while True:
                 command = await _command(reader)
                 self.commands.append(command)
-                reply = b"+OK\r\n" if command[0] == b"CLIENT" else self.answer(command)
+                reply = self._greeted if command[0] == b"CLIENT" else self.answer(command)
                 if reply is not None:
                     writer.write(reply)
                     await writer.drain()
@@ -105,8 +106,10 @@ async def _command(reader: asyncio.StreamReader) -> list[bytes]:
 
 
 @contextlib.asynccontextmanager
-async def fake_server(answer: Callable[[list[bytes]], bytes | None]) -> AsyncGenerator[FakeServer]:
-    fake = FakeServer(answer)
+async def fake_server(
+    answer: Callable[[list[bytes]], bytes | None], *, greeted: bytes = b"+OK\r\n"
+) -> AsyncGenerator[FakeServer]:
+    fake = FakeServer(answer, greeted)
     server = await asyncio.start_server(fake.serve, "127.0.0.1", 0)
     fake.port = server.sockets[0].getsockname()[1]
     try:
@@ -130,7 +133,6 @@ def no_complaints() -> Iterator[list[dict[str, Any]]]:
 
 FORKING = """
 import asyncio, os, sys
-from aidem.persistence.redis._urls import servers_of_url
 from aidem.persistence.redis import RedisPersistenceLayer
 from tests.support.redis import acquired
 

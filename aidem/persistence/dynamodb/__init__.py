@@ -170,6 +170,16 @@ class DynamoDBPersistenceLayer(OpenedByAsyncWith):
         found = None if answer.item is None else self._record(record.idempotency_key, answer.item)
         return lifecycle.complete(found, record, now=now) is Completion.ALREADY_STORED
 
+    def completion_item(self, record: DataRecord, *, now: float) -> Request:  # noqa: ARG002 - an owner needs no clock
+        """Return the `Update` that stores an outcome over our claim, for a `transact_write_items` of the caller's.
+
+        Raises:
+            IdempotencySerializationError: The outcome does not fit into an item.
+        """
+        if len(record.response_data or "") > MAX_ITEM_BYTES:
+            raise too_large()
+        return self._requests.complete_ours(record)
+
     async def renew(self, record: DataRecord, *, now: float) -> DataRecord | None:  # noqa: ARG002 - an owner needs no clock
         """Set the instants of our claim."""
         if record.owner is None:

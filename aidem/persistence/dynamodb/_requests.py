@@ -82,6 +82,12 @@ class Requests:
             parameters[":inprogress"] = _INPROGRESS
         return self._update(record, values_of(record), parameters, condition=condition, fields=STORED)
 
+    def complete_ours(self, record: DataRecord) -> Request:
+        """Return the Update of a transaction that stores an outcome over our claim, and fails where that is not."""
+        request = self._update(record, values_of(record), {":inprogress": _INPROGRESS}, condition=OURS, fields=STORED)
+        del request["ReturnValuesOnConditionCheckFailure"]  # it would show the caller what somebody else has stored
+        return request
+
     def renew(self, record: DataRecord) -> Request:
         """Return the UpdateItem that moves the instants of our claim forward, or gives it up."""
         values = {name: value for name, value in values_of(record).items() if name in HELD}

@@ -11,14 +11,18 @@ from aidem._rules import lifecycle
 from aidem._rules.lifecycle import Blocked, Claimed, Completion
 from aidem._rules.record import DataRecord, RecordStatus
 from aidem._runtime.cancellation import UncancellableFuture
-from aidem.exceptions import IdempotencyPersistenceLayerError, IdempotencySerializationError
+from aidem.exceptions import (
+    IdempotencyPersistenceConfigError,
+    IdempotencyPersistenceLayerError,
+    IdempotencySerializationError,
+)
 from aidem.persistence._by_loop import ByLoop
 from aidem.persistence._context import OpenedByAsyncWith
 
 try:
     from aidem.persistence.redis import _checks
-    from aidem.persistence.redis._client import Mode, deployment_of, is_lock_respected
-    from aidem.persistence.redis._command import Command
+    from aidem.persistence.redis._deployment import Mode, deployment_of, is_lock_respected
+    from aidem.persistence.redis._wire import Command
 except ImportError as error:
     raise ImportError(f"RedisPersistenceLayer needs redis-py and hiredis: {how_to_install('redis')}") from error
 from aidem.persistence.redis._records import RecordText, durations
@@ -72,6 +76,7 @@ class RedisPersistenceLayer(OpenedByAsyncWith):
         "__weakref__",
         "_connections",
         "_is_checked",
+        "_is_deafness_logged",
         "_mode",
         "_own_clock",
         "_respects_lock",
@@ -127,6 +132,7 @@ class RedisPersistenceLayer(OpenedByAsyncWith):
             outcome=outcome_attr,
         )
         self._is_checked = False
+        self._is_deafness_logged = False
         self._text = RecordText(names)
         self._scripts = Scripts(names)
         self._connections = ByLoop(lambda: deployment.connections(timeout_seconds=timeout_seconds))
@@ -195,7 +201,13 @@ class RedisPersistenceLayer(OpenedByAsyncWith):
         Raises:
             IdempotencyPersistenceLayerError: The server does not let us listen.
         """
-        await self._connections.here().listener.wait(f"{CHANNEL}{key}", timeout_seconds=timeout_seconds)
+        try:
+            await self._connections.here().listener.wait(f"{CHANNEL}{key}", timeout_seconds=timeout_seconds)
+        except IdempotencyPersistenceConfigError as error:
+            if not self._is_deafness_logged:
+                self._is_deafness_logged = True
+                logger.warning("Redis: callers that wait are not woken, and ask again after a while instead: %s", error)
+            raise
 
     # --- Life -------------------------------------------------------------------------------------------------------
 

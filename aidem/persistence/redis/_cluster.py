@@ -13,32 +13,53 @@ from __future__ import annotations
 import asyncio
 import random
 from contextvars import Context
+from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from redis.crc import REDIS_CLUSTER_HASH_SLOTS, key_slot
 
-from aidem.exceptions import IdempotencyPersistenceConnectionError
-from aidem.persistence.redis._command import Asking, Question
-from aidem.persistence.redis._errors import CLOSED, copy_of, failure_of, translated
+from aidem.exceptions import (
+    IdempotencyPersistenceConfigError,
+    IdempotencyPersistenceConnectionError,
+    IdempotencyPersistenceLayerError,
+)
+from aidem.persistence.redis._errors import CLOSED, ReplyError, copy_of, failure_of, translated
 from aidem.persistence.redis._line import Line
-from aidem.persistence.redis._questions import first_of
-from aidem.persistence.redis._shards import shards_seen_by
+from aidem.persistence.redis._server import first_of
+from aidem.persistence.redis._wire import Asking, Question
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Awaitable, Callable, Sequence
 
-    from aidem.exceptions import IdempotencyPersistenceLayerError
-    from aidem.persistence.redis._command import Command
-    from aidem.persistence.redis._errors import ReplyError
-    from aidem.persistence.redis._server import Server, Taker
-    from aidem.persistence.redis._shards import Address, Shard
+    from aidem.persistence.redis._server import Server
+    from aidem.persistence.redis._wire import Command
+
+T = TypeVar("T")
+
+Address = tuple[str, int]
+"""Host and port."""
 
 DETOURS_AT_MOST: Final = 5
 """How often a command follows what nodes say, before it waits until they are asked anew."""
 
 PAUSE_SECONDS: Final = 0.1
 """How long the nodes are left alone after they were asked."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Shard:
+    """Slots, and who has them.
+
+    Attributes:
+        first: The first slot.
+        last: The last slot.
+        nodes: The primary, and then its replicas.
+    """
+
+    first: int
+    last: int
+    nodes: tuple[Address, ...]
 
 
 class _Stray:
@@ -96,13 +117,9 @@ class Cluster:
         await self._find()
         return [line for line in dict.fromkeys(self._line_of_slot) if line is not None]
 
-    async def connect(self, taker: Taker, *, timeout_seconds: float) -> None:
-        """Connect to any node: what is published at one is heard at all."""
-        await first_of(
-            self._known,
-            lambda node, seconds: node.connect(taker, timeout_seconds=seconds),
-            timeout_seconds=timeout_seconds,
-        )
+    async def reach(self, attempt: Callable[[Server, float], Awaitable[T]], *, timeout_seconds: float) -> T:
+        """Try one node after the other; what is published at one is heard at all."""
+        return await first_of(self._known, attempt, timeout_seconds=timeout_seconds)
 
     async def aclose(self) -> None:
         """Finish what was asked so far, then close all connections."""
@@ -123,7 +140,7 @@ class Cluster:
 
     def redirected(self, line: Line, command: Command[Any], error: ReplyError) -> bool:
         """Whether a command that a node has refused goes on elsewhere."""
-        if error.code not in {"MOVED", "ASK", "TRYAGAIN", "CLUSTERDOWN"}:
+        if isinstance(command, Question) or error.code not in {"MOVED", "ASK", "TRYAGAIN", "CLUSTERDOWN"}:
             return False
         stray = self._stray(command, translated(error))
         command.asked_at = self._loop.time()  # or the next node would have but the rest of the time of this one
@@ -188,11 +205,7 @@ class Cluster:
     async def _find(self) -> None:
         await asyncio.sleep(max(0.0, self._looked_at + PAUSE_SECONDS - self._loop.time()))
         try:
-            shards = await first_of(
-                self._known,
-                lambda node, seconds: shards_seen_by(node, timeout_seconds=seconds),
-                timeout_seconds=self._timeout_seconds,
-            )
+            shards = await first_of(self._known, _shards_seen_by, timeout_seconds=self._timeout_seconds)
         finally:
             self._looked_at = self._loop.time()
         self._learn(shards)
@@ -212,7 +225,7 @@ class Cluster:
                 self._stray(command, IdempotencyPersistenceConnectionError(_NOT_SERVED))
                 self._hold(command)
 
-    def _learn(self, shards: Sequence[Shard]) -> None:
+    def _learn(self, shards: Sequence[_Shard]) -> None:
         self._line_of_slot = [None] * REDIS_CLUSTER_HASH_SLOTS
         for shard in shards:
             lines = [self._line_to(shard.nodes[0])] * (shard.last + 1 - shard.first)
@@ -239,6 +252,34 @@ class Cluster:
     def _pending(self) -> list[asyncio.Future[Any]]:
         held = [command.future for command in self._held if not command.future.done()]
         return held + [future for line in self._lines.values() for future in line.pending()]
+
+
+async def _shards_seen_by(node: Server, timeout_seconds: float) -> list[_Shard]:
+    """Ask a node how its cluster is made up.
+
+    Raises:
+        IdempotencyPersistenceLayerError: It does not say.
+        IdempotencyPersistenceConfigError: It is not a node of a cluster.
+    """
+    try:
+        reply = await node.ask("CLUSTER", "SLOTS", timeout_seconds=timeout_seconds)
+    except IdempotencyPersistenceLayerError as error:
+        if isinstance(error.__cause__, ReplyError) and error.__cause__.code == "ERR":
+            raise IdempotencyPersistenceConfigError(
+                f"Redis at {node.address} is not a node of a cluster; leave out mode='cluster' or redis+cluster://"
+            ) from error
+        raise
+    return [
+        _Shard(first=first, last=last, nodes=tuple(_address(entry, said_by=node) for entry in nodes))
+        for first, last, *nodes in reply
+    ]
+
+
+def _address(entry: list[Any], *, said_by: Server) -> Address:
+    """Return the address of a node; one that has no name is where the one is that says so."""
+    host, port, *_ = entry
+    name = (host or b"").decode()
+    return said_by.host if name in {"", "?"} else name, port
 
 
 _NOT_SERVED: Final = "no node of the Redis cluster serves the slot of the key; repair the cluster"

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from aidem.persistence.redis._command import Command
     from aidem.persistence.redis._line import Line
     from aidem.persistence.redis._listener import Listener
+    from aidem.persistence.redis._wire import Command
 
 
 class Lines(Protocol):

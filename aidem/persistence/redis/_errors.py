@@ -86,6 +86,8 @@ def translated(error: ReplyError) -> IdempotencyPersistenceLayerError:
 def connecting_failed(error: Exception, *, address: str, timeout_seconds: float) -> IdempotencyPersistenceLayerError:
     """Return the error for a connection that could not be made."""
     what = type(error).__name__
+    if isinstance(error, IdempotencyPersistenceLayerError):  # the handshake failed
+        what = str(error).removesuffix(f"; {MAY_BE_APPLIED}")
     for cause in _chain(error):
         problem = _refusal(cause)
         if problem is not None:
@@ -97,6 +99,16 @@ def connecting_failed(error: Exception, *, address: str, timeout_seconds: float)
         "expects TLS (rediss://, ssl=True) if the layer does, and else not (redis://, ssl=False)"
     )
     failure.may_be_applied = False  # what waits for a connection was not sent
+    return failure
+
+
+def listening_failed(error: Exception) -> IdempotencyPersistenceLayerError:
+    """Return the error for a subscription that redis-py says has failed."""
+    reply = _reply_of(error)
+    if reply is not None:
+        return translated(reply)
+    failure = IdempotencyPersistenceConnectionError(LOST)
+    failure.__cause__ = error
     return failure
 
 
@@ -124,13 +136,25 @@ def _refusal(error: BaseException) -> str | None:
         )
     if isinstance(error, ssl.SSLError) and not isinstance(error, ssl.SSLEOFError):
         return "it does not speak TLS as the layer wants it; see ssl=True or rediss://, versions and certificates"
-    if isinstance(error, redis.exceptions.AuthenticationError):
-        return _REFUSED["WRONGPASS"]
-    if isinstance(error, redis.exceptions.NoPermissionError):
-        return _REFUSED["NOPERM"]
-    if isinstance(error, redis.exceptions.ResponseError):
-        return "it refuses this user or database; see username, password and db_index"
-    return None
+    reply = _reply_of(error)
+    if reply is None or reply.code in _TRY_AGAIN:
+        return None
+    return _REFUSED.get(reply.code, "it refuses this user or database; see username, password and db_index")
+
+
+def _reply_of(error: BaseException) -> ReplyError | None:
+    """Return what the server replied, if the error says so; redis-py has types of its own for the codes."""
+    if isinstance(error, ReplyError):
+        return error
+    return next((ReplyError(code) for kind, code in _CODES.items() if isinstance(error, kind)), None)
+
+
+_CODES: Final = {
+    redis.exceptions.AuthenticationError: "WRONGPASS",
+    redis.exceptions.NoPermissionError: "NOPERM",
+    redis.exceptions.BusyLoadingError: "LOADING",
+    redis.exceptions.ResponseError: "ERR",  # the base of others, so it comes last
+}
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

@@ -14,16 +14,15 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from aidem._runtime.cancellation import UncancellableFuture
 from aidem.exceptions import IdempotencyPersistenceConnectionError
-from aidem.persistence.redis._command import Asking, Command, Question
 from aidem.persistence.redis._errors import CLOSED, LOST, copy_of, failure_of
-from aidem.persistence.redis._wire import Wire
+from aidem.persistence.redis._wire import Asking, Command, Question, Wire
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from aidem.exceptions import IdempotencyPersistenceLayerError
     from aidem.persistence.redis._errors import ReplyError
-    from aidem.persistence.redis._server import Endpoint
+    from aidem.persistence.redis._server import Endpoint, Server
 
 IDLE_SECONDS: Final = 1.0
 """After how long a connection is looked at before it is written to."""
@@ -72,7 +71,7 @@ class Line:
     def query(self, *arguments: str) -> UncancellableFuture[Any]:
         """Send a command; answer the reply as it comes."""
         future: UncancellableFuture[Any] = UncancellableFuture(loop=self._loop)
-        self.ask(Question(future, arguments, lambda reply: reply))
+        self.ask(Question(future, *arguments))
         return future
 
     def ask_importing(self, command: Command[Any]) -> None:
@@ -131,7 +130,7 @@ class Line:
         wire, self._wire = self._wire, None
         if wire is not None:
             wire.abort(IdempotencyPersistenceConnectionError(CLOSED))
-            await wire.closed
+            await asyncio.wait([wire.closed])
 
     def pending(self) -> list[asyncio.Future[Any]]:
         """Return what was asked and is not answered yet."""
@@ -166,13 +165,17 @@ class Line:
             self._connecting.add_done_callback(self._connecting_ended)
 
     async def _connected(self) -> None:
-        wire = Wire(self, timeout_seconds=self._timeout_seconds)
-        await self.server.connect(wire, timeout_seconds=self._timeout_seconds)
+        wire = await self.server.reach(self._wire_to, timeout_seconds=self._timeout_seconds)
         self._connecting = None
         self._wire = wire
         for command in self._waiting:
             command.asked_at = self._loop.time()  # or a connection that took long would be given up at once
         self._flush()
+
+    async def _wire_to(self, server: Server, timeout_seconds: float) -> Wire:
+        wire = Wire(self, timeout_seconds=self._timeout_seconds)
+        await server.connect(wire, timeout_seconds=timeout_seconds)
+        return wire
 
     def _connecting_ended(self, task: asyncio.Task[None]) -> None:
         failure = failure_of(task)

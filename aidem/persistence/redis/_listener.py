@@ -1,7 +1,7 @@
-"""Hears of changes by pub/sub, on a connection of its own that is there while somebody listens.
+"""Hears of changes through redis-py's Pub/Sub, on one connection, which is there while somebody listens.
 
-A subscription outlives its listener for a while: a waiter listens, looks at the record, and listens again, and what
-happened while it looked is told when it comes back.
+A subscription outlives its listener for a while: a waiter listens, looks at the record, and listens again, and a change
+that came while it looked is told when it comes back.
 """
 
 from __future__ import annotations
@@ -9,28 +9,23 @@ from __future__ import annotations
 import asyncio
 from contextlib import suppress
 from contextvars import Context
-from typing import TYPE_CHECKING, Final, cast
+from typing import TYPE_CHECKING, Any, cast
 
-import hiredis
-
-from aidem.exceptions import IdempotencyPersistenceConnectionError, IdempotencyPersistenceLayerError
-from aidem.persistence.redis._command import pack
-from aidem.persistence.redis._errors import CLOSED, LOST, ReplyError, copy_of, failure_of, translated
-from aidem.persistence.redis._server import Taker
+from aidem.exceptions import IdempotencyPersistenceConnectionError
+from aidem.persistence.redis._errors import CLOSED, ReplyError, copy_of, failure_of, listening_failed
 
 if TYPE_CHECKING:
+    from aidem.exceptions import IdempotencyPersistenceLayerError
     from aidem.persistence.redis._server import Endpoint
-
-_INCOMPLETE: Final = object()
 
 
 class _Channel:
     """A channel that is subscribed to.
 
     Attributes:
-        told: Set when something was said on it, or when it broke.
+        told: Set when a message came, or when the subscription failed.
         listeners: How many listen now.
-        failure: Why it broke.
+        failure: Why the subscription failed.
         timer: Ends the subscription when nobody has listened for a while.
     """
 
@@ -43,13 +38,13 @@ class _Channel:
         self.timer: asyncio.TimerHandle | None = None
 
 
-class Listener(Taker):
+class Listener:
     """The subscriptions of one event loop.
 
     Args:
         server: Where to listen.
         timeout_seconds: How long connecting may take.
-        linger_seconds: How long a subscription is kept without listeners: longer than a waiter looks away.
+        linger_seconds: How long a subscription is kept without listeners: longer than a waiter looks away. Default: 3.
     """
 
     def __init__(self, server: Endpoint, *, timeout_seconds: float, linger_seconds: float = 3.0) -> None:
@@ -58,21 +53,18 @@ class Listener(Taker):
         self._timeout_seconds = timeout_seconds
         self._linger_seconds = linger_seconds
         self._channels: dict[str, _Channel] = {}
-        self._transport: asyncio.Transport | None = None
-        self._connecting: asyncio.Task[None] | None = None
-        self._is_ending = False
-        self._closed: asyncio.Future[None] = self._loop.create_future()
-        self._reader = hiredis.Reader()
-        self._refusal: ReplyError | None = None
+        self._is_changed = asyncio.Event()
+        self._listening: asyncio.Task[None] | None = None
+        self._refusal: IdempotencyPersistenceLayerError | None = None
 
     async def wait(self, name: str, *, timeout_seconds: float) -> None:
-        """Return when something was said on a channel, also since the last call, or after the timeout.
+        """Return when a message came on a channel, also since the last call, or after the timeout.
 
         Raises:
             IdempotencyPersistenceLayerError: It cannot be listened to.
         """
         if self._refusal is not None:
-            raise translated(self._refusal)
+            raise copy_of(self._refusal)
         channel = self._channels.get(name) or self._subscribe(name)
         channel.listeners += 1
         try:
@@ -85,23 +77,19 @@ class Listener(Taker):
             raise copy_of(channel.failure)
 
     async def abort(self) -> None:
-        """Close the connection now; who listens is told so."""
-        if self._connecting is not None:
-            self._connecting.cancel()
-            await asyncio.wait([self._connecting])
-        self._break(IdempotencyPersistenceConnectionError(CLOSED))
-        if self._transport is not None:
-            self._end()
-            await self._closed
+        """Close the connection now; whoever listens gets an error."""
+        self._fail(IdempotencyPersistenceConnectionError(CLOSED))
+        if self._listening is not None:
+            self._listening.cancel()
+            await asyncio.wait([self._listening])
 
     # --- Channels ---------------------------------------------------------------------------------------------------
 
     def _subscribe(self, name: str) -> _Channel:
         channel = self._channels[name] = _Channel()
-        if self._transport is None:
-            self._connect()
-        else:
-            self._send("SUBSCRIBE", name)
+        self._is_changed.set()
+        if self._listening is None:
+            self._start()
         return channel
 
     def _leave(self, name: str, channel: _Channel) -> None:
@@ -112,15 +100,11 @@ class Listener(Taker):
         channel.timer = self._loop.call_later(self._linger_seconds, self._forget, name, channel, context=Context())
 
     def _forget(self, name: str, channel: _Channel) -> None:
-        if channel.listeners or self._channels.get(name) is not channel:
-            return  # it is in use, and forgotten after that; or it broke
-        del self._channels[name]
-        if self._channels:
-            self._send("UNSUBSCRIBE", name)
-        else:
-            self._end()
+        if not channel.listeners and self._channels.get(name) is channel:  # else it is in use, or has failed
+            del self._channels[name]
+            self._is_changed.set()
 
-    def _break(self, failure: IdempotencyPersistenceLayerError) -> None:
+    def _fail(self, failure: IdempotencyPersistenceLayerError) -> None:
         channels, self._channels = self._channels, {}
         for channel in channels.values():
             channel.failure = failure
@@ -128,75 +112,57 @@ class Listener(Taker):
 
     # --- The connection ---------------------------------------------------------------------------------------------
 
-    def _connect(self) -> None:
-        if self._connecting is None:
-            connecting = self._server.connect(self, timeout_seconds=self._timeout_seconds)
-            # In an empty context: the connection outlives the caller, and must not keep what that has in its own.
-            self._connecting = self._loop.create_task(connecting, name="aidem listens to Redis", context=Context())
-            self._connecting.add_done_callback(self._connecting_ended)
+    def _start(self) -> None:
+        # In empty contexts: the connection outlives the caller, and must not keep what that has in its own.
+        self._listening = self._loop.create_task(self._listen(), name="aidem listens to Redis", context=Context())
+        self._listening.add_done_callback(self._ended, context=Context())
 
-    def _connecting_ended(self, task: asyncio.Task[None]) -> None:
-        self._connecting = None
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._listening = None
         failure = failure_of(task)
         if failure is not None:
-            self._break(failure)
+            if isinstance(failure.__cause__, ReplyError) and failure.__cause__.code == "NOPERM":
+                self._refusal = failure  # it will not change: waiters have to poll
+            self._fail(failure)
+        elif self._channels:  # they came while the connection was being closed
+            self._start()
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Subscribe to what is asked for by now."""
-        self._transport = cast("asyncio.Transport", transport)
-        self._closed = self._loop.create_future()
-        self._is_ending = False
-        self._reader = hiredis.Reader(replyError=ReplyError, notEnoughData=_INCOMPLETE)
-        if self._channels:
-            self._send("SUBSCRIBE", *self._channels)
-        else:
-            self._end()  # nobody listens any more
-
-    def data_received(self, data: bytes) -> None:
-        """Wake who listens."""
+    async def _listen(self) -> None:
+        pubsub: Any = await self._server.reach(
+            lambda server, seconds: server.subscriber(timeout_seconds=seconds), timeout_seconds=self._timeout_seconds
+        )
+        hearing = asyncio.create_task(self._hear(pubsub))
+        hearing.add_done_callback(lambda _: self._is_changed.set())
         try:
-            self._reader.feed(data)
-            while (reply := self._reader.gets()) is not _INCOMPLETE:
-                self._take(reply)
-        except hiredis.ProtocolError:
-            self._refused(ReplyError("NONSENSE"))
+            await self._follow(pubsub, hearing)
+        except Exception as error:  # noqa: BLE001 - it is raised as an error of ours
+            failure = listening_failed(error)
+            raise failure from failure.__cause__
+        finally:
+            hearing.cancel()
+            await asyncio.gather(hearing, return_exceptions=True)
+            await pubsub.connection.disconnect(nowait=True)
+            await pubsub.aclose()
 
-    def connection_lost(self, exc: Exception | None) -> None:
-        """Tell who listens that it hears nothing more; connect again for those who came while it was being ended."""
-        self._transport = None
-        self._closed.set_result(None)
-        if not self._is_ending:
-            failure = IdempotencyPersistenceConnectionError(LOST)
-            failure.__cause__ = exc
-            self._break(failure)
-        elif self._channels:
-            self._connect()
+    async def _follow(self, pubsub: Any, hearing: asyncio.Task[None]) -> None:
+        """Subscribe and unsubscribe as channels come and go, until there are none."""
+        subscribed = set[str]()
+        while self._channels:
+            if hearing.done():
+                await hearing
+            self._is_changed.clear()
+            wanted = set(self._channels)
+            if wanted - subscribed:
+                await pubsub.subscribe(*wanted - subscribed)
+            if subscribed - wanted:
+                await pubsub.unsubscribe(*subscribed - wanted)
+            subscribed = wanted
+            await self._is_changed.wait()
 
-    def _end(self) -> None:
-        if self._transport is not None:
-            self._is_ending = True
-            self._transport.abort()
-
-    def _take(self, reply: object) -> None:
-        match reply:
-            case [b"message", bytes(name), bytes()]:
-                self._tell(name.decode())
-            case ReplyError():
-                self._refused(reply)
-            case _:
-                pass  # a subscription began or ended
-
-    def _refused(self, reply: ReplyError) -> None:
-        if reply.code == "NOPERM":
-            self._refusal = reply  # it will not change: whoever waits has to poll
-        self._break(translated(reply))
-        self._end()
-
-    def _tell(self, name: str) -> None:
-        channel = self._channels.get(name)
-        if channel is not None:
-            channel.told.set()
-
-    def _send(self, *arguments: str) -> None:
-        if self._transport is not None and not self._is_ending:
-            self._transport.write(pack(arguments))
+    async def _hear(self, pubsub: Any) -> None:
+        """Tell listeners of messages, until the connection is lost."""
+        while True:
+            message = await pubsub.get_message(ignore_subscribe_messages=True, timeout=None)
+            channel = None if message is None else self._channels.get(cast("bytes", message["channel"]).decode())
+            if channel is not None:
+                channel.told.set()

@@ -1,49 +1,134 @@
-"""One connection that all operations of an event loop share: commands go out packed, replies come back in order.
+"""One connection to a server: commands go out packed, and replies come back in the same order.
 
-There is no task per operation. Callers wait for an `UncancellableFuture`, so one that is cancelled leaves its place
-in the line, and nobody gets another's reply.
+There is no task for each command. Callers wait for an `UncancellableFuture`, so a caller that is cancelled leaves its
+command in its place, and nobody gets the reply to another command.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections import deque
-from typing import TYPE_CHECKING, Any, Final, Protocol, cast
+from typing import TYPE_CHECKING, Any, Final, Generic, Protocol, TypeVar, cast
 
 import hiredis
 
 from aidem.exceptions import IdempotencyPersistenceConnectionError
 from aidem.persistence.redis._errors import LOST, MAY_BE_APPLIED, ReplyError, translated
-from aidem.persistence.redis._server import Taker
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
-    from aidem.persistence.redis._command import Command
+    from aidem._runtime.cancellation import UncancellableFuture
+    from aidem.persistence.redis._scripts import Script
+
+T = TypeVar("T")
 
 _INCOMPLETE: Final = object()
 
+pack: Final[Callable[[tuple[str | int, ...]], bytes]] = cast("Any", hiredis).pack_command
+
+
+class Command(Generic[T]):
+    """A command, who waits for its answer, and how a reply becomes one.
+
+    Attributes:
+        future: Gets the answer or the error.
+        packed: The bytes to send.
+        asked_at: When it was asked for, in seconds of the event loop's clock.
+    """
+
+    __slots__ = ("_arguments", "_read", "_script", "asked_at", "future", "packed")
+
+    def __init__(
+        self,
+        future: UncancellableFuture[T],
+        arguments: tuple[str | int, ...],
+        read: Callable[[Any], T],
+        script: Script | None = None,
+    ) -> None:
+        self.future = future
+        self.packed: bytes
+        self.asked_at = future.get_loop().time()
+        self._read = read
+        self._script = script
+        self._arguments = arguments
+        if script is None:
+            self.packed = pack(arguments)
+        else:
+            self.packed = pack(("EVALSHA", script.sha, *arguments))
+
+    @property
+    def key(self) -> str:
+        """The key that it is about; the first argument of a script is the number of its keys."""
+        return str(self._arguments[1])
+
+    def wants_source(self, error: ReplyError) -> bool:
+        """Return whether the server does not have the script; `packed` then holds its source."""
+        return error.code == "NOSCRIPT" and self.in_full()
+
+    def in_full(self) -> bool:
+        """Put the source of the script into `packed`; return False if there is none, or it is there already."""
+        script, self._script = self._script, None
+        if script is None:
+            return False
+        self.packed = pack(("EVAL", script.source, *self._arguments))
+        return True
+
+    def answer(self, reply: object) -> None:
+        """Settle it with the reply of the server."""
+        try:
+            answer = self._read(reply)
+        except Exception as error:  # noqa: BLE001 - it is raised where the answer is awaited
+            self.fail(error)
+        else:
+            self.future.settle(answer)
+
+    def fail(self, error: Exception) -> None:
+        """Settle it with an error."""
+        self.future.fail(error)
+
+
+class Question(Command[Any]):
+    """A command for one server, which is never sent to another one in its place."""
+
+    __slots__ = ()
+
+    def __init__(self, future: UncancellableFuture[Any], *arguments: str | int) -> None:
+        super().__init__(future, arguments, lambda reply: reply)
+
+
+class Asking(Command[Any]):
+    """Lets the next command in at a node that is importing its slot; it succeeds or fails with that command."""
+
+    __slots__ = ()
+
+    def __init__(self, command: Command[Any]) -> None:
+        super().__init__(command.future, ("ASKING",), lambda reply: reply)
+
+    def answer(self, reply: object) -> None:
+        """Leave it to the reply that comes next."""
+
 
 class Owner(Protocol):
-    """Whoever uses a wire."""
+    """The user of a wire."""
 
     def goes_on(self, command: Command[Any], error: ReplyError) -> bool:
-        """Whether a command that was answered with an error is sent once more, here or elsewhere."""
+        """Return whether a command that was answered with an error is sent once more, here or elsewhere."""
         ...
 
     def heard(self) -> None:
-        """Take note that replies came: whoever waited for them goes on in the next turn of the loop."""
+        """Take note that replies came: their callers go on in the next turn of the event loop."""
 
     def lost(self, wire: Wire) -> None:
-        """Use the wire no more."""
+        """Stop using the wire."""
 
 
-class Wire(Taker):
+class Wire(asyncio.Protocol):
     """One connection, from its handshake on.
 
     Attributes:
         sent: The commands whose replies are outstanding, in their order.
-        used_at: When it was last written to or read from, in seconds of the loop's clock.
+        used_at: When it was last written to or read from, in seconds of the event loop's clock.
         closed: Done when its socket is closed.
     """
 
@@ -55,7 +140,7 @@ class Wire(Taker):
         self._owner = owner
         self._timeout_seconds = timeout_seconds
         self._timer: asyncio.TimerHandle | None = None
-        self._transport: asyncio.Transport  # nobody has the wire before it is connected
+        self._transport: asyncio.Transport  # a wire is used only once it is connected
         self._is_ending = False
         self._error: IdempotencyPersistenceConnectionError | None = None
         self._reader = hiredis.Reader(replyError=ReplyError, notEnoughData=_INCOMPLETE)
@@ -69,14 +154,14 @@ class Wire(Taker):
         self._transport.write(b"".join([command.packed for command in commands]))
 
     def abort(self, error: IdempotencyPersistenceConnectionError | None = None) -> None:
-        """Close it now; what is outstanding fails, and may have been applied."""
+        """Close it now; outstanding commands fail, and may have been applied."""
         self._error = self._error or error
         self._transport.abort()
 
     # --- Called by the event loop -----------------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Take over a connection whose handshake is done."""
+        """Keep the transport."""
         self._transport = cast("asyncio.Transport", transport)
 
     def data_received(self, data: bytes) -> None:
@@ -93,16 +178,15 @@ class Wire(Taker):
             self.abort()
 
     def eof_received(self) -> None:
-        """Use it no more: the server has closed its side; what closes ours comes by itself."""
+        """Stop using it, as the server has closed its side; asyncio closes ours."""
         self._owner.lost(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Fail what is outstanding."""
+        """Fail the outstanding commands."""
         self._owner.lost(self)
         if self._timer is not None:
             self._timer.cancel()
-        if not self.closed.done():
-            self.closed.set_result(None)
+        self.closed.set_result(None)
         while self.sent:
             failure = IdempotencyPersistenceConnectionError(str(self._error or f"{LOST}; {MAY_BE_APPLIED}"))
             failure.__cause__ = exc

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
-from typing import TYPE_CHECKING, Any, TypeVar
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
+from aidem._rules import lifecycle
 from aidem._runtime.cancellation import UncancellableFuture
 from aidem._runtime.clock import wall_clock
-from aidem.exceptions import IdempotencyPersistenceConnectionError
+from aidem.exceptions import (
+    IdempotencyPersistenceConnectionError,
+    IdempotencyUsageError,
+)
 from aidem.persistence._context import OpenedByAsyncWith
+from aidem.persistence._transactions import recognised
 from aidem.persistence.sqlite import _thread
 from aidem.persistence.sqlite._file import DatabaseFile
-from aidem.persistence.sqlite._thread import Job, RecordThread
+from aidem.persistence.sqlite._thread import ApplicationThread, Job, RecordThread
 
 if TYPE_CHECKING:
     import os
@@ -21,15 +28,26 @@ if TYPE_CHECKING:
 
     from aidem._rules.record import DataRecord
     from aidem.persistence import Blocked, Claimed
+    from aidem.persistence._transactions import Transaction
     from aidem.persistence.sqlite._records import Records
 
 __all__ = ["SQLitePersistenceLayer"]
 
 T = TypeVar("T")
 
+RENEWAL_SECONDS: Final = 0.25
+"""How long a renewal waits for the write lock of an application's file; a completion waits for a renewal under way."""
+
+_completed_in: ContextVar[tuple[Path, Transaction] | None] = ContextVar("aidem_sqlite_transaction", default=None)
+"""The file and the transaction in which this task or thread has completed a call last; it may still be open."""
+
 
 class SQLitePersistenceLayer(OpenedByAsyncWith):
     """Keeps records in an SQLite file, which is made when it is first needed.
+
+    With `in_application_database=True` the file is the database of your application, and an idempotent call can store
+    its result in the transaction that writes the rows: `execution.complete(result, transaction=connection)`. The
+    records are then in tables of their own, whose names begin with `aidem_`; nothing else in the file is changed.
 
     Whatever is asked while a transaction runs goes into the next one, and every answer comes after its COMMIT has
     reached the disk. Expired records are removed a few at a time, by the claims that come after.
@@ -40,8 +58,11 @@ class SQLitePersistenceLayer(OpenedByAsyncWith):
     Args:
         path: The file, in a directory that exists. A relative path is resolved now, so that a later change of the
             working directory does not move it.
+        in_application_database: Whether the file is your application's database. Default: False, which refuses such a
+            file.
         clock: Answers epoch seconds; asked inside the transaction.
-        busy_timeout_seconds: How long to wait while another process writes. Default: 4.
+        busy_timeout_seconds: How long to wait while another process, or a transaction of your application, writes.
+            Default: 4.
         timeout_seconds: How long an operation may take, with all that it waits for. Default: 5. One that takes longer,
             as on a disk that hangs, fails and may still be applied.
 
@@ -55,12 +76,15 @@ class SQLitePersistenceLayer(OpenedByAsyncWith):
         self,
         path: str | os.PathLike[str],
         *,
+        in_application_database: bool = False,
         clock: Callable[[], float] = wall_clock,
         busy_timeout_seconds: float = 4.0,
         timeout_seconds: float = 5.0,
     ) -> None:
         self.clock = clock
-        self._file = DatabaseFile(path, busy_timeout_seconds=busy_timeout_seconds)
+        self._file = DatabaseFile(
+            path, busy_timeout_seconds=busy_timeout_seconds, is_of_application=in_application_database
+        )
         self._timeout_seconds = timeout_seconds
         self._deadlines: dict[asyncio.AbstractEventLoop, _Deadlines] = {}
 
@@ -72,7 +96,12 @@ class SQLitePersistenceLayer(OpenedByAsyncWith):
         max_clock_skew_seconds: float = 0.0,  # noqa: ARG002 - one machine, one clock
     ) -> UncancellableFuture[Claimed | Blocked]:
         """Store a claim unless a live record of somebody else is there."""
-        return self._ask(lambda records: records.acquire(record, now=now))
+        inside = self._is_inside_transaction()
+        return self._ask(
+            lambda records: records.acquire(record, now=now),
+            on_locked=self._file.refused_inside if inside else self._file.blocked,
+            locked_seconds=0.0 if inside else None,
+        )
 
     def complete(self, record: DataRecord, *, now: float) -> UncancellableFuture[bool]:
         """Store an outcome over the claim of the same owner, or where no record is."""
@@ -80,11 +109,13 @@ class SQLitePersistenceLayer(OpenedByAsyncWith):
 
     def renew(self, record: DataRecord, *, now: float) -> UncancellableFuture[DataRecord | None]:
         """Set the instants of our claim."""
-        return self._ask(lambda records: records.renew(record, now=now))
+        return self._ask(
+            lambda records: records.renew(record, now=now), on_locked=self._file.held, locked_seconds=RENEWAL_SECONDS
+        )
 
     def release(self, record: DataRecord) -> UncancellableFuture[bool]:
         """Delete our claim."""
-        return self._ask(lambda records: records.release(record), is_of_use_late=True)
+        return self._ask(lambda records: records.release(record), is_of_use_late=True, on_locked=self._file.held)
 
     def get(self, key: str) -> UncancellableFuture[DataRecord | None]:
         """Return the record of a key as it is stored now."""
@@ -93,6 +124,38 @@ class SQLitePersistenceLayer(OpenedByAsyncWith):
     def forget(self, key: str) -> UncancellableFuture[None]:
         """Drop any record of the key."""
         return self._ask(lambda records: records.forget(key), is_of_use_late=True)
+
+    def check_transaction(self, transaction: object, *, blocking: bool) -> None:
+        """Refuse what is no open transaction of sqlite3, aiosqlite or SQLAlchemy on one of them."""
+        if not self._file.is_of_application:
+            raise IdempotencyUsageError(
+                f"transaction= needs the records in the same file as your rows, and {self._file.path} is a file of "
+                "their own; make the layer with SQLitePersistenceLayer(path, in_application_database=True)"
+            )
+        recognised(transaction, database="sqlite", blocking=blocking)
+
+    async def complete_in(self, transaction: object, record: DataRecord, *, now: float) -> bool:
+        """Store an outcome over our claim, in a transaction of the application."""
+        opened = recognised(transaction, database="sqlite")
+        statement, values = self._file.tables.completion(lifecycle.shifted(record, seconds=self.clock() - now))
+        try:
+            is_stored = await opened.execute(statement, values) > 0
+        except Exception as error:
+            refusal = self._file.refusal_of_transaction(error)
+            if refusal is not None:
+                raise refusal from error
+            error.add_note("aidem: the call is not completed; roll back, and try the transaction again in its body")
+            raise
+        if is_stored:
+            _completed_in.set((self._file.path, opened))
+        return is_stored
+
+    def is_free(self, record: DataRecord) -> UncancellableFuture[bool]:
+        """Whether the claim is ours, and no transaction of the application has the write lock."""
+        seconds = 0.0 if self._is_inside_transaction() else None
+        return self._ask(
+            lambda records: records.is_free(record), on_locked=lambda _found: False, locked_seconds=seconds
+        )
 
     async def open(self) -> None:
         """Open the file, or make it.
@@ -117,15 +180,36 @@ class SQLitePersistenceLayer(OpenedByAsyncWith):
         if self._thread is not None:
             self._thread.end_unwatched()
 
+    def _is_inside_transaction(self) -> bool:
+        """Whether the caller's own transaction has the write lock: waiting for its end would never end."""
+        completed = _completed_in.get() if self._file.is_of_application else None
+        return completed is not None and completed[0] == self._file.path and completed[1].is_open()
+
     def _ask(
-        self, operation: Callable[[Records], T], *, writes: bool = True, is_of_use_late: bool = False
+        self,
+        operation: Callable[[Records], T],
+        *,
+        writes: bool = True,
+        is_of_use_late: bool = False,
+        on_locked: Callable[[DataRecord | None], Any] | None = None,
+        locked_seconds: float | None = None,
     ) -> UncancellableFuture[T]:
         loop = asyncio.get_running_loop()
         future: UncancellableFuture[T] = UncancellableFuture(loop=loop)
-        job = Job(future, operation, writes, is_of_use_late)
+        if locked_seconds is None:
+            locked_seconds = self._file.busy_timeout_seconds
+        job = Job(
+            future,
+            operation,
+            writes,
+            is_of_use_late,
+            on_locked or self._file.locked,
+            time.monotonic() + locked_seconds,
+        )
         with _thread.gate:
             if self._thread is None or self._thread.ended:
-                self._thread = RecordThread(self._file, self.clock)
+                kind = ApplicationThread if self._file.is_of_application else RecordThread
+                self._thread = kind(self._file, self.clock)
             deadlines = self._deadlines.get(loop)
             if deadlines is None:
                 open_loops = {other: kept for other, kept in self._deadlines.items() if not other.is_closed()}

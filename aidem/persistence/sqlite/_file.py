@@ -13,19 +13,25 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, TypeVar
 
+from aidem._rules import lifecycle
 from aidem._runtime.threads import Lock
 from aidem.exceptions import (
     IdempotencyError,
+    IdempotencyHeldByTransactionError,
     IdempotencyPersistenceConfigError,
     IdempotencyPersistenceConnectionError,
     IdempotencyPersistenceLayerError,
     IdempotencySerializationError,
+    IdempotencyUsageError,
 )
 from aidem.persistence._stored import decoded
-from aidem.persistence.sqlite._records import SCHEMA
+from aidem.persistence.sqlite._records import Tables
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from aidem._rules.lifecycle import Blocked
+    from aidem._rules.record import DataRecord
 
 logger = logging.getLogger("aidem")
 
@@ -33,6 +39,9 @@ T = TypeVar("T")
 
 APPLICATION_ID: Final = int.from_bytes(b"aide")
 SCHEMA_VERSION: Final = 1
+APPLICATION_PREFIX: Final = "aidem_"
+"""What the names of our tables begin with in the database of an application, where the file's header is not ours."""
+
 SMALLEST_DATABASE: Final = 512
 PAGES_IN_LOG: Final = 4000  # 16 MB
 RETRY_SECONDS: Final = (0.0002, 0.002)
@@ -52,8 +61,13 @@ _IDENTIFY: Final = """
     FROM pragma_application_id, pragma_user_version
 """
 
+_MAKE_SCHEMA_TABLE: Final = "CREATE TABLE aidem_schema (version INTEGER NOT NULL)"
+_INSERT_VERSION: Final = "INSERT INTO aidem_schema VALUES (?)"
+_SELECT_VERSION: Final = "SELECT version FROM aidem_schema"
+_HAS_SCHEMA: Final = "SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = 'aidem_schema'"
+
 _TRANSIENT: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EMFILE, errno.ENFILE})
-_LOCKED: Final = (
+_LOCKED: Final[tuple[type[IdempotencyPersistenceLayerError], str]] = (
     IdempotencyPersistenceConnectionError,
     "it is locked by another process; retry, look for a transaction left open, or raise busy_timeout_seconds",
 )
@@ -94,16 +108,23 @@ class DatabaseFile:
 
     Attributes:
         path: Where it is, absolute.
+        busy_timeout_seconds: How long to wait while another connection writes.
+        is_of_application: Whether it is the database of an application, in which the records are guests.
+        tables: Where in it the records are.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, busy_timeout_seconds: float) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], *, busy_timeout_seconds: float, is_of_application: bool = False
+    ) -> None:
         if os.fspath(path) == ":memory:":
             raise IdempotencyPersistenceConfigError(
                 "SQLitePersistenceLayer(':memory:') would forget its records with its connection; "
                 "use aidem.persistence.memory.MemoryPersistenceLayer()"
             )
         self.path = Path(os.path.abspath(path))  # noqa: PTH100 - Path.absolute keeps `..`
-        self._busy_timeout_seconds = busy_timeout_seconds
+        self.busy_timeout_seconds = busy_timeout_seconds
+        self.is_of_application = is_of_application
+        self.tables = Tables(APPLICATION_PREFIX if is_of_application else "")
         self._identity: tuple[int, int] | None = None
         self._warnings = set[str]()
 
@@ -144,14 +165,14 @@ class DatabaseFile:
         Raises:
             sqlite3.OperationalError: It stayed locked for `busy_timeout_seconds`.
         """
-        deadline = time.monotonic() + self._busy_timeout_seconds
+        deadline = time.monotonic() + self.busy_timeout_seconds
         while True:
             try:
                 return action()
             except sqlite3.OperationalError as error:
-                if _code(error) != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                if not is_locked(error) or time.monotonic() > deadline:
                     raise
-            time.sleep(random.uniform(*RETRY_SECONDS))  # noqa: S311 - not a secret
+            pause()
 
     def was_replaced(self) -> bool:
         """Whether another file, or none, is at the path by now; other processes then do not see what we write."""
@@ -170,6 +191,8 @@ class DatabaseFile:
             kind, advice = _MEANINGS.get(
                 _code(error), (IdempotencyPersistenceLayerError, f"SQLite failed with {_name(error)}")
             )
+            if self.is_of_application and _code(error) == sqlite3.SQLITE_ERROR:
+                advice = f"its tables {APPLICATION_PREFIX}… were changed; drop them all to begin with empty ones"
             own: Exception = kind(f"{self.path}: {advice}")
         elif isinstance(error, (IdempotencyPersistenceConfigError, IdempotencyPersistenceConnectionError)):
             own = type(error)(str(error))
@@ -181,6 +204,46 @@ class DatabaseFile:
             cause.__traceback__ = None
             cause = cause.__cause__ or cause.__context__
         return own
+
+    def refusal_of_transaction(self, error: Exception) -> IdempotencyUsageError | None:
+        """Return what an error in a transaction of the application says about its use; None: nothing."""
+        code = getattr(getattr(error, "orig", error), "sqlite_errorcode", None)  # SQLAlchemy wraps those of its drivers
+        if code == sqlite3.SQLITE_BUSY_SNAPSHOT:
+            return IdempotencyUsageError(
+                "the transaction sees the file as it was before the last write, so it cannot write; begin it in the "
+                "body of the call, with BEGIN IMMEDIATE"
+            )
+        if code == sqlite3.SQLITE_ERROR:
+            return IdempotencyUsageError(
+                f"the transaction is not on {self.path}, where the records are, or their tables were changed"
+            )
+        return None
+
+    # --- What is answered where another transaction has kept the write lock for too long ----------------------------
+
+    def locked(self, _found: DataRecord | None) -> IdempotencyPersistenceLayerError:
+        """Return that it is locked; nothing was done."""
+        kind, advice = _LOCKED
+        error = kind(f"{self.path}: {advice}")
+        error.may_be_applied = False
+        return error
+
+    def blocked(self, found: DataRecord | None) -> Blocked | IdempotencyPersistenceLayerError:
+        """Return the claim found, which nobody can take over meanwhile, or that it is locked."""
+        return lifecycle.acquire_held(found) or self.locked(found)
+
+    def held(self, _found: DataRecord | None) -> IdempotencyHeldByTransactionError:
+        """Return that a claim can be neither changed nor taken over."""
+        return IdempotencyHeldByTransactionError(f"{self.path}: another transaction keeps it locked")
+
+    def refused_inside(self, _found: DataRecord | None) -> IdempotencyUsageError:
+        """Return that waiting would never end, as the caller itself holds the lock."""
+        return IdempotencyUsageError(
+            f"{self.path}: a transaction that has completed an idempotent call is still open here, and another "
+            "idempotent call would wait for its end for ever; commit it first"
+        )
+
+    # ----------------------------------------------------------------------------------------------------------------
 
     def _create(self) -> None:
         """Make an empty file that only its owner may read; SQLite gives its `-wal` and `-shm` files the same rights."""
@@ -232,13 +295,16 @@ class DatabaseFile:
 
     def _prepare(self, connection: sqlite3.Connection) -> None:
         self._refuse_swapped(connection)
-        self._is_empty(connection)  # before anything is written
-        self._switch_to_wal(connection)
+        if self.is_of_application:
+            self._make_schema_of_application(connection)
+        else:
+            self._is_empty(connection)  # before anything is written
+            self._switch_to_wal(connection)
+            # Claims of a large file touch pages all over it: the more gather in the log, the less is written twice.
+            connection.execute(f"PRAGMA wal_autocheckpoint = {PAGES_IN_LOG}")
+            self._make_schema(connection)
         connection.execute("PRAGMA synchronous = FULL")
         connection.execute("PRAGMA fullfsync = ON")  # macOS: fsync alone does not reach the disk
-        # Claims of a large file touch pages all over it: the more of them gather in the log, the less is written twice.
-        connection.execute(f"PRAGMA wal_autocheckpoint = {PAGES_IN_LOG}")
-        self._make_schema(connection)
 
     def _make_schema(self, connection: sqlite3.Connection) -> None:
         connection.execute("BEGIN IMMEDIATE")
@@ -246,9 +312,27 @@ class DatabaseFile:
         connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")  # fails if the file must not be written
         if is_empty:
             connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-            for statement in SCHEMA:
+            for statement in self.tables.schema:
                 connection.execute(statement)
         connection.execute("COMMIT" if is_empty else "ROLLBACK")
+
+    def _make_schema_of_application(self, connection: sqlite3.Connection) -> None:
+        """Make our tables beside those of the application; where they are there, its transactions hold up nothing."""
+        if connection.in_transaction:
+            connection.execute("ROLLBACK")  # its COMMIT found the file locked, as readers can without a log
+        if self._lacks_schema(connection):
+            connection.execute("BEGIN IMMEDIATE")
+            if self._lacks_schema(connection):  # nobody else has made them meanwhile
+                for statement in (*self.tables.schema, _MAKE_SCHEMA_TABLE):
+                    connection.execute(statement)
+                connection.execute(_INSERT_VERSION, (SCHEMA_VERSION,))
+            connection.execute("COMMIT")
+        (version,) = connection.execute(_SELECT_VERSION).fetchone()
+        if version != SCHEMA_VERSION:
+            raise self._refused_version(version)
+
+    def _lacks_schema(self, connection: sqlite3.Connection) -> bool:
+        return connection.execute(_HAS_SCHEMA).fetchone() is None
 
     def _refuse_swapped(self, connection: sqlite3.Connection) -> None:
         """Find out what SQLite has opened: it resolves a symbolic link that was put there after we looked."""
@@ -262,10 +346,16 @@ class DatabaseFile:
         if (application_id, version, tables) == (0, 0, 0):
             return True
         if application_id != APPLICATION_ID:
-            raise self._refusal("it is a database of another application; give aidem a file of its own")
+            raise self._refusal(
+                "it is a database of another application; give aidem a file of its own, or set "
+                "in_application_database=True to keep the records beside that application's tables"
+            )
         if version != SCHEMA_VERSION:
-            raise self._refusal(f"it was made by a newer aidem (schema {version}); upgrade aidem, or give another path")
+            raise self._refused_version(version)
         return False
+
+    def _refused_version(self, version: int) -> IdempotencyPersistenceConfigError:
+        return self._refusal(f"it was made by a newer aidem (schema {version}); upgrade aidem, or give another path")
 
     def _switch_to_wal(self, connection: sqlite3.Connection) -> None:
         (mode,) = connection.execute("PRAGMA journal_mode = WAL").fetchone()
@@ -283,6 +373,16 @@ class DatabaseFile:
 
     def _refusal(self, reason: str) -> IdempotencyPersistenceConfigError:
         return IdempotencyPersistenceConfigError(f"{self.path} cannot hold records: {reason}")
+
+
+def is_locked(error: sqlite3.Error) -> bool:
+    """Whether another connection has kept SQLite from doing anything."""
+    return _code(error) == sqlite3.SQLITE_BUSY
+
+
+def pause() -> None:
+    """Wait a moment for a lock."""
+    time.sleep(random.uniform(*RETRY_SECONDS))  # noqa: S311 - not a secret
 
 
 def _identity(status: os.stat_result) -> tuple[int, int]:

@@ -13,52 +13,88 @@ from aidem.persistence._stored import text
 if TYPE_CHECKING:
     import sqlite3
 
-# A rowid table: new records go to its end, and only the index on `id` is written at random places.
-SCHEMA: Final = (
-    """
-    CREATE TABLE records (
-        id TEXT NOT NULL UNIQUE,
-        expiration INTEGER,
-        in_progress_expiration INTEGER,
-        status TEXT NOT NULL,
-        data TEXT,
-        validation TEXT,
-        owner TEXT,
-        fence INTEGER NOT NULL,
-        lease_expiration INTEGER,
-        outcome TEXT
-    )
-    """,
-    "CREATE INDEX records_by_expiration ON records (expiration)",
-    "CREATE TABLE last_fence (value INTEGER NOT NULL)",
-    "INSERT INTO last_fence VALUES (0)",
-)
-
 PURGED_PER_CLAIM: Final = 2
 
-_SELECT: Final = """
-    SELECT expiration, in_progress_expiration, status, data, validation, owner, fence, lease_expiration, outcome
-    FROM records WHERE id = ?
-"""
-_UPSERT: Final = """
-    INSERT INTO records VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
-    ON CONFLICT (id) DO UPDATE SET
-        expiration = excluded.expiration,
-        in_progress_expiration = excluded.in_progress_expiration,
-        status = excluded.status,
-        data = excluded.data,
-        validation = excluded.validation,
-        owner = excluded.owner,
-        fence = excluded.fence,
-        lease_expiration = excluded.lease_expiration,
-        outcome = excluded.outcome
-"""
-_DELETE: Final = "DELETE FROM records WHERE id = ?"
-_PURGE: Final = """
-    DELETE FROM records WHERE rowid IN (SELECT rowid FROM records WHERE expiration < ? ORDER BY expiration LIMIT ?)
-"""
-_SELECT_LAST_FENCE: Final = "SELECT value FROM last_fence"
-_UPDATE_LAST_FENCE: Final = "UPDATE last_fence SET value = ?"
+
+class Tables:
+    """The tables that hold records, and the statements on them.
+
+    Attributes:
+        prefix: What their names begin with.
+        schema: The statements that make them. A rowid table: new records go to its end, and only the index on `id` is
+            written at random places.
+    """
+
+    def __init__(self, prefix: str) -> None:
+        self.prefix = prefix
+        records, last_fence = f"{prefix}records", f"{prefix}last_fence"
+        self.schema = (
+            f"""
+            CREATE TABLE {records} (
+                id TEXT NOT NULL UNIQUE,
+                expiration INTEGER,
+                in_progress_expiration INTEGER,
+                status TEXT NOT NULL,
+                data TEXT,
+                validation TEXT,
+                owner TEXT,
+                fence INTEGER NOT NULL,
+                lease_expiration INTEGER,
+                outcome TEXT
+            )
+            """,
+            f"CREATE INDEX {records}_by_expiration ON {records} (expiration)",
+            f"CREATE TABLE {last_fence} (value INTEGER NOT NULL)",
+            f"INSERT INTO {last_fence} VALUES (0)",  # noqa: S608 - the prefix is ours, here and below
+        )
+        self.select = f"""
+            SELECT expiration, in_progress_expiration, status, data, validation, owner, fence, lease_expiration, outcome
+            FROM {records} WHERE id = ?
+        """  # noqa: S608
+        self.upsert = f"""
+            INSERT INTO {records} VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+            ON CONFLICT (id) DO UPDATE SET
+                expiration = excluded.expiration,
+                in_progress_expiration = excluded.in_progress_expiration,
+                status = excluded.status,
+                data = excluded.data,
+                validation = excluded.validation,
+                owner = excluded.owner,
+                fence = excluded.fence,
+                lease_expiration = excluded.lease_expiration,
+                outcome = excluded.outcome
+        """  # noqa: S608
+        self._complete_ours = f"""
+            UPDATE {records} SET
+                expiration = ?, in_progress_expiration = NULL, status = 'COMPLETED', data = ?,
+                lease_expiration = NULL, outcome = ?
+            WHERE id = ? AND owner = ? AND status = 'INPROGRESS'
+        """  # noqa: S608
+        self.delete = f"DELETE FROM {records} WHERE id = ?"  # noqa: S608
+        self.purge = f"""
+            DELETE FROM {records}
+            WHERE rowid IN (SELECT rowid FROM {records} WHERE expiration < ? ORDER BY expiration LIMIT ?)
+        """  # noqa: S608
+        self.select_last_fence = f"SELECT value FROM {last_fence}"  # noqa: S608
+        self.update_last_fence = f"UPDATE {last_fence} SET value = ?"  # noqa: S608
+
+    def completion(self, record: DataRecord) -> tuple[str, tuple[str | int | None, ...]]:
+        """Return the statement that stores an outcome over our claim, and nowhere else."""
+        outcome = None if record.outcome is None else record.outcome.value
+        values = (record.expiry_timestamp, record.response_data, outcome, record.idempotency_key, record.owner)
+        return self._complete_ours, values
+
+
+class WouldWriteError(Exception):
+    """An operation has to write, which it must not without the write lock.
+
+    Attributes:
+        found: The record that it has found; None: none.
+    """
+
+    def __init__(self, found: DataRecord | None) -> None:
+        super().__init__()
+        self.found = found
 
 
 class Records:
@@ -68,11 +104,22 @@ class Records:
     goes back.
     """
 
-    def __init__(self, cursor: sqlite3.Cursor, *, now: float) -> None:
+    def __init__(self, cursor: sqlite3.Cursor, tables: Tables, *, now: float, may_write: bool = True) -> None:
+        """See the records.
+
+        Args:
+            cursor: Of a connection in a transaction.
+            tables: Where they are.
+            now: By the layer's clock.
+            may_write: Whether the transaction has the write lock. Without, an operation that would write raises
+                `WouldWriteError`.
+        """
         self._cursor = cursor
+        self._tables = tables
         self._now = now
+        self._may_write = may_write
         self._claims = 0
-        (self._stored_fence,) = cursor.execute(_SELECT_LAST_FENCE).fetchone()
+        (self._stored_fence,) = cursor.execute(tables.select_last_fence).fetchone()
         self._last_fence: int = self._stored_fence
 
     @property
@@ -83,26 +130,27 @@ class Records:
     def acquire(self, proposed: DataRecord, *, now: float) -> Claimed | Blocked:
         """Store a claim unless a live record of somebody else is there; `now` is the caller's."""
         found = self.get(proposed.idempotency_key)
-        proposed = lifecycle.shifted(proposed, seconds=self._now - now)
-        answer = lifecycle.acquire(found, proposed, now=self._now, last_fence=self._last_fence)
+        answer = lifecycle.acquire(found, proposed, now=self._now, proposed_at=now, last_fence=self._last_fence)
         if isinstance(answer, Claimed) and answer.record is not found:
-            self._store(answer.record)
+            self._store(answer.record, found)
             self._claims += 1
         return answer
 
     def complete(self, record: DataRecord, *, now: float) -> bool:
         """Store an outcome; `now` is the caller's."""
-        completion = lifecycle.complete(self.get(record.idempotency_key), record, now=self._now)
+        found = self.get(record.idempotency_key)
+        completion = lifecycle.complete(found, record, now=self._now)
         if completion is Completion.STORE:
-            self._store(lifecycle.shifted(record, seconds=self._now - now))
+            self._store(lifecycle.shifted(record, seconds=self._now - now), found)
         return completion is not Completion.REFUSED
 
     def renew(self, record: DataRecord, *, now: float) -> DataRecord | None:
         """Set the instants of a claim; `now` is the caller's."""
         record = lifecycle.shifted(record, seconds=self._now - now)
-        renewed = lifecycle.renewed(self.get(record.idempotency_key), record)
+        found = self.get(record.idempotency_key)
+        renewed = lifecycle.renewed(found, record)
         if renewed is not None:
-            self._store(renewed)
+            self._store(renewed, found)
         return renewed
 
     def release(self, record: DataRecord) -> bool:
@@ -112,14 +160,23 @@ class Records:
             self.forget(record.idempotency_key)
         return ours
 
+    def is_free(self, record: DataRecord) -> bool:
+        """Whether it is our claim, and no other transaction writes."""
+        found = self.get(record.idempotency_key)
+        ours = lifecycle.is_held_by(found, record.owner)
+        if ours:
+            self._lock_is_needed(found)
+        return ours
+
     def get(self, key: str) -> DataRecord | None:
         """Return the record of a key."""
-        row = self._cursor.execute(_SELECT, (key,)).fetchone()
+        row = self._cursor.execute(self._tables.select, (key,)).fetchone()
         return None if row is None else _record(key, *row)
 
     def forget(self, key: str) -> None:
         """Drop the record of a key."""
-        self._cursor.execute(_DELETE, (key,))
+        self._lock_is_needed(None)
+        self._cursor.execute(self._tables.delete, (key,))
 
     def finish(self) -> None:
         """Write what is owed once per transaction: the highest fence, and the removal of a few expired records.
@@ -127,12 +184,17 @@ class Records:
         Claims remove more than they add, so the file stops growing; no caller waits for more than that.
         """
         if self._last_fence > self._stored_fence:
-            self._cursor.execute(_UPDATE_LAST_FENCE, (self._last_fence,))
+            self._cursor.execute(self._tables.update_last_fence, (self._last_fence,))
         if self._claims:
-            self._cursor.execute(_PURGE, (int(self._now), PURGED_PER_CLAIM * self._claims))
+            self._cursor.execute(self._tables.purge, (int(self._now), PURGED_PER_CLAIM * self._claims))
 
-    def _store(self, record: DataRecord) -> None:
-        self._cursor.execute(_UPSERT, _row(record))
+    def _lock_is_needed(self, found: DataRecord | None) -> None:
+        if not self._may_write:
+            raise WouldWriteError(found)
+
+    def _store(self, record: DataRecord, found: DataRecord | None) -> None:
+        self._lock_is_needed(found)
+        self._cursor.execute(self._tables.upsert, _row(record))
         self._last_fence = max(self._last_fence, record.fence)
 
 

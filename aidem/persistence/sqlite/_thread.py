@@ -9,16 +9,19 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
+import sqlite3
+import time
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from aidem._runtime.threads import Lock, SimpleQueue, thread_for
-from aidem.persistence.sqlite._records import Records
+from aidem.persistence.sqlite._file import is_locked, pause
+from aidem.persistence.sqlite._records import Records, WouldWriteError
 
 if TYPE_CHECKING:
     import asyncio
-    import sqlite3
     from collections.abc import Callable
 
+    from aidem._rules.record import DataRecord
     from aidem._runtime.cancellation import UncancellableFuture
     from aidem.persistence.sqlite._file import DatabaseFile
 
@@ -40,12 +43,17 @@ class Job(NamedTuple):
         writes: Whether it may change something.
         is_of_use_late: Whether it is done though nobody waits for it any more: an outcome is not to be lost, and a key
             to be given back, but nobody needs a claim by then.
+        on_locked: Makes the answer, from the record found, where an application's transaction has the write lock for
+            too long.
+        locked_until: When that is too long, in seconds of the monotonic clock.
     """
 
     future: UncancellableFuture[Any]
     operation: Callable[[Records], Any]
     writes: bool
     is_of_use_late: bool
+    on_locked: Callable[[DataRecord | None], Any]
+    locked_until: float
 
 
 class RecordThread:
@@ -98,7 +106,7 @@ class RecordThread:
 
     def _serve(self) -> None:
         while batch := self._next_batch():
-            _deliver(batch, self._answers(batch))
+            self._handle(batch)
         with self._in_use:
             self._disconnect()
         with gate:
@@ -117,29 +125,38 @@ class RecordThread:
             self.jobs.put(None)  # for the next time
         return batch
 
-    def _answers(self, batch: list[Job]) -> list[Any]:
+    def _handle(self, batch: list[Job]) -> None:
+        writes = any(job.writes for job in batch)
+        _deliver(batch, self._answers(batch, lambda cursor: self._patiently_begun(cursor, writes=writes)))
+
+    def _answers(self, batch: list[Job], begin: Callable[[sqlite3.Cursor], Records | None]) -> list[Any]:
+        """Answer all in the transaction that `begin` begins; nothing where it could not, as the file was locked."""
         with self._in_use:
             try:
-                return self._in_one_transaction(batch)
+                return self._in_one_transaction(batch, begin)
             except Exception as error:  # noqa: BLE001 - whatever it was, it is the answer to each of them
                 self._disconnect()  # which also rolls back
                 return [self._file.translated(error) for _ in batch]
 
-    def _in_one_transaction(self, batch: list[Job]) -> list[Any]:
-        writes = any(job.writes for job in batch)
+    def _in_one_transaction(self, batch: list[Job], begin: Callable[[sqlite3.Cursor], Records | None]) -> list[Any]:
         # Closed at once: after a COMMIT that failed, a cursor keeps the file open, though its connection is closed.
         with contextlib.closing(self._connected().cursor()) as cursor:
-            records = self._file.patiently(lambda: self._begin(cursor, writes=writes))
+            records = begin(cursor)
+            if records is None:
+                return []
             answers = [self._answer(job, records) for job in batch]
             records.finish()
-            cursor.execute("COMMIT")
+            self._file.patiently(lambda: cursor.execute("COMMIT"))  # without a log, readers can hold it up
         return answers
 
-    def _begin(self, cursor: sqlite3.Cursor, *, writes: bool) -> Records:
+    def _patiently_begun(self, cursor: sqlite3.Cursor, *, writes: bool) -> Records:
+        return self._file.patiently(lambda: self._begun(cursor, writes=writes))
+
+    def _begun(self, cursor: sqlite3.Cursor, *, writes: bool) -> Records:
         if cursor.connection.in_transaction:
             cursor.execute("ROLLBACK")  # BEGIN went well, and then the file was locked
         cursor.execute("BEGIN IMMEDIATE" if writes else "BEGIN")
-        return Records(cursor, now=self._clock())
+        return Records(cursor, self._file.tables, now=self._clock(), may_write=writes)
 
     def _answer(self, job: Job, records: Records) -> Any:
         if job.future.done() and not job.is_of_use_late:
@@ -147,6 +164,8 @@ class RecordThread:
         # No savepoint: an operation writes with a single statement, and SQLite takes back a statement that fails.
         try:
             return job.operation(records)
+        except WouldWriteError as refused:
+            return refused
         except Exception as error:
             if not records.in_transaction:
                 raise  # SQLite has taken back the whole transaction
@@ -163,6 +182,82 @@ class RecordThread:
         if self._connection is not None:
             self._connection.close()
             self._connection = None
+
+
+class ApplicationThread(RecordThread):
+    """Does the same in the database of an application, whose transactions can have the write lock for long.
+
+    What can be answered by reading is, replays above all: without the write lock, also while others wait for it.
+    """
+
+    def _handle(self, batch: list[Job]) -> None:
+        unread, waiting = batch, list[_Waiting]()
+        while True:
+            unread, waiting = self._read(unread, waiting)
+            if waiting:
+                waiting = self._write(waiting)
+            if not (unread or waiting):
+                return
+            pause()
+            unread += self._asked_meanwhile()
+
+    def _read(self, unread: list[Job], waiting: list[_Waiting]) -> tuple[list[Job], list[_Waiting]]:
+        """Answer what reading answers; return what cannot be read for now, and what waits for the write lock."""
+        if not unread:
+            return [], waiting
+        answers = self._answers(unread, lambda cursor: self._begun_unless_locked(cursor, writes=False))
+        if not answers:
+            late = [_Waiting(job, None) for job in unread]
+            return [job for job, _ in _without_late(late)], waiting
+        answered = list(zip(unread, answers, strict=True))
+        done = [(job, answer) for job, answer in answered if not isinstance(answer, WouldWriteError)]
+        _deliver([job for job, _ in done], [answer for _, answer in done])
+        needing = [_Waiting(job, answer.found) for job, answer in answered if isinstance(answer, WouldWriteError)]
+        return [], waiting + needing
+
+    def _write(self, waiting: list[_Waiting]) -> list[_Waiting]:
+        """Do what has to write; return what goes on waiting for the write lock."""
+        jobs = [job for job, _ in waiting]
+        answers = self._answers(jobs, lambda cursor: self._begun_unless_locked(cursor, writes=True))
+        if not answers:
+            return _without_late(waiting)
+        _deliver(jobs, answers)
+        return []
+
+    def _begun_unless_locked(self, cursor: sqlite3.Cursor, *, writes: bool) -> Records | None:
+        try:
+            return self._begun(cursor, writes=writes)
+        except sqlite3.OperationalError as error:
+            if is_locked(error):
+                return None
+            raise
+
+    def _asked_meanwhile(self) -> list[Job]:
+        jobs = list[Job]()
+        while not self.jobs.empty():
+            job = self.jobs.get()
+            if job is None:
+                self.jobs.put(None)  # the end, for when nothing waits any more
+                break
+            jobs.append(job)
+        return jobs
+
+
+class _Waiting(NamedTuple):
+    """An operation that waits for the write lock, and the record that it has found."""
+
+    job: Job
+    found: DataRecord | None
+
+
+def _without_late(waiting: list[_Waiting]) -> list[_Waiting]:
+    """Answer what has waited for too long; return the others."""
+    now = time.monotonic()
+    late = [one for one in waiting if one.job.locked_until <= now]
+    if not late:
+        return waiting
+    _deliver([job for job, _ in late], [job.on_locked(found) for job, found in late])
+    return [one for one in waiting if one.job.locked_until > now]
 
 
 def _deliver(batch: list[Job], answers: list[Any]) -> None:

@@ -11,11 +11,12 @@ from aidem.exceptions import (
     IdempotencyInvalidStatusError,
     IdempotencyPersistenceConfigError,
     IdempotencyResultUnavailableError,
+    IdempotencySerializationError,
 )
-from aidem.persistence import PersistenceLayer, open_persistence_layer
+from aidem.persistence import PersistenceLayer, SupportsCompletionItem, open_persistence_layer
 from aidem.persistence._stored import NOT_A_TEXT
 from aidem.persistence.dynamodb import DynamoDBPersistenceLayer
-from aidem.testing import FakeClock, PersistenceLayerConformance, claim_of, completed_of
+from aidem.testing import CompletionItemConformance, FakeClock, claim_of, completed_of
 from tests.support.aws_servers import EMULATORS, Database
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(60, func_only=True)]
@@ -38,11 +39,30 @@ OTHER_NAMES: dict[str, Any] = {
 NOW = 1_800_000_000.0
 
 
-class TestConformance(PersistenceLayerConformance):
+class SentItems(CompletionItemConformance):
+    """Sends items by AWS's own client."""
+
+    database: Database
+
+    async def send(self, layer: PersistenceLayer, item: dict[str, Any]) -> bool:
+        return sent(self.database, {"Update": item})
+
+
+def sent(database: Database, *items: dict[str, Any]) -> bool:
+    """Write several items in one request, or none of them."""
+    try:
+        database.client.transact_write_items(TransactItems=items)
+    except database.client.exceptions.TransactionCanceledException:
+        return False
+    return True
+
+
+class TestConformance(SentItems):
     adds_clock_skew = True
 
     @pytest.fixture(autouse=True)
-    def with_table(self, table: str) -> None:
+    def with_table(self, database: Database, table: str) -> None:
+        self.database = database
         self.table = table
 
     async def make_layer(self, clock: FakeClock) -> PersistenceLayer:
@@ -50,11 +70,12 @@ class TestConformance(PersistenceLayerConformance):
 
 
 @pytest.mark.parametrize("database", EMULATORS[-1:], indirect=True)
-class TestConformanceUnderACompositeKeyAndOtherNames(PersistenceLayerConformance):
+class TestConformanceUnderACompositeKeyAndOtherNames(SentItems):
     adds_clock_skew = True
 
     @pytest.fixture(autouse=True)
     def with_table(self, database: Database) -> None:
+        self.database = database
         self.table = database.create_table("partition", "key")
 
     async def make_layer(self, clock: FakeClock) -> PersistenceLayer:
@@ -340,3 +361,39 @@ async def test_a_result_too_large_for_an_item_is_not_a_second_run(
 def test_a_url_names_a_table(table: str) -> None:
     layer = open_persistence_layer(f"dynamodb://{table}")
     assert isinstance(layer, DynamoDBPersistenceLayer)
+
+
+# --- An outcome among the caller's own writes -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("is_lost", [False, True])
+async def test_an_outcome_and_the_callers_items_are_written_together_or_not_at_all(
+    layer: DynamoDBPersistenceLayer, database: Database, table: str, is_lost: bool
+) -> None:
+    payments = database.create_table()
+    record = await claimed(layer)
+    if is_lost:
+        await layer.forget("key")
+    assert isinstance(layer, SupportsCompletionItem)
+    completion = layer.completion_item(completed_of(record, now=NOW), now=NOW)
+    payment = {"Put": {"TableName": payments, "Item": {"id": {"S": "payment"}}}}
+    assert sent(database, payment, {"Update": completion}) != is_lost
+    assert len(database.items(payments)) == len(database.items(table)) == (0 if is_lost else 1)
+
+
+def test_an_outcome_that_is_too_large_for_an_item_is_refused_before_it_is_sent() -> None:
+    record = completed_of(claim_of("key", now=NOW), now=NOW, response_data="x" * (400 * 1024 + 1))
+    with pytest.raises(IdempotencySerializationError):
+        DynamoDBPersistenceLayer("table").completion_item(record, now=NOW)
+
+
+def test_a_request_that_fails_does_not_show_what_is_stored() -> None:
+    item = DynamoDBPersistenceLayer("table").completion_item(completed_of(claim_of("key", now=NOW), now=NOW), now=NOW)
+    assert set(item) == {
+        "TableName",
+        "Key",
+        "UpdateExpression",
+        "ConditionExpression",
+        "ExpressionAttributeNames",
+        "ExpressionAttributeValues",
+    }

@@ -12,7 +12,6 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,10 +24,9 @@ from aidem.exceptions import (
     IdempotencyPersistenceLayerError,
 )
 from aidem.persistence.redis import RedisPersistenceLayer
+from aidem.persistence.redis._deployment import servers_of_url
 from aidem.persistence.redis._line import COLLECTED_AT_MOST, IDLE_SECONDS
 from aidem.persistence.redis._listener import Listener
-from aidem.persistence.redis._server import Taker, _take_over
-from aidem.persistence.redis._urls import servers_of_url
 from aidem.testing import claim_of
 from tests.support.proxy import Proxy
 from tests.support.redis import (
@@ -542,18 +540,18 @@ async def test_closing_does_not_wait_for_a_connection_that_nobody_waits_for(prox
         await listening
 
 
-async def test_a_connection_that_ended_with_its_handshake_is_not_taken_over() -> None:
-    async def hang_up(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+async def test_a_connection_that_ended_with_its_handshake_is_not_used() -> None:
+    async def shake_hands_and_hang_up(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        greeting = await reader.read(65536)
+        writer.write(b"+OK\r\n" * greeting.count(b"SETINFO"))
         writer.close()
 
-    async with await asyncio.start_server(hang_up, "127.0.0.1", 0) as server:
-        reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
-        assert await reader.read() == b""
-        connection = SimpleNamespace(_reader=reader, _writer=writer)
-        with pytest.raises(ConnectionResetError):
-            _take_over(connection, Taker())
-        writer.close()
-        await writer.wait_closed()
+    async with await asyncio.start_server(shake_hands_and_hang_up, "127.0.0.1", 0) as server:
+        layer = RedisPersistenceLayer(f"redis://127.0.0.1:{server.sockets[0].getsockname()[1]}")
+        with pytest.raises(IdempotencyPersistenceConnectionError, match="cannot be reached") as failed:
+            await layer.get("key")
+        assert failed.value.may_be_applied is False  # the command was not sent
+        await layer.aclose()
 
 
 async def test_closing_waits_for_a_connection_that_is_being_made(server: RedisServer) -> None:
@@ -696,6 +694,80 @@ async def test_waiting_ends_after_its_time_and_listens_on_for_a_while(
     started_at = time.monotonic()
     await layer.wait_for_change("key", 0.2)  # what was told is told once
     assert time.monotonic() - started_at > 0.15
+
+
+async def test_none_of_many_waiters_misses_the_end_of_its_call(
+    layer: RedisPersistenceLayer, server: RedisServer, client: Any
+) -> None:
+    async with RedisPersistenceLayer(f"{server.url}?client_name=waiters") as elsewhere:
+        for turn in range(4):
+            records = [await claimed(layer, f"key {turn} {number}") for number in range(100)]
+            names = [f"aidem:changed:{record.idempotency_key}" for record in records]
+            waiters = [asyncio.ensure_future(elsewhere.wait_for_change(r.idempotency_key, 50)) for r in records]
+
+            async def are_subscribed(names: list[str] = names) -> bool:
+                return set(names) <= set(await client.pubsub_channels())
+
+            await until(are_subscribed)
+            assert not any(waiter.done() for waiter in waiters)
+            await asyncio.gather(*(completed(layer, record) for record in records))
+            await asyncio.wait_for(asyncio.gather(*waiters), 20)
+        assert await connections_of(client, "waiters") == 2
+
+
+async def test_who_listens_again_after_the_connection_was_lost_is_told(server: RedisServer, client: Any) -> None:
+    listener = listener_of(f"{server.url}?client_name=lost", linger_seconds=10)
+    waiting = [asyncio.ensure_future(listener.wait(name, timeout_seconds=50)) for name in ("first", "second")]
+    await until_channels(client, "first", "second")
+    await client.client_kill_filter(_type="pubsub")
+    errors = await asyncio.wait_for(asyncio.gather(*waiting, return_exceptions=True), 20)
+    assert [type(error) for error in errors] == [IdempotencyPersistenceConnectionError] * 2
+    assert errors[0] is not errors[1]
+    assert str(errors[0]) == "the connection to Redis was lost"
+    again = asyncio.ensure_future(listener.wait("second", timeout_seconds=50))
+    await until_channels(client, "second")
+    await client.publish("second", "")
+    await asyncio.wait_for(again, 20)
+    await listener.abort()
+
+
+FORKING_WHILE_LISTENING = """
+import asyncio, os, sys
+from redis import Redis
+from aidem.persistence.redis import RedisPersistenceLayer
+
+url = sys.argv[1]
+layer = RedisPersistenceLayer(url)
+loop = asyncio.new_event_loop()
+waiting = loop.create_task(layer.wait_for_change("key", 30))
+with Redis.from_url(url) as client:
+    while not client.pubsub_channels():
+        loop.run_until_complete(asyncio.sleep(0.01))
+child = os.fork()
+if child == 0:
+    asyncio.run(layer.wait_for_change("key", 0.1))
+    sys.exit(0)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+print(waiting.done())
+with Redis.from_url(url) as client:
+    print(client.publish("aidem:changed:key", ""))
+loop.run_until_complete(asyncio.wait_for(waiting, 20))
+loop.run_until_complete(layer.aclose())
+loop.close()
+"""
+
+
+def test_a_parent_goes_on_listening_when_its_forked_child_has_ended() -> None:
+    with started("valkey") as server:
+        worker = subprocess.run(
+            [sys.executable, "-W", "error", "-Wignore::DeprecationWarning", "-c", FORKING_WHILE_LISTENING, server.url],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=50,
+        )
+    assert worker.stdout.split() == ["0", "False", "1"], worker.stderr
+    assert worker.stderr == ""
 
 
 def listener_of(url: str, *, linger_seconds: float) -> Listener:

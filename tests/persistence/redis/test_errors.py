@@ -14,7 +14,7 @@ from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import ConstantBackoff
 
-from aidem import idempotent_function
+from aidem import IdempotencyConfig, idempotent_function
 from aidem.exceptions import (
     IdempotencyPersistenceConfigError,
     IdempotencyPersistenceConnectionError,
@@ -205,14 +205,16 @@ async def test_opening_ends_at_once_when_it_is_cancelled(fake: FakeServer) -> No
     await layer._connections.here().abort()
 
 
-async def test_a_server_that_refuses_to_be_listened_to_is_not_asked_again(
-    fake: FakeServer, layer: RedisPersistenceLayer
+async def test_a_server_that_refuses_to_be_listened_to_is_not_asked_again_and_that_is_logged_once(
+    fake: FakeServer, layer: RedisPersistenceLayer, caplog: pytest.LogCaptureFixture
 ) -> None:
     fake.answer = lambda _command: b"-NOPERM this user has no permissions to access one of the channels\r\n"
     for _ in range(2):
         with pytest.raises(IdempotencyPersistenceConfigError, match="NOPERM"):
             await layer.wait_for_change("key", 20)
     assert [command[0] for command in fake.commands].count(b"SUBSCRIBE") == 1
+    (warning,) = [record.getMessage() for record in caplog.records if record.name == "aidem"]
+    assert warning.startswith("Redis: callers that wait are not woken, and ask again after a while instead: Redis ")
 
 
 async def test_a_server_that_cannot_be_listened_to_just_now_is_asked_again(
@@ -234,7 +236,7 @@ async def test_a_listener_whose_connection_breaks_is_told_so(fake: FakeServer, l
 async def test_a_client_that_would_try_again_and_again_does_not_keep_an_error_back(vacant_port: int) -> None:
     client = Redis(port=vacant_port, retry=Retry(ConstantBackoff(60), 5))
     layer = RedisPersistenceLayer(client=client, timeout_seconds=50)
-    with pytest.raises(IdempotencyPersistenceConnectionError, match=r"cannot be reached \(ConnectionError\)"):
+    with pytest.raises(IdempotencyPersistenceConnectionError, match=r"cannot be reached \(ConnectionRefusedError\)"):
         await asyncio.wait_for(layer.get("key"), 20)
     await layer.aclose()
     await client.aclose()
@@ -413,6 +415,36 @@ async def test_a_database_that_is_not_there_is_refused() -> None:
         layer = RedisPersistenceLayer(f"redis://127.0.0.1:{server.port}/99")
         with pytest.raises(IdempotencyPersistenceConfigError, match="db_index"):
             await layer.open()
+
+
+async def test_a_caller_whose_user_may_not_listen_asks_again_until_the_owner_is_done(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with started("valkey", "--user", "deaf", "on", f">{PASSWORD}", "~*", "resetchannels", "+@all") as server:
+        url = f"redis://deaf:{PASSWORD}@127.0.0.1:{server.port}"
+        entered, leave = asyncio.Event(), asyncio.Event()
+
+        async def charge(order: int) -> int:
+            entered.set()
+            await leave.wait()
+            return order
+
+        async with RedisPersistenceLayer(url) as layer, RedisPersistenceLayer(url) as elsewhere:
+            options: dict[str, Any] = {"config": IdempotencyConfig(wait_timeout_seconds=20), "key_prefix": "charge"}
+            here: Any = idempotent_function(persistence_store=layer, **options)(charge)
+            there: Any = idempotent_function(persistence_store=elsewhere, **options)(charge)
+            owner = asyncio.ensure_future(here(order=1))
+            await entered.wait()
+            caplog.clear()
+            waiters = [asyncio.ensure_future(there(order=1)) for _ in range(3)]
+
+            async def is_told() -> bool:
+                return any("not woken" in record.getMessage() for record in caplog.records)
+
+            await until(is_told)
+            leave.set()
+            assert list(await asyncio.wait_for(asyncio.gather(owner, *waiters), 20)) == [1] * 4
+        assert len([record for record in caplog.records if "not woken" in record.getMessage()]) == 1
 
 
 # --- Servers in trouble ---------------------------------------------------------------------------------------------

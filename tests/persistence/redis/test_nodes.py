@@ -176,6 +176,15 @@ async def test_opening_fails_at_once_where_a_node_is_gone(nodes: tuple[FakeNode,
     await layer.aclose()
 
 
+async def test_what_a_node_is_asked_of_itself_is_asked_of_no_other(
+    nodes: tuple[FakeNode, FakeNode], layer: RedisPersistenceLayer
+) -> None:
+    nodes[0].refers_to(nodes[1], "MOVED")
+    with pytest.raises(IdempotencyPersistenceConnectionError, match="MOVED"):
+        await layer.open()
+    assert (nodes[0].sent(), nodes[1].sent()) == ([b"INFO"], [])
+
+
 async def test_a_node_that_is_gone_is_waited_for_and_then_said_to_be_gone(
     nodes: tuple[FakeNode, FakeNode], vacant_port: int
 ) -> None:

@@ -611,12 +611,11 @@ def test_what_redis_knows_in_a_url_is_taken(url: str) -> None:
     RedisPersistenceLayer(url)
 
 
-async def test_a_client_that_leads_to_no_server_is_refused_and_the_memory_layer_named() -> None:
-    layer = RedisPersistenceLayer(client=FakeAsyncRedis())
+def test_a_client_that_leads_to_no_server_is_refused_at_once_and_the_memory_layer_named() -> None:
     with pytest.raises(
         IdempotencyPersistenceConfigError, match=r"fakeredis\..*Connection, .*MemoryPersistenceLayer\(\)"
     ):
-        await layer.get("key")
+        RedisPersistenceLayer(client=FakeAsyncRedis())
 
 
 def test_what_is_set_on_a_layer_by_mistake_is_refused(server: RedisServer) -> None:

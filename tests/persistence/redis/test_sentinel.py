@@ -20,8 +20,8 @@ from redis.backoff import NoBackoff
 from aidem.exceptions import IdempotencyPersistenceConfigError, IdempotencyPersistenceConnectionError
 from aidem.persistence import PersistenceLayer, open_persistence_layer
 from aidem.persistence.redis import RedisPersistenceLayer
-from aidem.persistence.redis._command import pack
-from aidem.persistence.redis._urls import sentinels_of_url
+from aidem.persistence.redis._deployment import sentinels_of_url
+from aidem.persistence.redis._wire import pack
 from aidem.testing import FakeClock, PersistenceLayerConformance
 from tests.support.redis import FORKING, FakeServer, claimed, completed, fake_server, no_complaints, until
 from tests.support.redis_clusters import SERVICE, Watched, told, watched

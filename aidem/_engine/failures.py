@@ -1,23 +1,16 @@
-"""An operation of a persistence layer: settled though its caller is cancelled, its errors wrapped."""
+"""What the error of a persistence layer means: which error of aidem it is, and whether the store may have acted."""
 
 from __future__ import annotations
 
 import errno
 import socket
-from typing import TYPE_CHECKING, Final, NoReturn, TypeVar
+from typing import Final
 
-from aidem._runtime.cancellation import CancellationShield, Immediate
 from aidem.exceptions import (
     IdempotencyPersistenceConfigError,
     IdempotencyPersistenceConnectionError,
     IdempotencyPersistenceLayerError,
-    IdempotencySerializationError,
 )
-
-if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
-
-T = TypeVar("T")
 
 NOTHING_RUN: Final = "the function was not run"
 RUNNING: Final = "the function is running"
@@ -41,64 +34,7 @@ _NO_NETWORK: Final = frozenset(
 )
 
 
-def ask(
-    start: Callable[[], Awaitable[T]],
-    *,
-    shield: CancellationShield,
-    key: str,
-    effect: str,
-    within_seconds: float | None = None,
-) -> Awaitable[T]:
-    """Ask the layer once.
-
-    Args:
-        start: Starts the operation.
-        shield: Settles it.
-        key: The idempotency key, for the error.
-        effect: What an error says of the function.
-        within_seconds: How long it may take; None: until the deadline of `shield`.
-
-    Raises:
-        IdempotencyPersistenceLayerError: It failed.
-        IdempotencySerializationError: The layer cannot hold the record.
-    """
-    operation = started(start)
-    if isinstance(operation, Immediate):
-        return operation  # there is nothing to wait for, and no coroutine to pay for
-    return settled(operation, shield, key, effect, within_seconds)
-
-
-def started(start: Callable[[], Awaitable[T]]) -> Awaitable[T]:
-    """Start an operation; what fails at once fails as what fails later."""
-    try:
-        return start()
-    except Exception as error:  # noqa: BLE001 - it is raised where the operation is awaited
-        return _raised(error)
-
-
-async def _raised(error: Exception) -> NoReturn:
-    raise error
-
-
-async def settled(
-    operation: Awaitable[T],
-    shield: CancellationShield,
-    key: str,
-    effect: str,
-    within_seconds: float | None,
-    *,
-    tries: int = 1,
-) -> T:
-    """Wait for an operation that was started, as `ask` does; `tries` is how often it was, for the error."""
-    try:
-        return await shield.settle(operation, within_seconds=within_seconds)
-    except Exception as error:
-        if isinstance(error, IdempotencySerializationError) and effect == EFFECT_HAPPENED:
-            raise  # the result does not fit; elsewhere it would be a fault of the layer
-        raise _failure(error, key, effect, tries) from error
-
-
-def _failure(error: Exception, key: str, effect: str, tries: int) -> IdempotencyPersistenceLayerError:
+def failure_of(error: Exception, key: str, effect: str, tries: int) -> IdempotencyPersistenceLayerError:
     """Return the error of a layer as one of ours."""
     kind = IdempotencyPersistenceLayerError
     if isinstance(error, IdempotencyPersistenceConfigError):
