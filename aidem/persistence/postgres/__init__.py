@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, Final, Protocol, Self, TypeVar, cast
 from aidem._distribution import how_to_install
 from aidem._rules import lifecycle
 from aidem._rules.lifecycle import Blocked, Claimed, Completion
-from aidem._rules.record import RecordStatus
 from aidem.exceptions import (
     IdempotencyHeldByTransactionError,
     IdempotencyPersistenceConfigError,
@@ -367,9 +366,9 @@ def _claim_answer(record: DataRecord, reply: Reply) -> MaybeAgain[Claimed | Bloc
     answer = lifecycle.acquire(found, record, now=now)
     if isinstance(answer, Blocked) or answer.record is found:
         return answer
-    # It is to be had, and cannot be locked. A transaction that holds a claim is about to complete it, so it counts as
-    # running, though it may have lapsed or expired.
-    return Blocked(found, now) if reply.is_held and found.status is RecordStatus.INPROGRESS else AGAIN
+    # It is to be had, and cannot be locked.
+    held = lifecycle.acquire_held(found) if reply.is_held else None
+    return AGAIN if held is None else held._replace(now=now)
 
 
 def _is_locked(found: DataRecord | None, record: DataRecord, reply: Reply) -> bool:
@@ -381,5 +380,6 @@ def _is_locked(found: DataRecord | None, record: DataRecord, reply: Reply) -> bo
     if not lifecycle.is_held_by(found, record.owner):
         return False
     if reply.is_held:
-        raise IdempotencyHeldByTransactionError(key=record.idempotency_key, record=found)
+        message = f"an open transaction holds the record of idempotency key {record.idempotency_key!r}"
+        raise IdempotencyHeldByTransactionError(message, record=found)
     return True

@@ -75,6 +75,11 @@ def is_already_there(error: BaseException) -> bool:
     return state_of(error) in {"23505", "42P07"}
 
 
+def ends_session(error: BaseException) -> bool:
+    """Whether the server has ended the session, or its connection broke."""
+    return state_of(error).startswith(("08", "57P"))
+
+
 def spoils_connection(error: BaseException) -> bool:
     """Whether a connection is of no use any more: the driver has failed, or a prepared statement is gone."""
     return state_of(error) in {"", "0A000", "26000"} and not isinstance(error, IdempotencyError)

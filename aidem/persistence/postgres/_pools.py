@@ -156,9 +156,14 @@ def _is_a(value: object, module: str, name: str) -> bool:
 
 @contextlib.asynccontextmanager
 async def _of_engine(engine: Any) -> AsyncGenerator[Any]:
-    """Lend the driver's own connection, on which SQLAlchemy begins no transaction."""
+    """Lend the driver's own connection, on which SQLAlchemy begins no transaction, nor sees that it has failed."""
     async with engine.connect() as connection:
-        yield (await connection.get_raw_connection()).driver_connection
+        try:
+            yield (await connection.get_raw_connection()).driver_connection
+        except Exception as error:
+            if _errors.spoils_connection(error) or _errors.ends_session(error):
+                await connection.invalidate()
+            raise
 
 
 async def _fetch_by_asyncpg(connection: Any, text: str, arguments: tuple[Any, ...]) -> Rows:
@@ -168,16 +173,16 @@ async def _fetch_by_asyncpg(connection: Any, text: str, arguments: tuple[Any, ..
 
 async def _fetch_by_psycopg(connection: Any, text: str, arguments: tuple[Any, ...]) -> Rows:
     """Execute outside of a transaction: that takes one round trip in place of three."""
-    from psycopg import AsyncRawCursor
+    import psycopg
     from psycopg.rows import tuple_row
 
     was_autocommit = connection.autocommit
     await connection.set_autocommit(True)
     try:
-        async with AsyncRawCursor(connection, row_factory=tuple_row) as cursor:
-            await cursor.execute(text, arguments)
+        async with psycopg.AsyncRawCursor(connection, row_factory=tuple_row) as cursor:
+            await cursor.execute(text.encode(), arguments)
             rows: Rows = await cursor.fetchall() if cursor.description else ()
     finally:
-        if not connection.closed:
+        with contextlib.suppress(psycopg.Error):  # it is broken, and whoever lent it will notice
             await connection.set_autocommit(was_autocommit)
     return rows

@@ -270,12 +270,12 @@ def test_an_outcome_is_stored_though_the_loop_ends_meanwhile(server: PostgresSer
 
 
 FORKING = """
-import asyncio, gc, os, sys
-from aidem.persistence import _by_loop
+import asyncio, os, sys
 from aidem.persistence.postgres import PostgresPersistenceLayer
 from tests.support.postgres import acquired
 
 layer = PostgresPersistenceLayer(sys.argv[1])
+layer._next_purge_at = float("inf")  # nothing is under way during a fork
 loop = asyncio.new_event_loop()
 loop.run_until_complete(acquired(layer, "parent"))
 source = layer._sources._by_loop[loop][0]
@@ -283,9 +283,8 @@ pids = {connection.driver.get_server_pid() for connection in source._open}
 for number in range(3):
     child = os.fork()
     if child == 0:
-        _by_loop._inherited.clear()
-        source = None
-        gc.collect()  # finalizes the connection of the parent, as the end of the interpreter does
+        for connection in source._open:
+            connection.driver.__del__()  # as the end of an interpreter may do
         answers = asyncio.run(asyncio.wait_for(acquired(layer, f"child {number}", "child"), 20))
         print(type(answers).__name__, flush=True)
         sys.exit(0)
