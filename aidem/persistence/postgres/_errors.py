@@ -138,7 +138,8 @@ def lacks_rights(table: Table) -> IdempotencyPersistenceConfigError:
     """Return the error for a user that may not use the table."""
     return IdempotencyPersistenceConfigError(
         f"PostgreSQL denies this user the table {table.name!r}; let its owner run "
-        f"GRANT SELECT, INSERT, UPDATE, DELETE ON {table.quoted} TO ..., and GRANT USAGE on its schema"
+        f"GRANT SELECT, INSERT, UPDATE, DELETE ON {table.quoted} TO ..., and GRANT USAGE on its schema, or CREATE for "
+        "create_table()"
     )
 
 

@@ -28,7 +28,6 @@ class OnServer(PersistenceLayerConformance):
 
     pytestmark: ClassVar = [*PersistenceLayerConformance.pytestmark, pytest.mark.server]
     url: ClassVar[str]
-    options: ClassVar[dict[str, Any]] = {}
 
     @pytest.fixture(scope="class", autouse=True)
     @classmethod
@@ -36,15 +35,11 @@ class OnServer(PersistenceLayerConformance):
         cls.url = server.url
 
     async def make_layer(self, clock: FakeClock) -> PersistenceLayer:
-        return PostgresPersistenceLayer(self.url, clock=clock, **self.options)
+        return PostgresPersistenceLayer(self.url, clock=clock)
 
 
 class TestStraight(OnServer):
     pass
-
-
-class TestOneConnection(OnServer):
-    options: ClassVar = {"max_connections": 1, "prepared_statements": False}
 
 
 class TestPgBouncer(OnServer):
@@ -88,7 +83,7 @@ class TestServerClock(InDatabase):
 
     async def make_layer(self, clock: FakeClock) -> PersistenceLayer:
         await self.advance(clock, 0)
-        return PostgresPersistenceLayer(self.url)
+        return PostgresPersistenceLayer(self.url, max_connections=1)
 
     async def advance(self, clock: FakeClock, seconds: float) -> None:
         clock.advance(seconds)

@@ -183,6 +183,8 @@ async def test_rights_that_are_missing_are_named(make_layer: MakeLayer, empty: A
     await make_layer().create_table()
     await empty.execute("DROP ROLE IF EXISTS reader")
     await empty.execute("CREATE ROLE reader LOGIN")
+    with pytest.raises(IdempotencyPersistenceConfigError, match=r"or CREATE for create_table\(\)"):
+        await make_layer(url.replace("aidem@", "reader@"), table="another").create_table()
     await empty.execute("GRANT SELECT, INSERT, UPDATE ON aidem_records TO reader")
     reader = make_layer(url.replace("aidem@", "reader@"))
     with pytest.raises(
