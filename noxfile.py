@@ -44,6 +44,8 @@ SAME_EVERYWHERE = [
     "tests/http/test_generated_client.py",
     "tests/http/test_schemathesis.py",
     "tests/migration",
+    "tests/simulation/test_simulation.py::test_a_broken_promise_is_noticed",
+    "tests/simulation/test_simulation.py::test_no_rule_is_broken_in_many_more_runs",
     "tests/stateful",
     "tests/test_benchmarks.py",
     "tests/test_docs.py",
@@ -89,6 +91,8 @@ def _is_present(version: str) -> bool:
 
 
 os.environ.setdefault("UV_SYSTEM_CERTS", "1")  # uv then trusts what pip trusts
+# Tests start hundreds of interpreters, and each of them would compile everything that it imports.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 _reveal_pyenv_versions()
 PROJECT = nox.project.load_toml("pyproject.toml")
 PRESENT = [version for version in sorted({*SUPPORTED, MAIN}) if _is_present(version)]
@@ -99,16 +103,20 @@ def _install(session: nox.Session, *groups: str) -> None:
 
 
 def _side_by_side(session: nox.Session, *arguments: str) -> list[str]:
-    """Return a command of pytest that shares out files between processes, as many as there are cores."""
+    """Return a command of pytest that shares out files between processes, those first that take longest.
+
+    There are two for each core: a test waits for processes and servers half of its time.
+    """
     # Names of test cases hold sets, so all processes need one seed; it is printed, for who wants to set it again.
     seed = os.environ.get("PYTHONHASHSEED", str(secrets.randbelow(2**32)))
     session.log(f"PYTHONHASHSEED={seed}")
     session.env["PYTHONHASHSEED"] = seed
-    return ["pytest", "-n", "auto", "--maxprocesses", "8", "--dist", "loadfile", *arguments, *session.posargs]
+    side_by_side = ["-n", str(min(2 * (os.cpu_count() or 1), 8)), "--dist", "loadfile", "--no-loadscope-reorder"]
+    return ["pytest", *side_by_side, *arguments, *session.posargs]
 
 
-def _without(paths: list[str]) -> list[str]:
-    return ["-m", "not server", *(f"--ignore={path}" for path in paths)]
+def _without(tests: list[str]) -> list[str]:
+    return ["-m", "not server", *(f"--deselect={test}" if "::" in test else f"--ignore={test}" for test in tests)]
 
 
 @nox.session

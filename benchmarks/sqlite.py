@@ -25,9 +25,10 @@ if TYPE_CHECKING:
     from benchmarks._rows import Row
 
 AIOSQLITE, BARE, THOUSAND = "aiosqlite", "sqlite3, blocking", "a thousand records"
+SCHEMA = tuple(statement for step in _records.Tables("").schema_steps for statement in step)
 DURABLE = ("PRAGMA journal_mode = WAL", "PRAGMA synchronous = FULL")
 
-INSERT = "INSERT INTO records VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+INSERT = "INSERT INTO records VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, NULL)"
 UPDATE = "UPDATE records SET status = ?, data = ?, expiration = ? WHERE id = ? AND owner = ?"
 SELECT = "SELECT status, data FROM records WHERE id = ?"
 OWNER = "0123456789abcdef0123456789abcdef"
@@ -80,7 +81,7 @@ async def _ours(path: Path, stack: AsyncExitStack) -> Call:
 
 async def _aiosqlite(path: Path, stack: AsyncExitStack) -> Call:
     connection = await stack.enter_async_context(aiosqlite.connect(path, isolation_level=None))
-    for statement in (*DURABLE, *_records.SCHEMA):
+    for statement in (*DURABLE, *SCHEMA):
         await connection.execute(statement)
 
     async def pay(order: str) -> None:
@@ -99,7 +100,7 @@ async def _aiosqlite(path: Path, stack: AsyncExitStack) -> Call:
 def _bare(path: Path, cleanup: ExitStack) -> Callable[[str], None]:
     connection = sqlite3.connect(path, isolation_level=None)
     cleanup.callback(connection.close)
-    for statement in (*DURABLE, *_records.SCHEMA):
+    for statement in (*DURABLE, *SCHEMA):
         connection.execute(statement)
 
     def pay(order: str) -> None:

@@ -201,6 +201,47 @@ def renewed(found: DataRecord | None, record: DataRecord) -> DataRecord | None:
     )
 
 
+def taken_over(
+    stored: DataRecord | None,
+    found: DataRecord,
+    proposed: DataRecord,
+    *,
+    now: float,
+    proposed_at: float | None = None,
+    max_clock_skew_seconds: float = 0.0,
+    force: bool = False,
+    last_fence: int = 0,
+) -> DataRecord | None:
+    """Return what is stored after the claim `found` was taken over to resolve it; None: nothing changes.
+
+    Unlike `acquire` this takes over one claim and no other, and also one that must not be taken over to run again: so
+    a request that arrives late, when that claim is gone, takes nothing.
+
+    Args:
+        stored: The record in the store.
+        found: The claim that is to be taken over, as it was read before; its owner and its fence name it.
+        proposed: The claim to store in its place; its fence is set here.
+        now: Epoch seconds.
+        proposed_at: See `acquire`.
+        max_clock_skew_seconds: Added to the lease.
+        force: Whether to take over a claim whose lease has not passed.
+        last_fence: See `acquire`.
+    """
+    if stored is None or stored.status is not RecordStatus.INPROGRESS or is_expired(stored, now=now):
+        return None
+    if is_held_by(stored, proposed.owner):
+        return stored  # our own write, whose reply was lost
+    if (stored.owner, stored.fence) != (found.owner, found.fence):
+        return None
+    end = lease_end(stored)
+    has_passed = end is not None and end < milliseconds(now - max_clock_skew_seconds)
+    if not (has_passed or force):
+        return None
+    if proposed_at is not None:
+        proposed = shifted(proposed, seconds=now - proposed_at)
+    return _fenced(proposed, stored, now=now, last_fence=last_fence)
+
+
 def _fenced(proposed: DataRecord, found: DataRecord | None, *, now: float, last_fence: int) -> DataRecord:
     fence = milliseconds(now)
     if found is not None:
@@ -215,6 +256,7 @@ def _fenced(proposed: DataRecord, found: DataRecord | None, *, now: float, last_
         sort_key=proposed.sort_key,
         owner=proposed.owner,
         fence=max(fence, last_fence + 1),
+        note=proposed.note,
     )
 
 
@@ -307,6 +349,7 @@ def completed(
         sort_key=claimed.sort_key,
         owner=claimed.owner,
         fence=claimed.fence,
+        note=claimed.note,
     )
 
 

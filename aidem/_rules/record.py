@@ -42,6 +42,7 @@ class DataRecord(NamedTuple):
         sort_key: The sort key of a composite key, where the store has one.
         owner: Random token of the claim; None: written by another library.
         fence: Grows with every new claim of the key; 0: written by another library.
+        note: Text for operators, made from the payload and stored in clear; None: there is none.
     """
 
     # A tuple, since a call makes three: a frozen dataclass takes three times as long.
@@ -56,6 +57,7 @@ class DataRecord(NamedTuple):
     sort_key: str | None = None
     owner: str | None = None
     fence: int = 0
+    note: str | None = None
 
     @property
     def is_expired(self) -> bool:

@@ -5,7 +5,7 @@ A layer stores and compares. It never decides, sleeps, retries or hashes: that i
 
 from __future__ import annotations
 
-from collections.abc import Awaitable  # noqa: TC003 - a user's tools resolve the protocol's annotations
+from collections.abc import AsyncIterator, Awaitable  # noqa: TC003 - a user's tools resolve the protocol's annotations
 from typing import TYPE_CHECKING, Any, Final, Protocol, Self, cast, runtime_checkable
 
 from aidem._rules.lifecycle import Blocked, Claimed
@@ -16,7 +16,7 @@ from aidem.exceptions import IdempotencyPersistenceConfigError
 if TYPE_CHECKING:
     from types import TracebackType
 
-    from aidem._rules.record import DataRecord
+    from aidem._rules.record import DataRecord, RecordStatus
 
 __all__ = [
     "Blocked",
@@ -26,6 +26,9 @@ __all__ = [
     "PersistenceLayer",
     "SupportsCompletionInTransaction",
     "SupportsCompletionItem",
+    "SupportsPurge",
+    "SupportsScan",
+    "SupportsTakeOver",
     "SupportsWaitForChange",
     "UncancellableFuture",
     "open_persistence_layer",
@@ -165,6 +168,34 @@ class SupportsWaitForChange(Protocol):
 
 
 @runtime_checkable
+class SupportsTakeOver(Protocol):
+    """A layer that can take a claim over to resolve it; prove yours with `aidem.testing.TakeOverConformance`."""
+
+    def take_over(
+        self,
+        found: DataRecord,
+        record: DataRecord,
+        *,
+        now: float,
+        max_clock_skew_seconds: float = 0.0,
+        force: bool = False,
+    ) -> Awaitable[DataRecord | None]:
+        """Store `record`, an INPROGRESS record, in the place of the claim `found`, in one atomic step.
+
+        Done only while the stored record is INPROGRESS, has not expired, has the owner and the fence of `found`, also
+        where these are None and 0, and its lease has passed: the lease ends at `in_progress_expiry_timestamp`, without
+        that at `lease_expiry_timestamp`. So a claim that must not be taken over by `acquire` can be taken over here,
+        one that was given up at once, and one without a lease never. With `force` the lease does not count.
+
+        The answer is the record as stored, with the fence found plus one; nothing else of the claim found is left. A
+        record that is already ours is answered as found: the reply to an earlier try was lost. Everything else is
+        None, and nothing changes. Layers that judge by their callers' clocks add `max_clock_skew_seconds` to the lease.
+        A claim that an open transaction holds is not taken over, with `force` neither.
+        """
+        ...
+
+
+@runtime_checkable
 class SupportsCompletionInTransaction(Protocol):
     """A layer that can store an outcome in a transaction of the caller's, on the database that holds the records.
 
@@ -214,6 +245,35 @@ class SupportsCompletionItem(Protocol):
         The whole request must fail where that claim is not there. Nothing is sent. For DynamoDB it is the value of
         `Update` in `TransactItems`, as the low-level client takes it.
         """
+        ...
+
+
+@runtime_checkable
+class SupportsScan(Protocol):
+    """A layer that can list its records, for operators; prove yours with `aidem.testing.ScanConformance`."""
+
+    def scan(
+        self, *, prefix: str = "", status: RecordStatus | None = None, limit: int | None = None
+    ) -> AsyncIterator[DataRecord]:
+        """Iterate over the records as they are stored now, expired or not, each once, in any order.
+
+        Records that come or go meanwhile may be missed. It reads a small page at a time, so that calls of the service
+        go on in between, and skips what it cannot read and what is no record of aidem or AWS Powertools.
+
+        Args:
+            prefix: What the idempotency key begins with, character by character.
+            status: `INPROGRESS` or `COMPLETED`, as stored. Default: either.
+            limit: How many records at most. Default: all.
+        """
+        ...
+
+
+@runtime_checkable
+class SupportsPurge(Protocol):
+    """A layer that removes expired records on demand; prove yours with `aidem.testing.PurgeConformance`."""
+
+    def purge(self) -> Awaitable[int]:
+        """Remove all records that have expired, a few at a time; return how many."""
         ...
 
 

@@ -10,11 +10,12 @@ from aidem._runtime.cancellation import Immediate
 from aidem._runtime.clock import wall_clock
 from aidem._runtime.fork import ForkSafeLock
 from aidem.persistence._context import OpenedByAsyncWith
+from aidem.persistence._scan import selected
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import AsyncGenerator, Callable
 
-    from aidem._rules.record import DataRecord
+    from aidem._rules.record import DataRecord, RecordStatus
 
 SWEEP_EVERY: Final = 64
 """After how many claims that were asked for some records are checked for expiry."""
@@ -63,6 +64,28 @@ class MemoryPersistenceLayer(OpenedByAsyncWith):
                 self._sweep(own_now)
         return Immediate(answer)
 
+    def take_over(
+        self,
+        found: DataRecord,
+        record: DataRecord,
+        *,
+        now: float,
+        max_clock_skew_seconds: float = 0.0,  # noqa: ARG002 - there is only one clock
+        force: bool = False,
+    ) -> Immediate[DataRecord | None]:
+        """Take one claim over."""
+        key = record.idempotency_key
+        with self._guard.lock:
+            own_now = self.clock()
+            stored = self._records.get(key)
+            answer = lifecycle.taken_over(
+                stored, found, record, now=own_now, proposed_at=now, force=force, last_fence=self._last_fence
+            )
+            if answer is not None:
+                self._records[key] = answer
+                self._last_fence = max(self._last_fence, answer.fence)
+        return Immediate(answer)
+
     def complete(self, record: DataRecord, *, now: float) -> Immediate[bool]:
         """Store the outcome."""
         key = record.idempotency_key
@@ -103,11 +126,31 @@ class MemoryPersistenceLayer(OpenedByAsyncWith):
             self._records.pop(key, None)
         return Immediate(None)
 
+    def scan(
+        self, *, prefix: str = "", status: RecordStatus | None = None, limit: int | None = None
+    ) -> AsyncGenerator[DataRecord]:
+        """Iterate over the records of this moment."""
+        return selected(self._page(prefix), status=status, limit=limit)
+
+    def purge(self) -> Immediate[int]:
+        """Remove all records that have expired."""
+        with self._guard.lock:
+            now = self.clock()
+            expired = [key for key, record in self._records.items() if lifecycle.is_expired(record, now=now)]
+            for key in expired:
+                del self._records[key]
+        return Immediate(len(expired))
+
     async def open(self) -> None:
         """Do nothing: there is nothing to connect to."""
 
     async def aclose(self) -> None:
         """Do nothing: the records stay."""
+
+    async def _page(self, prefix: str) -> AsyncGenerator[list[DataRecord]]:
+        with self._guard.lock:
+            page = [record for key, record in self._records.items() if key.startswith(prefix)]
+        yield page
 
     def _sweep(self, now: float) -> None:
         """Drop what has expired among the next few records, the oldest first, in turn."""

@@ -8,6 +8,8 @@ except ImportError as error:
     raise ImportError("aidem.testing needs pytest: pip install pytest") from error
 from aidem.testing._clock import FakeClock
 from aidem.testing._conformance import PersistenceLayerConformance
+from aidem.testing._scan import PurgeConformance, ScanConformance
+from aidem.testing._take_over import TakeOverConformance
 from aidem.testing._transactions import (
     CompletionInTransactionConformance,
     CompletionItemConformance,
@@ -21,6 +23,9 @@ __all__ = [
     "FakeClock",
     "OpenTransaction",
     "PersistenceLayerConformance",
+    "PurgeConformance",
+    "ScanConformance",
+    "TakeOverConformance",
     "Trial",
     "claim_of",
     "completed_of",

@@ -47,6 +47,8 @@ TEXTS: Final = (
     '"' + "long " * 20_000 + '"',
 )
 
+NOTES: Final = ("order 7, host api-1", '{"status": "COMPLETED"}, "\\u0000', "Zürich, 東京, 🐙")
+
 
 class PersistenceLayerConformance:
     """Proves that a layer keeps the contract: subclass it in a test module, and say how your layer is made.
@@ -176,8 +178,8 @@ class PersistenceLayerConformance:
         assert (await trial.claimed(trial.claim())).owner == "ours"
 
     async def test_taking_over_leaves_nothing_of_the_record_found(self, trial: Trial) -> None:
-        """Neither its validation hash nor its lease."""
-        await trial.claimed(trial.claim("theirs", payload_hash="theirs"))
+        """Neither its validation hash nor its note nor its lease."""
+        await trial.claimed(trial.claim("theirs", payload_hash="theirs", note="theirs"))
         await trial.outlast_lease()
         proposed = trial.claim(may_be_taken_over=False)
         await trial.claimed(proposed)
@@ -185,8 +187,8 @@ class PersistenceLayerConformance:
         assert kinds_of_instants(await trial.stored()) == kinds_of_instants(proposed)
 
     async def test_claiming_after_expiry_leaves_nothing_of_the_record_found(self, trial: Trial) -> None:
-        """Neither a result nor the kind of an outcome nor a validation hash."""
-        theirs = await trial.claimed(trial.claim("theirs", payload_hash="theirs"))
+        """Neither a result nor the kind of an outcome nor a validation hash nor a note."""
+        theirs = await trial.claimed(trial.claim("theirs", payload_hash="theirs", note="theirs"))
         record = completed_of(theirs, now=trial.clock(), response_data="aidem:lost", outcome=OutcomeKind.UNAVAILABLE)
         assert await trial.layer.complete(record, now=trial.clock())
         await trial.outlast_expiry()
@@ -318,6 +320,21 @@ class PersistenceLayerConformance:
             stored = await trial.layer.get(key)
             assert stored is not None
             assert stored.response_data == text
+
+    async def test_the_note_of_a_claim_stays_as_it_is_through_renewal_and_completion(self, trial: Trial) -> None:
+        """Character by character."""
+        for number, note in enumerate(NOTES):
+            claim = claim_of(f"{trial.key}/{number}", now=trial.clock(), note=note)
+            claimed = (await trial.acquire(claim)).record
+            assert claimed.note == note
+            later = claim_of(claim.idempotency_key, now=trial.clock(), kept_seconds=2 * KEPT_SECONDS)
+            renewed = await trial.renew(later)
+            assert renewed is not None
+            assert renewed.note == note
+            assert await trial.complete(claimed)
+            stored = await trial.layer.get(claim.idempotency_key)
+            assert stored is not None
+            assert stored.note == note
 
     async def test_complete_stores_the_kind_of_the_outcome(self, trial: Trial) -> None:
         """Beside its text."""

@@ -27,6 +27,7 @@ def claim_of(
     may_be_taken_over: bool = True,
     kept_seconds: int = KEPT_SECONDS,
     payload_hash: str = "",
+    note: str | None = None,
 ) -> DataRecord:
     """Return a claim to propose, its instants counted from `now`."""
     lease_end = None if lease_seconds is None else milliseconds(now) + lease_seconds * 1000
@@ -38,6 +39,7 @@ def claim_of(
         lease_expiry_timestamp=None if may_be_taken_over else lease_end,
         payload_hash=payload_hash,
         owner=owner,
+        note=note,
     )
 
 
@@ -59,6 +61,7 @@ def completed_of(
         payload_hash=claimed.payload_hash,
         owner=claimed.owner,
         fence=claimed.fence,
+        note=claimed.note,
     )
 
 
@@ -134,6 +137,7 @@ class Trial:
         may_be_taken_over: bool = True,
         kept_seconds: int = KEPT_SECONDS,
         payload_hash: str = "",
+        note: str | None = None,
     ) -> DataRecord:
         """Return a claim to propose."""
         return claim_of(
@@ -144,6 +148,7 @@ class Trial:
             may_be_taken_over=may_be_taken_over,
             kept_seconds=kept_seconds,
             payload_hash=payload_hash,
+            note=note,
         )
 
     async def acquire(self, record: DataRecord, *, max_clock_skew_seconds: float = 0.0) -> Claimed | Blocked:

@@ -124,6 +124,7 @@ NAMES = {
     "payload_hash": "validation",
     "owner": "owner",
     "fence": "fence",
+    "note": "note",
 }
 
 

@@ -11,10 +11,10 @@ from aidem._runtime.cancellation import CancellationShield
 from aidem._runtime.clock import wall_clock
 from aidem.persistence import PersistenceLayer
 from aidem.persistence.memory import MemoryPersistenceLayer
-from aidem.testing import FakeClock, PersistenceLayerConformance, claim_of, completed_of
+from aidem.testing import FakeClock, PurgeConformance, ScanConformance, TakeOverConformance, claim_of, completed_of
 
 
-class TestConformance(PersistenceLayerConformance):
+class TestConformance(TakeOverConformance, ScanConformance, PurgeConformance):
     async def make_layer(self, clock: FakeClock) -> PersistenceLayer:
         return MemoryPersistenceLayer(clock=clock)
 

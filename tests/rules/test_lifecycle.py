@@ -37,6 +37,7 @@ PROPOSED = claim(
     lease_expiry_timestamp=NOW_MS + 31_000,
     payload_hash=HASH,
     sort_key="sort",
+    note="note",
 )
 OLD = result(
     expiry_timestamp=NOW_S - 1,
@@ -45,6 +46,7 @@ OLD = result(
     outcome=OutcomeKind.EXCEPTION,
     payload_hash="old",
     sort_key="old",
+    note="old",
 )
 
 # --- What a record means at an instant ------------------------------------------------------------------------------
@@ -193,6 +195,73 @@ def test_our_own_claim_is_claimed_as_found() -> None:
 )
 def test_everything_else_blocks(found: DataRecord) -> None:
     assert lifecycle.acquire(found, PROPOSED, now=NOW) == Blocked(found, NOW)
+
+
+# --- Take over, to resolve ------------------------------------------------------------------------------------------
+
+IN_DOUBT = claim(lease_expiry_timestamp=NOW_MS - 1, expiry_timestamp=NOW_S, payload_hash="old", note="old")
+TAKEN = PROPOSED.replace(fence=8)
+
+
+@pytest.mark.parametrize(
+    "stored",
+    [
+        IN_DOUBT,
+        IN_DOUBT.replace(lease_expiry_timestamp=lifecycle.GIVEN_UP),
+        claim(in_progress_expiry_timestamp=NOW_MS - 1),
+        claim(in_progress_expiry_timestamp=NOW_MS - 1, lease_expiry_timestamp=NOW_MS + 1),
+    ],
+)
+def test_a_claim_whose_lease_has_passed_is_taken_over_and_nothing_of_it_is_left(stored: DataRecord) -> None:
+    assert lifecycle.taken_over(stored, claim(), PROPOSED, now=NOW) == TAKEN
+
+
+@pytest.mark.parametrize(
+    "stored",
+    [claim(), claim(lease_expiry_timestamp=NOW_MS), claim(in_progress_expiry_timestamp=NOW_MS)],
+)
+def test_a_claim_whose_lease_has_not_passed_is_taken_over_by_force_alone(stored: DataRecord) -> None:
+    assert lifecycle.taken_over(stored, claim(), PROPOSED, now=NOW) is None
+    assert lifecycle.taken_over(stored, claim(), PROPOSED, now=NOW, force=True) == TAKEN
+
+
+@pytest.mark.parametrize(
+    "stored",
+    [
+        None,
+        claim(owner="others", lease_expiry_timestamp=1),
+        claim(owner=None, lease_expiry_timestamp=1),
+        claim(fence=8, lease_expiry_timestamp=1),
+        claim(expiry_timestamp=NOW_S - 1, lease_expiry_timestamp=1),
+        claim(owner="ours", expiry_timestamp=NOW_S - 1, lease_expiry_timestamp=1),
+        result(lease_expiry_timestamp=1),
+        result(owner="ours", lease_expiry_timestamp=1),
+    ],
+)
+def test_any_other_record_than_the_claim_found_is_not_taken_over(stored: DataRecord | None) -> None:
+    for force in (False, True):
+        assert lifecycle.taken_over(stored, claim(), PROPOSED, now=NOW, force=force) is None
+
+
+def test_our_own_claim_is_not_taken_over_once_more() -> None:
+    stored = claim(owner="ours", fence=8, lease_expiry_timestamp=1)
+    for force in (False, True):
+        assert lifecycle.taken_over(stored, claim(), PROPOSED, now=NOW, force=force) is stored
+
+
+@pytest.mark.parametrize(("end", "expected"), [(NOW_MS - 2001, True), (NOW_MS - 2000, False), (0, True)])
+def test_clock_skew_prolongs_the_lease_of_a_claim_in_doubt(end: int, expected: bool) -> None:
+    stored = claim(lease_expiry_timestamp=end)
+    taken = lifecycle.taken_over(stored, claim(), PROPOSED, now=NOW, max_clock_skew_seconds=2)
+    assert (taken is not None) is expected
+
+
+def test_the_fence_of_a_claim_that_takes_over_is_higher_than_the_one_found_and_the_last_one() -> None:
+    stored = claim(owner=None, fence=0, in_progress_expiry_timestamp=1)
+    taken = lifecycle.taken_over(stored, stored, PROPOSED, now=NOW)
+    assert taken == PROPOSED.replace(fence=NOW_MS + 1)
+    later = lifecycle.taken_over(stored, stored, PROPOSED, now=NOW, last_fence=NOW_MS + 5)
+    assert later == PROPOSED.replace(fence=NOW_MS + 6)
 
 
 # --- Complete -------------------------------------------------------------------------------------------------------
@@ -376,6 +445,7 @@ def test_a_completed_record_keeps_what_names_its_claim(outcome: OutcomeKind | No
         sort_key="sort",
         owner="ours",
         fence=5,
+        note="note",
     )
 
 

@@ -34,6 +34,14 @@ async def claimed(layer: RedisPersistenceLayer, key: str = "key", owner: str = "
     return answer.record
 
 
+async def taken_over(layer: RedisPersistenceLayer, found: DataRecord, *, force: bool = False) -> DataRecord:
+    now = time.time()
+    record = claim_of(found.idempotency_key, now=now, owner="ours again", payload_hash=found.payload_hash)
+    answer = await layer.take_over(found, record, now=now, force=force)
+    assert answer is not None
+    return answer
+
+
 async def completed(layer: RedisPersistenceLayer, claim: DataRecord, text: str = '{"paid": true}') -> bool:
     now = time.time()
     return await layer.complete(completed_of(claim, now=now, response_data=text, kept_seconds=60), now=now)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import inspect
-from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
@@ -13,21 +11,12 @@ from aidem._rules import lifecycle
 from aidem._rules.lifecycle import Blocked, Claimed, milliseconds
 from aidem._rules.record import DataRecord, RecordStatus
 from aidem._runtime.cancellation import Immediate
-from aidem.persistence import PersistenceLayer
 from aidem.persistence.memory import MemoryPersistenceLayer
-from aidem.testing import FakeClock, PersistenceLayerConformance
+from aidem.testing import PersistenceLayerConformance
+from tests.support.controls import Controls
 
-CONTROLS: dict[type[MemoryPersistenceLayer], set[str]] = {}
-
-
-def breaks(test: str, *tests: str) -> Callable[[type[MemoryPersistenceLayer]], type[MemoryPersistenceLayer]]:
-    """Say which tests of the suite must fail for this layer, all others pass."""
-
-    def register(layer_class: type[MemoryPersistenceLayer]) -> type[MemoryPersistenceLayer]:
-        CONTROLS[layer_class] = {test, *tests}
-        return layer_class
-
-    return register
+CONTROLS = Controls(PersistenceLayerConformance)
+breaks = CONTROLS.breaks
 
 
 # --- Claims that are granted or refused wrongly ---------------------------------------------------------------------
@@ -284,6 +273,18 @@ class LeavesTheOldHash(ChangesTheClaimStored):
         return claim if found is None else claim.replace(payload_hash=claim.payload_hash or found.payload_hash)
 
 
+@breaks("claiming_after_expiry_leaves_nothing_of_the_record_found", "taking_over_leaves_nothing_of_the_record_found")
+class LeavesTheOldNote(ChangesTheClaimStored):
+    def changed(self, claim: DataRecord, found: DataRecord | None) -> DataRecord:
+        return claim if found is None else claim.replace(note=claim.note or found.note)
+
+
+@breaks("the_note_of_a_claim_stays_as_it_is_through_renewal_and_completion")
+class DropsTheNote(ChangesTheClaimStored):
+    def changed(self, claim: DataRecord, found: DataRecord | None) -> DataRecord:
+        return claim.replace(note=None)
+
+
 @breaks("taking_over_leaves_nothing_of_the_record_found")
 class LeavesTheOldLease(ChangesTheClaimStored):
     def changed(self, claim: DataRecord, found: DataRecord | None) -> DataRecord:
@@ -409,6 +410,12 @@ def _complete_as_of(layer: MemoryPersistenceLayer, record: DataRecord, judged_no
     if decision is lifecycle.Completion.STORE:
         layer._records[record.idempotency_key] = record
     return decision is not lifecycle.Completion.REFUSED
+
+
+@breaks("the_note_of_a_claim_stays_as_it_is_through_renewal_and_completion")
+class CompletesWithoutTheNote(MemoryPersistenceLayer):
+    def complete(self, record: DataRecord, *, now: float) -> Immediate[bool]:
+        return super().complete(record.replace(note=None), now=now)
 
 
 @breaks("complete_leaves_another_outcome_of_ours_alone")
@@ -651,6 +658,15 @@ class MovesTheMarkOfBeingGivenUp(MemoryPersistenceLayer):
         return super().renew(record, now=now)
 
 
+@breaks("the_note_of_a_claim_stays_as_it_is_through_renewal_and_completion")
+class RenewsTheNoteToo(MemoryPersistenceLayer):
+    def renew(self, record: DataRecord, *, now: float) -> Immediate[DataRecord | None]:
+        renewed = super().renew(record, now=now).answer
+        if renewed is not None:
+            renewed = self._records[record.idempotency_key] = renewed.replace(note=record.note)
+        return Immediate(renewed)
+
+
 @breaks("renew_answers_the_claim_as_stored_and_changes_nothing_but_its_instants")
 class RenewsTheHashToo(MemoryPersistenceLayer):
     def renew(self, record: DataRecord, *, now: float) -> Immediate[DataRecord | None]:
@@ -665,6 +681,7 @@ class RenewsTheHashToo(MemoryPersistenceLayer):
     "a_renewal_that_arrives_after_its_successor_moves_nothing_back",
     "renew_answers_the_claim_as_stored_and_changes_nothing_but_its_instants",
     "renew_never_moves_a_claim_back",
+    "the_note_of_a_claim_stays_as_it_is_through_renewal_and_completion",
 )
 class AnswersTheRenewalAsProposed(MemoryPersistenceLayer):
     def renew(self, record: DataRecord, *, now: float) -> Immediate[DataRecord | None]:
@@ -851,40 +868,14 @@ class ForgetsAClaimWhenCancelled(MemoryPersistenceLayer):
 # --- The runner -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("broken", CONTROLS, ids=lambda broken: broken.__name__)
+@pytest.mark.parametrize("broken", CONTROLS.layers, ids=lambda broken: broken.__name__)
 def test_exactly_the_tests_of_the_broken_promise_fail(broken: type[MemoryPersistenceLayer]) -> None:
-    assert failures_of(broken) == CONTROLS[broken]
+    assert CONTROLS.failures_of(broken) == CONTROLS.layers[broken]
 
 
 def test_the_unbroken_layer_passes() -> None:
-    assert failures_of(MemoryPersistenceLayer) == set()
+    assert CONTROLS.failures_of(MemoryPersistenceLayer) == set()
 
 
 def test_every_test_of_the_suite_is_seen_to_fail() -> None:
-    assert set().union(*CONTROLS.values()) == set(TESTS)
-
-
-TESTS = {
-    name.removeprefix("test_"): test
-    for name, test in inspect.getmembers(PersistenceLayerConformance, inspect.isfunction)
-    if name.startswith("test_")
-}
-
-
-def failures_of(layer_class: Callable[..., PersistenceLayer]) -> set[str]:
-    """Run the suite in this process, and return the names of the tests that failed, without `test_`."""
-
-    class Suite(PersistenceLayerConformance):
-        async def make_layer(self, clock: FakeClock) -> PersistenceLayer:
-            return layer_class(clock=clock)
-
-    return {name for name, test in TESTS.items() if asyncio.run(_fails(Suite(), test))}
-
-
-async def _fails(suite: PersistenceLayerConformance, test: Callable[..., Awaitable[None]]) -> bool:
-    try:
-        async with asyncio.timeout(2), suite.make_trial() as trial:
-            await test(suite, trial)
-    except (Exception, pytest.fail.Exception):  # noqa: BLE001 - whatever makes a test fail
-        return True
-    return False
+    assert set().union(*CONTROLS.layers.values()) == set(CONTROLS.tests)

@@ -2,22 +2,38 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import os
+import random
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Self, TypeAlias
 
 from aidem._distribution import how_to_install
 from aidem._rules import lifecycle
 from aidem._rules.lifecycle import Blocked, Claimed, Completion
+from aidem._rules.record import DataRecord
 from aidem._runtime.clock import wall_clock
 from aidem._runtime.fork import ForkSafeLock
-from aidem.exceptions import IdempotencyPersistenceConfigError
+from aidem.exceptions import (
+    IdempotencyInvalidStatusError,
+    IdempotencyPersistenceConfigError,
+    IdempotencyPersistenceConnectionError,
+)
 from aidem.persistence._context import OpenedByAsyncWith
+from aidem.persistence._scan import RECORDS_PER_PAGE, selected
 
 try:
     from aidem.persistence.dynamodb import _table
     from aidem.persistence.dynamodb._client import GivenClient, OwnClients, connect_with
-    from aidem.persistence.dynamodb._errors import CONDITION_FAILED, code_of, response_of, too_large, translation
+    from aidem.persistence.dynamodb._errors import (
+        CONDITION_FAILED,
+        THROTTLED,
+        code_of,
+        response_of,
+        too_large,
+        translation,
+    )
 except ModuleNotFoundError as missing:
     message = f"the DynamoDB layer needs aioboto3 or aiobotocore: {how_to_install('dynamodb')}"
     raise ImportError(message) from missing
@@ -25,9 +41,9 @@ from aidem.persistence.dynamodb._items import Attributes
 from aidem.persistence.dynamodb._requests import Requests
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import AsyncGenerator, Callable
 
-    from aidem._rules.record import DataRecord
+    from aidem._rules.record import RecordStatus
     from aidem.persistence.dynamodb._client import Action
     from aidem.persistence.dynamodb._items import Item
     from aidem.persistence.dynamodb._requests import Request
@@ -37,6 +53,9 @@ __all__ = ["DynamoDBPersistenceLayer"]
 MAX_ITEM_BYTES: Final = 400 * 1024
 """https://docs.aws.amazon.com/amazondynamodb/latest/developerguide/Constraints.html"""
 
+
+PAUSES_SECONDS: Final = (0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 5.0, 5.0)
+"""Before a page that was throttled is asked for again."""
 
 Response: TypeAlias = "dict[str, Any]"
 
@@ -75,6 +94,7 @@ class DynamoDBPersistenceLayer(OpenedByAsyncWith):
         fence_attr: The number that grows with every claim of the key.
         lease_expiry_attr: Epoch milliseconds, of claims that must not be taken over.
         outcome_attr: What is stored instead of a result.
+        note_attr: Text for operators, in clear.
         boto_config: A `botocore.config.Config` or `AioConfig` on top of the layer's own.
         session: An `aioboto3.Session` that makes the client.
         client: An open DynamoDB client of aioboto3 or aiobotocore; it is used as it is and never closed, and the layer
@@ -105,6 +125,7 @@ class DynamoDBPersistenceLayer(OpenedByAsyncWith):
         fence_attr: str = "fence",
         lease_expiry_attr: str = "lease_expiration",
         outcome_attr: str = "outcome",
+        note_attr: str = "note",
         boto_config: Any | None = None,
         session: Any | None = None,
         client: Any | None = None,
@@ -133,6 +154,7 @@ class DynamoDBPersistenceLayer(OpenedByAsyncWith):
             owner=owner_attr,
             fence=fence_attr,
             outcome=outcome_attr,
+            note=note_attr,
         )
         self._requests = Requests(table_name, self._attributes)
         # No item remembers the fence of a claim that was released; the next one may come within the same millisecond.
@@ -148,10 +170,7 @@ class DynamoDBPersistenceLayer(OpenedByAsyncWith):
         )
         answer = await self._write("update_item", request)
         if not isinstance(answer, _Refused):
-            claimed = self._record(record.idempotency_key, answer["Attributes"])
-            with self._guard.lock:
-                self._last_fence = max(self._last_fence, claimed.fence)
-            return Claimed(claimed)
+            return Claimed(self._claimed(record.idempotency_key, answer))
         if answer.item is None:
             raise IdempotencyPersistenceConfigError(
                 "this DynamoDB endpoint does not answer the item that a condition refused "
@@ -159,6 +178,27 @@ class DynamoDBPersistenceLayer(OpenedByAsyncWith):
             )
         found = self._record(record.idempotency_key, answer.item)
         return Claimed(found) if lifecycle.is_held_by(found, record.owner) else Blocked(found)
+
+    async def take_over(
+        self,
+        found: DataRecord,
+        record: DataRecord,
+        *,
+        now: float,
+        max_clock_skew_seconds: float = 0.0,
+        force: bool = False,
+    ) -> DataRecord | None:
+        """Store a claim in the place of the one found."""
+        request = self._requests.take_over(
+            found, record, now=now, max_clock_skew_seconds=max_clock_skew_seconds, force=force
+        )
+        answer = await self._write("update_item", request)
+        if not isinstance(answer, _Refused):
+            return self._claimed(record.idempotency_key, answer)
+        if answer.item is None:
+            return None
+        stored = self._record(record.idempotency_key, answer.item)
+        return stored if lifecycle.taken_over(stored, found, record, now=now) is stored else None  # it was ours
 
     async def complete(self, record: DataRecord, *, now: float) -> bool:
         """Store an outcome over the claim of the same owner, or where no record is."""
@@ -209,6 +249,15 @@ class DynamoDBPersistenceLayer(OpenedByAsyncWith):
         """Drop any record of the key."""
         await self._send("delete_item", self._requests.forget(key))
 
+    def scan(
+        self, *, prefix: str = "", status: RecordStatus | None = None, limit: int | None = None
+    ) -> AsyncGenerator[DataRecord]:
+        """Iterate over the records: by Query under a sort key, else by a Scan, which reads the whole table.
+
+        A page that DynamoDB throttles is asked for again, with growing pauses.
+        """
+        return selected(self._pages(prefix), status=status, limit=limit)
+
     async def open(self) -> None:
         """Connect, and look at the table's keys if the role may describe it.
 
@@ -233,6 +282,36 @@ class DynamoDBPersistenceLayer(OpenedByAsyncWith):
         """Open the layer; a table that is missing is logged, so that `create_table` may be called inside."""
         await self._ask(lambda client: _table.check(client, self._requests, may_be_missing=True))
         return self
+
+    async def _pages(self, prefix: str) -> AsyncGenerator[list[DataRecord]]:
+        operation, request = self._requests.page(prefix, limit=RECORDS_PER_PAGE)
+        while True:
+            answer = await self._throttled(operation, request)
+            page = list[DataRecord]()
+            for item in answer["Items"]:
+                with contextlib.suppress(IdempotencyInvalidStatusError):  # no record, under a simple key
+                    page.append(self._record(self._attributes.key_of(item), item))
+            yield page
+            if "LastEvaluatedKey" not in answer:
+                return
+            request["ExclusiveStartKey"] = answer["LastEvaluatedKey"]
+
+    async def _throttled(self, operation: str, request: Request) -> Response:
+        """Send a request that may well be throttled: nobody waits for it, and others need the capacity."""
+        for pause_seconds in PAUSES_SECONDS:
+            try:
+                return await self._send(operation, request)
+            except IdempotencyPersistenceConnectionError as error:
+                if error.__cause__ is None or code_of(error.__cause__) not in THROTTLED:
+                    raise
+            await asyncio.sleep(random.uniform(pause_seconds / 2, pause_seconds))  # noqa: S311 - not a secret
+        return await self._send(operation, request)
+
+    def _claimed(self, key: str, answer: Response) -> DataRecord:
+        claimed = self._record(key, answer["Attributes"])
+        with self._guard.lock:
+            self._last_fence = max(self._last_fence, claimed.fence)
+        return claimed
 
     def _record(self, key: str, item: Item) -> DataRecord:
         return self._attributes.record_of(key, item)

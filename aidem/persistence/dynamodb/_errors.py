@@ -105,7 +105,7 @@ _BY_CODE: Final[tuple[tuple[frozenset[str], _Meaning], ...]] = (
         _Meaning(
             IdempotencyPersistenceConfigError,
             "access to DynamoDB table {table} is denied; allow the role dynamodb:UpdateItem, dynamodb:GetItem and "
-            "dynamodb:DeleteItem on it",
+            "dynamodb:DeleteItem on it, and to list records dynamodb:Query and dynamodb:Scan",
         ),
     ),
     (

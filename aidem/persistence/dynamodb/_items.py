@@ -43,6 +43,7 @@ class Attributes:
     owner: str
     fence: str
     outcome: str
+    note: str
 
     def __post_init__(self) -> None:
         names = [getattr(self, field.name) for field in fields(self) if field.name != "static_pk_value"]
@@ -53,6 +54,10 @@ class Attributes:
         if self.sort_key is None:
             return {self.key: {"S": key}}
         return {self.key: {"S": self.static_pk_value}, self.sort_key: {"S": key}}
+
+    def key_of(self, item: Item) -> str:
+        """Return the idempotency key that names an item."""
+        return str(item[self.key if self.sort_key is None else self.sort_key]["S"])
 
     def record_of(self, key: str, item: Item) -> DataRecord:
         """Return the record that an item holds.
@@ -74,6 +79,7 @@ class Attributes:
                 sort_key=None if self.sort_key is None else key,
                 owner=_text(item, self.owner),
                 fence=_number(item, self.fence) or 0,
+                note=_text(item, self.note),
             )
         except (ValueError, ArithmeticError) as error:
             raise IdempotencyInvalidStatusError(
@@ -96,6 +102,7 @@ def values_of(record: DataRecord) -> dict[str, dict[str, str]]:
         "owner": record.owner,
         "fence": record.fence,
         "outcome": record.outcome,
+        "note": record.note,
     }
     return {
         name: number(value) if name in NUMBERS else {"S": str(value)}

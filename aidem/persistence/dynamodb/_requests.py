@@ -26,7 +26,7 @@ Request: TypeAlias = "dict[str, Any]"
 HELD: Final = frozenset({"expiry", "in_progress_expiry", "lease_expiry"})
 """What a renewal writes."""
 
-STORED: Final = HELD | {"status", "data", "validation", "owner", "fence", "outcome"}
+STORED: Final = HELD | {"status", "data", "validation", "owner", "fence", "outcome", "note"}
 """What a claim or an outcome writes, or removes where it has none: nothing of an earlier record is left."""
 
 OURS: Final = "#owner = :owner AND #status = :inprogress"
@@ -34,6 +34,11 @@ ABSENT: Final = "attribute_not_exists(#key) OR #expiry < :now_seconds"
 LAPSED: Final = (
     "#status = :status AND attribute_exists(#in_progress_expiry) AND #in_progress_expiry < :lapse_milliseconds"
 )
+LEASE_PASSED: Final = (
+    "(#in_progress_expiry < :lapse_milliseconds OR "
+    "(attribute_not_exists(#in_progress_expiry) AND #lease_expiry < :lapse_milliseconds))"
+)
+NOT_EXPIRED: Final = "(attribute_not_exists(#expiry) OR #expiry >= :now_seconds)"
 HELD_NO_LONGER: Final = (  # than this renewal holds it; what is given up, and ends at 0, is not held
     "#in_progress_expiry <= :held_until OR (attribute_not_exists(#in_progress_expiry) AND "
     "(#lease_expiry BETWEEN :one AND :held_until OR "
@@ -69,6 +74,37 @@ class Requests:
         lapsed = LAPSED if record.owner is None else f"{LAPSED} AND NOT #owner = :owner"
         request = self._update(
             record, values, parameters, condition=f"{ABSENT} OR ({lapsed})", fields=STORED - {"fence"}, first=NEXT_FENCE
+        )
+        request["ReturnValues"] = "ALL_NEW"
+        return request
+
+    def take_over(
+        self, found: DataRecord, record: DataRecord, *, now: float, max_clock_skew_seconds: float, force: bool
+    ) -> Request:
+        """Return the UpdateItem that stores a claim in the place of the one found."""
+        values = values_of(record)
+        del values["fence"]
+        parameters = {
+            ":one": number(1),
+            ":fence": number(milliseconds(now)),
+            ":now_seconds": number(int(now)),
+        }
+        conditions = ["#status = :status", NOT_EXPIRED]
+        if found.owner is None:
+            conditions.append("attribute_not_exists(#owner)")
+        else:
+            conditions.append("#owner = :found_owner")
+            parameters[":found_owner"] = {"S": found.owner}
+        if found.fence:
+            conditions.append("#fence = :found_fence")
+            parameters[":found_fence"] = number(found.fence)
+        else:
+            conditions.append("attribute_not_exists(#fence)")
+        if not force:
+            conditions.append(LEASE_PASSED)
+            parameters[":lapse_milliseconds"] = number(milliseconds(now - max_clock_skew_seconds))
+        request = self._update(
+            record, values, parameters, condition=" AND ".join(conditions), fields=STORED - {"fence"}, first=NEXT_FENCE
         )
         request["ReturnValues"] = "ALL_NEW"
         return request
@@ -122,6 +158,28 @@ class Requests:
     def get(self, key: str) -> Request:
         """Return the GetItem that sees every write before it."""
         return {"TableName": self.table_name, "Key": self.attributes.primary_key(key), "ConsistentRead": True}
+
+    def page(self, prefix: str, *, limit: int) -> tuple[str, Request]:
+        """Return the operation that reads the first page of records, and its request: a Query, where that can do."""
+        names = self.attributes
+        request: Request = {"TableName": self.table_name, "ConsistentRead": True, "Limit": limit}
+        values = dict[str, dict[str, str]]()
+        expression = ""
+        if names.sort_key is not None:
+            expression = "#key = :key"
+            values[":key"] = {"S": names.static_pk_value}
+        if prefix:
+            named = "#key" if names.sort_key is None else "#sort_key"
+            expression += f"{' AND ' * bool(expression)}begins_with({named}, :prefix)"
+            values[":prefix"] = {"S": prefix}
+        if expression:
+            kind = "FilterExpression" if names.sort_key is None else "KeyConditionExpression"
+            request |= {
+                kind: expression,
+                "ExpressionAttributeNames": self._names(expression),
+                "ExpressionAttributeValues": values,
+            }
+        return ("scan" if names.sort_key is None else "query"), request
 
     def _update(
         self,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from aidem._distribution import how_to_install
@@ -12,12 +13,14 @@ from aidem._rules.lifecycle import Blocked, Claimed, Completion
 from aidem._rules.record import DataRecord, RecordStatus
 from aidem._runtime.cancellation import UncancellableFuture
 from aidem.exceptions import (
+    IdempotencyInvalidStatusError,
     IdempotencyPersistenceConfigError,
     IdempotencyPersistenceLayerError,
     IdempotencySerializationError,
 )
 from aidem.persistence._by_loop import ByLoop
 from aidem.persistence._context import OpenedByAsyncWith
+from aidem.persistence._scan import RECORDS_PER_PAGE, selected
 
 try:
     from aidem.persistence.redis import _checks
@@ -29,7 +32,7 @@ from aidem.persistence.redis._records import RecordText, durations
 from aidem.persistence.redis._scripts import CHANNEL, AttributeNames, Script, Scripts, Verdict
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import AsyncGenerator, Callable
 
     from redis.asyncio import Redis, RedisCluster
 
@@ -111,6 +114,7 @@ class RedisPersistenceLayer(OpenedByAsyncWith):
         fence_attr: str = "fence",
         lease_expiry_attr: str = "lease_expiration",
         outcome_attr: str = "outcome",
+        note_attr: str = "note",
     ) -> None:
         deployment = deployment_of(
             client, url=url, host=host, port=port, username=username, password=password, db=db_index, ssl=ssl, mode=mode
@@ -130,6 +134,7 @@ class RedisPersistenceLayer(OpenedByAsyncWith):
             fence=fence_attr,
             lease_expiry=lease_expiry_attr,
             outcome=outcome_attr,
+            note=note_attr,
         )
         self._is_checked = False
         self._is_deafness_logged = False
@@ -153,6 +158,25 @@ class RedisPersistenceLayer(OpenedByAsyncWith):
             (len(keys), *keys, *self._judge(record), *durations(record, now=now), self._text.claim(record)),
             lambda reply: self._claim_answer(key, *reply),
             self._scripts.acquire,
+        )
+
+    def take_over(
+        self,
+        found: DataRecord,
+        record: DataRecord,
+        *,
+        now: float,
+        max_clock_skew_seconds: float = 0.0,  # noqa: ARG002 - the server's clock is the only one
+        force: bool = False,
+    ) -> UncancellableFuture[DataRecord | None]:
+        """Store a claim in the place of the one found."""
+        key = record.idempotency_key
+        keys = (key, f"{key}:lock") if self._respects_lock else (key,)
+        claim = (*durations(record, now=now), self._text.claim(record))
+        return self._ask(
+            (len(keys), *keys, *self._judge(record), *claim, found.owner or "", found.fence, int(force)),
+            lambda reply: self._text.read(key, reply),
+            self._scripts.take_over,
         )
 
     def complete(self, record: DataRecord, *, now: float) -> UncancellableFuture[bool]:
@@ -195,6 +219,16 @@ class RedisPersistenceLayer(OpenedByAsyncWith):
         """Drop any record of the key."""
         await self._ask(("DEL", key), lambda _reply: None)
 
+    def scan(
+        self, *, prefix: str = "", status: RecordStatus | None = None, limit: int | None = None
+    ) -> AsyncGenerator[DataRecord]:
+        """Iterate over the records on all primaries.
+
+        Raises:
+            IdempotencyPersistenceConfigError: The ACL of the server forbids SCAN.
+        """
+        return selected(self._pages(prefix), status=status, limit=limit)
+
     async def wait_for_change(self, key: str, timeout_seconds: float) -> None:
         """Return when the record was completed or released, or after the timeout.
 
@@ -234,6 +268,21 @@ class RedisPersistenceLayer(OpenedByAsyncWith):
         now = "" if self._own_clock is None else lifecycle.milliseconds(self._own_clock())
         return now, record.owner or ""
 
+    async def _pages(self, prefix: str) -> AsyncGenerator[list[DataRecord]]:
+        pattern = re.sub(r"([*?\[\]\\])", r"\\\1", prefix) + "*"
+        options = ("MATCH", pattern, "COUNT", str(RECORDS_PER_PAGE), "TYPE", "string")
+        seen = set[str]()  # SCAN answers some keys twice, and a slot may move to a node that is asked later
+        for node in await self._connections.here().line.nodes():
+            cursor = ""
+            while cursor != "0":
+                reply = await node.query("SCAN", cursor or "0", *options)
+                cursor = reply[0].decode()
+                names = {name.decode(errors="replace") for name in reply[1]}
+                keys = [name for name in names if "#" in name and name not in seen]
+                seen.update(keys)
+                answers = await asyncio.gather(*map(self.get, keys), return_exceptions=True)
+                yield [answer for answer in map(_readable, answers) if answer is not None]
+
     def _ask(
         self, arguments: tuple[Any, ...], read: Callable[[Any], T], script: Script | None = None
     ) -> UncancellableFuture[T]:
@@ -265,6 +314,15 @@ class RedisPersistenceLayer(OpenedByAsyncWith):
 
 
 RedisCachePersistenceLayer = RedisPersistenceLayer
+
+
+def _readable(answer: DataRecord | BaseException | None) -> DataRecord | None:
+    """Return a record that was found; None: there is none that can be read."""
+    if isinstance(answer, BaseException):
+        if isinstance(answer, IdempotencyInvalidStatusError):
+            return None
+        raise answer
+    return answer
 
 
 def _being_taken_over(key: str, *, until: int) -> DataRecord:

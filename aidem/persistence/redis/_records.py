@@ -24,9 +24,17 @@ class RecordText:
 
     def __init__(self, names: AttributeNames) -> None:
         self._names = names
-        self._status, self._validation, self._owner, self._fence, self._data, self._outcome = (
+        self._status, self._validation, self._owner, self._note, self._fence, self._data, self._outcome = (
             f"{json.dumps(name)}: "
-            for name in (names.status, names.validation_key, names.owner, names.fence, names.data, names.outcome)
+            for name in (
+                names.status,
+                names.validation_key,
+                names.owner,
+                names.note,
+                names.fence,
+                names.data,
+                names.outcome,
+            )
         )
 
     # --- What scripts are given -------------------------------------------------------------------------------------
@@ -50,6 +58,8 @@ class RecordText:
             head += f"{self._validation}{_quote(record.payload_hash)}, "
         if record.owner is not None:
             head += f"{self._owner}{_quote(record.owner)}, "
+        if record.note is not None:
+            head += f"{self._note}{_quote(record.note)}, "
         return head
 
     # --- What is stored ---------------------------------------------------------------------------------------------
@@ -85,6 +95,7 @@ class RecordText:
                 payload_hash=text(get(names.validation_key)) or "",
                 owner=text(get(names.owner)),
                 fence=_whole(get(names.fence)) or 0,
+                note=text(get(names.note)),
             )
         except ValueError as error:
             raise IdempotencyInvalidStatusError(

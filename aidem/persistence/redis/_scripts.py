@@ -52,6 +52,7 @@ class AttributeNames:
     fence: str = "fence"
     lease_expiry: str = "lease_expiration"
     outcome: str = "outcome"
+    note: str = "note"
 
     def __post_init__(self) -> None:
         check_names([getattr(self, name) for name in self.__slots__])
@@ -75,10 +76,11 @@ class Script:
 class Scripts:
     """The scripts for records with certain attribute names."""
 
-    __slots__ = ("acquire", "complete", "release", "renew")
+    __slots__ = ("acquire", "complete", "release", "renew", "take_over")
 
     def __init__(self, names: AttributeNames) -> None:
         self.acquire = _script(_ACQUIRE, names)
+        self.take_over = _script(_TAKE_OVER, names)
         self.complete = _script(_COMPLETE, names)
         self.renew = _script(_RENEW, names)
         self.release = _script(_RELEASE, names)
@@ -186,6 +188,35 @@ if text then
   fence = (number(<fence>) or tonumber(released) or now) + 1
 end
 return {verdict, now, store(ARGV[3], ARGV[4], ARGV[5], ARGV[6] .. digits(fence) .. '}')}
+"""
+
+# ARGV: as above, then owner and fence of the claim found, and 1 to take it over though its lease has not passed.
+_TAKE_OVER: Final = """
+if absent or not running then
+  return false
+end
+if held then
+  return text
+end
+local theirs = type(found[<owner>]) == 'string' and found[<owner>] or ''
+local fence = number(<fence>) or 0
+if theirs ~= ARGV[7] or fence ~= tonumber(ARGV[8]) then
+  return false
+end
+local ends = number(<in_progress_expiry>) or number(<lease_expiry>)
+if ARGV[9] ~= '1' and not (ends and ends < now) then
+  return false
+end
+if KEYS[2] then
+  if redis.call('GET', KEYS[2]) == 'True' then
+    return false
+  end
+  redis.call('SET', KEYS[2], 'aidem', 'EX', <lock seconds>)
+end
+if fence == 0 then
+  fence = now
+end
+return store(ARGV[3], ARGV[4], ARGV[5], ARGV[6] .. digits(fence + 1) .. '}')
 """
 
 # ARGV: kept, and the rest of the record. Whether an outcome found is the same is for the client to see.

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections import deque
 from contextvars import ContextVar
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from aidem._rules import lifecycle
@@ -16,6 +17,7 @@ from aidem.exceptions import (
     IdempotencyUsageError,
 )
 from aidem.persistence._context import OpenedByAsyncWith
+from aidem.persistence._scan import RECORDS_PER_PAGE, selected
 from aidem.persistence._transactions import recognised
 from aidem.persistence.sqlite import _thread
 from aidem.persistence.sqlite._file import DatabaseFile
@@ -23,10 +25,10 @@ from aidem.persistence.sqlite._thread import ApplicationThread, Job, RecordThrea
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable
+    from collections.abc import AsyncGenerator, Callable
     from pathlib import Path
 
-    from aidem._rules.record import DataRecord
+    from aidem._rules.record import DataRecord, RecordStatus
     from aidem.persistence import Blocked, Claimed
     from aidem.persistence._transactions import Transaction
     from aidem.persistence.sqlite._records import Records
@@ -103,6 +105,21 @@ class SQLitePersistenceLayer(OpenedByAsyncWith):
             locked_seconds=0.0 if inside else None,
         )
 
+    def take_over(
+        self,
+        found: DataRecord,
+        record: DataRecord,
+        *,
+        now: float,
+        max_clock_skew_seconds: float = 0.0,  # noqa: ARG002 - one machine, one clock
+        force: bool = False,
+    ) -> UncancellableFuture[DataRecord | None]:
+        """Store a claim in the place of the one found."""
+        return self._ask(
+            lambda records: records.take_over(found, record, now=now, force=force),
+            on_locked=lambda _found: None,  # a transaction of the application may hold the claim
+        )
+
     def complete(self, record: DataRecord, *, now: float) -> UncancellableFuture[bool]:
         """Store an outcome over the claim of the same owner, or where no record is."""
         return self._ask(lambda records: records.complete(record, now=now), is_of_use_late=True)
@@ -124,6 +141,19 @@ class SQLitePersistenceLayer(OpenedByAsyncWith):
     def forget(self, key: str) -> UncancellableFuture[None]:
         """Drop any record of the key."""
         return self._ask(lambda records: records.forget(key), is_of_use_late=True)
+
+    def scan(
+        self, *, prefix: str = "", status: RecordStatus | None = None, limit: int | None = None
+    ) -> AsyncGenerator[DataRecord]:
+        """Iterate over the records by key."""
+        return selected(self._pages(prefix), status=status, limit=limit)
+
+    async def purge(self) -> int:
+        """Remove all records that have expired, some in each transaction."""
+        purged = 0
+        while count := await self._ask(lambda records: records.purge(RECORDS_PER_PAGE)):
+            purged += count
+        return purged
 
     def check_transaction(self, transaction: object, *, blocking: bool) -> None:
         """Refuse what is no open transaction of sqlite3, aiosqlite or SQLAlchemy on one of them."""
@@ -176,6 +206,12 @@ class SQLitePersistenceLayer(OpenedByAsyncWith):
         await done
         thread.join()  # does not wait: to answer was the last thing it did
 
+    async def _pages(self, prefix: str) -> AsyncGenerator[list[DataRecord]]:
+        last: str | None = ""
+        while last is not None:
+            page, last = await self._ask(partial(_page, prefix=prefix, after=last), writes=False)
+            yield page
+
     def __del__(self) -> None:
         if self._thread is not None:
             self._thread.end_unwatched()
@@ -218,6 +254,10 @@ class SQLitePersistenceLayer(OpenedByAsyncWith):
             self._thread.jobs.put(job)
         deadlines.watch(future)
         return future
+
+
+def _page(records: Records, *, prefix: str, after: str) -> tuple[list[DataRecord], str | None]:
+    return records.page(prefix, after=after, limit=RECORDS_PER_PAGE)
 
 
 class _Deadlines:

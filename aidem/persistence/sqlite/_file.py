@@ -38,7 +38,7 @@ logger = logging.getLogger("aidem")
 T = TypeVar("T")
 
 APPLICATION_ID: Final = int.from_bytes(b"aide")
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
 APPLICATION_PREFIX: Final = "aidem_"
 """What the names of our tables begin with in the database of an application, where the file's header is not ours."""
 
@@ -62,6 +62,7 @@ _IDENTIFY: Final = """
 """
 
 _MAKE_SCHEMA_TABLE: Final = "CREATE TABLE aidem_schema (version INTEGER NOT NULL)"
+_DELETE_VERSION: Final = "DELETE FROM aidem_schema"
 _INSERT_VERSION: Final = "INSERT INTO aidem_schema VALUES (?)"
 _SELECT_VERSION: Final = "SELECT version FROM aidem_schema"
 _HAS_SCHEMA: Final = "SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = 'aidem_schema'"
@@ -298,7 +299,7 @@ class DatabaseFile:
         if self.is_of_application:
             self._make_schema_of_application(connection)
         else:
-            self._is_empty(connection)  # before anything is written
+            self._version(connection)  # before anything is written
             self._switch_to_wal(connection)
             # Claims of a large file touch pages all over it: the more gather in the log, the less is written twice.
             connection.execute(f"PRAGMA wal_autocheckpoint = {PAGES_IN_LOG}")
@@ -308,31 +309,41 @@ class DatabaseFile:
 
     def _make_schema(self, connection: sqlite3.Connection) -> None:
         connection.execute("BEGIN IMMEDIATE")
-        is_empty = self._is_empty(connection)
+        version = self._version(connection)
         connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")  # fails if the file must not be written
-        if is_empty:
+        if version == 0:
             connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-            for statement in self.tables.schema:
-                connection.execute(statement)
-        connection.execute("COMMIT" if is_empty else "ROLLBACK")
+        self._upgrade(connection, version)
+        connection.execute("ROLLBACK" if version == SCHEMA_VERSION else "COMMIT")
 
     def _make_schema_of_application(self, connection: sqlite3.Connection) -> None:
         """Make our tables beside those of the application; where they are there, its transactions hold up nothing."""
         if connection.in_transaction:
             connection.execute("ROLLBACK")  # its COMMIT found the file locked, as readers can without a log
-        if self._lacks_schema(connection):
+        version = self._version_in_application(connection)
+        if version < SCHEMA_VERSION:
             connection.execute("BEGIN IMMEDIATE")
-            if self._lacks_schema(connection):  # nobody else has made them meanwhile
-                for statement in (*self.tables.schema, _MAKE_SCHEMA_TABLE):
-                    connection.execute(statement)
-                connection.execute(_INSERT_VERSION, (SCHEMA_VERSION,))
+            version = self._version_in_application(connection)  # others may have made them meanwhile
+            self._upgrade(connection, version)
+            if version == 0:
+                connection.execute(_MAKE_SCHEMA_TABLE)
+            connection.execute(_DELETE_VERSION)
+            connection.execute(_INSERT_VERSION, (max(version, SCHEMA_VERSION),))
             connection.execute("COMMIT")
-        (version,) = connection.execute(_SELECT_VERSION).fetchone()
-        if version != SCHEMA_VERSION:
+        if version > SCHEMA_VERSION:
             raise self._refused_version(version)
 
-    def _lacks_schema(self, connection: sqlite3.Connection) -> bool:
-        return connection.execute(_HAS_SCHEMA).fetchone() is None
+    def _upgrade(self, connection: sqlite3.Connection, version: int) -> None:
+        for statements in self.tables.schema_steps[version:]:
+            for statement in statements:
+                connection.execute(statement)
+
+    def _version_in_application(self, connection: sqlite3.Connection) -> int:
+        """Return the version of the schema; 0: it is still to be made."""
+        if connection.execute(_HAS_SCHEMA).fetchone() is None:
+            return 0
+        (version,) = connection.execute(_SELECT_VERSION).fetchone()
+        return int(version)
 
     def _refuse_swapped(self, connection: sqlite3.Connection) -> None:
         """Find out what SQLite has opened: it resolves a symbolic link that was put there after we looked."""
@@ -340,19 +351,19 @@ class DatabaseFile:
         if Path(opened).resolve() != self.path.parent.resolve() / self.path.name or self.was_replaced():
             raise self._refusal("it was replaced while it was being opened; see who writes to its directory")
 
-    def _is_empty(self, connection: sqlite3.Connection) -> bool:
-        """Whether the schema is still to be made; refuses a database that is not ours."""
+    def _version(self, connection: sqlite3.Connection) -> int:
+        """Return the version of the schema; 0: it is still to be made. Refuses a database that is not ours."""
         application_id, version, tables = connection.execute(_IDENTIFY).fetchone()
         if (application_id, version, tables) == (0, 0, 0):
-            return True
+            return 0
         if application_id != APPLICATION_ID:
             raise self._refusal(
                 "it is a database of another application; give aidem a file of its own, or set "
                 "in_application_database=True to keep the records beside that application's tables"
             )
-        if version != SCHEMA_VERSION:
+        if not 0 < version <= SCHEMA_VERSION:
             raise self._refused_version(version)
-        return False
+        return int(version)
 
     def _refused_version(self, version: int) -> IdempotencyPersistenceConfigError:
         return self._refusal(f"it was made by a newer aidem (schema {version}); upgrade aidem, or give another path")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Final
 
 from aidem._rules import lifecycle
@@ -21,14 +22,15 @@ class Tables:
 
     Attributes:
         prefix: What their names begin with.
-        schema: The statements that make them. A rowid table: new records go to its end, and only the index on `id` is
+        schema_steps: The statements that make each version of the schema from the one before; a file of an older
+            version gets those that it lacks. A rowid table: new records go to its end, and only the index on `id` is
             written at random places.
     """
 
     def __init__(self, prefix: str) -> None:
         self.prefix = prefix
         records, last_fence = f"{prefix}records", f"{prefix}last_fence"
-        self.schema = (
+        tables = (
             f"""
             CREATE TABLE {records} (
                 id TEXT NOT NULL UNIQUE,
@@ -47,12 +49,16 @@ class Tables:
             f"CREATE TABLE {last_fence} (value INTEGER NOT NULL)",
             f"INSERT INTO {last_fence} VALUES (0)",  # noqa: S608 - the prefix is ours, here and below
         )
+        self.schema_steps = (tables, (f"ALTER TABLE {records} ADD COLUMN note TEXT",))
+        values = "expiration, in_progress_expiration, status, data, validation, owner, fence, lease_expiration"
         self.select = f"""
-            SELECT expiration, in_progress_expiration, status, data, validation, owner, fence, lease_expiration, outcome
-            FROM {records} WHERE id = ?
+            SELECT {values}, outcome, note FROM {records} WHERE id = ?
+        """  # noqa: S608
+        self.page = f"""
+            SELECT id, {values}, outcome, note FROM {records} WHERE id >= ? AND id > ? ORDER BY id LIMIT ?
         """  # noqa: S608
         self.upsert = f"""
-            INSERT INTO {records} VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+            INSERT INTO {records} VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
             ON CONFLICT (id) DO UPDATE SET
                 expiration = excluded.expiration,
                 in_progress_expiration = excluded.in_progress_expiration,
@@ -62,7 +68,8 @@ class Tables:
                 owner = excluded.owner,
                 fence = excluded.fence,
                 lease_expiration = excluded.lease_expiration,
-                outcome = excluded.outcome
+                outcome = excluded.outcome,
+                note = excluded.note
         """  # noqa: S608
         self._complete_ours = f"""
             UPDATE {records} SET
@@ -136,6 +143,16 @@ class Records:
             self._claims += 1
         return answer
 
+    def take_over(self, found: DataRecord, proposed: DataRecord, *, now: float, force: bool) -> DataRecord | None:
+        """Store a claim in the place of the one found; `now` is the caller's."""
+        stored = self.get(proposed.idempotency_key)
+        answer = lifecycle.taken_over(
+            stored, found, proposed, now=self._now, proposed_at=now, force=force, last_fence=self._last_fence
+        )
+        if answer is not None and answer is not stored:
+            self._store(answer, stored)
+        return answer
+
     def complete(self, record: DataRecord, *, now: float) -> bool:
         """Store an outcome; `now` is the caller's."""
         found = self.get(record.idempotency_key)
@@ -178,6 +195,21 @@ class Records:
         self._lock_is_needed(None)
         self._cursor.execute(self._tables.delete, (key,))
 
+    def page(self, prefix: str, *, after: str, limit: int) -> tuple[list[DataRecord], str | None]:
+        """Return the next records by key that can be read, and the last key looked at; None: there are no more."""
+        rows = self._cursor.execute(self._tables.page, (prefix, after, limit)).fetchall()
+        rows_with_prefix = [row for row in rows if row[0].startswith(prefix)]
+        records = list[DataRecord]()
+        for row in rows_with_prefix:
+            with contextlib.suppress(IdempotencyInvalidStatusError):
+                records.append(_record(*row))
+        return records, rows[-1][0] if len(rows_with_prefix) == limit else None
+
+    def purge(self, limit: int) -> int:
+        """Remove some records that have expired; return how many."""
+        self._lock_is_needed(None)
+        return self._cursor.execute(self._tables.purge, (int(self._now), limit)).rowcount
+
     def finish(self) -> None:
         """Write what is owed once per transaction: the highest fence, and the removal of a few expired records.
 
@@ -210,6 +242,7 @@ def _row(record: DataRecord) -> tuple[str | int | None, ...]:
         record.fence,
         record.lease_expiry_timestamp,
         None if record.outcome is None else record.outcome.value,
+        record.note,
     )
 
 
@@ -224,6 +257,7 @@ def _record(  # noqa: PLR0917 - the columns, in their order
     fence: object,
     lease_expiration: object,
     outcome: object,
+    note: object,
 ) -> DataRecord:
     try:
         return DataRecord(
@@ -237,6 +271,7 @@ def _record(  # noqa: PLR0917 - the columns, in their order
             payload_hash=text(validation) or "",
             owner=text(owner),
             fence=_whole(fence) or 0,
+            note=text(note),
         )
     except ValueError as error:
         raise IdempotencyInvalidStatusError(

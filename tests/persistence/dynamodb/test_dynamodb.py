@@ -16,7 +16,14 @@ from aidem.exceptions import (
 from aidem.persistence import PersistenceLayer, SupportsCompletionItem, open_persistence_layer
 from aidem.persistence._stored import NOT_A_TEXT
 from aidem.persistence.dynamodb import DynamoDBPersistenceLayer
-from aidem.testing import CompletionItemConformance, FakeClock, claim_of, completed_of
+from aidem.testing import (
+    CompletionItemConformance,
+    FakeClock,
+    ScanConformance,
+    TakeOverConformance,
+    claim_of,
+    completed_of,
+)
 from tests.support.aws_servers import EMULATORS, Database
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(60, func_only=True)]
@@ -35,6 +42,7 @@ OTHER_NAMES: dict[str, Any] = {
     "fence_attr": "count",
     "lease_expiry_attr": "timestamp",
     "outcome_attr": "#result",
+    "note_attr": "comment",
 }
 NOW = 1_800_000_000.0
 
@@ -57,7 +65,7 @@ def sent(database: Database, *items: dict[str, Any]) -> bool:
     return True
 
 
-class TestConformance(SentItems):
+class TestConformance(SentItems, TakeOverConformance, ScanConformance):
     adds_clock_skew = True
 
     @pytest.fixture(autouse=True)
@@ -70,7 +78,7 @@ class TestConformance(SentItems):
 
 
 @pytest.mark.parametrize("database", EMULATORS[-1:], indirect=True)
-class TestConformanceUnderACompositeKeyAndOtherNames(SentItems):
+class TestConformanceUnderACompositeKeyAndOtherNames(SentItems, TakeOverConformance, ScanConformance):
     adds_clock_skew = True
 
     @pytest.fixture(autouse=True)
@@ -100,7 +108,7 @@ async def claimed(layer: DynamoDBPersistenceLayer, **options: Any) -> DataRecord
 async def test_a_claim_is_the_item_of_the_wire_format(
     layer: DynamoDBPersistenceLayer, database: Database, table: str
 ) -> None:
-    record = await claimed(layer, payload_hash="hash")
+    record = await claimed(layer, payload_hash="hash", note="order 7")
     assert database.item(table) == {
         "id": {"S": "key"},
         "expiration": {"N": "1800000004"},
@@ -109,6 +117,7 @@ async def test_a_claim_is_the_item_of_the_wire_format(
         "validation": {"S": "hash"},
         "owner": {"S": "ours"},
         "fence": {"N": "1800000000001"},
+        "note": {"S": "order 7"},
     }
     assert record.fence == 1_800_000_000_001
 
@@ -149,7 +158,7 @@ async def test_a_composite_key_holds_the_idempotency_key_in_its_sort_key(
 async def test_every_attribute_has_the_name_that_was_given(database: Database) -> None:
     table = database.create_table("partition", "key")
     layer = DynamoDBPersistenceLayer(table, **OTHER_NAMES)
-    record = await claimed(layer, payload_hash="hash", may_be_taken_over=False)
+    record = await claimed(layer, payload_hash="hash", may_be_taken_over=False, note="order 7")
     names = {*database.items(table)[0]}
     await layer.forget("key")
     await claimed(layer)
@@ -361,6 +370,26 @@ async def test_a_result_too_large_for_an_item_is_not_a_second_run(
 def test_a_url_names_a_table(table: str) -> None:
     layer = open_persistence_layer(f"dynamodb://{table}")
     assert isinstance(layer, DynamoDBPersistenceLayer)
+
+
+async def test_items_of_others_in_the_table_are_not_listed(
+    layer: DynamoDBPersistenceLayer, database: Database, table: str
+) -> None:
+    record = await claimed(layer)
+    database.put(table, id={"S": "order 7"}, total={"N": "42"})
+    database.put(table, id={"S": "order 8"}, status={"S": "SHIPPED"})
+    assert [found async for found in layer.scan()] == [record]
+
+
+async def test_only_records_under_the_partition_value_are_listed(database: Database) -> None:
+    table = database.create_table("pk", "sk")
+    ours, theirs = (
+        DynamoDBPersistenceLayer(table, key_attr="pk", sort_key_attr="sk", static_pk_value=value)
+        for value in ("ours", "theirs")
+    )
+    record = await claimed(ours)
+    await claimed(theirs)
+    assert [found async for found in ours.scan()] == [record]
 
 
 # --- An outcome among the caller's own writes -------------------------------------------------------------------------

@@ -282,3 +282,57 @@ async def test_a_key_that_is_too_long_is_a_matter_of_settings(table: str, databa
     with pytest.raises(CONFIG, match="shorter key_prefix"):
         await layer.acquire(claim_of("k" * 2049, now=0), now=0)
     await layer.aclose()
+
+
+# --- Pages that are throttled -----------------------------------------------------------------------------------------
+
+
+class ThrottlingClient:
+    """Throttles some pages of a table before it answers, or fails otherwise."""
+
+    def __init__(self, *errors: Exception) -> None:
+        self.errors = [*errors]
+        self.asked = 0
+
+    async def scan(self, **request: Any) -> Any:
+        self.asked += 1
+        if self.errors:
+            raise self.errors.pop()
+        return {"Items": [{"id": {"S": "key"}, "status": {"S": "COMPLETED"}}]}
+
+
+class FastLoop(asyncio.SelectorEventLoop):
+    """A thousand seconds last one: what pauses for seconds goes on at once."""
+
+    def time(self) -> float:
+        return super().time() * 1000
+
+
+def listed(client: ThrottlingClient) -> list[str]:
+    async def list_all() -> list[str]:
+        layer = DynamoDBPersistenceLayer("payments", client=client)
+        return [record.idempotency_key async for record in layer.scan()]
+
+    with asyncio.Runner(loop_factory=FastLoop) as runner:
+        return runner.run(list_all())
+
+
+def test_a_page_that_is_throttled_is_asked_for_again() -> None:
+    client = ThrottlingClient(answer("ThrottlingException"), answer("ProvisionedThroughputExceededException"))
+    assert listed(client) == ["key"]
+    assert client.asked == 3
+
+
+def test_a_page_that_stays_throttled_fails() -> None:
+    client = ThrottlingClient(*(answer("ThrottlingException") for _ in range(20)))
+    with pytest.raises(IdempotencyPersistenceConnectionError, match="throttles"):
+        listed(client)
+    assert client.asked == 9
+
+
+@pytest.mark.parametrize(("error", "kind"), [(OSError(), CONNECTION), (answer("AccessDeniedException"), CONFIG)])
+def test_a_page_that_fails_otherwise_is_not_asked_for_again(error: Exception, kind: type[Exception]) -> None:
+    client = ThrottlingClient(error)
+    with pytest.raises(kind):
+        listed(client)
+    assert client.asked == 1

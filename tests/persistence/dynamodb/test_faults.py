@@ -149,6 +149,15 @@ async def test_w3_a_claim_whose_reply_was_lost_is_not_confused_with_anothers(
     assert answer.record == theirs
 
 
+async def test_a_take_over_whose_reply_was_lost_is_ours(layer: DynamoDBPersistenceLayer, proxy: Proxy) -> None:
+    found = await claimed(layer, owner="theirs")
+    ours = claim_of("key", now=NOW)
+    taken = await lose_the_reply(proxy, lambda: layer.take_over(found, ours, now=NOW, force=True))
+    assert taken == await layer.get("key")
+    assert taken is not None
+    assert taken.fence == found.fence + 1, "taken over once"
+
+
 async def test_w4_a_completion_whose_reply_was_lost_is_done(layer: DynamoDBPersistenceLayer, proxy: Proxy) -> None:
     record = await claimed(layer)
     assert await lose_the_reply(proxy, lambda: layer.complete(completed_of(record, now=NOW), now=NOW)) is True

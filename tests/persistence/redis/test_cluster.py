@@ -20,7 +20,7 @@ from aidem._rules.lifecycle import Blocked
 from aidem.exceptions import IdempotencyPersistenceConfigError, IdempotencyPersistenceConnectionError
 from aidem.persistence import PersistenceLayer, open_persistence_layer
 from aidem.persistence.redis import RedisPersistenceLayer
-from aidem.testing import FakeClock, PersistenceLayerConformance
+from aidem.testing import FakeClock, ScanConformance, TakeOverConformance
 from tests.support.processes.harness import Fleet, Orders
 from tests.support.processes.log import (
     check_late_owners_changed_nothing,
@@ -80,8 +80,8 @@ async def until_connections(nodes: list[RedisServer], name: str, counts: list[in
     await until(has_happened)
 
 
-class TestConformance(PersistenceLayerConformance):
-    pytestmark: ClassVar = [*PersistenceLayerConformance.pytestmark, pytest.mark.server]
+class TestConformance(TakeOverConformance, ScanConformance):
+    pytestmark: ClassVar = [*TakeOverConformance.pytestmark, pytest.mark.server]
     nodes: list[RedisServer]
 
     @pytest.fixture(autouse=True)

@@ -8,18 +8,18 @@ from redis.asyncio import Redis
 
 from aidem.persistence import PersistenceLayer
 from aidem.persistence.redis import RedisPersistenceLayer
-from aidem.testing import FakeClock, PersistenceLayerConformance
+from aidem.testing import FakeClock, ScanConformance, TakeOverConformance
 from tests.support.servers import RedisServer, started
 
 pytestmark = pytest.mark.server
 
 
-class JudgedByAClock(PersistenceLayerConformance):
+class JudgedByAClock(TakeOverConformance, ScanConformance):
     """Judged by the clock that the layer was given."""
 
     kind: ClassVar[str]
     options: ClassVar[dict[str, bool]] = {}
-    pytestmark: ClassVar = [*PersistenceLayerConformance.pytestmark, pytest.mark.server]
+    pytestmark: ClassVar = [*TakeOverConformance.pytestmark, pytest.mark.server]
 
     @pytest.fixture(scope="class", autouse=True)
     @classmethod
@@ -45,12 +45,12 @@ class TestWithoutPowertools(JudgedByAClock):
     options: ClassVar[dict[str, bool]] = {"shared_with_powertools": False}
 
 
-class TestServerClock(PersistenceLayerConformance):
+class TestServerClock(TakeOverConformance, ScanConformance):
     """Judged by the clock of the server, which stands about still until the test moves it."""
 
     running: ClassVar[RedisServer]
     clock_tolerance_seconds = 1.0
-    pytestmark: ClassVar = [*PersistenceLayerConformance.pytestmark, pytest.mark.server]
+    pytestmark: ClassVar = [*TakeOverConformance.pytestmark, pytest.mark.server]
 
     @pytest.fixture(scope="class", autouse=True)
     @classmethod

@@ -16,6 +16,7 @@ from aidem._rules.record import OutcomeKind, RecordStatus
 from aidem.exceptions import (
     IdempotencyInvalidStatusError,
     IdempotencyPersistenceConfigError,
+    IdempotencyPersistenceConnectionError,
     IdempotencyPersistenceLayerError,
     IdempotencySerializationError,
 )
@@ -24,7 +25,7 @@ from aidem.persistence import PersistenceLayer, SupportsWaitForChange
 from aidem.persistence._stored import NOT_A_TEXT
 from aidem.persistence.redis import MAX_RECORD_BYTES, RedisCachePersistenceLayer, RedisPersistenceLayer
 from aidem.testing import FakeClock, claim_of, completed_of
-from tests.support.redis import acquired, claimed, client_of, completed, stored
+from tests.support.redis import acquired, claimed, client_of, completed, fake_server, stored, taken_over
 from tests.support.servers import RedisServer, started
 
 pytestmark = pytest.mark.server
@@ -62,7 +63,7 @@ def test_a_redis_layer_is_a_persistence_layer_that_tells_of_changes_and_has_the_
 
 
 async def test_a_claim_is_json_text_as_powertools_writes_it(layer: RedisPersistenceLayer, client: Any) -> None:
-    record = await claimed(layer, payload_hash="hash")
+    record = await claimed(layer, payload_hash="hash", note="order 7")
     text = await client.get("key")
     assert text == json.dumps(json.loads(text))
     assert json.loads(text) == {
@@ -71,6 +72,7 @@ async def test_a_claim_is_json_text_as_powertools_writes_it(layer: RedisPersiste
         "status": "INPROGRESS",
         "validation": "hash",
         "owner": "ours",
+        "note": "order 7",
         "fence": record.fence,
     }
     assert re.search(r'"in_progress_expiration": \d{13}, ', text)  # digits, no exponent
@@ -143,24 +145,27 @@ async def test_every_name_may_be_another_one(server: RedisServer, client: Any) -
         f"{name}_attr": f"{name} \"'<status>]] %s ü\\\n"
         for name in (
             *("expiry", "in_progress_expiry", "status", "data", "validation_key"),
-            *("owner", "fence", "lease_expiry", "outcome"),
+            *("owner", "fence", "lease_expiry", "outcome", "note"),
         )
     }
     layer = RedisPersistenceLayer(server.url, **names)  # type: ignore[arg-type]
     async with layer:
-        record = await claimed(layer, payload_hash="hash")
+        record = await claimed(layer, payload_hash="hash", note="order 7")
         assert set(await stored(client)) == {
             names[f"{name}_attr"]
-            for name in ("expiry", "in_progress_expiry", "status", "validation_key", "owner", "fence")
+            for name in ("expiry", "in_progress_expiry", "status", "validation_key", "owner", "fence", "note")
         }
         assert await acquired(layer) == Claimed(record)
         assert isinstance(await acquired(layer, owner="theirs"), Blocked)
         assert await layer.renew(record, now=time.time()) is not None
+        now = time.time()
+        assert await layer.take_over(record, claim_of("key", now=now, owner="theirs"), now=now) is None
+        record = await taken_over(layer, record, force=True)
         assert await completed(layer, record)
         assert await completed(layer, record)
         found = await layer.get("key")
         assert found is not None
-        assert (found.owner, found.fence, found.payload_hash) == ("ours", record.fence, "hash")
+        assert (found.owner, found.fence, found.payload_hash) == ("ours again", record.fence, "hash")
 
 
 async def test_a_renewal_leaves_what_it_does_not_know_as_it_is(layer: RedisPersistenceLayer, client: Any) -> None:
@@ -469,6 +474,21 @@ async def test_an_orphan_that_powertools_has_locked_counts_as_running(
     assert await client.get("key:lock") == "True"
 
 
+async def test_an_orphan_that_powertools_has_locked_is_not_taken_over_to_resolve_it(
+    layer: RedisPersistenceLayer, client: Any
+) -> None:
+    await client.set("key", lapsed("theirs"))
+    found = await layer.get("key")
+    assert found is not None
+    await client.set("key:lock", "True", ex=10)
+    now = time.time()
+    for force in (False, True):
+        assert await layer.take_over(found, claim_of("key", now=now), now=now, force=force) is None
+    await client.set("key:lock", "aidem", ex=2)
+    await taken_over(layer, found)
+    assert await client.ttl("key:lock") > 5
+
+
 async def test_a_lock_of_our_own_does_not_block_a_successor_and_is_kept_up(
     layer: RedisPersistenceLayer, client: Any
 ) -> None:
@@ -622,3 +642,51 @@ def test_what_is_set_on_a_layer_by_mistake_is_refused(server: RedisServer) -> No
     layer: Any = RedisPersistenceLayer(server.url)
     with pytest.raises(AttributeError, match="client"):
         layer.client = NotAClient()
+
+
+# --- Listing ----------------------------------------------------------------------------------------------------------
+
+
+async def test_what_is_no_record_of_ours_is_not_listed(layer: RedisPersistenceLayer, client: Any) -> None:
+    record = await claimed(layer, "pay#1")
+    later = json.dumps({"status": "LATER"})
+    texts = {
+        "pay#2": "no json",
+        "pay#3": "{}",
+        "pay#4": later,
+        "pay": lapsed(),
+        "pay#5:lock": "aidem",
+    }
+    for key, text in texts.items():
+        await client.set(key, text)
+    await client.hset("pay#6", "status", "INPROGRESS")
+    await client.lpush("pay#7", lapsed())
+    await client.set(b"pay#\xff", lapsed())
+    assert [found async for found in layer.scan()] == [record]
+
+
+async def test_a_server_that_is_lost_while_it_is_listed_is_told() -> None:
+    def answer(command: list[bytes]) -> bytes | None:
+        return b"*2\r\n$1\r\n0\r\n*1\r\n$3\r\na#1\r\n" if command[0] == b"SCAN" else b"-OOM no memory\r\n"
+
+    async with fake_server(answer) as fake:
+        layer = RedisPersistenceLayer(fake.url)
+        with pytest.raises(IdempotencyPersistenceConnectionError, match="out of memory"):
+            [record async for record in layer.scan()]
+        await layer.aclose()
+
+
+async def test_a_key_that_the_server_names_twice_is_listed_once() -> None:
+    cursors = iter([b"1", b"0"])
+
+    def answer(command: list[bytes]) -> bytes | None:
+        if command[0] == b"SCAN":
+            return b"*2\r\n$1\r\n" + next(cursors) + b"\r\n*2\r\n$3\r\na#1\r\n$3\r\na#1\r\n"
+        text = lapsed().encode()
+        return b"$%d\r\n%s\r\n" % (len(text), text)
+
+    async with fake_server(answer) as fake:
+        layer = RedisPersistenceLayer(fake.url)
+        assert [record.idempotency_key async for record in layer.scan()] == ["a#1"]
+        assert [command[0] for command in fake.commands].count(b"SCAN") == 2
+        await layer.aclose()

@@ -22,7 +22,7 @@ from aidem.persistence import PersistenceLayer, open_persistence_layer
 from aidem.persistence.redis import RedisPersistenceLayer
 from aidem.persistence.redis._deployment import sentinels_of_url
 from aidem.persistence.redis._wire import pack
-from aidem.testing import FakeClock, PersistenceLayerConformance
+from aidem.testing import FakeClock, ScanConformance, TakeOverConformance
 from tests.support.redis import FORKING, FakeServer, claimed, completed, fake_server, no_complaints, until
 from tests.support.redis_clusters import SERVICE, Watched, told, watched
 
@@ -37,8 +37,8 @@ def service(request: pytest.FixtureRequest) -> Iterator[Watched]:
         yield service
 
 
-class TestConformance(PersistenceLayerConformance):
-    pytestmark: ClassVar = [*PersistenceLayerConformance.pytestmark, pytest.mark.server]
+class TestConformance(TakeOverConformance, ScanConformance):
+    pytestmark: ClassVar = [*TakeOverConformance.pytestmark, pytest.mark.server]
     service: Watched
 
     @pytest.fixture(autouse=True)

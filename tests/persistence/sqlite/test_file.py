@@ -22,7 +22,7 @@ from aidem.exceptions import (
     IdempotencyPersistenceLayerError,
     IdempotencySerializationError,
 )
-from aidem.persistence.sqlite import SQLitePersistenceLayer, _file
+from aidem.persistence.sqlite import SQLitePersistenceLayer, _file, _records
 from aidem.persistence.sqlite._file import DatabaseFile
 from aidem.testing import FakeClock, claim_of, completed_of
 
@@ -145,6 +145,26 @@ def test_a_directory_may_be_reached_by_a_link(tmp_path: Path) -> None:
     assert keys_in(tmp_path / "real" / "records.sqlite3") == ["key"]
 
 
+async def test_a_file_of_an_earlier_aidem_keeps_its_records_and_gets_the_columns_it_lacks(path: Path) -> None:
+    foreign_database(
+        path,
+        f"PRAGMA application_id = {_file.APPLICATION_ID}",
+        "PRAGMA user_version = 1",
+        *_records.Tables("").schema_steps[0],
+        "INSERT INTO records (id, status, fence) VALUES ('old', 'COMPLETED', 7)",
+    )
+    for _opened in ("first", "again"):
+        async with layer_at(path) as layer:
+            old = await layer.get("old")
+            assert old is not None
+            assert (old.fence, old.note) == (7, None)
+            now = layer.clock()
+            await layer.acquire(claim_of("new", now=now, note="order 7"), now=now)
+            new = await layer.get("new")
+            assert new is not None
+            assert new.note == "order 7"
+
+
 # --- What is not ours is refused, and stays as it is ----------------------------------------------------------------
 
 
@@ -167,9 +187,9 @@ THINGS: dict[str, tuple[Callable[[Path], object], str]] = {
     "a version of others": (lambda path: foreign_database(path, "PRAGMA user_version = 1"), "another application"),
     "a later schema": (
         lambda path: foreign_database(
-            path, f"PRAGMA application_id = {_file.APPLICATION_ID}", "PRAGMA user_version = 2"
+            path, f"PRAGMA application_id = {_file.APPLICATION_ID}", "PRAGMA user_version = 3"
         ),
-        r"newer aidem \(schema 2\); upgrade aidem",
+        r"newer aidem \(schema 3\); upgrade aidem",
     ),
 }
 

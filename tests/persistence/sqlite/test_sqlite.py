@@ -27,7 +27,7 @@ from aidem.persistence import PersistenceLayer
 from aidem.persistence._stored import NOT_A_TEXT
 from aidem.persistence.sqlite import SQLitePersistenceLayer
 from aidem.persistence.sqlite._thread import MAX_BATCH
-from aidem.testing import FakeClock, PersistenceLayerConformance, claim_of, completed_of
+from aidem.testing import FakeClock, PurgeConformance, ScanConformance, TakeOverConformance, claim_of, completed_of
 from aidem.testing._trial import KEPT_SECONDS, LEASE_SECONDS
 
 
@@ -135,7 +135,7 @@ def change(path: Path, *statements: str) -> None:
         connection.commit()
 
 
-class TestConformance(PersistenceLayerConformance):
+class TestConformance(TakeOverConformance, ScanConformance, PurgeConformance):
     @pytest.fixture(autouse=True)
     def in_directory(self, tmp_path: Path) -> None:
         self.directory = tmp_path
@@ -573,3 +573,30 @@ def test_a_layer_that_could_not_be_made_is_dropped_quietly() -> None:
     with pytest.raises(TypeError, match="path"):
         SQLitePersistenceLayer()  # type: ignore[call-arg]
     gc.collect()
+
+
+# --- Listing ----------------------------------------------------------------------------------------------------------
+
+
+async def test_records_are_listed_by_key_and_what_cannot_be_read_is_left_out(
+    layer: SQLitePersistenceLayer, path: Path
+) -> None:
+    for key in ("b#2", "a#2", "a#3", "a#1"):
+        await claimed(layer, key)
+    change(path, "UPDATE records SET status = 'LATER' WHERE id = 'a#2'")
+    assert [record.idempotency_key async for record in layer.scan()] == ["a#1", "a#3", "b#2"]
+    assert [record.idempotency_key async for record in layer.scan(prefix="a#")] == ["a#1", "a#3"]
+
+
+async def test_listing_and_purging_take_a_page_in_each_transaction(
+    layer: SQLitePersistenceLayer, clock: GatedClock
+) -> None:
+    await asyncio.gather(*(claimed(layer, f"key#{number}") for number in range(250)))
+    before = clock.transactions
+    assert len([record async for record in layer.scan()]) == 250
+    assert clock.transactions - before == 3
+    clock.advance(60)
+    before = clock.transactions
+    assert await layer.purge() == 250
+    assert clock.transactions - before == 4
+    assert await layer.purge() == 0

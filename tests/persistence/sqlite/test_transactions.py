@@ -27,9 +27,18 @@ from aidem.exceptions import (
     IdempotencyUsageError,
 )
 from aidem.persistence import PersistenceLayer, SupportsCompletionInTransaction
-from aidem.persistence.sqlite import SQLitePersistenceLayer
+from aidem.persistence.sqlite import SQLitePersistenceLayer, _records
 from aidem.persistence.sqlite._file import DatabaseFile
-from aidem.testing import CompletionInTransactionConformance, FakeClock, OpenTransaction, claim_of, completed_of
+from aidem.testing import (
+    CompletionInTransactionConformance,
+    FakeClock,
+    OpenTransaction,
+    PurgeConformance,
+    ScanConformance,
+    TakeOverConformance,
+    claim_of,
+    completed_of,
+)
 
 BUSY_TIMEOUT_SECONDS = 0.05
 
@@ -175,7 +184,7 @@ KINDS = {
 }
 
 
-class TestConformance(CompletionInTransactionConformance):
+class TestConformance(CompletionInTransactionConformance, TakeOverConformance, ScanConformance, PurgeConformance):
     @pytest.fixture(autouse=True, params=["wal", "delete"])
     def in_directory(self, tmp_path: Path, request: pytest.FixtureRequest) -> None:
         self.path = tmp_path / "application.sqlite3"
@@ -541,9 +550,9 @@ async def test_a_file_that_does_not_exist_yet_is_made(tmp_path: Path) -> None:
 
 
 async def test_tables_of_a_later_version_are_refused(layer: SQLitePersistenceLayer, path: Path) -> None:
-    execute(path, "UPDATE aidem_schema SET version = 2")
+    execute(path, "UPDATE aidem_schema SET version = 3")
     other = SQLitePersistenceLayer(path, in_application_database=True)
-    with pytest.raises(IdempotencyPersistenceConfigError, match=r"newer aidem \(schema 2\)"):
+    with pytest.raises(IdempotencyPersistenceConfigError, match=r"newer aidem \(schema 3\)"):
         await other.open()
     await other.aclose()
 
@@ -569,7 +578,7 @@ async def test_many_layers_that_open_one_file_at_once_make_its_tables_once(tmp_p
     layers = [SQLitePersistenceLayer(path, in_application_database=True) for _ in range(8)]
     await asyncio.gather(*(layer.open() for layer in layers))
     await asyncio.gather(*(layer.aclose() for layer in layers))
-    assert execute(path, "SELECT * FROM aidem_schema") == [(1,)]
+    assert execute(path, "SELECT * FROM aidem_schema") == [(2,)]
 
 
 async def test_tables_that_others_make_at_the_last_moment_are_not_made_again(path: Path) -> None:
@@ -585,7 +594,7 @@ async def test_tables_that_others_make_at_the_last_moment_are_not_made_again(pat
         execute(path, *[f"DROP TABLE aidem_{name}" for name in ("schema", "records", "last_fence")])
         with closing(sqlite3.connect(path, isolation_level=None, factory=LateConnection)) as late:
             file._prepare(late)
-    assert execute(path, "SELECT * FROM aidem_schema") == [(1,)]
+    assert execute(path, "SELECT * FROM aidem_schema") == [(2,)]
 
 
 async def test_opening_a_file_whose_tables_are_there_does_not_wait_for_the_application(
@@ -757,6 +766,39 @@ async def test_without_a_log_a_commit_waits_for_readers(path_without_log: Path) 
             assert isinstance(await waiting, Claimed)
 
 
+async def test_tables_of_an_earlier_aidem_keep_their_records_and_get_the_columns_they_lack(path: Path) -> None:
+    earlier = (
+        *_records.Tables("aidem_").schema_steps[0],
+        "CREATE TABLE aidem_schema (version INTEGER NOT NULL)",
+        "INSERT INTO aidem_schema VALUES (1)",
+        "INSERT INTO aidem_records (id, status, fence) VALUES ('old', 'COMPLETED', 7)",
+    )
+    execute(path, *earlier)
+    for _opened in ("first", "again"):
+        async with SQLitePersistenceLayer(path, in_application_database=True) as layer:
+            old = await layer.get("old")
+            assert old is not None
+            assert (old.fence, old.note) == (7, None)
+            await layer.acquire(claim_of("new", now=1, note="order 7"), now=1)
+            new = await layer.get("new")
+            assert new is not None
+            assert new.note == "order 7"
+    assert execute(path, "SELECT * FROM aidem_schema") == [(2,)]
+
+
+async def test_a_claim_is_not_taken_over_while_a_transaction_has_the_lock(path: Path) -> None:
+    layer = SQLitePersistenceLayer(path, in_application_database=True, busy_timeout_seconds=0.05)
+    async with layer:
+        now = layer.clock()
+        found = (await layer.acquire(claim_of("key", now=now), now=now)).record
+        ours = claim_of("key", now=now, owner="others")
+        with closing(sqlite3.connect(path, isolation_level=None)) as connection:
+            connection.execute("BEGIN IMMEDIATE")
+            assert await layer.take_over(found, ours, now=now, force=True) is None
+            connection.execute("COMMIT")
+        assert await layer.take_over(found, ours, now=now, force=True) is not None
+
+
 async def test_without_a_log_making_the_tables_waits_for_readers(path_without_log: Path) -> None:
     layer = SQLitePersistenceLayer(path_without_log, in_application_database=True)
     with closing(sqlite3.connect(path_without_log, isolation_level=None)) as connection:
@@ -768,4 +810,4 @@ async def test_without_a_log_making_the_tables_waits_for_readers(path_without_lo
         connection.execute("COMMIT")
         await opening
     await layer.aclose()
-    assert execute(path_without_log, "SELECT * FROM aidem_schema") == [(1,)]
+    assert execute(path_without_log, "SELECT * FROM aidem_schema") == [(2,)]
