@@ -11,6 +11,7 @@ from aidem._rules import lifecycle
 from aidem._rules.lifecycle import Blocked, Claimed, Completion
 from aidem.exceptions import (
     IdempotencyHeldByTransactionError,
+    IdempotencyInvalidStatusError,
     IdempotencyPersistenceConfigError,
     IdempotencyPersistenceConnectionError,
     IdempotencyPersistenceLayerError,
@@ -18,6 +19,7 @@ from aidem.exceptions import (
 )
 from aidem.persistence._by_loop import ByLoop
 from aidem.persistence._context import OpenedByAsyncWith
+from aidem.persistence._scan import RECORDS_PER_PAGE, selected
 from aidem.persistence.postgres import _checks, _errors
 from aidem.persistence.postgres._pools import GivenPool
 from aidem.persistence.postgres._questions import AGAIN, Question
@@ -26,9 +28,9 @@ from aidem.persistence.postgres._statements import Statement, Statements, Verdic
 from aidem.persistence.postgres._table import Table
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Sequence
+    from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 
-    from aidem._rules.record import DataRecord
+    from aidem._rules.record import DataRecord, RecordStatus
     from aidem.persistence.postgres._connections import OwnConnections
     from aidem.persistence.postgres._questions import MaybeAgain, Reply
 
@@ -163,8 +165,30 @@ class PostgresPersistenceLayer(OpenedByAsyncWith):
                 self._purge_sometimes(source)
             return answer
 
-        arguments = (*self._judge(record), *durations(record, now=now), record.payload_hash or None)
-        return source.ask(Question(self._statements.acquire, arguments, read))
+        return source.ask(Question(self._statements.acquire, self._claim(record, now=now), read))
+
+    def take_over(
+        self,
+        found: DataRecord,
+        record: DataRecord,
+        *,
+        now: float,
+        max_clock_skew_seconds: float = 0.0,  # noqa: ARG002 - the server's clock is the only one
+        force: bool = False,
+    ) -> Awaitable[DataRecord | None]:
+        """Store a claim in the place of the one found."""
+
+        def read(reply: Reply) -> MaybeAgain[DataRecord | None]:
+            judged_at, verdict, stored = _parts(record, reply)
+            if verdict == Verdict.TAKEN_OVER:
+                return stored
+            answer = lifecycle.taken_over(stored, found, record, now=judged_at, force=force)
+            if answer is None or answer is stored:
+                return answer
+            return None if reply.is_held else AGAIN
+
+        arguments = (*self._claim(record, now=now), found.owner, found.fence, force)
+        return self._ask(self._statements.take_over, arguments, read)
 
     def complete(self, record: DataRecord, *, now: float) -> Awaitable[bool]:
         """Store an outcome over the claim of the same owner, or where no record is.
@@ -189,7 +213,8 @@ class PostgresPersistenceLayer(OpenedByAsyncWith):
 
         kept, _, _ = durations(record, now=now)
         outcome = None if record.outcome is None else record.outcome.value
-        arguments = (*self._judge(record), kept, data, outcome, record.payload_hash or None, record.fence)
+        hashed = record.payload_hash or None
+        arguments = (*self._judge(record), kept, data, outcome, hashed, record.fence, record.note)
         return self._ask(self._statements.complete, arguments, read)
 
     def renew(self, record: DataRecord, *, now: float) -> Awaitable[DataRecord | None]:
@@ -235,6 +260,22 @@ class PostgresPersistenceLayer(OpenedByAsyncWith):
     def forget(self, key: str) -> Awaitable[None]:
         """Drop any record of the key; waits for a transaction that holds it."""
         return self._ask(self._statements.forget, (key,), lambda _reply: None)
+
+    def scan(
+        self, *, prefix: str = "", status: RecordStatus | None = None, limit: int | None = None
+    ) -> AsyncGenerator[DataRecord]:
+        """Iterate over the records by key."""
+        return selected(self._pages(prefix), status=status, limit=limit)
+
+    async def purge(self) -> int:
+        """Remove all records that have expired, a page of the table in each statement."""
+        purged, last = 0, ""
+        while last is not None:
+            arguments = (last, self._now(), PURGED_AT_LEAST)
+            rows = await self._ask(self._statements.purge_page, arguments, lambda reply: reply.rows)
+            [(last, count)] = rows
+            purged += count
+        return purged
 
     # --- Life -------------------------------------------------------------------------------------------------------
 
@@ -285,8 +326,28 @@ class PostgresPersistenceLayer(OpenedByAsyncWith):
 
     def _judge(self, record: DataRecord) -> tuple[str, int | None, str | None]:
         """Return what every statement on a claim begins with: the key, a clock if it is not the server's, our token."""
-        now = None if self._own_clock is None else lifecycle.milliseconds(self._own_clock())
-        return record.idempotency_key, now, record.owner
+        return record.idempotency_key, self._now(), record.owner
+
+    def _now(self) -> int | None:
+        return None if self._own_clock is None else lifecycle.milliseconds(self._own_clock())
+
+    def _claim(self, record: DataRecord, *, now: float) -> tuple[Any, ...]:
+        """Return what a statement is given that stores a claim."""
+        return (*self._judge(record), *durations(record, now=now), record.payload_hash or None, record.note)
+
+    async def _pages(self, prefix: str) -> AsyncGenerator[list[DataRecord]]:
+        last = ""
+        while True:
+            rows = await self._ask(self._statements.scan, (prefix, last, RECORDS_PER_PAGE), lambda reply: reply.rows)
+            keys = [row[-1] for row in rows]
+            yield [
+                record
+                for key, row in zip(keys, rows, strict=True)
+                if key.startswith(prefix) and (record := _readable(key, row)) is not None
+            ]
+            if len(rows) < RECORDS_PER_PAGE or not keys[-1].startswith(prefix):
+                return
+            last = keys[-1]
 
     def _ask(
         self, statement: Statement, arguments: tuple[Any, ...], read: Callable[[Reply], MaybeAgain[T]]
@@ -301,9 +362,8 @@ class PostgresPersistenceLayer(OpenedByAsyncWith):
         at_most = PURGED_AT_LEAST + PURGED_PER_CLAIM * self._claims_since_purge
         self._next_purge_at = monotonic() + PURGE_EVERY_SECONDS
         self._claims_since_purge = 0
-        now = None if self._own_clock is None else lifecycle.milliseconds(self._own_clock())
         source.ask_in_background(
-            Question(self._statements.purge, (at_most, now), lambda _reply: None), self._purge_failed
+            Question(self._statements.purge, (at_most, self._now()), lambda _reply: None), self._purge_failed
         )
 
     def _purge_failed(self, failure: BaseException) -> None:
@@ -369,6 +429,14 @@ def _claim_answer(record: DataRecord, reply: Reply) -> MaybeAgain[Claimed | Bloc
     # It is to be had, and cannot be locked.
     held = lifecycle.acquire_held(found) if reply.is_held else None
     return AGAIN if held is None else held._replace(now=now)
+
+
+def _readable(key: str, row: Sequence[Any]) -> DataRecord | None:
+    """Return a record that was found; None: there is none, or none that can be read."""
+    try:
+        return record_of(key, row)
+    except IdempotencyInvalidStatusError:
+        return None
 
 
 def _is_locked(found: DataRecord | None, record: DataRecord, reply: Reply) -> bool:

@@ -72,7 +72,7 @@ def is_worth_another_try(error: BaseException) -> bool:
 
 def is_already_there(error: BaseException) -> bool:
     """Whether a table or an index could not be created as there is one, or one is being made."""
-    return state_of(error) in {"23505", "42P07"}
+    return state_of(error) in {"23505", "42710", "42P07"}
 
 
 def ends_session(error: BaseException) -> bool:

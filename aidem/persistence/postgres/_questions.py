@@ -33,17 +33,22 @@ class Reply(NamedTuple):
     """What has come back.
 
     Attributes:
-        row: Its one row, if there is any.
+        rows: Its rows.
         is_held: Whether the question was asked again so often that whoever holds the record will not let go soon.
     """
 
-    row: Any | None
+    rows: Rows
     is_held: bool
 
     @classmethod
     def of(cls, rows: Rows, *, found_held: int) -> Reply:
         """Return the reply to a question after which the record was found to be held so often."""
-        return cls(rows[0] if rows else None, found_held >= len(PAUSES_SECONDS))
+        return cls(rows, found_held >= len(PAUSES_SECONDS))
+
+    @property
+    def row(self) -> Any | None:
+        """The one row, if there is any."""
+        return self.rows[0] if self.rows else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,12 +14,14 @@ if TYPE_CHECKING:
 
 
 def record_of(key: str, row: Sequence[Any]) -> DataRecord | None:
-    """Return the record in the last columns of a row; None where there is none, or it was released.
+    """Return the record in a row, after the time and the verdict; None where there is none, or it was released.
 
     Raises:
         IdempotencyInvalidStatusError: It has a status or an outcome that aidem does not know.
     """
-    _, _, expiration, in_progress_expiration, lease_expiration, status, data, validation, owner, fence, outcome = row
+    expiration, in_progress_expiration, lease_expiration, status, data, validation, owner, fence, outcome, note = row[
+        2:12
+    ]
     if status is None or status == RELEASED:
         return None
     try:
@@ -34,6 +36,7 @@ def record_of(key: str, row: Sequence[Any]) -> DataRecord | None:
             payload_hash=validation or "",
             owner=owner,
             fence=fence,
+            note=note,
         )
     except ValueError as error:
         raise IdempotencyInvalidStatusError(

@@ -44,7 +44,9 @@ class Statement(NamedTuple):
     text: str
 
 
-RECORD: Final = "expiration, in_progress_expiration, lease_expiration, status, data, validation, owner, fence, outcome"
+RECORD: Final = (
+    "expiration, in_progress_expiration, lease_expiration, status, data, validation, owner, fence, outcome, note"
+)
 
 _OF_R: Final = ", ".join(f"r.{name}" for name in RECORD.split(", "))
 
@@ -61,7 +63,14 @@ _LAPSED: Final = "(r.status = 'INPROGRESS' AND r.in_progress_expiration < t.now)
 _EXPIRATION: Final = "(t.now + $4::bigint + 999) / 1000"
 _PURGE_AFTER: Final = f"{_EXPIRATION} + {PURGE_DELAY_SECONDS}"
 
-# ... $5 in progress, $6 lease, $7 the validation hash. The final SELECT answers a row in any case.
+# What is stored for a claim: ... $5 in progress, $6 lease, $7 the validation hash, $8 the note.
+_SET_CLAIM: Final = f"""
+    SET expiration = {_EXPIRATION}, in_progress_expiration = t.now + $5::bigint, lease_expiration = t.now + $6::bigint,
+        status = 'INPROGRESS', data = NULL, validation = $7::text, owner = $3::text, outcome = NULL, note = $8::text,
+        fence = coalesce(nullif(free.fence, 0), t.now) + 1, purge_after = {_PURGE_AFTER}
+"""
+
+# The final SELECT answers a row in any case.
 _ACQUIRE: Final = f"""
 WITH {_CLOCK},
 free AS MATERIALIZED (
@@ -72,19 +81,17 @@ free AS MATERIALIZED (
 ),
 taken AS (
     UPDATE <table> r
-    SET expiration = {_EXPIRATION}, in_progress_expiration = t.now + $5::bigint, lease_expiration = t.now + $6::bigint,
-        status = 'INPROGRESS', data = NULL, validation = $7::text, owner = $3::text, fence = free.fence + 1,
-        outcome = NULL, note = NULL, purge_after = {_PURGE_AFTER}
+    {_SET_CLAIM}
     FROM free CROSS JOIN t
     WHERE r.id = free.id
     RETURNING free.absent, {_OF_R}
 ),
 fresh AS (
     INSERT INTO <table> AS r (
-        id, expiration, in_progress_expiration, lease_expiration, status, validation, owner, fence, purge_after
+        id, expiration, in_progress_expiration, lease_expiration, status, validation, owner, fence, note, purge_after
     )
     SELECT $1::text, {_EXPIRATION}, t.now + $5::bigint, t.now + $6::bigint, 'INPROGRESS', $7::text, $3::text, t.now,
-        {_PURGE_AFTER}
+        $8::text, {_PURGE_AFTER}
     FROM t
     WHERE NOT EXISTS (SELECT FROM <table> r WHERE r.id = $1::text)
     ON CONFLICT (id) DO NOTHING
@@ -99,22 +106,48 @@ FROM t LEFT JOIN <table> r ON r.id = $1::text
 WHERE NOT EXISTS (SELECT FROM taken) AND NOT EXISTS (SELECT FROM fresh)
 """
 
-# ... $5 data, $6 the kind of outcome, $7 the validation hash, $8 the fence. Whether an outcome found is the same is for
-# the client to see.
+# ... and $9 and $10 the owner and the fence of the claim found, $11 whether its lease does not count.
+_TAKE_OVER: Final = f"""
+WITH {_CLOCK},
+free AS MATERIALIZED (
+    SELECT r.id, r.fence
+    FROM <table> r CROSS JOIN t
+    WHERE r.id = $1::text AND r.status = 'INPROGRESS' AND {_ABSENT} IS NOT TRUE AND {_HELD} IS NOT TRUE
+        AND r.owner IS NOT DISTINCT FROM $9::text AND r.fence = $10::bigint
+        AND ($11::boolean OR coalesce(r.in_progress_expiration, r.lease_expiration) < t.now)
+    FOR UPDATE OF r SKIP LOCKED
+),
+taken AS (
+    UPDATE <table> r
+    {_SET_CLAIM}
+    FROM free CROSS JOIN t
+    WHERE r.id = free.id
+    RETURNING {_OF_R}
+)
+SELECT t.now, {Verdict.TAKEN_OVER}, {RECORD} FROM taken CROSS JOIN t
+UNION ALL
+SELECT t.now, {Verdict.REFUSED}, {_OF_R}
+FROM t LEFT JOIN <table> r ON r.id = $1::text
+WHERE NOT EXISTS (SELECT FROM taken)
+"""
+
+# ... $5 data, $6 the kind of outcome, $7 the validation hash, $8 the fence, $9 the note. Whether an outcome found is
+# the same is for the client to see.
 _COMPLETE: Final = f"""
 WITH {_CLOCK},
 stored AS (
     UPDATE <table> r
     SET expiration = {_EXPIRATION}, in_progress_expiration = NULL, lease_expiration = NULL, status = 'COMPLETED',
         data = $5::text, validation = $7::text, owner = $3::text, fence = greatest(r.fence, $8::bigint),
-        outcome = $6::text
+        outcome = $6::text, note = $9::text
     FROM t
     WHERE r.id = $1::text AND ({_HELD} OR {_ABSENT})
     RETURNING 1
 ),
 fresh AS (
-    INSERT INTO <table> (id, expiration, status, data, validation, owner, fence, outcome, purge_after)
-    SELECT $1::text, {_EXPIRATION}, 'COMPLETED', $5::text, $7::text, $3::text, $8::bigint, $6::text, {_PURGE_AFTER}
+    INSERT INTO <table> (id, expiration, status, data, validation, owner, fence, outcome, note, purge_after)
+    SELECT $1::text, {_EXPIRATION}, 'COMPLETED', $5::text, $7::text, $3::text, $8::bigint, $6::text, $9::text,
+        {_PURGE_AFTER}
     FROM t
     WHERE NOT EXISTS (SELECT FROM <table> r WHERE r.id = $1::text)
     ON CONFLICT (id) DO NOTHING
@@ -187,6 +220,39 @@ _FORGET: Final = """
 DELETE FROM <table> WHERE id = $1::text
 """
 
+# $1 is what keys begin with, $2 the last key of the page before, $3 how many records a page has. By bytes, whatever the
+# collation of the column: so all keys that begin with the same text lie together.
+_SCAN: Final = f"""
+SELECT 0::bigint, {Verdict.REFUSED}, {RECORD}, id
+FROM <table>
+WHERE id COLLATE "C" >= $1::text AND id COLLATE "C" > $2::text
+ORDER BY id COLLATE "C"
+LIMIT $3::bigint
+"""
+
+# $1 is the last key of the page before, $2 the clock, $3 how many records a page has. The answer is the last key of
+# this page, and how many records it has removed; what is left of released ones is none.
+_PURGE_PAGE: Final = f"""
+WITH {_CLOCK},
+page AS MATERIALIZED (
+    SELECT r.id
+    FROM <table> r
+    WHERE r.id COLLATE "C" > $1::text
+    ORDER BY r.id COLLATE "C"
+    LIMIT $3::bigint
+),
+expired AS MATERIALIZED (
+    SELECT r.id
+    FROM page JOIN <table> r ON r.id = page.id CROSS JOIN t
+    WHERE r.expiration < t.now / 1000
+    FOR UPDATE OF r SKIP LOCKED
+),
+gone AS (
+    DELETE FROM <table> r USING expired WHERE r.id = expired.id RETURNING r.status
+)
+SELECT (SELECT max(id COLLATE "C") FROM page), (SELECT count(*) FROM gone WHERE status <> '{RELEASED}')
+"""
+
 # $1 is how many at most, $2 the clock.
 _PURGE: Final = f"""
 WITH {_CLOCK},
@@ -205,7 +271,7 @@ DELETE FROM <table> r USING expired WHERE r.id = expired.id
 class Statements:
     """The statements for one table."""
 
-    __slots__ = ("acquire", "complete", "forget", "get", "purge", "release", "renew")
+    __slots__ = ("acquire", "complete", "forget", "get", "purge", "purge_page", "release", "renew", "scan", "take_over")
 
     def __init__(self, table: Table) -> None:
         def statement(name: str, text: str) -> Statement:
@@ -218,3 +284,6 @@ class Statements:
         self.get = statement("get", _GET)
         self.forget = statement("forget", _FORGET)
         self.purge = statement("purge", _PURGE)
+        self.take_over = statement("take_over", _TAKE_OVER)
+        self.scan = statement("scan", _SCAN)
+        self.purge_page = statement("purge_page", _PURGE_PAGE)

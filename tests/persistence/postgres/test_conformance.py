@@ -17,13 +17,20 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from aidem.exceptions import IdempotencyPersistenceConfigError
 from aidem.persistence import PersistenceLayer
 from aidem.persistence.postgres import PostgresPersistenceLayer
-from aidem.testing import FakeClock, PersistenceLayerConformance, Trial
+from aidem.testing import (
+    FakeClock,
+    PersistenceLayerConformance,
+    PurgeConformance,
+    ScanConformance,
+    TakeOverConformance,
+    Trial,
+)
 from tests.support.postgres import PgBouncer, PostgresServer, connected, make_database
 
 pytestmark = pytest.mark.server
 
 
-class OnServer(PersistenceLayerConformance):
+class OnServer(TakeOverConformance):
     """Judged by the clock that the layer was given."""
 
     pytestmark: ClassVar = [*PersistenceLayerConformance.pytestmark, pytest.mark.server]
@@ -38,11 +45,22 @@ class OnServer(PersistenceLayerConformance):
         return PostgresPersistenceLayer(self.url, clock=clock)
 
 
-class TestStraight(OnServer):
+class OnEmptyTable(OnServer, ScanConformance, PurgeConformance):
+    """With nothing in the table that other tests have left, as what was purged is counted."""
+
+    @contextlib.asynccontextmanager
+    async def make_trial(self) -> AsyncGenerator[Trial]:
+        async with connected(self.url) as client:
+            await client.execute("TRUNCATE aidem_records")
+        async with super().make_trial() as trial:
+            yield trial
+
+
+class TestStraight(OnEmptyTable):
     pass
 
 
-class TestPgBouncer(OnServer):
+class TestPgBouncer(OnEmptyTable):
     @pytest.fixture(scope="class", autouse=True)
     @classmethod
     def _url(cls, pgbouncer: PgBouncer) -> None:

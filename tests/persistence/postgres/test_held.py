@@ -75,6 +75,19 @@ async def test_a_claim_that_was_held_and_is_free_again_is_taken_over_and_one_tha
     assert (await acquired(layer, owner="a third")).record.response_data == "1"
 
 
+async def test_a_claim_that_is_held_is_not_taken_over_by_an_operator_with_force_neither(
+    layer: PostgresPersistenceLayer, holder: Any
+) -> None:
+    claim = await claimed(layer, lease_seconds=0)
+    resolver = claim_of("key", now=time.time(), owner="operator")
+    await holder.execute(UPDATE)
+    async with asyncio.timeout(AT_ONCE_SECONDS):
+        for force in (False, True):
+            assert await layer.take_over(claim, resolver, now=time.time(), force=force) is None
+    await holder.execute("ROLLBACK")
+    assert (await layer.take_over(claim, resolver, now=time.time()) or claim).owner == "operator"
+
+
 @pytest.mark.parametrize("statement", [UPDATE, LOCK])
 async def test_renew_and_release_say_at_once_that_a_transaction_holds_the_claim_and_change_nothing(
     layer: PostgresPersistenceLayer, holder: Any, statement: str

@@ -268,6 +268,33 @@ async def test_a_record_that_this_aidem_does_not_know_is_refused(layer: Postgres
     await claimed(layer)
 
 
+async def test_what_cannot_be_read_is_left_out_of_a_scan_and_what_was_released_is_not_purged_as_a_record(
+    layer: PostgresPersistenceLayer, client: Any
+) -> None:
+    without_purge(layer)
+    await claimed(layer, "key")
+    await layer.release(await claimed(layer, "released"))
+    await client.execute("INSERT INTO aidem_records (id, status, fence) VALUES ('unknown', 'PAUSED', 1)")
+    assert [record.idempotency_key async for record in layer.scan()] == ["key"]
+    await client.execute("UPDATE aidem_records SET expiration = 1")
+    assert await layer.purge() == 2
+    assert await client.fetchval("SELECT count(*) FROM aidem_records") == 0
+
+
+async def test_a_scan_of_a_prefix_reads_no_more_pages_than_it_has(server: PostgresServer, client: Any) -> None:
+    await client.execute(
+        "INSERT INTO aidem_records (id, status, fence) "
+        "SELECT prefix || i, 'COMPLETED', 1 FROM generate_series(1, 1000) i, unnest(ARRAY['a#', 'b#', 'c#']) prefix"
+    )
+    async with Proxy.to(server.port) as proxy:
+        layer = PostgresPersistenceLayer(server.url.replace(f":{server.port}", f":{proxy.port}"))
+        assert len([record async for record in layer.scan(prefix="b#", limit=1)]) == 1
+        proxy.requests.clear()
+        assert len([record async for record in layer.scan(prefix="b#")]) == 1000
+        assert len(proxy.requests) == 11
+        await layer.aclose()
+
+
 async def test_a_result_that_is_too_large_is_refused_before_it_is_sent(layer: PostgresPersistenceLayer) -> None:
     claim = await claimed(layer)
     with pytest.raises(IdempotencySerializationError, match="67108865 characters"):
