@@ -13,6 +13,7 @@ import os
 from collections import deque
 from contextvars import Context
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar, cast
 
 import asyncpg
@@ -164,8 +165,6 @@ class OwnConnections:
         closed = IdempotencyPersistenceConnectionError("the persistence layer was closed")
         self._jobs.extend(self._paused)
         self._fail_all(closed)
-        if self._sweep_timer is not None:
-            self._sweep_timer.cancel()
         tasks = [*self._tasks, *self._closings]
         for task in tasks:
             task.cancel()
@@ -173,6 +172,8 @@ class OwnConnections:
             await asyncio.wait(tasks)
         for connection in list(self._open):
             self._drop(connection)
+        if self._sweep_timer is not None:
+            self._sweep_timer.cancel()
         await asyncio.sleep(0)  # until their sockets are closed
 
     # --- Questions --------------------------------------------------------------------------------------------------
@@ -186,9 +187,9 @@ class OwnConnections:
 
     def _start(self, connection: OwnConnection | None) -> None:
         # In an empty context: a connection outlives the caller, and must not keep what that has in its own.
-        self._tasks.add(
-            self._loop.create_task(self._serve(connection), name="aidem asks PostgreSQL", context=Context())
-        )
+        task = self._loop.create_task(self._serve(connection), name="aidem asks PostgreSQL", context=Context())
+        self._tasks.add(task)
+        task.add_done_callback(partial(self._ended, connection))  # which does nothing unless it never started
 
     async def _serve(self, connection: OwnConnection | None) -> None:
         """Answer questions on a connection, or on a new one, until there are none."""
@@ -205,18 +206,24 @@ class OwnConnections:
             if len(self._tasks) == 1:  # or others go on with what was asked
                 self._fail_all(failure)
         finally:
-            self._tasks.remove(cast("asyncio.Task[None]", asyncio.current_task()))
-            if connection is not None:
-                self._park(connection)
-            if self._jobs and not self._tasks:
-                self._start(None)
+            self._ended(connection, cast("asyncio.Task[None]", asyncio.current_task()))
+
+    def _ended(self, connection: OwnConnection | None, task: asyncio.Task[None]) -> None:
+        """Keep the connection of a task that ends; what is left to be asked is asked by another."""
+        if task not in self._tasks:
+            return
+        self._tasks.remove(task)
+        if connection is not None:
+            self._park(connection)
+        if self._jobs and not self._tasks:
+            self._start(None)
 
     async def _answer(self, connection: OwnConnection, job: _Job[Any]) -> None:
         if job.future.done():
             return  # what was given up is never sent
         remaining = job.deadline - self._loop.time()
         if remaining <= 0:
-            job.future.fail(self._failure(TimeoutError()))
+            job.future.fail(_errors.none_was_free(self._timeout_seconds))
             return
         question = job.question
         try:
@@ -256,7 +263,8 @@ class OwnConnections:
 
     def _resume(self, job: _Job[Any]) -> None:
         self._paused.discard(job)
-        self._enqueue(job)
+        if not job.future.done():
+            self._enqueue(job)
 
     def _fail_all(self, failure: IdempotencyPersistenceLayerError) -> None:
         while self._jobs:

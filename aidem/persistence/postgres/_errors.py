@@ -104,6 +104,16 @@ def timed_out(timeout_seconds: float) -> IdempotencyPersistenceLayerError:
     )
 
 
+def none_was_free(timeout_seconds: float) -> IdempotencyPersistenceLayerError:
+    """Return the error for an operation that could not be sent in time."""
+    failure = IdempotencyPersistenceConnectionError(
+        f"PostgreSQL: no connection was free within {timeout_seconds:.3g} s, which timeout_seconds allows; raise "
+        "max_connections, or see why the server is slow"
+    )
+    failure.may_be_applied = False
+    return failure
+
+
 def stayed_locked(timeout_seconds: float) -> IdempotencyPersistenceLayerError:
     """Return the error for a record that others keep from being looked at."""
     failure = IdempotencyPersistenceConnectionError(

@@ -161,11 +161,16 @@ async def test_a_question_whose_turn_comes_too_late_is_not_sent(server: Postgres
     async with connected(server.url) as holder, holder.transaction():
         await holder.execute("SELECT FROM aidem_records WHERE id = 'held' FOR UPDATE")
         given_up: Any
-        blocking, late, given_up = layer.forget("held"), acquired(layer, "late"), layer.get("late")
+        blocking, given_up = layer.forget("held"), layer.get("late")
+        late = asyncio.ensure_future(acquired(layer, "late"))
         given_up.fail(ZeroDivisionError())
-        for question in (blocking, asyncio.ensure_future(late)):
-            with pytest.raises(IdempotencyPersistenceConnectionError, match="did not answer"):
-                await question
+        with pytest.raises(IdempotencyPersistenceConnectionError, match="did not answer"):
+            await blocking
+        with pytest.raises(
+            IdempotencyPersistenceConnectionError, match=r"no connection was free within 0\.5 s"
+        ) as failed:
+            await late
+        assert not failed.value.may_be_applied
     assert await client.fetchval("SELECT count(*) FROM aidem_records WHERE id = 'late'") == 0
     await layer.aclose()
 
@@ -195,6 +200,44 @@ async def test_to_close_a_layer_finishes_what_was_asked(server: PostgresServer, 
     await layer.aclose()
     assert all(question.done() for question in asked)
     assert [type(question.result()) for question in asked] == [Claimed] * 50
+
+
+async def test_what_is_asked_when_all_tasks_are_cancelled_is_answered(server: PostgresServer, client: Any) -> None:
+    """Also where the task that was to ask had not begun; the connection it was given is kept."""
+    layer = PostgresPersistenceLayer(server.url, max_connections=1)
+    layer._next_purge_at = math.inf
+    await claimed(layer, "warm")
+    source: Any = layer._sources.here()
+    [connection] = source._idle
+    asked = asyncio.ensure_future(acquired(layer))
+    await asyncio.sleep(0)
+    [task] = source._tasks
+    task.cancel()
+    assert isinstance(await asked, Claimed)
+    assert task.cancelled()
+    await layer.aclose()
+    assert connection.driver.is_closed()
+
+
+async def test_a_layer_that_is_closed_by_its_loop_asks_nothing_again(server: PostgresServer, client: Any) -> None:
+    layer = PostgresPersistenceLayer(server.url)
+    claim = await claimed(layer)
+    async with connected(server.url) as holder, holder.transaction():
+        await holder.execute("SELECT FROM aidem_records FOR UPDATE")
+        released = asyncio.ensure_future(layer.release(claim))
+        source: Any = layer._sources.here()
+
+        async def is_paused() -> bool:
+            return bool(source._paused)
+
+        await until(is_paused)
+        await source.abort()
+        with pytest.raises(IdempotencyPersistenceConnectionError, match="the persistence layer was closed"):
+            await released
+        await asyncio.sleep(0.1)
+        assert not source._open
+        assert not source._paused
+    await layer.aclose()
 
 
 async def test_to_close_a_layer_waits_for_what_is_asked_again(server: PostgresServer, client: Any) -> None:
