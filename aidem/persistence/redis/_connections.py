@@ -1,4 +1,4 @@
-"""The connections of one layer in one event loop: a line and a listener."""
+"""The connections of one layer on one event loop: a line and a listener."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ if TYPE_CHECKING:
 
 
 class Lines(Protocol):
-    """What takes commands: the line to one server, or the lines to the nodes of a cluster."""
+    """Takes commands: the line to one server, or the lines to the nodes of a cluster."""
 
     def ask(self, command: Command[Any]) -> None:
-        """Send a command to where its key is; its future is settled, whatever happens."""
+        """Send a command to the server that has its key; its future is always settled."""
         ...
 
     async def nodes(self) -> Sequence[Line]:
         """Return the line to each server that takes writes.
 
         Raises:
-            IdempotencyPersistenceLayerError: It is not known which they are.
+            IdempotencyPersistenceLayerError: The nodes of a cluster cannot be asked for.
         """
         ...
 
     async def aclose(self) -> None:
-        """Finish what was asked so far, then close all connections."""
+        """Wait for the commands that were asked so far, then close all connections."""
         ...
 
     async def abort(self) -> None:
@@ -37,11 +37,11 @@ class Lines(Protocol):
 
 
 class Connections:
-    """What the calls of one event loop share.
+    """The connections that the calls of one event loop share.
 
     Attributes:
         line: Takes commands.
-        listener: Hears of changes.
+        listener: Tells waiters of changes.
     """
 
     __slots__ = ("line", "listener")
@@ -51,7 +51,7 @@ class Connections:
         self.listener = listener
 
     async def aclose(self) -> None:
-        """Finish what was asked so far, then close them."""
+        """Wait for the commands that were asked so far, then close them."""
         await self.line.aclose()
         await self.listener.abort()
 

@@ -14,7 +14,7 @@ from aidem._rules.lifecycle import Blocked, Claimed
 from aidem.exceptions import IdempotencyHeldByTransactionError, IdempotencyPersistenceConnectionError
 from aidem.persistence.postgres import PostgresPersistenceLayer
 from aidem.testing import claim_of
-from tests.support.postgres import PostgresServer, acquired, claimed, completed, connected, until
+from tests.support.postgres import PostgresServer, acquired, claimed, completed, connected
 
 pytestmark = pytest.mark.server
 AT_ONCE_SECONDS = 2.0
@@ -130,11 +130,8 @@ async def test_a_claim_that_another_statement_holds_for_a_moment_is_renewed_and_
     for operation in (lambda: layer.renew(renewal, now=time.time()), lambda: layer.release(claim)):
         await holder.execute(LOCK)
         answer = asyncio.ensure_future(operation())
-
-        async def is_to_be_asked_again() -> bool:
-            return bool(source._paused) or answer.done()  # noqa: B023 - of this turn
-
-        await until(is_to_be_asked_again)
+        while not (source._paused or answer.done()):
+            await asyncio.sleep(0)  # noqa: ASYNC110 - nothing tells of it
         await holder.execute("ROLLBACK; BEGIN")
         assert await answer
 
