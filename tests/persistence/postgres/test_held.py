@@ -130,8 +130,8 @@ async def test_a_claim_that_another_statement_holds_for_a_moment_is_renewed_and_
     for operation in (lambda: layer.renew(renewal, now=time.time()), lambda: layer.release(claim)):
         await holder.execute(LOCK)
         answer = asyncio.ensure_future(operation())
-        while not (source._paused or answer.done()):
-            await asyncio.sleep(0)  # noqa: ASYNC110 - nothing tells of it
+        while not (source._paused or answer.done()):  # noqa: ASYNC110 - nothing tells of it
+            await asyncio.sleep(0)
         await holder.execute("ROLLBACK; BEGIN")
         assert await answer
 
