@@ -80,7 +80,7 @@ async def crash_everywhere(
         TimeoutError: A call did not end in time; the message names the way, the point, and the line at which it waits.
     """
     _check(ways, timeout_seconds)
-    trial = _Trial(call, clock, timeout_seconds, asyncio.get_running_loop(), _line_of_caller())
+    trial = _Trial(call, clock, timeout_seconds, _running_loop(), own_line_of_thread(sys._getframe(1)))  # noqa: SLF001
     counter = _Counter(effects, reset)
     try:
         observed = await trial.observe(counter)
@@ -104,8 +104,11 @@ def _check(ways: object, timeout_seconds: object) -> None:
         raise refused("timeout_seconds", repr(timeout_seconds), "a number of seconds above 0")
 
 
-def _line_of_caller() -> Line | None:
-    return own_line_of_thread(sys._getframe(2))  # noqa: SLF001
+def _running_loop() -> asyncio.AbstractEventLoop:
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        raise misuse("the test must run on an asyncio event loop; aidem does not support trio") from None
 
 
 class _Counter:
@@ -201,13 +204,8 @@ class _Trial:
     async def _in_process(self, live: Callable[[ProcessLoop], None], run: ObservedRun | DisturbedRun) -> None:
         """Run a process in its thread, which is left alone if it does not come back."""
         ended: asyncio.Future[BaseException | None] = self._loop.create_future()
-
-        def end(failure: BaseException | None) -> None:
-            if not ended.done():
-                ended.set_result(failure)
-
         process = ProcessLoop(timeout_seconds=self._timeout_seconds, context=self._context)
-        thread = process.run_in_thread(live, lambda failure: self._loop.call_soon_threadsafe(end, failure))
+        thread = process.run_in_thread(live, lambda failure: self._loop.call_soon_threadsafe(ended.set_result, failure))
         try:
             while not ended.done():
                 await asyncio.wait([ended], timeout=self._timeout_seconds)

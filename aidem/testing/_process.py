@@ -74,15 +74,16 @@ class ProcessLoop(asyncio.SelectorEventLoop):
     Attributes:
         on_step: Called at the end of each step of a task, with what the task runs; may raise `Vanished`.
         on_operation: Carries out an operation of a persistence layer: its name, and what starts it.
-        main: The task of the call, as long as it is the one that counts.
+        main: The task that is run to its end.
         steps: What the tasks run that have not ended.
         used_sockets: Whether it has waited for any.
     """
 
+    main: asyncio.Task[object]
+
     def __init__(self, *, timeout_seconds: float, context: Context) -> None:
         self.unwatch()
         self._seen_at = time.monotonic()
-        self.main: asyncio.Task[object] | None = None
         self.steps: set[Steps] = set()
         self.used_sockets = False
         self._pending_operations = 0
@@ -199,16 +200,11 @@ class ProcessLoop(asyncio.SelectorEventLoop):
 
     def runs_call(self, steps: Steps) -> bool:
         """Whether these are the steps of the call itself, and not of a task that it has started."""
-        return self.main is not None and steps is self.main.get_coro()
-
-    def cancel_call(self) -> None:
-        """Cancel the task of the call."""
-        if self.main is not None:
-            self.main.cancel()
+        return steps is self.main.get_coro()
 
     def main_waits_at(self) -> Line | None:
         """Return the user's line at which the call waits; None: there is none, or it does not wait."""
-        steps = None if self.main is None else self.main.get_coro()
+        steps = self.main.get_coro()
         return innermost_own_line(steps.coroutine) if isinstance(steps, Steps) else None
 
     def end(self) -> None:
@@ -238,8 +234,6 @@ class ProcessLoop(asyncio.SelectorEventLoop):
 
     def vanish(self) -> None:
         """Stop for ever. Connections break, as the operating system would see to it."""
-        if self.is_closed():
-            return
         tasks = asyncio.all_tasks(self)
         for task in tasks:
             asyncio._unregister_task(task)  # noqa: SLF001 - documented, under "Extending"

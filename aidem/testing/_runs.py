@@ -18,7 +18,6 @@ from aidem.testing._process import ProcessLoop, TooLong, Vanished
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
-    from types import FrameType
 
     from aidem.testing._process import Call, Start, Steps
     from aidem.testing._report import CrashWay
@@ -175,7 +174,11 @@ class ObservedRun:
         process.main = process.start(self._call)
         # Every function that is called shows the layers, and the user's line that runs last. This must do next to
         # nothing: what runs in it cannot be traced.
-        sys.setprofile(lambda frame, _event, _argument: self._seen.append((Line.of(frame), _if_acquiring(frame))))
+        sys.setprofile(
+            lambda frame, _event, _argument: self._seen.append(
+                (Line.of(frame), dict(frame.f_locals) if frame.f_code.co_name == "acquire" else None)
+            )
+        )
         try:
             process.run_to_end(process.main)
         finally:
@@ -268,7 +271,8 @@ class DisturbedRun:
         self._call_again(process)
 
     def _live_again(self, process: ProcessLoop) -> None:
-        process.run_to_end(process.create_task(self._layers.finish()))
+        process.main = process.create_task(self._layers.finish())
+        process.run_to_end(process.main)
         self._call_again(process)
 
     def _call_again(self, process: ProcessLoop) -> None:
@@ -290,7 +294,7 @@ class DisturbedRun:
         if self._way == "vanish":
             raise Vanished
         if self._way == "cancel":
-            process.cancel_call()
+            process.main.cancel()
         else:
             process.call_soon(self._start_second, process)
 
@@ -305,10 +309,6 @@ class DisturbedRun:
 
 def _nothing_is_lost(*_: object) -> None:
     pass
-
-
-def _if_acquiring(frame: FrameType) -> dict[str, Any] | None:
-    return dict(frame.f_locals) if frame.f_code.co_name == "acquire" else None
 
 
 def _is_suspension(process: ProcessLoop, steps: Steps, operations: _Operations, *, has_ended: bool) -> bool:
