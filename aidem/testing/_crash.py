@@ -160,6 +160,7 @@ class _Trial:
         self._loop = loop
         self._context = contextvars.copy_context()
         self._asked_at = asked_at
+        self._uses_sockets = False
 
     async def observe(self, counter: _Counter) -> Observed:
         """Run the call undisturbed, until all layers that it asks are watched."""
@@ -167,7 +168,8 @@ class _Trial:
         while known < len(self.layers):
             known = len(self.layers)
             observed = await self._observe_once(counter)
-        if observed.used_sockets:
+        self._uses_sockets = observed.uses_sockets
+        if self._uses_sockets:
             observed.keep_common(await self._observe_once(counter))
         return observed
 
@@ -204,7 +206,9 @@ class _Trial:
     async def _in_process(self, live: Callable[[ProcessLoop], None], run: ObservedRun | DisturbedRun) -> None:
         """Run a process in its thread, which is left alone if it does not come back."""
         ended: asyncio.Future[BaseException | None] = self._loop.create_future()
-        process = ProcessLoop(timeout_seconds=self._timeout_seconds, context=self._context)
+        process = ProcessLoop(
+            timeout_seconds=self._timeout_seconds, context=self._context, uses_sockets=self._uses_sockets
+        )
         thread = process.run_in_thread(live, lambda failure: self._loop.call_soon_threadsafe(ended.set_result, failure))
         try:
             while not ended.done():

@@ -76,16 +76,16 @@ class ProcessLoop(asyncio.SelectorEventLoop):
         on_operation: Carries out an operation of a persistence layer: its name, and what starts it.
         main: The task that is run to its end.
         steps: What the tasks run that have not ended.
-        used_sockets: Whether it has waited for any.
+        uses_sockets: Whether it is known to wait for any.
     """
 
     main: asyncio.Task[object]
 
-    def __init__(self, *, timeout_seconds: float, context: Context) -> None:
+    def __init__(self, *, timeout_seconds: float, context: Context, uses_sockets: bool) -> None:
         self.unwatch()
         self._seen_at = time.monotonic()
         self.steps: set[Steps] = set()
-        self.used_sockets = False
+        self.uses_sockets = uses_sockets
         self._pending_operations = 0
         self._timeout_seconds = timeout_seconds
         self._context = context
@@ -237,7 +237,7 @@ class ProcessLoop(asyncio.SelectorEventLoop):
         tasks = asyncio.all_tasks(self)
         for task in tasks:
             asyncio._unregister_task(task)  # noqa: SLF001 - documented, under "Extending"
-        _keep_for_ever((self, tasks, self.steps, self._find_belongings() if self.used_sockets else ()))
+        _keep_for_ever((self, tasks, self.steps, self._find_belongings() if self.uses_sockets else ()))
         self.set_exception_handler(lambda _loop, _context: None)  # the task that was left has an exception of ours
         with self._threads:
             self._has_vanished = True
@@ -331,7 +331,7 @@ class ProcessLoop(asyncio.SelectorEventLoop):
             has_sockets: Whether it waits for any.
         """
         self.watch_time()
-        self.used_sockets |= has_sockets
+        self.uses_sockets |= has_sockets
         depends_on_others = self._pending_operations > 0 or self._busy_threads() > 0
         if not (depends_on_others or has_sockets):
             now = self.time()

@@ -57,13 +57,13 @@ class Observed:
         suspensions: Where it waits.
         operations: What it asks of persistence layers.
         end: When it has ended.
-        used_sockets: Whether it waited for any, so that it may take more or fewer steps the next time.
+        uses_sockets: Whether it waits for any, so that it may take more or fewer steps the next time.
     """
 
     suspensions: list[Point] = field(default_factory=list)
     operations: list[Point] = field(default_factory=list)
     end: list[Point] = field(default_factory=list)
-    used_sockets: bool = False
+    uses_sockets: bool = False
 
     _alike: Counter[tuple[Line | None, str]] = field(default_factory=Counter)
 
@@ -185,7 +185,7 @@ class ObservedRun:
             sys.setprofile(None)
         self._look_at_seen(process)
         self.observed.end.append(Point(waits_at=None, ran_last=self._ran_last, when=AFTER_THE_CALL))
-        self.observed.used_sockets = process.used_sockets
+        self.observed.uses_sockets = process.uses_sockets
         process.unwatch()
         process.end()
 
