@@ -331,7 +331,6 @@ class ProcessLoop(asyncio.SelectorEventLoop):
             has_sockets: Whether it waits for any.
         """
         self.watch_time()
-        self.uses_sockets |= has_sockets
         depends_on_others = self._pending_operations > 0 or self._busy_threads() > 0
         if not (depends_on_others or has_sockets):
             now = self.time()
@@ -420,6 +419,7 @@ class _Selector(selectors.DefaultSelector):
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
         has_sockets = len(self._watched) > 1  # besides the pipe that wakes the loop
+        self._loop.uses_sockets |= has_sockets
         ready = super().select(0) if has_sockets or self._loop.has_messages else []
         if ready or (timeout is not None and timeout <= 0):
             return ready

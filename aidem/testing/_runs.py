@@ -105,15 +105,18 @@ class _Operations:
     def __init__(self, process: ProcessLoop, lose: Callable[[CrashWay, str, int], None]) -> None:
         self.begun: list[str] = []
         self._counts: Counter[str] = Counter()
-        self._has_moved = False
+        self._moved = ""
         self._process = process
         self._lose = lose
         self._under_way: dict[tuple[str, int], str] = {}
 
     @property
     def when(self) -> str:
-        """What the one does that was begun last, of those that have not ended; empty: there is none."""
-        return next(reversed(self._under_way.values()), "")
+        """What the one does that was begun last, of those that have not ended; empty: there is none.
+
+        Renewals do not count: they run beside a body, and may end before it or after.
+        """
+        return next((when for (name, _), when in reversed(self._under_way.items()) if name != RENEW), "")
 
     def begin(self, name: str, start: Start) -> Awaitable[Any]:
         """Carry one out, as a store does that is elsewhere: it waits before and after."""
@@ -137,13 +140,12 @@ class _Operations:
             del self._under_way[name, occurrence]
 
     def _move(self, name: str, occurrence: int, when: str) -> None:
-        self._under_way[name, occurrence] = when
-        self._has_moved = True
+        self._under_way[name, occurrence] = self._moved = when
 
-    def have_moved(self) -> bool:
-        """Whether one has come further since this was asked last."""
-        has_moved, self._has_moved = self._has_moved, False
-        return has_moved
+    def take_move(self) -> str:
+        """Return what one has come to since this was asked last; empty: none has moved."""
+        moved, self._moved = self._moved, ""
+        return moved
 
 
 class ObservedRun:
@@ -196,8 +198,9 @@ class ObservedRun:
         ran_last = (ran if has_ended else None) or waits_at or self._ran_last
         while operations.begun:
             observed.add_operation(waits_at, ran_last, operations.begun.pop(0))
-        if _is_suspension(process, steps, operations, has_ended=has_ended):
-            observed.add_suspension(waits_at, ran_last, operations.when)
+        when = _moment(process, steps, operations, has_ended=has_ended)
+        if when is not None:
+            observed.add_suspension(waits_at, ran_last, when)
 
     def _look_at_seen(self, process: ProcessLoop) -> Line | None:
         """Take note of what has run since the last time; return the line of the user's that ran last, if one has."""
@@ -282,9 +285,8 @@ class DisturbedRun:
         process.end()
 
     def _on_step(self, process: ProcessLoop, steps: Steps, has_ended: bool) -> None:  # noqa: FBT001
-        if not _is_suspension(process, steps, self._operations, has_ended=has_ended):
-            return
-        if self._operations.when != self._point.when or _waits_at(process, steps) != self._point.waits_at:
+        when = _moment(process, steps, self._operations, has_ended=has_ended)
+        if when != self._point.when or _waits_at(process, steps) != self._point.waits_at:
             return
         self._alike += 1
         if self._alike != self._point.occurrence + 1:
@@ -311,13 +313,17 @@ def _nothing_is_lost(*_: object) -> None:
     pass
 
 
-def _is_suspension(process: ProcessLoop, steps: Steps, operations: _Operations, *, has_ended: bool) -> bool:
-    """Whether a call can be disturbed after this step: not at its end; in tasks of aidem's own, during an operation."""
-    have_moved = operations.have_moved()
+def _moment(process: ProcessLoop, steps: Steps, operations: _Operations, *, has_ended: bool) -> str | None:
+    """Return the `when` of a step after which a call can be disturbed; None: it cannot.
+
+    It cannot after its own end. Of tasks of aidem's own, only those count that carry out an operation.
+    """
+    moved = operations.take_move()
     if process.runs_call(steps):
-        return not has_ended
-    is_of_aidem = steps.coroutine.__class__ is CoroutineType and is_aidem(steps.coroutine.cr_code.co_filename)
-    return have_moved or not is_of_aidem
+        return None if has_ended else operations.when
+    if steps.coroutine.__class__ is CoroutineType and is_aidem(steps.coroutine.cr_code.co_filename):
+        return moved or None
+    return operations.when
 
 
 def _waits_at(process: ProcessLoop, steps: Steps) -> Line | None:

@@ -7,6 +7,7 @@ import contextlib
 import contextvars
 import gc
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -304,7 +305,9 @@ async def test_what_vanishes_runs_nothing_any_more(case: Case) -> None:
 def run_file(path: Path, code: str, *options: str) -> subprocess.CompletedProcess[str]:
     path.write_text(code)
     command = [sys.executable, *options, "-W", "error", str(path)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    # Measuring coverage there, too, would take long.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE_")}
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120, env=environment)
 
 
 @pytest.mark.parametrize("options", [(), ("-X", "dev")], ids=["plain", "dev"])
@@ -352,6 +355,7 @@ asyncio.run(main())
     assert (done.stdout, done.stderr, done.returncode) == ("True\n", "", 0)
 
 
+@pytest.mark.timeout(150)
 def test_a_thousand_vanished_runs_leave_nothing_behind(tmp_path: Path) -> None:
     code = """
 import asyncio, gc, os, sys, threading
