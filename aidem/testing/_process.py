@@ -260,12 +260,12 @@ class ProcessLoop(asyncio.SelectorEventLoop):
     def _find_belongings(self) -> list[object]:
         """Find what is of this loop and has a finalizer, such as an HTTP session, which would miss being closed."""
         referrers: list[Any] = gc.get_referrers(self)
-        attributes = [referrer for referrer in referrers if type(referrer) is dict]
+        attributes: list[Any] = [referrer for referrer in referrers if isinstance(referrer, dict)]
         ids = {id(attribute) for attribute in attributes}
-        owners = [owner for owner in gc.get_referrers(*attributes) if hasattr(type(owner), "__del__")]
+        owners: list[Any] = gc.get_referrers(*attributes)
         return [
-            *(referrer for referrer in referrers if hasattr(type(referrer), "__del__")),
-            *(owner for owner in owners if id(getattr(owner, "__dict__", None)) in ids),
+            *filter(_has_finalizer, referrers),
+            *(owner for owner in filter(_has_finalizer, owners) if id(getattr(owner, "__dict__", None)) in ids),
         ]
 
     # --- Steps of tasks -----------------------------------------------------------------------------------------------
@@ -406,6 +406,10 @@ class ProcessLoop(asyncio.SelectorEventLoop):
         return self._jobs + max(0, waiting - self._messages)
 
 
+def _has_finalizer(thing: object) -> bool:
+    return hasattr(type(thing), "__del__")
+
+
 def _waits_for_thread(coroutine: Any) -> bool:
     names = [frame.f_code.co_name for frame in frames_of(coroutine)]
     return names[-1:] == ["run_sync_in_worker_thread"]  # of anyio.to_thread
@@ -472,14 +476,14 @@ def new_awaitable(call: Call) -> Awaitable[object]:
         IdempotencyUsageError: It cannot be.
     """
     try:
-        awaitable = cast("object", call())
+        awaitable = call()
     except Exception as error:
         raise misuse(
             f"call() raised {type(error).__qualname__} before it returned something to await. It must start an async "
             "function: asyncio.run, aidem.sync and other blocking calls cannot run on an event loop. For a handler "
             "made by lambda_handler, use `lambda: handler.__wrapped__(event, context)`"
         ) from error
-    if not isinstance(awaitable, Awaitable):
+    if not isinstance(cast("object", awaitable), Awaitable):
         raise misuse(
             f"call() must return something to await, not {type(awaitable).__qualname__}; "
             "write `lambda: handler(event, context)` with an async handler"

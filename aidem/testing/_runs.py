@@ -60,12 +60,12 @@ class Observed:
         uses_sockets: Whether it waits for any, so that it may take more or fewer steps the next time.
     """
 
-    suspensions: list[Point] = field(default_factory=list)
-    operations: list[Point] = field(default_factory=list)
-    end: list[Point] = field(default_factory=list)
+    suspensions: list[Point] = field(default_factory=list[Point])
+    operations: list[Point] = field(default_factory=list[Point])
+    end: list[Point] = field(default_factory=list[Point])
     uses_sockets: bool = False
 
-    _alike: Counter[tuple[Line | None, str]] = field(default_factory=Counter)
+    _alike: Counter[tuple[Line | None, str]] = field(default_factory=Counter[tuple[Line | None, str]])
 
     def add_suspension(self, waits_at: Line | None, ran_last: Line | None, when: str) -> None:
         """Take note of one. Renewals count once, however many a long body has."""
@@ -213,7 +213,8 @@ class ObservedRun:
         return ran
 
     def _look_for_layer(self, variables: dict[str, Any], process: ProcessLoop) -> None:
-        layer, record, *_ = (*variables.values(), None, None)
+        values: list[Any] = [*variables.values(), None, None]
+        layer, record = values[:2]
         if isinstance(record, DataRecord) and isinstance(layer, PersistenceLayer) and layer not in self._layers:
             try:
                 self._layers.watch(layer)

@@ -676,6 +676,7 @@ async def test_a_thread_that_the_call_waits_for_ends_before_its_process_vanishes
     @case.idempotent()
     async def charge(order_id: str) -> None:
         await run(in_thread)
+        await run(int)
 
     report = await case.prove(lambda: charge("o-1"))
     assert {way for way, _ in wrong(report)} == {"vanish", "cancel"}
@@ -774,10 +775,10 @@ async def test_a_sqlite_layer(case: Case, tmp_path: Path) -> None:
         @idempotent_function(key_prefix="case", persistence_store=layer)
         async def charge(order_id: str) -> None:
             case.bank.charge(order_id)
-            await asyncio.sleep(50)
+            await asyncio.sleep(45)
 
         report = await case.prove(lambda: charge("o-1"))
-    assert wrong(report) == {("vanish", "await asyncio.sleep(50)"), ("cancel", "await asyncio.sleep(50)")}
+    assert wrong(report) == {("vanish", "await asyncio.sleep(45)"), ("cancel", "await asyncio.sleep(45)")}
     assert {point.when for point in report.points} >= {"during acquire", "during complete"}
 
 
