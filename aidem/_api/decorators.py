@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar, cast, overload
 
 from aidem._api.execution import execute
 from aidem._api.signature import BOUND_BY_CALL, Target, check_takes_event
@@ -184,7 +184,8 @@ def idempotent_function(
     if function is None:
         return functools.partial(idempotent_function, **options)
     if isinstance(function, classmethod | staticmethod):  # below @classmethod it is a function already
-        return _rewrapped(function, options)
+        method = cast("Any", function)
+        return type(method)(idempotent_function(method.__func__, **options))
     target = Target(function, decorator="idempotent_function", key_prefix=key_prefix)
     find_payload = payload_finder(target, data_keyword_argument=data_keyword_argument, key=key)
     calls = CallFactory(
@@ -201,11 +202,6 @@ def idempotent_function(
         return await execute(calls.make(Plan.key_of_call, find_payload, args, kwargs), function, args, kwargs)
 
     return wrapper
-
-
-def _rewrapped(method: Any, options: dict[str, Any]) -> Any:
-    """Decorate the function inside a classmethod or staticmethod."""
-    return type(method)(idempotent_function(method.__func__, **options))
 
 
 # --- The payload among the arguments ----------------------------------------------------------------------------------
