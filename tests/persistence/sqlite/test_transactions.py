@@ -361,18 +361,12 @@ class AsyncPsycopgConnection(psycopg.AsyncConnection[Any]):
         """Complain of nothing."""
 
 
-class AsyncpgConnection(asyncpg.Connection):  # type: ignore[misc]
-    def __init__(self) -> None:
-        """Connect to nothing."""
-
-    def __del__(self) -> None:
-        """Complain of nothing."""
-
-
 OF_POSTGRESQL: dict[str, Callable[[], Any]] = {
     "psycopg": PsycopgConnection,
     "async psycopg": AsyncPsycopgConnection,
-    "asyncpg": AsyncpgConnection,
+    "asyncpg": type(
+        "AsyncpgConnection", (asyncpg.Connection,), {"__init__": lambda _: None, "__del__": lambda _: None}
+    ),
     "Session": lambda: sqlalchemy.orm.Session(sqlalchemy.create_engine("postgresql+psycopg://")),
     "AsyncSession": lambda: sqlalchemy.ext.asyncio.AsyncSession(
         sqlalchemy.ext.asyncio.create_async_engine("postgresql+asyncpg://")
