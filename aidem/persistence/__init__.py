@@ -43,6 +43,7 @@ URL_FORMS: Final = (
     "redis+cluster://host:6379",
     "redis+sentinel://host:26379/service/0",
     "dynamodb://table",
+    "postgresql://user:password@host:5432/database",
 )
 
 
@@ -287,7 +288,8 @@ def open_persistence_layer(url: str) -> PersistenceLayer:
         url: `memory://`; `sqlite:///relative/path` or `sqlite:////absolute/path`, as in SQLAlchemy;
             `redis://host:6379/0`, as in redis-py; `redis+cluster://host:6379,host2:6379`;
             `redis+sentinel://host:26379,host2:26379/service/0`; with TLS `rediss…` instead of `redis…`;
-            `dynamodb://table`, with region, endpoint and credentials from the AWS environment.
+            `dynamodb://table`, with region, endpoint and credentials from the AWS environment;
+            `postgresql://user:password@host:5432/database`, as asyncpg understands it.
 
     Raises:
         IdempotencyPersistenceConfigError: It is not one of these URLs.
@@ -311,6 +313,10 @@ def open_persistence_layer(url: str) -> PersistenceLayer:
         from aidem.persistence.dynamodb import DynamoDBPersistenceLayer
 
         return DynamoDBPersistenceLayer(rest)
+    if scheme in {"postgresql", "postgres"} and rest:
+        from aidem.persistence.postgres import PostgresPersistenceLayer
+
+        return PostgresPersistenceLayer(url)
     # A URL may hold a password: only what stands before the colon is shown.
     raise _names_no_layer(f"this URL of scheme {scheme if separator else ''!r} names no persistence layer")
 
