@@ -232,7 +232,10 @@ class SupportsCompletionInTransaction(Protocol):
         ...
 
     def is_free(self, record: DataRecord) -> Awaitable[bool]:
-        """Whether the claim is ours, INPROGRESS, and held by no open transaction. Asked on the layer's connection."""
+        """Whether the claim is there, INPROGRESS and of the record's owner, and held by no open transaction.
+
+        It is asked on the layer's connection, also about the claim of another caller.
+        """
         ...
 
 
