@@ -64,6 +64,8 @@ class IdempotencyConfig:
         stored_exceptions: Exception types whose occurrence is a result: stored, and raised again on a replay.
         max_clock_skew_seconds: Added to a foreign lease before it may be taken over, where clients' clocks judge.
         hooks: Observers of what happens to calls.
+        note: `note(payload)`, not async, on every call: text for operators, such as an order number, which is stored in
+            clear beside the claim and the outcome. What is longer than 256 characters is cut off. Never a secret.
 
     Raises:
         IdempotencyConfigError: An option has a value that cannot work; the message names it and what is allowed.
@@ -88,6 +90,7 @@ class IdempotencyConfig:
     stored_exceptions: tuple[type[Exception], ...] = ()
     max_clock_skew_seconds: float = 0.0
     hooks: tuple[IdempotencyHook, ...] = field(default=(), hash=False)
+    note: Callable[[Any], str | None] | None = field(default=None, hash=False)
 
     def __post_init__(self) -> None:
         check_settings({each.name: getattr(self, each.name) for each in fields(self)})

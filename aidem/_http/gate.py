@@ -202,7 +202,7 @@ class _Visit:
                 _served.reset(token)
 
     async def _run_once(self, key: CallKey, request: RequestBody) -> None:
-        call = self._gate.calls.make(lambda _plan: key)
+        call = self._gate.calls.make(lambda plan: key._replace(note=plan.note_of(self._scope)))
         try:
             await call.begin()
         except answers.REFUSED as error:

@@ -301,7 +301,9 @@ class LeaseTerms:
         return (expiry, end, None) if self.may_be_taken_over else (expiry, None, end)
 
 
-def claim(key: str, *, owner: str, payload_hash: str, lease: LeaseTerms, now: float) -> DataRecord:
+def claim(
+    key: str, *, owner: str, payload_hash: str, lease: LeaseTerms, now: float, note: str | None = None
+) -> DataRecord:
     """Return the claim to propose to a layer."""
     expiry, in_progress_expiry, lease_expiry = lease.instants(now=now)
     return DataRecord(
@@ -312,6 +314,7 @@ def claim(key: str, *, owner: str, payload_hash: str, lease: LeaseTerms, now: fl
         lease_expiry_timestamp=lease_expiry,
         payload_hash=payload_hash,
         owner=owner,
+        note=note,
     )
 
 
