@@ -202,7 +202,8 @@ class _Visit:
                 _served.reset(token)
 
     async def _run_once(self, key: CallKey, request: RequestBody) -> None:
-        call = self._gate.calls.make(lambda plan: key._replace(note=plan.note_of(self._scope)))
+        has_note = self._options.settings.note is not None
+        call = self._gate.calls.make(lambda plan: key._replace(note=plan.note_of(self._scope)) if has_note else key)
         try:
             await call.begin()
         except answers.REFUSED as error:
