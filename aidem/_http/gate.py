@@ -202,8 +202,9 @@ class _Visit:
                 _served.reset(token)
 
     async def _run_once(self, key: CallKey, request: RequestBody) -> None:
-        has_note = self._options.settings.note is not None
-        call = self._gate.calls.make(lambda plan: key._replace(note=plan.note_of(self._scope)) if has_note else key)
+        call = self._gate.calls.make(
+            lambda plan: key if plan.config.note is None else key._replace(note=plan.note_of(self._scope))
+        )
         try:
             await call.begin()
         except answers.REFUSED as error:
