@@ -95,6 +95,8 @@ class DynamoDBPersistenceLayer(OpenedByAsyncWith):
         lease_expiry_attr: Epoch milliseconds, of claims that must not be taken over.
         outcome_attr: What is stored instead of a result.
         note_attr: Text for operators, in clear.
+        region_name: The AWS region. Default: that of the environment.
+        endpoint_url: Where the service is. Default: that of the environment, else of the region.
         boto_config: A `botocore.config.Config` or `AioConfig` on top of the layer's own.
         session: An `aioboto3.Session` that makes the client.
         client: An open DynamoDB client of aioboto3 or aiobotocore; it is used as it is and never closed, and the layer
@@ -126,6 +128,8 @@ class DynamoDBPersistenceLayer(OpenedByAsyncWith):
         lease_expiry_attr: str = "lease_expiration",
         outcome_attr: str = "outcome",
         note_attr: str = "note",
+        region_name: str | None = None,
+        endpoint_url: str | None = None,
         boto_config: Any | None = None,
         session: Any | None = None,
         client: Any | None = None,
@@ -135,12 +139,15 @@ class DynamoDBPersistenceLayer(OpenedByAsyncWith):
             raise IdempotencyPersistenceConfigError(
                 f"table_name={table_name!r} names no DynamoDB table; give its name or its ARN"
             )
-        if client is not None and (session is not None or boto_config is not None):
+        settings = (session, boto_config, region_name, endpoint_url)
+        if client is not None and any(setting is not None for setting in settings):
             raise IdempotencyPersistenceConfigError(
-                "a client is used as it is: pass no session or boto_config beside it"
+                "a client is used as it is: pass no session, boto_config, region_name or endpoint_url beside it"
             )
         self.clock = clock
-        self._clients = OwnClients(connect_with(session, boto_config)) if client is None else GivenClient(client)
+        places = {"region_name": region_name, "endpoint_url": endpoint_url}
+        place = {name: value for name, value in places.items() if value is not None}
+        self._clients = OwnClients(connect_with(session, boto_config, place)) if client is None else GivenClient(client)
         self._attributes = Attributes(
             key=key_attr,
             sort_key=sort_key_attr,
