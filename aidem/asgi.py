@@ -10,6 +10,7 @@ from aidem._http.gate import Gate
 from aidem._http.key import MalformedKeyError, parse_key
 from aidem._http.lifespan import Lifespan
 from aidem._http.options import DEFAULT_CONFIG, HttpOptions, IdempotencyOptions, by_header
+from aidem._http.response import StoredResponse
 from aidem._http.types import Problem, RequestParts
 from aidem.config import check_call_options
 from aidem.exceptions import IdempotencyKeyError
@@ -20,7 +21,15 @@ if TYPE_CHECKING:
     from aidem._http.types import ASGIApp, Receive, Scope, Send
     from aidem.config import IdempotencyConfig
 
-__all__ = ["IdempotencyMiddleware", "IdempotencyOptions", "Problem", "RequestParts", "by_header", "request_key"]
+__all__ = [
+    "IdempotencyMiddleware",
+    "IdempotencyOptions",
+    "Problem",
+    "RequestParts",
+    "StoredResponse",
+    "by_header",
+    "request_key",
+]
 
 
 class IdempotencyMiddleware:
