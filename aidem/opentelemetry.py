@@ -35,7 +35,7 @@ _ENDINGS: Final = frozenset({EventKind.EXECUTED, EventKind.REPLAYED, EventKind.C
 
 
 class OpenTelemetryHook:
-    """Counts every event, and makes a span for each call that executes, replays, is refused or gives its key back.
+    """Counts every event, and makes a span for each call that executes, replays, is refused or releases its key.
 
     A replay is linked to the span of the execution, if that was in this process and told to the same hook: so share
     one among all configs. Keys, payloads and results are in no attribute.

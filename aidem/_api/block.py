@@ -10,6 +10,7 @@ from aidem._engine.call import Phase, WhoseOutcome
 from aidem._engine.plan import CallFactory, Plan
 from aidem.config import check_call_options
 from aidem.exceptions import IdempotencyLeaseLostError, IdempotencyUsageError
+from aidem.serialization import round_trip
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -43,17 +44,27 @@ def idempotency(
     """Run a block once per key; a later block with the same key gets the result of the first.
 
     Args:
-        key: Names the block: any value that a payload may be. `event_key_jmespath` is not applied to it.
-        payload: What must not change under the key: all of it, or what `payload_validation_jmespath` selects.
-        persistence_store: Where records are kept; by default what `configure` says.
-        config: Settings; by default what `configure` says.
-        output_serializer: Turns the result into JSON values and back.
-        key_prefix: Keeps keys of different blocks apart.
+        key: Identifies the block: any value that a payload can be. `event_key_jmespath` is not applied to it.
+        payload: A value that must not change under the key; `payload_validation_jmespath` selects a part of it.
+            Default: nothing is validated.
+        persistence_store: The layer that keeps the records. Default: the layer of `configure`.
+        config: The settings. Default: the config of `configure`.
+        output_serializer: Turns the result into JSON values and back. Default: chosen by the return annotation of the
+            function that `run` calls; without `run`, the result is JSON data.
+        key_prefix: Keeps the keys of different blocks apart. Default: `"aidem"`.
 
     Raises:
-        IdempotencyError: Entering: one of its subclasses, see `aidem.exceptions`; then the block does not run.
-            Leaving: the outcome could not be recorded, the claim was lost, or the block had no protection.
         IdempotencyConfigError: At once: an option has a value that cannot work.
+        IdempotencyKeyError: On entering: `key` cannot be a key, or is none and `raise_on_no_idempotency_key` is set.
+        IdempotencyValidationError: On entering: the key was used before with another payload.
+        IdempotencyAlreadyInProgressError: On entering: another execution of the key did not end within
+            `wait_timeout_seconds`.
+        IdempotencyInDoubtError: On entering: the owner of a claim vanished, and `on_abandoned="raise"`.
+        IdempotencyResultUnavailableError: The block ran once, and its result cannot be replayed.
+        IdempotencyLeaseLostError: On leaving: another caller took the claim over, and recorded no outcome for it.
+        IdempotencyPersistenceLayerError: The store failed; the message says whether the block has run.
+        IdempotencyUsageError: On leaving: the block neither called `run` nor read `replayed` or `result`, so a retry
+            would repeat its effect.
     """
     check_call_options(
         config=config,
@@ -73,20 +84,30 @@ def idempotency(
 
 SWALLOWED = (
     "the function that run() called has failed, and the block swallowed its exception without setting a result; let "
-    "the exception out, so that the key is given back, or set `execution.result`"
+    "the exception out, so that the key is released, or set `execution.result`"
 )
 
 
 class BlockExecution(Execution):
     """The execution of a block: what it sees of its call, and where it leaves its result."""
 
-    __slots__ = ("_has_looked", "_has_run", "_is_decoded", "_is_failed", "_recording", "_result", "_serializer")
+    __slots__ = (
+        "_has_looked",
+        "_has_run",
+        "_is_decoded",
+        "_is_failed",
+        "_is_set",
+        "_recording",
+        "_result",
+        "_serializer",
+    )
 
     def __init__(self, call: Call) -> None:
         super().__init__(call)
         self._serializer = call.plan.serializer
         self._has_looked = False
         self._has_run = False
+        self._is_set = False  # by the block itself
         self._is_failed = False  # from the start of the function until it has a result
         self._is_decoded = call.phase is not Phase.REPLAYED
         self._recording: EncodedResult | None = None
@@ -119,8 +140,10 @@ class BlockExecution(Execution):
             raise IdempotencyUsageError(message, key=self.key)
         if self._call.phase is Phase.ENDED:
             raise IdempotencyUsageError("the block is over, and its result is recorded", key=self.key)
+        self._refuse_completed("result")
         self._recording = None
         self._is_failed = False
+        self._is_set = True
         self._result = value
 
     async def run(self, func: Callable[P, Awaitable[R]], /, *args: P.args, **kwargs: P.kwargs) -> R:
@@ -134,6 +157,7 @@ class BlockExecution(Execution):
         """
         if self._has_run:
             raise IdempotencyUsageError("run() was called before: a block has one result", key=self.key)
+        self._refuse_completed("run()")
         self._has_looked = self._has_run = True
         if self._call.phase is Phase.BYPASSED:
             self._result = await _called(func, args, kwargs)
@@ -148,6 +172,42 @@ class BlockExecution(Execution):
         self._recording = recording
         recording.raise_interruption()
         return cast("R", recording.value)
+
+    async def complete(self, result: R, *, transaction: object) -> R:
+        """Write the result in an open transaction of your own, as `Execution.complete` does; it is the block's result.
+
+        Raises:
+            IdempotencyUsageError: Also beside `run` or `execution.result = ...`.
+        """
+        self._refuse_other_result("complete()")
+        completed = await super().complete(result, transaction=transaction)
+        self._result = completed
+        return completed
+
+    async def completion_item(self, result: object) -> dict[str, Any] | None:
+        """Return the `Update` that stores the result, as `Execution.completion_item` does; it is the block's result.
+
+        Raises:
+            IdempotencyUsageError: Also beside `run` or `execution.result = ...`.
+        """
+        self._refuse_other_result("completion_item()")
+        item = await super().completion_item(result)
+        self._result = self.completed_or(None)
+        return item
+
+    def _encoded(self, result: Any) -> tuple[str, Any]:
+        return round_trip(result, self._serializer)
+
+    def _refuse_other_result(self, what: str) -> None:
+        self._has_looked = True  # a replay is refused
+        if self._has_run or self._is_set:
+            other = "run()" if self._has_run else "`execution.result = ...`"
+            raise IdempotencyUsageError(f"{what} was called beside {other}: a block has one result", key=self.key)
+
+    def _refuse_completed(self, what: str) -> None:
+        if self._call.phase is Phase.COMPLETING:
+            message = f"{what} was used beside complete() or completion_item(): a block has one result"
+            raise IdempotencyUsageError(message, key=self.key)
 
     def _recording_of(self, result: Any) -> EncodedResult:
         return EncodedResult.of(result, self._serializer, function=self._call.plan.function)
@@ -180,6 +240,9 @@ class BlockExecution(Execution):
             swallowed = IdempotencyUsageError(SWALLOWED, key=self.key)
             await call.fail(swallowed)
             raise swallowed
+        if call.phase is Phase.COMPLETING:
+            await call.confirm_commit()
+            self._is_decoded = False
         if call.phase is Phase.CLAIMED:
             recording = self._recording or self._recording_of(self._result)
             if await call.complete(recording.text, recording.kind) is WhoseOutcome.WINNERS:

@@ -9,7 +9,7 @@ import logging
 import warnings
 import weakref
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar, cast
 
 from aidem._engine.call import Call, Phase, WhoseOutcome
 from aidem._rules.record import OutcomeKind
@@ -32,14 +32,20 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("aidem")
 
+T = TypeVar("T")
+ExecutionT = TypeVar("ExecutionT", bound="Execution")
+
+_NOTHING: Final = object()
+
 
 class Execution:
     """One execution of an idempotent call, as its body sees it."""
 
-    __slots__ = ("__weakref__", "_call")
+    __slots__ = ("__weakref__", "_call", "_completed")
 
     def __init__(self, call: Call) -> None:
         self._call = call
+        self._completed: Any = _NOTHING
 
     @property
     def key(self) -> str:
@@ -87,6 +93,60 @@ class Execution:
         """
         await self._call.ensure_owned()
 
+    async def complete(self, result: T, *, transaction: object) -> T:
+        """Write the result in an open transaction of your own: your rows and the result are committed together.
+
+        Call it as the last statement before the commit. After the body aidem looks whether the transaction was
+        committed. The result of the call is what this returns, whatever the body returns.
+
+        Args:
+            result: What later calls get.
+            transaction: The connection or session whose transaction it is, on the database that holds the records: one
+                of aiosqlite or sqlite3, asyncpg, psycopg 3, or SQLAlchemy on one of them.
+
+        Returns:
+            The result as a replay will give it. A call that runs without idempotency writes nothing.
+
+        Raises:
+            IdempotencyUsageError: It is no open transaction on that database, the layer cannot complete calls in
+                transactions, the call is a replay or is over, or another transaction was used before and was not
+                rolled back. Nothing was written.
+            IdempotencyLeaseLostError: The claim is not ours any more. Let it roll the transaction back.
+            IdempotencySerializationError: The result cannot be stored.
+            Exception: What the driver raises, such as a serialization failure; the transaction may be tried again in
+                the same body.
+        """
+        text, value = self._encoded(result)
+        await self._call.complete_in(transaction, text)
+        self._completed = value
+        return cast("T", value)
+
+    async def completion_item(self, result: object) -> dict[str, Any] | None:
+        """Return the `Update` that stores the result in DynamoDB, for your own `transact_write_items`.
+
+        Your items and the result are written together or not at all. After the body aidem looks whether they were.
+        The result of the call is this one, whatever the body returns.
+
+        Returns:
+            The value of `Update`, in the form of the low-level client. None: the call runs without idempotency, so
+            there is nothing to store.
+
+        Raises:
+            IdempotencyUsageError: The records are not in DynamoDB, or the call is a replay or is over.
+            IdempotencySerializationError: The result cannot be stored.
+        """
+        text, value = self._encoded(result)
+        item = await self._call.completion_item(text)
+        self._completed = value
+        return item
+
+    def _encoded(self, result: Any) -> tuple[str, Any]:
+        return round_trip(result, self._call.plan.serializer)
+
+    def completed_or(self, result: Any) -> Any:
+        """Return what the body has completed the call with; without that, what it has returned."""
+        return result if self._completed is _NOTHING else self._completed
+
 
 # Weakly: tasks that a body starts copy its context, and must not keep the call alive.
 _current: ContextVar[weakref.ref[Execution] | None] = ContextVar("aidem_execution", default=None)
@@ -106,16 +166,17 @@ def current_execution() -> Execution:
     return execution
 
 
-class running:  # noqa: N801 - used like a function; a generator would cost four times as much
+class running(Generic[ExecutionT]):  # noqa: N801 - used like a function; a generator would cost four times as much
     """Make an execution the current one within a `with` block."""
 
     __slots__ = ("_execution", "_token")
 
-    def __init__(self, execution: Execution) -> None:
+    def __init__(self, execution: ExecutionT) -> None:
         self._execution = execution
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> ExecutionT:
         self._token = _current.set(weakref.ref(self._execution))
+        return self._execution
 
     def __exit__(self, *_: object) -> None:
         try:  # noqa: SIM105 - cheaper than contextlib.suppress, for every call
@@ -132,10 +193,13 @@ async def execute(
         await call.begin()
         if call.phase is Phase.REPLAYED:
             return await replayed_value(call)
-        with running(Execution(call)):
+        with running(Execution(call)) as execution:
             result = await function(*args, **kwargs)
         if call.phase is Phase.BYPASSED:
-            return result
+            return execution.completed_or(result)
+        if call.phase is Phase.COMPLETING:
+            await call.confirm_commit()
+            return outcome_of(call, call.plan.serializer)
         recording = EncodedResult.of(result, call.plan.serializer, function=call.plan.function)
     except BaseException as error:
         if await call.fail(error) is WhoseOutcome.OURS:

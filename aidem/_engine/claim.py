@@ -21,20 +21,23 @@ from contextvars import Context, copy_context
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar
 
-from aidem._engine.failures import EFFECT_HAPPENED, FAILED, NOTHING_RUN, RUNNING, failure_of, told
+from aidem._engine.failures import COMMIT_UNKNOWN, EFFECT_HAPPENED, FAILED, NOTHING_RUN, RUNNING, failure_of, told
 from aidem._rules import lifecycle
-from aidem._rules.lifecycle import Blocked, Claimed
+from aidem._rules.lifecycle import Blocked, Claimed, Commitment
 from aidem._rules.record import OutcomeKind
 from aidem._runtime.cancellation import CLEANUP_SECONDS, CancellationShield, Immediate, in_background
 from aidem.exceptions import (
     IdempotencyError,
+    IdempotencyHeldByTransactionError,
     IdempotencyLeaseLostError,
     IdempotencyPersistenceConfigError,
     IdempotencyPersistenceConnectionError,
     IdempotencyPersistenceLayerError,
     IdempotencySerializationError,
+    IdempotencyUsageError,
 )
 from aidem.hooks import EventKind
+from aidem.persistence import SupportsCompletionInTransaction
 from aidem.serialization import UNAVAILABLE_TEXT
 
 if TYPE_CHECKING:
@@ -88,12 +91,15 @@ class Claim:
     """One claim of one call, with a token of its own, made anew for every attempt to acquire the key.
 
     Attributes:
+        is_in_transaction: Whether its outcome was written in a transaction of the body's, so that it may end at any
+            moment without our doing.
         record: The claim as proposed, then as stored.
         lease_deadline: When it lapses, in seconds of the loop's clock, which may stand still while the machine is
             suspended; None: not before it expires.
     """
 
     # Of a claim that is held; one that never is, as that of a replay, pays nothing for these.
+    is_in_transaction = False
     _is_lost = False
     _failed_renewals = 0  # in a row
     _renewal: Renewal | None = None
@@ -268,6 +274,9 @@ class Claim:
             shield.deadline = min(shield.deadline, self.lease_deadline)
         try:
             record = await ask(self._renewed_record, shield=shield, key=self._key, effect=RUNNING)
+        except IdempotencyHeldByTransactionError:  # so nobody can take it over
+            self._renew_soon()
+            return self._renewal is not None
         except IdempotencyPersistenceLayerError as failure:
             self._renewal_failed(failure)
             return self._renewal is not None
@@ -318,18 +327,52 @@ class Claim:
         if self._failed_renewals == 1:  # one line for an outage, and one when it is over
             logger.warning("the lease of %s could not be renewed, trying again: %s", self._plan.function, failure)
         self._reporter.report(EventKind.PERSISTENCE_ERROR, fence=self.record.fence, error=failure)
-        interval = self._interval()  # the next try comes after a third of it, also after a long pause
-        self._asked_at = self._loop_state.time() - interval + interval / RENEWALS_PER_LEASE
+        self._renew_soon()
         if self.has_lapsed():
             self.note_loss()
 
+    def _renew_soon(self) -> None:
+        interval = self._interval()  # the next try comes after a third of it, also after a long pause
+        self._asked_at = self._loop_state.time() - interval + interval / RENEWALS_PER_LEASE
+
     def note_loss(self) -> None:
         """Take note, once, that the claim may belong to somebody else by now; the body is left to finish."""
-        if not self._is_lost:
+        if not self._is_lost and not self.is_in_transaction:
             self._is_lost = True
             logger.warning("%s has lost its lease; another execution may run", self._plan.function)
             self._reporter.report(EventKind.LEASE_LOST, fence=self.record.fence)
             self._flight.end(None)
+
+    # --- Completed in a transaction of the body's -------------------------------------------------------------------
+
+    async def pause_renewal(self) -> None:
+        """Renew no more for now; wait for a renewal under way, which the transaction would meet."""
+        renewal = self._renewal
+        self.stop_renewal()
+        if renewal is not None:
+            await renewal.ended(within_seconds=SHORTEST_REQUEST_SECONDS)
+
+    def resume_renewal(self) -> None:
+        """Renew again: if the transaction is rolled back, the body may try another one."""
+        if self._renews:
+            at = max(self.next_renewal_at(), self._loop_state.time() + self._interval() / RENEWALS_PER_LEASE)
+            self._loop_state.renewals.watch(self, at=at, context=copy_context())
+
+    async def commitment(self, shield: CancellationShield) -> tuple[Commitment, DataRecord | None]:
+        """Look what has become of the outcome; return that and the record found.
+
+        Raises:
+            IdempotencyPersistenceLayerError: The layer failed to answer.
+        """
+        layer, record = self._plan.layer, self.record
+        find = partial(layer.get, self._key)
+        found = await self._ask_persistently(find, shield=shield, effect=COMMIT_UNKNOWN)
+        is_free = True
+        if isinstance(layer, SupportsCompletionInTransaction) and lifecycle.is_held_by(found, record.owner):
+            is_free = await self._ask_persistently(partial(layer.is_free, record), shield=shield, effect=COMMIT_UNKNOWN)
+            if not is_free:  # or it was committed after the first look
+                found = await self._ask_persistently(find, shield=shield, effect=COMMIT_UNKNOWN)
+        return lifecycle.commitment(found, record.owner, is_free=is_free), found
 
     # --- Ended ------------------------------------------------------------------------------------------------------
 
@@ -363,13 +406,7 @@ class Claim:
             IdempotencyPersistenceLayerError: It could not be stored.
         """
         plan, now = self._plan, self._plan.clock()
-        record = lifecycle.completed(
-            self.record,
-            response_data=text,
-            outcome=outcome,
-            expires_after_seconds=plan.config.expires_after_seconds,
-            now=now,
-        )
+        record = self.completed(text, outcome, now=now)
         try:
             is_stored = await self._ask_persistently(
                 lambda: plan.layer.complete(record, now=now), shield=shield, effect=EFFECT_HAPPENED
@@ -382,17 +419,31 @@ class Claim:
             return await self.complete(UNAVAILABLE_TEXT, OutcomeKind.UNAVAILABLE, shield=shield)
         return record if is_stored else None
 
+    def completed(self, text: str, outcome: OutcomeKind | None, *, now: float) -> DataRecord:
+        """Return the record of an outcome of the claim."""
+        return lifecycle.completed(
+            self.record,
+            response_data=text,
+            outcome=outcome,
+            expires_after_seconds=self._plan.config.expires_after_seconds,
+            now=now,
+        )
+
     async def release(self, *, is_failure: bool, shield: CancellationShield) -> None:
         """Release it, or leave it in doubt where the body may have had its effect and must not run again.
 
-        A renewal under way need not be waited for: arriving later, it changes neither.
+        A renewal under way need not be waited for: arriving later, it changes neither. A claim that a transaction holds
+        is left to it, and to the lease: the transaction may yet be committed.
         """
-        if is_failure or self._lease.may_be_taken_over:
-            is_ours = await self._release_persistently(shield)
-            if is_ours:
-                self._reporter.report(EventKind.RELEASED, fence=self.record.fence)
-        else:
-            is_ours = await self._ask_persistently(self._abandon, shield=shield, effect=FAILED) is not None
+        try:
+            if is_failure or self._lease.may_be_taken_over:
+                is_ours = await self._release_persistently(shield)
+                if is_ours:
+                    self._reporter.report(EventKind.RELEASED, fence=self.record.fence)
+            else:
+                is_ours = await self._ask_persistently(self._abandon, shield=shield, effect=FAILED) is not None
+        except IdempotencyHeldByTransactionError:
+            return
         if not is_ours:
             self.note_loss()
 
@@ -436,7 +487,7 @@ class Claim:
                 try:
                     answer = await _settled(operation, shield, self._key, effect, CLEANUP_SECONDS, tries=tries)
                     break
-                except IdempotencyPersistenceConfigError:
+                except (IdempotencyPersistenceConfigError, IdempotencyHeldByTransactionError):
                     raise
                 except IdempotencyPersistenceLayerError as failure:
                     if not await self._pause(tries, failure, shield):
@@ -494,7 +545,9 @@ class Claim:
 
 def _may_be_claimed(failure: BaseException) -> bool:
     """Whether an acquisition that failed may have been applied, and only its reply was lost."""
-    return not isinstance(failure, IdempotencyPersistenceLayerError) or failure.may_be_applied
+    if isinstance(failure, IdempotencyPersistenceLayerError):
+        return failure.may_be_applied
+    return not isinstance(failure, IdempotencyUsageError)
 
 
 def _retry_seconds(tries: int) -> float:
@@ -522,6 +575,10 @@ class Renewal:
         self._is_stopped = True
         if not self._task.get_loop().is_closed():
             self._task.cancel()
+
+    async def ended(self, *, within_seconds: float) -> None:
+        """Wait until a renewal under way has settled, for so long at most."""
+        await asyncio.wait([self._task], timeout=within_seconds)
 
     def _find(self) -> Claim | None:
         """Return the claim if it is held and its body runs in this process."""
@@ -638,4 +695,6 @@ async def _settled(
     except Exception as error:
         if isinstance(error, IdempotencySerializationError) and effect == EFFECT_HAPPENED:
             raise  # the result does not fit; elsewhere it would be a fault of the layer
+        if isinstance(error, IdempotencyUsageError):
+            raise  # the caller has to change something, such as to end its transaction
         raise failure_of(error, key, effect, tries) from error

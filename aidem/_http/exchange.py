@@ -20,7 +20,7 @@ import logging
 import math
 from functools import partial
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from aidem._api.execution import Execution, running
 from aidem._engine.call import Phase, WhoseOutcome
@@ -32,6 +32,7 @@ from aidem._runtime.cancellation import CLEANUP_SECONDS, in_background
 from aidem.exceptions import (
     IdempotencyLeaseLostError,
     IdempotencyPersistenceLayerError,
+    IdempotencyUsageError,
 )
 from aidem.hooks import EventKind
 from aidem.serialization import UNAVAILABLE_TEXT
@@ -56,6 +57,19 @@ LINGER_SECONDS: Final = 300.0
 
 _GIVING_UP_SECONDS: Final = 2.0
 """How long before the end of the lease, at most, a recording that keeps failing is tried for the last time."""
+
+
+class RequestExecution(Execution):
+    """What `current_execution()` answers in the app: the outcome is the response."""
+
+    __slots__ = ()
+
+    def _encoded(self, result: Any) -> NoReturn:  # noqa: ARG002 - it is not looked at
+        raise IdempotencyUsageError(
+            "the outcome of a request is its response, which is recorded when it is sent; to complete a call in a "
+            "transaction, decorate a function that the route calls with idempotent_function, or use idempotency(...)",
+            key=self.key,
+        )
 
 
 class NotStoredError(Exception):
@@ -93,7 +107,7 @@ class Exchange:
     def __init__(self, call: Call, request: RequestBody, send: Send, answers: Answers, options: HttpOptions) -> None:
         self._answers = answers
         self._call = call
-        self._execution = Execution(call)
+        self._execution = RequestExecution(call)
         self._request = request
         self._send = send
         self._options = options

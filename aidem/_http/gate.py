@@ -8,11 +8,11 @@ import logging
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Final
 
-from aidem._api.execution import Execution, running
+from aidem._api.execution import running
 from aidem._engine.call import Phase
 from aidem._engine.plan import CallFactory, CallKey, is_bypassed
 from aidem._http import answers
-from aidem._http.exchange import Exchange
+from aidem._http.exchange import Exchange, RequestExecution
 from aidem._http.fingerprint import Fingerprint, chosen_digest, lookup_key, request_parts
 from aidem._http.key import MalformedKeyError, parse_key
 from aidem._http.request import BodyTooLargeError, ClientGoneError, RequestBody
@@ -223,6 +223,6 @@ class _Visit:
         elif call.phase is Phase.CLAIMED:
             await Exchange(call, request, self._send, self._answers, self._options).run(self._app, self._scope)
         else:
-            execution = Execution(call)
+            execution = RequestExecution(call)
             with running(execution):
                 await self._app(self._scope, request.receive, self._send)

@@ -56,10 +56,21 @@ class Blocked(NamedTuple):
     Attributes:
         record: The record found.
         now: Epoch seconds by the clock that judged it; None: by the caller's.
+        is_held: Whether an open transaction holds the record: a claim then counts as running, lapsed or not.
     """
 
     record: DataRecord
     now: float | None = None
+    is_held: bool = False
+
+
+class Commitment(Enum):
+    """What has become of an outcome that was written in a transaction of the body's."""
+
+    COMMITTED = auto()
+    OPEN = auto()  # the transaction may yet be committed
+    ROLLED_BACK = auto()
+    LOST = auto()  # the claim is not ours any more
 
 
 class Completion(Enum):
@@ -190,7 +201,22 @@ def acquire_held(found: DataRecord | None) -> Blocked | None:
 
     A claim counts as running then, lapsed or expired: the transaction may yet complete it.
     """
-    return Blocked(found) if found is not None and found.status is RecordStatus.INPROGRESS else None
+    is_claim = found is not None and found.status is RecordStatus.INPROGRESS
+    return Blocked(found, is_held=True) if found is not None and is_claim else None
+
+
+def commitment(found: DataRecord | None, owner: str | None, *, is_free: bool) -> Commitment:
+    """Decide what has become of an outcome of the owner's, by the record that the layer sees afterwards.
+
+    Args:
+        found: The record; None: there is none.
+        owner: Who has written the outcome.
+        is_free: Whether no open transaction holds the record.
+    """
+    if is_held_by(found, owner):
+        return Commitment.ROLLED_BACK if is_free else Commitment.OPEN
+    is_ours = found is not None and found.owner == owner
+    return Commitment.COMMITTED if is_ours else Commitment.LOST
 
 
 def complete(found: DataRecord | None, record: DataRecord, *, now: float) -> Completion:
@@ -428,13 +454,13 @@ class NextStep(Enum):
     MISMATCH = auto()
 
 
-def next_step(record: DataRecord, *, payload_hash: str, now: float) -> NextStep:
+def next_step(record: DataRecord, *, payload_hash: str, now: float, is_held: bool = False) -> NextStep:
     """Decide what a call does about a live record: the hash first, also while it is INPROGRESS."""
     if differs(record, payload_hash):
         return NextStep.MISMATCH
     if record.status is RecordStatus.COMPLETED:
         return NextStep.REPLAY
-    if is_in_doubt(record, now=now):
+    if is_in_doubt(record, now=now) and not is_held:
         return NextStep.IN_DOUBT
     return NextStep.WAIT
 

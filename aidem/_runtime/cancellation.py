@@ -21,9 +21,9 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import logging
+import sys
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Final, Generic, Self, TypeVar
-
-from anyio import CancelScope
 
 from aidem.exceptions import IdempotencyError, IdempotencyPersistenceConnectionError
 
@@ -175,7 +175,9 @@ class CancellationShield:
 
 
 async def _outlast(future: UncancellableFuture[Any]) -> None:
-    with CancelScope(shield=True):
+    # A scope of anyio can be around this task only if anyio is loaded, and not while another thread still loads it.
+    scope: Any = getattr(sys.modules.get("anyio"), "CancelScope", None)
+    with nullcontext() if scope is None else scope(shield=True):
         try:
             await future
         except asyncio.CancelledError:

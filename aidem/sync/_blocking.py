@@ -16,12 +16,12 @@ import inspect
 # The public one raises where there is none, which costs more than all the rest of asking.
 from asyncio import _get_running_loop as running_loop  # pyright: ignore[reportPrivateUsage]
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, TypeVar, cast
 
 from aidem._api import execution
-from aidem._api.execution import EncodedResult, replayed_value, running
+from aidem._api.execution import EncodedResult, outcome_of, replayed_value, running
 from aidem._engine.call import Call, Phase, WhoseOutcome
-from aidem._engine.failures import EFFECT_HAPPENED, FAILED, NOTHING_RUN, RUNNING
+from aidem._engine.failures import COMMIT_UNKNOWN, EFFECT_HAPPENED, FAILED, NOTHING_RUN, RUNNING
 from aidem._engine.plan import CallFactory
 from aidem._rules import lifecycle
 from aidem._runtime import background_loop
@@ -49,6 +49,14 @@ class Execution(execution.Execution):
         """Renew the claim at the store, as the async one does, and wait for it."""
         drive(super().ensure_owned)
 
+    def complete(self, result: T, *, transaction: object) -> T:  # type: ignore[override]
+        """Write the result in an open transaction of yours, as the async one does, and return it as a replay will."""
+        return drive(partial(super().complete, result, transaction=transaction))
+
+    def completion_item(self, result: object) -> dict[str, Any] | None:  # type: ignore[override]
+        """Return the `Update` that stores the result, for your own `transact_write_items`, as the async one does."""
+        return drive(partial(super().completion_item, result))
+
 
 class BlockingCall(Call):
     """A call whose steps run on the background loop, while the thread that takes them waits.
@@ -57,6 +65,7 @@ class BlockingCall(Call):
     """
 
     __slots__ = ("_has_caller_ended",)
+    is_blocking = True
 
     def __init__(self, plan: Plan, key: CallKey, *, bypassed: bool = False) -> None:
         super().__init__(plan, key, bypassed=bypassed)
@@ -84,9 +93,22 @@ class BlockingCall(Call):
         """Record the outcome."""
         return await self._step(partial(super().complete, text, outcome), EFFECT_HAPPENED)
 
+    async def confirm_commit(self) -> None:
+        """Look whether the transaction that completes the call was committed."""
+        await self._step(super().confirm_commit, COMMIT_UNKNOWN)
+
+    async def _begin_completion(self) -> None:
+        await self._step(super()._begin_completion, RUNNING)
+
+    async def _resume_renewal(self) -> None:
+        await self._step(super()._resume_renewal, RUNNING)
+
+    async def _explain_refusal(self, earlier: Phase) -> NoReturn:
+        await self._step(partial(super()._explain_refusal, earlier), RUNNING)
+
     async def fail(self, error: BaseException) -> WhoseOutcome:
         """Release the claim, or store the exception if it is an outcome."""
-        if self.phase is not Phase.CLAIMED:
+        if not self.holds_claim:
             return WhoseOutcome.OURS
         try:
             return await self._step(partial(super().fail, error), FAILED)
@@ -96,7 +118,7 @@ class BlockingCall(Call):
 
     async def _step(self, step: Callable[[], Coroutine[Any, Any, T]], effect: str) -> T:
         """Take a step on the background loop, unless it asks nothing there, or is part of one that runs there."""
-        is_at_store = self.phase is Phase.NEW or self.phase is Phase.CLAIMED
+        is_at_store = self.phase is Phase.NEW or self.holds_claim
         if not is_at_store or running_loop() is not None:
             return await step()
         closed = f"{background_loop.CLOSED}; {effect}"
@@ -133,11 +155,14 @@ def _run(call: Call, function: Callable[..., Any], args: tuple[Any, ...], kwargs
     if call.phase is Phase.REPLAYED:
         return drive(partial(replayed_value, call))
     try:
-        with running(Execution(call)):
+        with running(Execution(call)) as execution:
             result = function(*args, **kwargs)
         _refuse_coroutine(result, call)
         if call.phase is Phase.BYPASSED:
-            return result
+            return execution.completed_or(result)
+        if call.phase is Phase.COMPLETING:
+            drive(call.confirm_commit)
+            return outcome_of(call, call.plan.serializer)
         recording = EncodedResult.of(result, call.plan.serializer, function=call.plan.function)
     except BaseException as error:
         if drive(partial(call.fail, error)) is WhoseOutcome.OURS:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import subprocess
+import sys
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -407,6 +409,47 @@ async def test_nothing_spins_while_a_cancelled_scope_waits_for_a_write(kind: Any
         await asyncio.sleep(1)
     assert scope.cancelled_caught
     assert turns < 100
+
+
+WITHOUT_ANYIO = """
+import asyncio, sys
+from aidem import idempotent_function
+from aidem.persistence.memory import MemoryPersistenceLayer
+
+runs, begun, may_end = [], asyncio.Event(), asyncio.Event()
+
+class Slow(MemoryPersistenceLayer):
+    async def complete(self, record, *, now):
+        begun.set()
+        await may_end.wait()
+        return await super().complete(record, now=now)
+
+@idempotent_function(persistence_store=Slow())
+async def pay(order):
+    runs.append(order)
+    return "paid"
+
+async def main():
+    first = asyncio.create_task(pay("o-1"))
+    await begun.wait()
+    for _ in range(2):
+        first.cancel()
+        await asyncio.sleep(0)
+    assert not first.done()
+    may_end.set()
+    [error] = await asyncio.gather(first, return_exceptions=True)
+    assert isinstance(error, asyncio.CancelledError), error
+    assert await pay("o-1") == "paid"
+    assert runs == ["o-1"]
+    assert "anyio" not in sys.modules
+
+asyncio.run(main())
+"""
+
+
+def test_a_write_outlasts_a_cancellation_where_anyio_is_not_loaded() -> None:
+    done = subprocess.run([sys.executable, "-c", WITHOUT_ANYIO], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 async def test_a_future_that_is_done_already_is_an_answer() -> None:

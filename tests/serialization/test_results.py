@@ -503,7 +503,7 @@ async def test_a_stored_exception_that_its_type_refuses_now_is_unavailable(layer
     with pytest.raises(DeclinedError):
         await function()
     change(layer, response_data=f'aidem:exception:{{"args": [], "type": "{__name__}.DeclinedError"}}')
-    with pytest.raises(IdempotencyResultUnavailableError, match="cannot be made again"):
+    with pytest.raises(IdempotencyResultUnavailableError, match="cannot be rebuilt"):
         await function()
 
 

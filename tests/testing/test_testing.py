@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import aidem.testing
 from aidem.persistence.memory import MemoryPersistenceLayer
 from aidem.testing import FakeClock, PersistenceLayerConformance, Trial
 
@@ -71,10 +72,20 @@ async def test_a_failure_never_shows_a_result() -> None:
         assert isinstance(trial, Trial)
 
 
-def test_without_pytest_one_sentence_says_what_is_needed() -> None:
-    code = "import sys; sys.modules['pytest'] = None; import aidem.testing"
+def test_without_pytest_one_sentence_says_what_needs_it() -> None:
+    code = "import sys; sys.modules['pytest'] = None; from aidem.testing import PersistenceLayerConformance"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
-    assert done.stderr.endswith("ImportError: aidem.testing needs pytest: pip install pytest\n")
+    assert done.stderr.endswith("ImportError: PersistenceLayerConformance needs pytest: pip install pytest\n")
+
+
+def test_all_but_the_suite_works_without_pytest() -> None:
+    code = "import sys; sys.modules['pytest'] = None; from aidem.testing import FakeClock, crash_everywhere"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_the_module_has_no_other_names() -> None:
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        _ = aidem.testing.nothing  # type: ignore[attr-defined]
 
 
 def test_the_suite_needs_nothing_but_pytest(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from urllib.parse import urlencode
 
 import pytest
 
-from aidem import IdempotencyConfig, idempotent_function
+from aidem import IdempotencyConfig, current_execution, idempotent_function
 from aidem._rules.lifecycle import Blocked, Claimed
 from aidem._rules.record import DataRecord, OutcomeKind, RecordStatus
 from aidem.exceptions import (
@@ -447,3 +447,28 @@ async def test_a_url_says_where_the_table_is_and_what_its_attributes_are_called(
         "note_attr": {"S": "order 7"},
         "validation_key_attr": {"S": "hash"},
     }
+
+
+@pytest.mark.parametrize("fails", [False, True])
+async def test_a_call_is_completed_among_the_writes_of_its_own_request(
+    layer: DynamoDBPersistenceLayer, database: Database, table: str, fails: bool
+) -> None:
+    payments = database.create_table()
+    if fails:
+        database.put(payments, id={"S": "o-1"})
+
+    @idempotent_function(persistence_store=layer)
+    async def pay(order: str) -> Any:
+        update = await current_execution().completion_item({"paid": order})
+        assert update is not None
+        put = {"TableName": payments, "Item": {"id": {"S": order}}, "ConditionExpression": "attribute_not_exists(id)"}
+        database.client.transact_write_items(TransactItems=[{"Put": put}, {"Update": update}])
+
+    if fails:
+        with pytest.raises(database.client.exceptions.TransactionCanceledException):
+            await pay("o-1")
+        assert database.items(table) == []
+    else:
+        assert [await pay("o-1") for _ in range(2)] == [{"paid": "o-1"}] * 2
+    assert len(database.items(payments)) == 1
+    await layer.aclose()
