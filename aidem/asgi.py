@@ -1,15 +1,15 @@
-"""HTTP: requests that carry an `Idempotency-Key` run once; for any ASGI app, without importing a framework."""
+"""ASGI middleware that runs requests with an `Idempotency-Key` once. It imports no framework."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 from aidem._checks import refused
-from aidem._http.fingerprint import lookup_key
+from aidem._http.answers import RefusedError
 from aidem._http.gate import Gate
-from aidem._http.key import MalformedKeyError, parse_key
 from aidem._http.lifespan import Lifespan
 from aidem._http.options import DEFAULT_CONFIG, HttpOptions, IdempotencyOptions, by_header
+from aidem._http.request import lookup_key, parse_key
 from aidem._http.response import StoredResponse
 from aidem._http.types import Problem, RequestParts
 from aidem.config import check_call_options
@@ -33,9 +33,13 @@ __all__ = [
 
 
 class IdempotencyMiddleware:
-    """ASGI middleware around a whole app, or a single Starlette route: `Route(..., middleware=[Middleware(...)])`.
+    """ASGI middleware for a whole app or a single Starlette route: `Route(..., middleware=[Middleware(...)])`.
 
-    Put it inside authentication, compression and CORS: a replay skips everything that is further in.
+    The first request with an `Idempotency-Key` runs, and its response is recorded. Later requests with the same key get
+    that response, marked with `Idempotent-Replayed: true`. Requests without a key go to the app unchanged.
+
+    Put it inside authentication, compression and CORS: a replay skips everything inside the middleware. Around a whole
+    app it opens and closes its `persistence_store` with the app's lifespan.
     """
 
     def __init__(self, app: ASGIApp, **options: Unpack[IdempotencyOptions]) -> None:
@@ -53,11 +57,12 @@ class IdempotencyMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve a request, or the lifespan of the app."""
-        layer = self._gate.options.persistence_store
-        if scope["type"] == "lifespan" and layer is not None:  # that of `configure` belongs to whoever called it
-            await Lifespan(layer, receive, send).run(self.app, scope)
-        else:
-            await self._gate.serve(self.app, scope, receive, send)
+        if scope["type"] == "lifespan":
+            layer = self._gate.options.persistence_store
+            if layer is not None:  # else it is that of `configure`, whose caller opens and closes it
+                await Lifespan(layer, receive, send).run(self.app, scope)
+                return
+        await self._gate.serve(self.app, scope, receive, send)
 
 
 def request_key(
@@ -80,6 +85,6 @@ def request_key(
         raise refused("scope", repr(scope), "what the scope function returns for the caller, a string, or None")
     try:
         key = parse_key([header.encode()], strict=False)
-    except MalformedKeyError as error:
+    except RefusedError as error:
         raise IdempotencyKeyError(f"this header names no idempotency key: {error}") from error
     return lookup_key(key_prefix, space=scope, key=key, hash_function=(config or DEFAULT_CONFIG).hash_function)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar, cast, overload
 
 from aidem._api import keys
 from aidem._api.execution import execute
@@ -186,7 +186,8 @@ def idempotent_function(
     if function is None:
         return functools.partial(idempotent_function, **options)
     if isinstance(function, classmethod | staticmethod):  # below @classmethod it is a function already
-        return _rewrapped(function, options)
+        method = cast("Any", function)
+        return type(method)(idempotent_function(method.__func__, **options))
     target = Target(function, decorator="idempotent_function", key_prefix=key_prefix)
     find_payload = payload_finder(target, data_keyword_argument=data_keyword_argument, key=key)
     calls = CallFactory(
@@ -204,11 +205,6 @@ def idempotent_function(
 
     keys.remember(wrapper, calls, lambda plan, args, kwargs: plan.key_of_call(find_payload, args, kwargs))
     return wrapper
-
-
-def _rewrapped(method: Any, options: dict[str, Any]) -> Any:
-    """Decorate the function inside a classmethod or staticmethod."""
-    return type(method)(idempotent_function(method.__func__, **options))
 
 
 # --- The payload among the arguments ----------------------------------------------------------------------------------

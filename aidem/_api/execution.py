@@ -54,7 +54,7 @@ class Execution:
 
     @property
     def replayed(self) -> bool:
-        """Whether the outcome of an earlier execution is handed out, so that nothing is to be done."""
+        """Whether this is a replay: the outcome of an earlier execution is returned, and nothing is to be done."""
         return self._call.phase is Phase.REPLAYED
 
     @property
@@ -188,7 +188,7 @@ class running(Generic[ExecutionT]):  # noqa: N801 - used like a function; a gene
 async def execute(
     call: Call, function: Callable[..., Awaitable[Any]], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> Any:
-    """Run a function under a call, or hand out what it returned before."""
+    """Run a function under a call, or replay its outcome."""
     try:
         await call.begin()
         if call.phase is Phase.REPLAYED:
@@ -206,16 +206,17 @@ async def execute(
             raise
         return await replayed_value(call)  # the error would have been the outcome, but another call's counts
     whose = await call.complete(recording.text, recording.kind)
-    recording.raise_interruption()
+    if recording.interruption is not None:
+        raise recording.interruption
     if whose is WhoseOutcome.WINNERS:
         return await replayed_value(call)
     recording.warn_if_unavailable(call)
     return recording.value
 
 
-async def replayed_value(call: Call, serializer: OutputSerializer | None = None) -> Any:
+async def replayed_value(call: Call) -> Any:
     """Return the outcome that a call found, by way of the response hook."""
-    value = outcome_of(call, serializer or call.plan.serializer)
+    value = outcome_of(call, call.plan.serializer)
     if call.plan.config.response_hook is None:
         return value
     hooked_value = hooked(call, value)
@@ -242,7 +243,7 @@ def value_of(record: DataRecord, config: IdempotencyConfig, serializer: OutputSe
     """Return the outcome in a completed record as an object of its own.
 
     Raises:
-        IdempotencyResultUnavailableError: The outcome cannot be handed out again.
+        IdempotencyResultUnavailableError: The outcome cannot be replayed.
         Exception: The stored exception, if the outcome is one.
     """
     text = record.response_data
@@ -265,7 +266,7 @@ class EncodedResult:
     """A result on its way to the store: the first caller gets what its text says, as every later one does.
 
     Attributes:
-        text: What is stored.
+        text: The JSON text that is stored.
         kind: None for a result, `UNAVAILABLE` where it cannot be stored.
         value: What the first caller gets.
         interruption: What a signal handler raised meanwhile, such as Celery's soft time limit. The effect has happened,
@@ -298,7 +299,7 @@ class EncodedResult:
         return cls(UNAVAILABLE_TEXT, OutcomeKind.UNAVAILABLE, result, interruption)
 
     def raise_interruption(self) -> None:
-        """Raise what was held up until the result was recorded."""
+        """Raise the interruption, now that the result is recorded."""
         if self.interruption is not None:
             raise self.interruption
 

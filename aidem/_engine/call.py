@@ -124,26 +124,26 @@ class WhoseOutcome(Enum):
     """Whose outcome counts when the body has ended; the record of the call has it."""
 
     OURS = auto()
-    WINNERS = auto()  # our claim was lost, and whoever took it over has an outcome
+    WINNERS = auto()  # our claim was lost, and the call that took it over has an outcome
 
 
 class Call:
     """One idempotent call.
 
     Attributes:
-        plan: What is the same for every call of the function.
+        plan: Layer, settings and names, the same for every call of the function.
         key: What names the call.
         phase: How far it has come.
-        record: The claim as stored, or the record that is replayed or counts; None: it is bypassed.
+        record: The claim as stored, or the record of the outcome; None: there is none yet, or it is bypassed.
         reporter: Tells the hooks.
-        is_durable_replay: Whether it repeats an attempt of a durable function, whose claim it may take from its owner.
+        is_durable_replay: Whether it repeats an attempt of a durable function, whose claim it may release.
     """
 
     __slots__ = (
         "_claim",
         "_flight",
         "_loop_state",
-        "_patience",
+        "_wait_budget",
         "is_durable_replay",
         "key",
         "phase",
@@ -167,10 +167,10 @@ class Call:
         if plan.config.hooks:
             self.reporter = Reporter(plan.config.hooks, key=key.text, function=plan.function)
         self.is_durable_replay = False
-        self._patience: WaitBudget | None = None
+        self._wait_budget: WaitBudget | None = None
 
     def watch_body(self) -> Callable[[], bool]:
-        """Return what tells whether the task that runs the body is gone: it is the one that awaits `begin`."""
+        """Return a function that tells whether the task that runs the body has ended: the one that awaits `begin`."""
         task = asyncio.current_task()
         return bool if task is None else task.done
 
@@ -186,10 +186,10 @@ class Call:
 
     def held_record(self) -> DataRecord:
         """Return the record, of a call that claimed, found or completed one."""
-        self._takes("held_record")
+        self.takes("held_record")
         return cast("DataRecord", self.record)  # every phase that takes this step has one
 
-    def _takes(self, step: str) -> bool:
+    def takes(self, step: str) -> bool:
         """Whether the call takes a step in its phase; False: it does nothing.
 
         Raises:
@@ -200,7 +200,8 @@ class Call:
             raise IdempotencyUsageError(_REFUSALS[step], key=self.key.text)
         return answer is _TAKEN
 
-    def _report(self, kind: EventKind, error: BaseException | None = None) -> None:
+    def report(self, kind: EventKind, error: BaseException | None = None) -> None:
+        """Tell the hooks."""
         if self.reporter is not SILENT:
             self.reporter.report(kind, fence=self.fence, error=error)
 
@@ -216,9 +217,9 @@ class Call:
             IdempotencyPersistenceLayerError: The layer failed; nothing was run.
             IdempotencyUsageError: No asyncio event loop runs the call, or it has begun before.
         """
-        self._takes("begin")
+        self.takes("begin")
         if self.phase is Phase.BYPASSED:
-            self._report(EventKind.BYPASSED)
+            self.report(EventKind.BYPASSED)
             return
         try:
             loop = asyncio.get_running_loop()
@@ -229,29 +230,26 @@ class Call:
         try:
             await self._find()
         except IdempotencyPersistenceLayerError as failure:
-            self._report(EventKind.PERSISTENCE_ERROR, failure)
-            if not self._may_be_bypassed(failure):
+            self.report(EventKind.PERSISTENCE_ERROR, failure)
+            is_outage = isinstance(failure, IdempotencyPersistenceConnectionError)
+            if not (is_outage and self.plan.config.on_persistence_error == "run"):
                 raise
             logger.warning("%s runs without idempotency: %s", self.plan.function, failure)
             self.phase = Phase.BYPASSED
             self.record = None
-            self._report(EventKind.BYPASSED, failure)
+            self.report(EventKind.BYPASSED, failure)
         except IdempotencyError as conflict:
-            self._report(EventKind.CONFLICT, conflict)
+            self.report(EventKind.CONFLICT, conflict)
             raise
-        if self._patience is not None and self._patience.has_waited:
-            self._report(EventKind.WAITED)
-
-    def _may_be_bypassed(self, failure: IdempotencyPersistenceLayerError) -> bool:
-        is_outage = isinstance(failure, IdempotencyPersistenceConnectionError)
-        return is_outage and self.plan.config.on_persistence_error == "run"
+        if self._wait_budget is not None and self._wait_budget.has_waited:
+            self.report(EventKind.WAITED)
 
     async def _find(self) -> None:
         config = self.plan.config
         if config.use_local_cache:
             cached = self.plan.shared.cache.get(self.key.text, now=self.plan.clock())
             if cached is not None:
-                self._replay(cached)
+                self.replay(cached)
                 return
         flights = self._loop_state.flights
         flight = self._flight = SingleFlight(flights, self.key)
@@ -271,7 +269,7 @@ class Call:
         while self.phase is Phase.NEW and (leader := flight.leader) is not None and leader is not flight:
             outcome = await self._waiting().follow(leader, flight)
             if outcome is not None and not lifecycle.is_expired(outcome, now=self.plan.clock()):
-                self._replay(outcome)
+                self.replay(outcome)
 
     async def _ask(self, flight: SingleFlight) -> None:
         claim = Claim(self.plan, self.key, flight, self._loop_state, self.reporter)
@@ -291,15 +289,15 @@ class Call:
             claim.hold(taken_over=answer.taken_over, has_body_ended=self.watch_body())
 
     async def _consider(self, answer: Blocked, flight: SingleFlight) -> None:
-        """Act on the record that blocks us: replay it, raise, or pause before asking again."""
+        """Act on the record that blocks the call: replay it, raise, or pause before the store is asked again."""
         record, now = answer.record, answer.now
-        if now is None:  # judged by the clock of whoever asks, so its writer's may be behind
+        if now is None:  # it was judged by this caller's clock, and the clock of its writer may be behind
             now = self.plan.clock() - self.plan.config.max_clock_skew_seconds
         step = lifecycle.next_step(record, payload_hash=self.key.payload_hash, now=now, is_held=answer.is_held)
         match step:
             case NextStep.REPLAY:
                 self._end(record)
-                self._replay(record)
+                self.replay(record)
             case NextStep.MISMATCH:
                 raise IdempotencyValidationError(record=record)
             case _ if self.is_durable_replay:
@@ -315,7 +313,7 @@ class Call:
         """Release the claim of the attempt that a durable function replays, once, so that one of two replays wins."""
         self.is_durable_replay = False
         if record.owner is None:
-            raise self._waiting().in_progress(record, now=now)  # nobody could tell whose it is
+            raise self._waiting().in_progress(record, now=now)  # its owner is unknown
         release = self.plan.layer.release
         with CancellationShield() as shield:
             await ask(lambda: release(record), shield=shield, key=self.key.text, effect=NOTHING_RUN)
@@ -325,17 +323,22 @@ class Call:
         flight.polls += 1
 
     def _waiting(self) -> WaitBudget:
-        if self._patience is None:
-            self._patience = WaitBudget(self.plan, self.key)
-        return self._patience
+        if self._wait_budget is None:
+            self._wait_budget = WaitBudget(self.plan, self.key)
+        return self._wait_budget
 
-    def _replay(self, record: DataRecord) -> None:
+    def replay(self, record: DataRecord) -> None:
+        """Take the outcome in a record as that of the call.
+
+        Raises:
+            IdempotencyValidationError: It was recorded for another payload.
+        """
         if lifecycle.differs(record, self.key.payload_hash):
             raise IdempotencyValidationError(record=record)
         self.record = record
         self.phase = Phase.REPLAYED
         self._cache(record)
-        self._report(EventKind.REPLAYED)
+        self.report(EventKind.REPLAYED)
 
     # --- While the body runs ----------------------------------------------------------------------------------------
 
@@ -347,7 +350,7 @@ class Call:
             IdempotencyPersistenceLayerError: The layer failed to answer.
             IdempotencyUsageError: The call replays, or is over.
         """
-        if not self._takes("ensure_owned"):
+        if not self.takes("ensure_owned"):
             return
         if not await self._claim.confirm():
             reason = "another call owns it, or it was released by hand"
@@ -355,7 +358,7 @@ class Call:
         self.record = self._claim.record
 
     def holds_lease(self, *, for_seconds: float) -> bool:
-        """Whether, by our own clock, no other call can take over for so long; also once this call has ended."""
+        """Whether, by this process's clock, no other call can take over for so long; also after the call has ended."""
         was_claimed = self.holds_claim or self.phase is Phase.ENDED
         return was_claimed and not self._claim.has_lapsed(in_seconds=for_seconds)
 
@@ -369,7 +372,7 @@ class Call:
             IdempotencySerializationError: The outcome does not fit.
             Exception: What the driver raises.
         """
-        if not self._takes("complete_in"):
+        if not self.takes("complete_in"):
             return
         layer = self.plan.layer
         if not isinstance(layer, SupportsCompletionInTransaction):
@@ -396,7 +399,7 @@ class Call:
             IdempotencyLeaseLostError: This process is a fork of the one that made the claim.
             IdempotencySerializationError: The outcome does not fit.
         """
-        if not self._takes("completion_item"):
+        if not self.takes("completion_item"):
             return None
         layer = self.plan.layer
         if not isinstance(layer, SupportsCompletionItem):
@@ -448,7 +451,7 @@ class Call:
             IdempotencyLeaseLostError: The claim is not ours any more, so it cannot have been committed.
             IdempotencyPersistenceLayerError: The layer failed to answer, so that is not known.
         """
-        self._takes("confirm_commit")
+        self.takes("confirm_commit")
         try:
             with self._claim.completion_shield() as shield:
                 commitment, found = await self._look(shield)
@@ -473,13 +476,13 @@ class Call:
         return commitment, found
 
     async def complete(self, text: str, outcome: OutcomeKind | None = None) -> WhoseOutcome:
-        """Record the outcome; return whose counts, which then is in `record`.
+        """Record the outcome; afterwards `record` has the outcome that counts.
 
         Raises:
             IdempotencyLeaseLostError: The claim was lost, and the winner has no outcome.
             IdempotencyPersistenceLayerError: The outcome could not be recorded while the lease was held.
         """
-        self._takes("complete")
+        self.takes("complete")
         claim = self._claim
         try:
             with claim.completion_shield() as shield:
@@ -497,8 +500,8 @@ class Call:
     async def fail(self, error: BaseException) -> WhoseOutcome:
         """Release the claim, or store the exception if it is an outcome.
 
-        A failure to do so is logged and noted on the error. A cancellation meanwhile is requested again instead of
-        delivered: the error of the body goes first.
+        If that fails, it is logged and noted on the error. A cancellation meanwhile is requested again instead of
+        being delivered: the error of the body goes first.
 
         Returns:
             OURS: the error is to be raised. WINNERS: it would have been the outcome, but another counts.
@@ -506,7 +509,7 @@ class Call:
         Raises:
             IdempotencyLeaseLostError: The same, but the winner has no outcome.
         """
-        if not self._takes("fail"):
+        if not self.takes("fail"):
             return WhoseOutcome.OURS
         claim = self._claim
         try:
@@ -534,7 +537,7 @@ class Call:
         try:
             return await self.complete(text, outcome)
         except IdempotencyPersistenceLayerError as failure:
-            self._note(error, failure)
+            self.note_failure(error, failure)
             return WhoseOutcome.OURS
 
     async def _release(self, error: BaseException, claim: Claim) -> None:
@@ -547,21 +550,23 @@ class Call:
             if commitment is Commitment.ROLLED_BACK:
                 await claim.release(is_failure=isinstance(error, Exception), shield=shield)
         except IdempotencyPersistenceLayerError as failure:
-            self._note(error, failure)
+            self.note_failure(error, failure)
         finally:
             shield.request_again()
 
-    def _note(self, error: BaseException, failure: IdempotencyError) -> None:
-        error.add_note(f"aidem could not give back idempotency key {self.key.text!r}: {failure}")
-        logger.error("%s could not give its idempotency key back: %s", self.plan.function, failure)
-        self._report(EventKind.PERSISTENCE_ERROR, failure)
+    def note_failure(self, error: BaseException, failure: IdempotencyError) -> None:
+        """Note on the error of the body, and in the log, that its claim could not be released."""
+        error.add_note(f"aidem could not release the claim of idempotency key {self.key.text!r}: {failure}")
+        logger.error("the claim of %s could not be released: %s", self.plan.function, failure)
+        self.report(EventKind.PERSISTENCE_ERROR, failure)
 
     def _count(self, record: DataRecord, kind: EventKind) -> None:
         """Take the record as the outcome of the call."""
         self.record = record
-        self._end(record)
+        self.phase = Phase.ENDED
+        self._flight.end(record)
         self._cache(record)
-        self._report(kind)
+        self.report(kind)
 
     def _end(self, ending: Ending) -> None:
         if self.holds_claim:

@@ -1,6 +1,6 @@
 """A claim of ours: acquired, renewed while the body runs, and then completed, released or left in doubt.
 
-What is asked of the layer settles though the call is cancelled, and is tried again while the lease is held.
+Its operations at the layer end although the call is cancelled, and are tried again while the lease is held.
 
 A claim is renewed at a third of its lease, while its body runs and not a moment longer. A short call pays for an entry
 in a dict: one timer serves all claims of an event loop, and only a body that lasts long enough gets a task that renews.
@@ -137,7 +137,7 @@ class Claim:
 
     def check_process(self) -> None:
         """Raise `IdempotencyLeaseLostError` in a fork of the process that made the claim."""
-        if not self.is_of_this_process():
+        if self._process is not _process:
             reason = "this process is a fork of the one that owns it"
             raise IdempotencyLeaseLostError(key=self._key, record=self.record, reason=reason)
 
@@ -159,7 +159,7 @@ class Claim:
     # --- Acquired ---------------------------------------------------------------------------------------------------
 
     async def acquire(self) -> Claimed | Blocked | None:
-        """Ask for the key; whatever interrupts it leaves no claim behind, as far as the layer answers.
+        """Acquire the key; an interrupted acquisition leaves no claim behind if the layer answers.
 
         Returns:
             The answer; None: the claim was lost again before the answer came.
@@ -200,7 +200,7 @@ class Claim:
         return answer
 
     def _holds(self, answer: Claimed | Blocked) -> bool:
-        """Take note of the answer; False: it came after the lease that it gives."""
+        """Take the record in the answer; False: the answer came after the end of the lease that it grants."""
         if isinstance(answer, Blocked):
             return True
         self.record = answer.record
@@ -226,7 +226,7 @@ class Claim:
             await self._persist(self._release_once, effect=NOTHING_RUN)
 
     async def _release_unused(self, shield: CancellationShield) -> None:
-        """Release a claim that nothing ran under, or that is not even there; the caller waits for its error."""
+        """Release a claim under which nothing ran, if it is there at all; the caller waits for its error."""
         is_urgent = not shield.is_pending
         if is_urgent:
             shield.bound(RELEASE_SECONDS)
@@ -267,7 +267,7 @@ class Claim:
         return (self._lease.lease_seconds or 0.0) / RENEWALS_PER_LEASE
 
     async def renew(self, shield: CancellationShield) -> bool:
-        """Renew once, and take note of the answer; False: it is not ours any more, or the body has ended meanwhile."""
+        """Renew once; False: the claim is lost, or the body has ended meanwhile."""
         asked = self._asking()
         shield.deadline = asked[0] + max(self._interval(), SHORTEST_REQUEST_SECONDS)
         if self.lease_deadline is not None and not self.has_lapsed():
@@ -336,7 +336,7 @@ class Claim:
         self._asked_at = self._loop_state.time() - interval + interval / RENEWALS_PER_LEASE
 
     def note_loss(self) -> None:
-        """Take note, once, that the claim may belong to somebody else by now; the body is left to finish."""
+        """Report, once, that another call may own the key by now; the body goes on."""
         if not self._is_lost and not self.is_in_transaction:
             self._is_lost = True
             logger.warning("%s has lost its lease; another execution may run", self._plan.function)
@@ -377,14 +377,14 @@ class Claim:
     # --- Ended ------------------------------------------------------------------------------------------------------
 
     def stop_renewal(self) -> None:
-        """Renew no more, as the body has ended."""
+        """Stop renewing: the body has ended."""
         self._loop_state.renewals.unwatch(self)
         renewal, self._renewal = self._renewal, None
         if renewal is not None:
             renewal.stop()
 
     def completion_shield(self) -> CancellationShield:
-        """Renew no more; return a shield under which to complete the claim, for as long as its lease is held.
+        """Stop renewing; return a shield under which to complete the claim, for as long as its lease is held.
 
         Raises:
             IdempotencyLeaseLostError: This process is a fork of the one that made the claim.
@@ -400,7 +400,7 @@ class Claim:
     async def complete(
         self, text: str, outcome: OutcomeKind | None, *, shield: CancellationShield
     ) -> DataRecord | None:
-        """Store the outcome, trying again while the lease is held; return the record, None if it is not ours any more.
+        """Store the outcome, and try again while the lease is held; return the record, or None: the claim is lost.
 
         Raises:
             IdempotencyPersistenceLayerError: It could not be stored.
@@ -408,9 +408,10 @@ class Claim:
         plan, now = self._plan, self._plan.clock()
         record = self.completed(text, outcome, now=now)
         try:
-            is_stored = await self._ask_persistently(
+            stored = self._ask_persistently(
                 lambda: plan.layer.complete(record, now=now), shield=shield, effect=EFFECT_HAPPENED
             )
+            is_stored: bool = stored.answer if isinstance(stored, Immediate) else await stored
         except IdempotencySerializationError as error:
             if outcome is OutcomeKind.UNAVAILABLE:
                 message = f"the layer finds even a mark too large; {EFFECT_HAPPENED}"
@@ -448,7 +449,7 @@ class Claim:
             self.note_loss()
 
     def release_in_background(self) -> None:
-        """Do the same for a body that is being closed, without waiting."""
+        """Release it without waiting, for a body that is being closed."""
         in_background(self._release_unattended)
 
     async def _release_unattended(self) -> None:
@@ -456,7 +457,7 @@ class Claim:
         shield.bound(CLEANUP_SECONDS)
         await self.release(is_failure=False, shield=shield)
 
-    # --- What is asked of the layer ---------------------------------------------------------------------------------
+    # --- Operations of the layer ------------------------------------------------------------------------------------
 
     @property
     def _key(self) -> str:
@@ -465,15 +466,15 @@ class Claim:
     def _ask_persistently(
         self, start: Callable[[], Awaitable[T]], *, shield: CancellationShield, effect: str
     ) -> Awaitable[T]:
-        """Ask again and again, with back-off, until the deadline of `shield`: the operation can be repeated.
+        """Try an operation that can be repeated until it succeeds, with back-off, until the deadline of `shield`.
 
-        A coroutine that is closed while it waits leaves it to the background, for `CLEANUP_SECONDS`.
+        If the coroutine is closed meanwhile, the operation goes on in the background, for `CLEANUP_SECONDS`.
         """
         operation = _started(start)
         return operation if isinstance(operation, Immediate) else self._retried(operation, start, shield, effect)
 
     async def _persist(self, start: Callable[[], Awaitable[T]], *, effect: str) -> T:
-        """Ask again and again, for `in_background`."""
+        """Do the same in the background."""
         shield = CancellationShield()
         shield.bound(CLEANUP_SECONDS)
         return await self._ask_persistently(start, shield=shield, effect=effect)
@@ -485,7 +486,7 @@ class Claim:
         try:
             while True:
                 try:
-                    answer = await _settled(operation, shield, self._key, effect, CLEANUP_SECONDS, tries=tries)
+                    answer = await _answered(operation, shield, self._key, effect, CLEANUP_SECONDS, tries=tries)
                     break
                 except (IdempotencyPersistenceConfigError, IdempotencyHeldByTransactionError):
                     raise
@@ -503,13 +504,13 @@ class Claim:
         return answer
 
     async def _pause(self, tries: int, failure: IdempotencyPersistenceLayerError, shield: CancellationShield) -> bool:
-        """Wait before the next try; False: there is no time for one."""
+        """Wait before the next try; False: there is no time for another."""
         delay = _retry_seconds(tries)
         if shield.deadline is None or self._loop_state.time() + delay > shield.deadline:
             return False
         self._reporter.report(EventKind.PERSISTENCE_ERROR, error=failure)
         try:
-            await shield.settle(asyncio.sleep(delay))
+            await shield.wait_for(asyncio.sleep(delay))
         except IdempotencyPersistenceConnectionError:
             return False  # the loop was blocked until after the deadline, and `failure` says more than this
         return True
@@ -571,7 +572,7 @@ class Renewal:
         self._task = asyncio.get_running_loop().create_task(self._renew_repeatedly())
 
     def stop(self) -> None:
-        """Renew no more; a renewal under way settles by itself."""
+        """Stop; a renewal under way ends by itself."""
         self._is_stopped = True
         if not self._task.get_loop().is_closed():
             self._task.cancel()
@@ -581,7 +582,7 @@ class Renewal:
         await asyncio.wait([self._task], timeout=within_seconds)
 
     def _find(self) -> Claim | None:
-        """Return the claim if it is held and its body runs in this process."""
+        """Return the claim; None: it has ended, or its body does not run in this process."""
         claim = self._claim()
         if claim is None or self._is_stopped or self._has_body_ended() or not claim.is_of_this_process():
             return None
@@ -614,7 +615,7 @@ class Renewals:
         self._wakes_at = math.inf
 
     def watch(self, claim: Claim, *, at: float, context: Context) -> None:
-        """Let the claim begin its renewal then, in seconds of the loop's clock, and in the context of its own call."""
+        """Begin to renew the claim then, in seconds of the loop's clock, in the context of its own call."""
         self._due[claim] = at, context
         if at < self._wakes_at:
             if self._timer is not None:
@@ -624,7 +625,7 @@ class Renewals:
             self._timer = asyncio.get_running_loop().call_at(at, self._wake, context=Context())
 
     def unwatch(self, claim: Claim) -> None:
-        """Do not let it."""
+        """Stop watching the claim."""
         self._due.pop(claim, None)
 
     def _wake(self) -> None:
@@ -638,7 +639,7 @@ class Renewals:
                 context.run(claim.begin_renewal)
 
 
-# --- Operations of the layer -----------------------------------------------------------------------------------------
+# --- One operation of the layer ---------------------------------------------------------------------------------------
 
 
 def ask(
@@ -649,14 +650,14 @@ def ask(
     effect: str,
     within_seconds: float | None = None,
 ) -> Awaitable[T]:
-    """Ask the layer once.
+    """Wait for one operation of the layer, under a shield.
 
     Args:
         start: Starts the operation.
-        shield: Settles it.
+        shield: The shield.
         key: The idempotency key, for the error.
-        effect: What an error says of the function.
-        within_seconds: How long it may take; None: until the deadline of `shield`.
+        effect: The state of the function, for the error.
+        within_seconds: How long it may take. Default: until the deadline of `shield`.
 
     Raises:
         IdempotencyPersistenceLayerError: It failed.
@@ -665,11 +666,11 @@ def ask(
     operation = _started(start)
     if isinstance(operation, Immediate):
         return operation  # there is nothing to wait for, and no coroutine to pay for
-    return _settled(operation, shield, key, effect, within_seconds)
+    return _answered(operation, shield, key, effect, within_seconds)
 
 
 def _started(start: Callable[[], Awaitable[T]]) -> Awaitable[T]:
-    """Start an operation; what fails at once fails as what fails later."""
+    """Start an operation; an error that it raises at once is raised when it is awaited."""
     try:
         return start()
     except Exception as error:  # noqa: BLE001 - it is raised where the operation is awaited
@@ -680,7 +681,7 @@ async def _raised(error: Exception) -> NoReturn:
     raise error
 
 
-async def _settled(
+async def _answered(
     operation: Awaitable[T],
     shield: CancellationShield,
     key: str,
@@ -689,9 +690,9 @@ async def _settled(
     *,
     tries: int = 1,
 ) -> T:
-    """Wait for an operation that was started, as `ask` does; `tries` is how often it was, for the error."""
+    """Wait for an operation that was started, as `ask` does; `tries` tells the error how often."""
     try:
-        return await shield.settle(operation, within_seconds=within_seconds)
+        return await shield.wait_for(operation, within_seconds=within_seconds)
     except Exception as error:
         if isinstance(error, IdempotencySerializationError) and effect == EFFECT_HAPPENED:
             raise  # the result does not fit; elsewhere it would be a fault of the layer

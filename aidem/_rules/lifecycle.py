@@ -20,7 +20,7 @@ The rules, each in one place:
 - *given up*: INPROGRESS, never to be taken over, and `lease_expiry == 0`: its owner left it in doubt. That is final: a
   renewal that arrives late must not make it look held again.
 - *ours*: the stored owner is our token and the status is INPROGRESS. Only then may we renew or release; we may
-  complete also where no record is left. A record without an owner is somebody else's.
+  complete also where no record is left. A record without an owner is never ours.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Claimed(NamedTuple):
 
 
 class Blocked(NamedTuple):
-    """A live record of somebody else is there.
+    """A live record of another owner is there.
 
     Attributes:
         record: The record found.
@@ -74,7 +74,7 @@ class Commitment(Enum):
 
 
 class Completion(Enum):
-    """What becomes of a wish to complete."""
+    """The answer to a completion."""
 
     STORE = auto()
     ALREADY_STORED = auto()
@@ -326,7 +326,7 @@ class LeaseTerms:
         expires_after_seconds: How long its outcome is kept.
         lease_seconds: How long it holds without being renewed; None: until it expires.
         may_be_taken_over: Whether a lapsed claim goes to the next caller (at least once) or is in doubt.
-        max_clock_skew_seconds: How much longer others hold it for held.
+        max_clock_skew_seconds: Time that other callers add to its lease before they take it over.
     """
 
     expires_after_seconds: float
@@ -337,7 +337,7 @@ class LeaseTerms:
     def instants(self, *, now: float) -> tuple[int, int | None, int | None]:
         """Return expiry (seconds), in-progress expiry and lease expiry (milliseconds) of a claim made or renewed now.
 
-        A lease that is held, or that others hold for held, is never past its record's expiry.
+        The record never expires before the lease and the clock skew have passed.
         """
         expiry = int(now + self.expires_after_seconds)
         if self.lease_seconds is None:
@@ -446,7 +446,7 @@ def milliseconds(seconds: float) -> int:
 
 
 class NextStep(Enum):
-    """What a call does about a live record that it found."""
+    """The step of a call that found a live record."""
 
     REPLAY = auto()
     WAIT = auto()
@@ -471,7 +471,7 @@ def differs(record: DataRecord, payload_hash: str) -> bool:
 
 
 def is_in_doubt(record: DataRecord, *, now: float) -> bool:
-    """Whether the record is a claim whose owner vanished and that nobody may take over."""
+    """Whether the record is a claim whose owner vanished and that must not be taken over."""
     return (
         record.status is RecordStatus.INPROGRESS
         and record.in_progress_expiry_timestamp is None

@@ -72,7 +72,12 @@ def lambda_handler(
 
     @functools.wraps(async_handler)
     def handler(event: Any, context: Any) -> Any:
-        _refuse_event_loop(async_handler)
+        if running_loop() is not None:
+            name = getattr(async_handler, "__qualname__", None) or repr(async_handler)
+            raise IdempotencyUsageError(
+                "lambda_handler would block the event loop that runs in this thread; await the async function instead: "
+                f"{name}.__wrapped__(event, context)"
+            )
         lambda_context, _ = lambda_context_of(context)
         return lambda_loop.run(
             partial(_invoke, async_handler, event, context, lambda_context),
@@ -109,15 +114,6 @@ def _check_is_async(handler: object) -> None:
         "a coroutine, write an `async def` that awaits it. Put decorators for plain handlers, such as those of "
         "Powertools, above lambda_handler"
     )
-
-
-def _refuse_event_loop(async_handler: Callable[..., Any]) -> None:
-    if running_loop() is not None:
-        name = getattr(async_handler, "__qualname__", None) or repr(async_handler)
-        raise IdempotencyUsageError(
-            f"lambda_handler would block the event loop that runs on this thread; await the async function instead: "
-            f"{name}.__wrapped__(event, context)"
-        )
 
 
 # --- Warming ----------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ import logging
 import math
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeGuard, cast
 
 from aidem._checks import kind_of, refused
 from aidem.config import current_lambda_context, default_config
@@ -174,10 +174,9 @@ def _reported(row: list[_Item]) -> list[str]:
 
 
 def _rows_of(event: object) -> list[list[_Item]]:
-    found = _member(event, "Records")
-    if not isinstance(found, list):
+    records = _member(event, "Records")
+    if not _is_list(records):
         raise _no_batch("it has no list of `Records`")
-    records: list[Any] = found
     rows: dict[Hashable, list[_Item]] = {}
     for place, record in enumerate(records):
         source = _text_at(record, "eventSource", place=place)
@@ -209,6 +208,10 @@ def _text_at(record: Any, *path: str, place: int) -> str:
 
 def _member(value: Any, name: str) -> Any:
     return cast("Mapping[str, Any]", value).get(name) if isinstance(value, Mapping) else None
+
+
+def _is_list(value: object) -> TypeGuard[list[Any]]:
+    return isinstance(value, list)
 
 
 def _no_batch(reason: str) -> IdempotencyUsageError:

@@ -181,6 +181,9 @@ class _Compiler:
         return self._known[annotation]
 
     def _container(self, origin: Any, arguments: tuple[Any, ...]) -> _Shape | None:
+        if hasattr(origin, "_make"):  # a named tuple
+            annotations = hints(origin)
+            return self._tuple(origin._make, [annotations.get(name, Any) for name in origin._fields])
         if origin in _ARRAYS:
             (item,) = map(self.compile, arguments or (Any,))
             make = _ARRAYS[origin]
@@ -195,9 +198,6 @@ class _Compiler:
             return _Shape(_ARRAY, partial(_build_array, tuple, self.compile((arguments or (Any,))[0]).build))
         if origin is tuple:
             return self._tuple(tuple, arguments)
-        if hasattr(origin, "_make"):
-            annotations = hints(origin)
-            return self._tuple(origin._make, [annotations.get(name, Any) for name in origin._fields])
         return None
 
     def _tuple(self, make: Build, items: Sequence[Any]) -> _Shape:
@@ -241,7 +241,8 @@ def _one_of(expected: Any, members: tuple[Any, ...]) -> _Shape:
         by_text = {encode(member): member for member in members}
     except NotEncodableError as error:
         raise IdempotencyModelTypeError(f"{expected!r} cannot be stored as JSON: {error.reason}") from error
-    kinds = frozenset(type(decode(text)) for text in by_text)
+    values: list[object] = [decode(text) for text in by_text]
+    kinds = frozenset(type(value) for value in values)
     is_json = all(type(member) in _JSON_TYPES for member in members)
     return _Shape(kinds, partial(_build_one_of, expected, by_text), is_json)
 

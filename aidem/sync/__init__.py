@@ -4,7 +4,7 @@ The function runs in the thread that called it, and so do `key=`, serializers an
 one background event loop of the process. What happens while a body runs, such as a lost lease, is told to the hooks at
 once, and therefore by the background thread. An async `response_hook` is awaited there, too.
 
-Whatever interrupts a call, such as Ctrl-C, releases its claim, and goes on once that is done. A child that was forked
+An interrupt of a call, such as Ctrl-C, releases its claim, and is raised once that is done. A child that was forked
 in a body does not own its parent's claim: there, the call ends with `IdempotencyLeaseLostError`.
 """
 
@@ -19,6 +19,7 @@ from aidem._api import block, keys
 from aidem._api.decorators import payload_finder
 from aidem._api.signature import Target, check_takes_event
 from aidem._checks import check_options
+from aidem._engine.call import Phase, WhoseOutcome
 from aidem._engine.plan import Plan
 from aidem._runtime import background_loop, lambda_lifecycle
 from aidem._runtime.lambda_lifecycle import open_all
@@ -27,10 +28,15 @@ from aidem.sync._blocking import (
     BlockingCall,
     BlockingCalls,
     Execution,
+    begin,
+    complete,
+    confirm_commit,
     drive,
+    ensure_owned,
     execute,
+    fail,
+    refuse_awaitable,
     refuse_event_loop,
-    settled,
     with_blocking_hook,
 )
 
@@ -214,7 +220,8 @@ def idempotent_function(
     if function is None:
         return partial(idempotent_function, **options)
     if isinstance(function, classmethod | staticmethod):  # below @classmethod it is a function already
-        return _rewrapped(function, options)
+        method = cast("Any", function)
+        return type(method)(idempotent_function(method.__func__, **options))
     target = Target(function, decorator="idempotent_function", key_prefix=key_prefix, is_async=False)
     find_payload = payload_finder(target, data_keyword_argument=data_keyword_argument, key=key)
     calls = BlockingCalls(
@@ -233,10 +240,6 @@ def idempotent_function(
 
     keys.remember(wrapper, calls, lambda plan, args, kwargs: plan.key_of_call(find_payload, args, kwargs))
     return wrapper
-
-
-def _rewrapped(method: Any, options: dict[str, Any]) -> Any:
-    return type(method)(idempotent_function(method.__func__, **options))
 
 
 # --- Blocks -----------------------------------------------------------------------------------------------------------
@@ -299,7 +302,7 @@ class BlockExecution(block.BlockExecution):
 
     def ensure_owned(self) -> None:  # type: ignore[override] # blocking code cannot await it
         """Renew the claim at the store, as the async one does, and wait for it."""
-        drive(super().ensure_owned)
+        ensure_owned(self._call)
 
     def complete(self, result: R, *, transaction: object) -> R:  # type: ignore[override]
         """Write the result in an open transaction of yours, as the async one does, and return it as a replay will."""
@@ -310,7 +313,7 @@ class BlockExecution(block.BlockExecution):
         return drive(partial(super().completion_item, result))
 
     def run(self, func: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:  # type: ignore[override]
-        """Call the function, or hand out what it returned before, as the async one does.
+        """Call the function, or replay its result; leaving the block records it.
 
         Raises:
             TypeError: The function is async.
@@ -318,7 +321,13 @@ class BlockExecution(block.BlockExecution):
         """
         if inspect.iscoroutinefunction(func):
             raise TypeError("execution.run() of aidem.sync calls no async function; use `async with aidem.idempotency`")
-        return cast("R", drive(partial(super().run, cast("Any", func), *args, **kwargs)))
+        self._block.start_run(func)
+        if self.replayed:
+            return cast("R", self._block.take(self._block.replayed()))
+        result = func(*args, **kwargs)
+        if inspect.isawaitable(result):
+            refuse_awaitable(result, self._call)
+        return cast("R", self._block.end_run(result))
 
 
 class _Block(block.Block):
@@ -331,15 +340,44 @@ class _Block(block.Block):
     def __enter__(self) -> BlockExecution:
         refuse_event_loop("use `async with aidem.idempotency(...)`")
         self.prepare()
-        return cast("BlockExecution", settled(self._call, lambda: drive(self.enter)))
+        try:
+            begin(self._call)
+            return cast("BlockExecution", self.started())
+        except BaseException as error:
+            fail(self._call, error)
+            raise
 
     def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        settled(self._call, lambda: drive(partial(self.leave, exc)))
+        try:
+            self._running.__exit__()
+            self._end(exc)
+        except BaseException as error:
+            fail(self._call, error)  # does nothing unless the claim is still held
+            raise
+
+    def _end(self, exc: BaseException | None) -> None:
+        """Record the result of the block, or release its claim."""
+        call, result = self._call, self._result
+        if exc is not None and not result.was_interrupted_by(exc):
+            if fail(call, exc) is WhoseOutcome.WINNERS:
+                raise block.lost_to(call.held_record()) from exc
+            return
+        if call.phase is Phase.COMPLETING:
+            confirm_commit(call)
+            result.note_commit()
+        recording = result.final()
+        if recording is not None:
+            if complete(call, recording) is WhoseOutcome.WINNERS:
+                result.take(result.winners(recording))
+            else:
+                result.confirm(recording)
+            recording.raise_interruption()
+        result.check_looked()
 
     def __del__(self) -> None:
-        # Ctrl-C may strike where Python enters `__exit__`, before any `try`. Nobody can wait for the answer here.
+        # Ctrl-C may strike where Python enters `__exit__`, before any `try`. Nothing can be waited for here.
         call = getattr(self, "_call", None)  # a key that cannot be one leaves none
         if call is not None and call.holds_claim:
             background_loop.run_unattended(partial(call.fail, KeyboardInterrupt()))

@@ -258,6 +258,22 @@ async def test_the_key_of_a_request_is_the_one_that_it_is_stored_under(caller: s
     assert [record.note async for record in layer.scan()] == ["/payments"]
 
 
+async def test_layers_with_other_notes_serve_a_request_once() -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": [JSON]})
+        await send({"type": "http.response.body", "body": b"{}"})
+
+    layer = MemoryPersistenceLayer()
+    wrapped: Any = app
+    for note in ("inner", "outer"):
+        config = IdempotencyConfig(note=lambda _scope, note=note: note)  # type: ignore[misc]
+        wrapped = IdempotencyMiddleware(wrapped, key_prefix="shop", scope=None, persistence_store=layer, config=config)
+    connection = Connection([b""])
+    await wrapped(scope_of(), connection.receive, cast("Any", connection.send))
+    assert connection.response.status == 200
+    assert [record.note async for record in layer.scan()] == ["outer"]
+
+
 def test_a_header_that_names_no_key_has_none() -> None:
     for header in ("", '"', "a b", "x" * 256, "ü"):
         with pytest.raises(IdempotencyKeyError, match="this header names no idempotency key"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -13,11 +14,12 @@ import pytest
 import sqlalchemy
 import sqlalchemy.orm
 
-from aidem import IdempotencyConfig, current_execution, sync
+from aidem import DataRecord, IdempotencyConfig, current_execution, sync
 from aidem.exceptions import IdempotencyLeaseLostError, IdempotencyUsageError
 from aidem.hooks import EventKind
 from aidem.persistence.sqlite import SQLitePersistenceLayer
 from tests.support.planned import Listener
+from tests.support.transactional import MemoryTransaction, TransactionalLayer
 
 RECEIPT = {"number": 1}
 
@@ -193,3 +195,25 @@ def test_what_must_be_awaited_and_what_is_no_dynamodb_is_refused(layer: SQLitePe
         return "paid"
 
     assert paying(layer, pay)() == "paid"
+
+
+class AwaitingLayer(TransactionalLayer):
+    """Awaits something although the driver of its transactions is a blocking one."""
+
+    async def complete_in(self, transaction: MemoryTransaction, record: DataRecord, *, now: float) -> bool:  # type: ignore[override]
+        await asyncio.sleep(0)
+        raise AssertionError("nothing runs this in a thread without an event loop")
+
+
+def test_a_layer_that_awaits_in_a_blocking_transaction_is_found_out() -> None:
+    layer = AwaitingLayer()
+
+    @sync.idempotent_function(persistence_store=layer, key_prefix="pay")
+    def pay(order: str) -> Any:
+        return current().complete(RECEIPT, transaction=layer.begin())
+
+    try:
+        with pytest.raises(TypeError, match="the persistence layer awaits"):
+            pay("o-1")
+    finally:
+        sync.close()

@@ -135,7 +135,7 @@ class Records:
         return self._cursor.connection.in_transaction
 
     def acquire(self, proposed: DataRecord, *, now: float) -> Claimed | Blocked:
-        """Store a claim unless a live record of somebody else is there; `now` is the caller's."""
+        """Store a claim unless a live record of another owner is there; `now` is the caller's."""
         found = self.get(proposed.idempotency_key)
         answer = lifecycle.acquire(found, proposed, now=self._now, proposed_at=now, last_fence=self._last_fence)
         if isinstance(answer, Claimed) and answer.record is not found:

@@ -185,7 +185,7 @@ def test_attributes_need_names_of_their_own(names: dict[str, Any], message: str)
 
 @pytest.mark.parametrize("table_name", [None, ""])
 def test_a_table_needs_a_name(table_name: Any) -> None:
-    with pytest.raises(IdempotencyPersistenceConfigError, match=f"table_name={table_name!r} names no DynamoDB table"):
+    with pytest.raises(IdempotencyPersistenceConfigError, match=f"table_name={table_name!r} is not the name of a"):
         DynamoDBPersistenceLayer(table_name)
 
 
