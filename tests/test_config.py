@@ -85,6 +85,7 @@ def test_the_defaults_are_those_of_the_table() -> None:
         "stored_exceptions": (),
         "max_clock_skew_seconds": 0.0,
         "hooks": (),
+        "note": None,
     }
 
 
