@@ -298,8 +298,8 @@ def open_persistence_layer(url: str) -> PersistenceLayer:
 
     Parameters after a `?` are percent-encoded. Redis and DynamoDB take the names of attributes, such as
     `?owner_attr=token`. DynamoDB also takes `key_attr`, `sort_key_attr`, `static_pk_value`, `region` and `endpoint`,
-    Redis also what redis-py takes, and PostgreSQL what asyncpg takes. SQLite takes `in_application_database=true`. Others
-    are refused.
+    Redis also what redis-py takes, and PostgreSQL what asyncpg takes. SQLite takes `in_application_database=true`.
+    Others are refused.
 
     Args:
         url: `memory://`; `sqlite:///relative/path` or `sqlite:////absolute/path`, as in SQLAlchemy;
