@@ -1,4 +1,4 @@
-"""What options may be: a wrong one is refused where it is given, by name, and with what is allowed."""
+"""Checks of options and settings: an error names the option and the allowed values."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def check_options(**options: object) -> None:
 
 
 def kind_of(value: object) -> str:
-    """Return how a value is shown that may hold a secret, such as a URL where a layer belongs."""
+    """Return the type of a value, for messages: the value itself may hold a secret, such as a URL with a password."""
     return f"<class {value.__qualname__}>" if isinstance(value, type) else f"<{type(value).__qualname__}>"
 
 
@@ -127,7 +127,7 @@ _OPTIONS: Final[dict[str, tuple[Check, str | Callable[[Any], str]]]] = {
     "warm": (_are_layers, _what_layers_need),
     "output_serializer": (
         _is_serializer,
-        "an object with to_dict() and from_dict(), or a class that makes one, such as PydanticSerializer",
+        "an object with to_dict() and from_dict(), or a class with instantiate(), such as PydanticSerializer",
     ),
     "key_prefix": (_is_text, "a string"),
     "data_keyword_argument": (_is_text, "the name of a parameter, as a string"),
@@ -223,7 +223,7 @@ def _is_tuple_of(is_allowed: Check) -> Check:
 
 
 def _items(value: Any) -> Iterable[Any]:
-    items: Iterable[Any] = value  # a tuple of whatever the user has put there
+    items: Iterable[Any] = value  # of any types: it comes from the user
     return items
 
 

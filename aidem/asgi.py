@@ -1,4 +1,4 @@
-"""HTTP: requests that carry an `Idempotency-Key` run once; for any ASGI app, without importing a framework."""
+"""ASGI middleware that runs requests with an `Idempotency-Key` once. It imports no framework."""
 
 from __future__ import annotations
 
@@ -18,9 +18,13 @@ __all__ = ["IdempotencyMiddleware", "IdempotencyOptions", "Problem", "RequestPar
 
 
 class IdempotencyMiddleware:
-    """ASGI middleware around a whole app, or a single Starlette route: `Route(..., middleware=[Middleware(...)])`.
+    """ASGI middleware for a whole app or a single Starlette route: `Route(..., middleware=[Middleware(...)])`.
 
-    Put it inside authentication, compression and CORS: a replay skips everything that is further in.
+    The first request with an `Idempotency-Key` runs, and its response is recorded. Later requests with the same key get
+    that response, marked with `Idempotent-Replayed: true`. Requests without a key go to the app unchanged.
+
+    Put it inside authentication, compression and CORS: a replay skips everything inside the middleware. Around a whole
+    app it opens and closes its `persistence_store` with the app's lifespan.
     """
 
     def __init__(self, app: ASGIApp, **options: Unpack[IdempotencyOptions]) -> None:
@@ -38,8 +42,9 @@ class IdempotencyMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve a request, or the lifespan of the app."""
-        layer = self._gate.options.persistence_store
-        if scope["type"] == "lifespan" and layer is not None:  # that of `configure` belongs to whoever called it
-            await Lifespan(layer, receive, send).run(self.app, scope)
-        else:
-            await self._gate.serve(self.app, scope, receive, send)
+        if scope["type"] == "lifespan":
+            layer = self._gate.options.persistence_store
+            if layer is not None:  # else it is that of `configure`, whose caller opens and closes it
+                await Lifespan(layer, receive, send).run(self.app, scope)
+                return
+        await self._gate.serve(self.app, scope, receive, send)

@@ -40,33 +40,43 @@ class LambdaContext(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IdempotencyConfig:
-    """How calls are made idempotent: frozen, hashable, safe to share between any number of functions.
+    """The settings of idempotent functions: frozen and hashable, so any number of functions can share a config.
 
     Attributes:
-        event_key_jmespath: JMESPath that selects the key from the payload; empty: all of it.
-        payload_validation_jmespath: JMESPath for the part that must not change under one key; empty: not validated.
-        jmespath_options: Keyword arguments of `jmespath.Options`; they replace the built-in functions.
-        max_inflated_bytes: To how many bytes `powertools_base64_gzip` may inflate in one evaluation of an expression,
-            all its calls together. A payload beyond it is refused.
-        raise_on_no_idempotency_key: Whether a missing key is an error instead of a call without idempotency.
-        expires_after_seconds: How long an outcome is kept, counted from completion.
-        use_local_cache: Whether completed records are also kept in memory.
-        local_cache_max_items: How many of them.
-        hash_function: Any fixed-length name of `hashlib`; `"md5"` to share records with AWS Powertools.
-        response_hook: `hook(response, record)`, sync or async, on every replay; its return value is returned.
-        lambda_context: A Lambda context for every call, unless one is registered for the task.
-        lease_seconds: How long a claim holds without being renewed; None: until the record expires.
-        renew_lease: Whether the lease is renewed, at a third of it, while the function runs.
-        wait_timeout_seconds: How long to wait for a running execution.
-        on_abandoned: What a new call does when the owner of a claim vanished: `"run_again"` (at least once) or
-            `"raise"` `IdempotencyInDoubtError` (at most once within the window).
-        on_persistence_error: What a call does when the store cannot be reached: `"raise"`, or `"run"` unprotected.
-        stored_exceptions: Exception types whose occurrence is a result: stored, and raised again on a replay.
-        max_clock_skew_seconds: Added to a foreign lease before it may be taken over, where clients' clocks judge.
-        hooks: Observers of what happens to calls.
+        event_key_jmespath: JMESPath expression that selects the key from the payload. Default: `""`, all of the
+            payload.
+        payload_validation_jmespath: JMESPath expression that selects the part of the payload that must not change under
+            one key. Default: `""`, the payload is not validated.
+        jmespath_options: Keyword arguments of `jmespath.Options`; they replace the built-in functions. Default: None.
+        max_inflated_bytes: Maximum size in bytes of all text that `powertools_base64_gzip` inflates in one evaluation
+            of an expression; a larger payload raises `IdempotencyKeyError`. Default: 4 MiB.
+        raise_on_no_idempotency_key: Whether a call without a key raises `IdempotencyKeyError`. Default: False, it runs
+            without idempotency and emits an `IdempotencyWarning`.
+        expires_after_seconds: Time for which an outcome is kept, counted from completion. Default: 3600.
+        use_local_cache: Whether completed records are also kept in memory. Default: False.
+        local_cache_max_items: Maximum number of records in that cache. Default: 256.
+        hash_function: Any name in `hashlib` whose digests have a fixed length; `"md5"` shares records with AWS
+            Powertools. Default: `"sha256"`.
+        response_hook: A function `hook(response, record)`, sync or async, that is called on every replay and returns
+            the value for the caller. Default: None.
+        lambda_context: A Lambda context for every call, unless another one is registered for the task. Default: None.
+        lease_seconds: Time for which a claim holds without being renewed; None: until the record expires. Default: 30.
+        renew_lease: Whether the lease is renewed while the function runs, each time a third of it has passed. Default:
+            True.
+        wait_timeout_seconds: Time for which a call waits for the result of a running execution. Default: 0.
+        on_abandoned: What a call does if the owner of a claim vanished: `"run_again"` runs the function (at least
+            once), `"raise"` raises `IdempotencyInDoubtError` (at most once within the window). Default: `"run_again"`.
+        on_persistence_error: What a call does if the store cannot be reached before the function runs: `"raise"`, or
+            `"run"` without idempotency. Default: `"raise"`.
+        stored_exceptions: Exception types that are results: they are stored, and raised again on a replay. Default:
+            `()`.
+        max_clock_skew_seconds: Time that is added to the lease of another caller before its claim is taken over, by
+            layers that use the clocks of their callers. Default: 0.
+        hooks: Observers with a method `on_event(event)`. Default: `()`.
 
     Raises:
-        IdempotencyConfigError: An option has a value that cannot work; the message names it and what is allowed.
+        IdempotencyConfigError: An option has a value that cannot work; the message names the option and the allowed
+            values.
     """
 
     event_key_jmespath: str = ""
@@ -93,7 +103,14 @@ class IdempotencyConfig:
         check_settings({each.name: getattr(self, each.name) for each in fields(self)})
 
     def register_lambda_context(self, lambda_context: LambdaContext) -> None:
-        """Register the Lambda context for the current task or thread, as `aidem.register_lambda_context` does."""
+        """Register the Lambda context for the current task or thread, as `aidem.register_lambda_context` does.
+
+        Args:
+            lambda_context: Lambda's context object.
+
+        Raises:
+            IdempotencyConfigError: It is not a Lambda context.
+        """
         register_lambda_context(lambda_context)
 
 
@@ -103,23 +120,27 @@ registered_lambda_context: Final[ContextVar[LambdaContext | None]] = ContextVar(
 
 
 def register_lambda_context(lambda_context: LambdaContext | None) -> Token[LambdaContext | None]:
-    """Let claims made by the current task or thread last as long as its Lambda invocation.
+    """Let claims of the current task or thread last as long as its Lambda invocation.
 
     Args:
-        lambda_context: Lambda's context object; None: forget the one registered before.
+        lambda_context: Lambda's context object; None removes the one registered before.
 
     Returns:
         A token for `aidem.config.reset_lambda_context`.
 
     Raises:
-        IdempotencyConfigError: It is no Lambda context.
+        IdempotencyConfigError: It is not a Lambda context.
     """
     check_options(lambda_context=lambda_context)
     return registered_lambda_context.set(lambda_context)
 
 
 def reset_lambda_context(token: Token[LambdaContext | None]) -> None:
-    """Restore what was registered before."""
+    """Restore the Lambda context that was registered before.
+
+    Args:
+        token: The return value of `register_lambda_context`.
+    """
     # A coroutine that is closed from another context never changed the variable there.
     with contextlib.suppress(ValueError):
         registered_lambda_context.reset(token)
@@ -134,8 +155,8 @@ def current_lambda_context(config: IdempotencyConfig) -> LambdaContext | None:
 def lambda_context_of(context: object) -> tuple[LambdaContext | None, bool]:
     """Return the Lambda context in a handler's second argument, and whether a durable function replays.
 
-    A durable context carries the real one in `lambda_context`; once it has recorded more than its first operation, the
-    handler runs again over what it did before.
+    A durable context has the Lambda context in `lambda_context`. If it has recorded more than its first operation, this
+    invocation replays an earlier one.
     """
     state, inner = getattr(context, "state", None), getattr(context, "lambda_context", None)
     if state is not None and inner is not None:
@@ -161,10 +182,18 @@ _opening = ForkSafeLock()
 
 
 def configure(*, persistence_store: PersistenceLayer | None = None, config: IdempotencyConfig | None = None) -> None:
-    """Set the process-wide defaults, both of them; what is left out goes back to aidem's own default.
+    """Set the layer and the config for all functions and blocks that have none of their own.
+
+    Both are set by each call, so an argument that is left out is reset to its default. It can be called after functions
+    were decorated.
+
+    Args:
+        persistence_store: The layer. Default: the layer in the environment variable `AIDEM_PERSISTENCE`, otherwise
+            SQLite in `aidem.sqlite3` in the working directory; on Lambda there is no default.
+        config: The settings. Default: `IdempotencyConfig()`.
 
     Raises:
-        IdempotencyConfigError: A value is no layer, or no config.
+        IdempotencyConfigError: A value is not a persistence layer, or not an `IdempotencyConfig`.
     """
     check_call_options(config=config, persistence_store=persistence_store)
     defaults.persistence_store = persistence_store
@@ -190,28 +219,23 @@ def default_config() -> IdempotencyConfig:
 def default_persistence_store() -> PersistenceLayer:
     """Return the layer for calls that have none of their own.
 
-    It is the one given to `configure`, else the one that the environment variable `AIDEM_PERSISTENCE` names, else
-    SQLite in `aidem.sqlite3` in the working directory.
+    It is the layer of `configure`, otherwise the one in the environment variable `AIDEM_PERSISTENCE`, otherwise SQLite
+    in `aidem.sqlite3` in the working directory.
 
     Raises:
-        IdempotencyPersistenceConfigError: Nothing is configured on Lambda, where a file is shared with nobody; or
-            the environment variable cannot be understood.
+        IdempotencyPersistenceConfigError: No layer is configured on Lambda, where a file is not shared with other
+            instances; or the environment variable is not the URL of a layer.
     """
     if defaults.persistence_store is not None:
         return defaults.persistence_store
     url = os.environ.get("AIDEM_PERSISTENCE", "")
     opened = defaults.from_environment
     if opened is None or opened[0] != url:
-        opened = _open_once(url)
+        with _opening.lock:  # two threads with a layer each would not see each other's records in memory
+            opened = defaults.from_environment
+            if opened is None or opened[0] != url:
+                opened = defaults.from_environment = (url, _open(url))
     return opened[1]
-
-
-def _open_once(url: str) -> tuple[str, PersistenceLayer]:
-    with _opening.lock:  # two threads with a layer each would not see each other's records, where those are in memory
-        opened = defaults.from_environment
-        if opened is None or opened[0] != url:
-            opened = defaults.from_environment = (url, _open(url))
-        return opened
 
 
 def _open(url: str) -> PersistenceLayer:
@@ -221,7 +245,7 @@ def _open(url: str) -> PersistenceLayer:
         return open_persistence_layer(url)
     if os.environ.get("AWS_LAMBDA_FUNCTION_NAME"):
         message = (
-            "no persistence layer is configured, and on Lambda a file would be shared with nobody; pass "
+            "no persistence layer is configured, and on Lambda a file is not shared with other instances; pass "
             "persistence_store=DynamoDBPersistenceLayer(...) or call aidem.configure(persistence_store=...)"
         )
         raise IdempotencyPersistenceConfigError(message)

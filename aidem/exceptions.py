@@ -6,8 +6,8 @@
     ├── IdempotencyKeyError                         the payload holds no key, or cannot be one
     ├── IdempotencyValidationError                  the same key with another payload
     ├── IdempotencyAlreadyInProgressError           another execution of the key is running
-    ├── IdempotencyInDoubtError                     the owner vanished; whether the effect happened is not known
-    ├── IdempotencyLeaseLostError                   our claim went to somebody else while the function ran
+    ├── IdempotencyInDoubtError                     the owner vanished, and its effect may have happened
+    ├── IdempotencyLeaseLostError                   the claim was taken over while the function ran
     ├── IdempotencyResultUnavailableError           the effect happened, its result cannot be replayed
     ├── IdempotencySerializationError               a result cannot be turned into text or back
     │   ├── IdempotencyModelTypeError               the model does not suit the serializer
@@ -18,7 +18,7 @@
         ├── IdempotencyHeldByTransactionError       … cannot change a record that an open transaction holds
         └── IdempotencyInvalidStatusError           … a record has a status that aidem does not know
 
-An error carries its facts as attributes, says what to do, and never prints a payload or a result.
+An error has its facts as attributes. Its message says what to do, and never shows a payload or a result.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ if TYPE_CHECKING:
 
 
 class IdempotencyError(Exception):
-    """The root of every error that aidem raises.
+    """The base class of all errors that aidem raises.
 
-    Every class takes the same arguments. Without a message it makes its own from the other ones, so that an error can
-    be made again from its `args`, as some task queues do.
+    All classes take the same arguments. Without `message`, the message is made from the other arguments, so that an
+    error can be rebuilt from its `args`, as some task queues do.
 
     Attributes:
-        key: The idempotency key, where one was known.
-        record: The record that the error is about, where there is one.
-        retry_after_seconds: After how many seconds a retry makes sense, where that is known.
+        key: The idempotency key; None: not known.
+        record: The record that caused the error; None: there is none.
+        retry_after_seconds: Time after which a retry makes sense; None: not known.
     """
 
     _template: ClassVar[str] = ""
@@ -73,15 +73,15 @@ class IdempotencyUsageError(IdempotencyError):
 
 
 class IdempotencyConfigError(IdempotencyUsageError, ValueError):
-    """An option has a value that cannot work; the message names the option and what is allowed."""
+    """An option has a value that cannot work; the message names the option and the allowed values."""
 
 
 class IdempotencyKeyError(IdempotencyError):
-    """The payload holds no idempotency key, or a value that cannot be one. Nothing was stored or run."""
+    """The payload holds no idempotency key, or a value that cannot be one. Nothing was stored, and nothing has run."""
 
 
 class IdempotencyValidationError(IdempotencyError):
-    """The key was used before with a payload whose validated part differs. Nothing was run."""
+    """The key was used before with a payload whose validated part differs. The function did not run."""
 
     _template = (
         "Payload does not match stored record for this event key: {key!r}; "
@@ -99,7 +99,7 @@ class IdempotencyAlreadyInProgressError(IdempotencyError):
 
 
 class IdempotencyInDoubtError(IdempotencyError):
-    """The owner of the claim vanished, and `on_abandoned="raise"` forbids to run the function again."""
+    """The owner of the claim vanished, and `on_abandoned="raise"` forbids running the function again."""
 
     key: str  # pyright: ignore[reportIncompatibleVariableOverride] - always there
     record: DataRecord  # pyright: ignore[reportIncompatibleVariableOverride] - always there
@@ -112,7 +112,7 @@ class IdempotencyInDoubtError(IdempotencyError):
 
 
 class IdempotencyLeaseLostError(IdempotencyError):
-    """The claim went to somebody else while the function ran, and what the winner makes of it is not known."""
+    """Another caller took the claim over while the function ran, and the outcome of that caller is not known."""
 
     _template = (
         "the claim of idempotency key {key!r} was lost: {reason}; the function's effect may have happened, "
@@ -121,13 +121,13 @@ class IdempotencyLeaseLostError(IdempotencyError):
 
 
 class IdempotencyResultUnavailableError(IdempotencyError):
-    """The effect happened once and will not be repeated; its result cannot be handed out again."""
+    """The function ran once and does not run again; its result cannot be replayed."""
 
     _template = "the execution with idempotency key {key!r} is done, but its outcome cannot be replayed: {reason}"
 
 
 class IdempotencySerializationError(IdempotencyError):
-    """A result cannot be turned into text that the layer can store, or stored text not into a result."""
+    """A result cannot be turned into text that the layer can store, or stored text cannot be turned into a result."""
 
 
 class IdempotencyModelTypeError(IdempotencySerializationError):
@@ -135,15 +135,15 @@ class IdempotencyModelTypeError(IdempotencySerializationError):
 
 
 class IdempotencyNoSerializationModelError(IdempotencySerializationError):
-    """The serializer derives its model from the return annotation, and there is none."""
+    """The serializer takes its model from the return annotation, and the function has none."""
 
 
 class IdempotencyPersistenceLayerError(IdempotencyError):
     """The persistence layer failed; the message says whether the function has run.
 
     Attributes:
-        may_be_applied: Whether the store may have done what was asked all the same. Default: True. A layer sets it to
-            False on an error when it is sure that the store has not, for example because no connection could be made.
+        may_be_applied: Whether the store may have applied the operation. Default: True. A layer sets it to False if the
+            store cannot have applied it, for example because no connection could be made.
     """
 
     may_be_applied: bool = True
@@ -173,4 +173,4 @@ class IdempotencyInvalidStatusError(IdempotencyPersistenceLayerError):
 
 
 class IdempotencyWarning(UserWarning):
-    """Something works, but not as one would expect of an idempotent call."""
+    """A call runs without idempotency, or its result cannot be replayed."""

@@ -1,4 +1,4 @@
-"""FastAPI: a class of routes that run once per `Idempotency-Key`, and say so in the OpenAPI document."""
+"""FastAPI route class that runs requests with an `Idempotency-Key` once, and describes this in the OpenAPI document."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ __all__ = ["IdempotencyOptions", "IdempotentRoute", "Problem", "RequestParts", "
 
 
 class IdempotentRoute(APIRoute):
-    """A route whose requests with an `Idempotency-Key` run once.
+    """A route that runs requests with an `Idempotency-Key` once, and answers a retry with the recorded response.
 
     `configure` returns the class to use: `APIRouter(route_class=IdempotentRoute.configure(...))`.
     """
@@ -45,10 +45,10 @@ class IdempotentRoute(APIRoute):
 
     @classmethod
     def configure(cls, **options: Unpack[IdempotencyOptions]) -> type[Self]:
-        """Return a new class of routes; this one stays as it is.
+        """Return a new route class with these options. The class it is called on does not change.
 
-        `scope` is asked before any dependency of the route has run. The first use opens the layer; the lifespan of the
-        app should open and close it.
+        `scope` is called before any dependency of the route. The first use opens the layer; close it in the lifespan of
+        the app.
 
         Args:
             **options: `key_prefix` and `scope` are required; `IdempotencyOptions` lists all options and their defaults.
@@ -67,7 +67,7 @@ class IdempotentRoute(APIRoute):
             IdempotencyConfigError: The class was not configured.
         """
         if self._gate is None:
-            raise IdempotencyConfigError("route_class must be what IdempotentRoute.configure(...) returns")
+            raise IdempotencyConfigError("use route_class=IdempotentRoute.configure(...), not IdempotentRoute itself")
         self._once = self._gate
         super().__init__(path, endpoint, **options)
         of_interest = self._gate.options.methods
@@ -76,7 +76,7 @@ class IdempotentRoute(APIRoute):
             _document(self, self._gate.options)
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve a request; here the final response passes, those of errors included."""
+        """Serve a request. The final response passes through here, error responses included."""
         if scope["method"] in self._once_methods:
             await self._once.serve(super().handle, scope, receive, send)
         else:
@@ -87,7 +87,7 @@ class IdempotentRoute(APIRoute):
 
 
 class IdempotencyKeyProblem(BaseModel):
-    """An answer in place of the operation's own; see RFC 9457."""
+    """A problem (RFC 9457), sent in place of the operation's own response."""
 
     type: str
     title: str

@@ -1,4 +1,4 @@
-"""Observing: what happened to a call, told to the objects in `IdempotencyConfig.hooks`."""
+"""Events about calls, and the hooks in `IdempotencyConfig.hooks` that get them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ logger = logging.getLogger("aidem")
 
 
 class EventKind(StrEnum):
-    """What happened."""
+    """The kind of an event; docs/observing.md describes each."""
 
     EXECUTED = "executed"
     REPLAYED = "replayed"
@@ -31,16 +31,16 @@ class EventKind(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IdempotencyEvent:
-    """One thing that happened to one call.
+    """An event in the course of a call.
 
     Attributes:
-        kind: What happened.
-        key: The idempotency key; `""` where the call has none.
-        function: Module and qualified name of the function; of a block or the HTTP layer, `the block` or
-            `the HTTP layer` and its key prefix.
-        fence: The fence of the claim; 0 where nothing was claimed.
-        duration_seconds: From the start of the call until now.
-        error: What failed, for `PERSISTENCE_ERROR`, `CONFLICT` and `RESULT_UNAVAILABLE`.
+        kind: The kind of event.
+        key: The idempotency key; `""` if the call has none.
+        function: Module and qualified name of the function. For a block or the HTTP layer: `the block` or
+            `the HTTP layer`, and its key prefix.
+        fence: The fence of the claim; 0 if nothing was claimed.
+        duration_seconds: Seconds since the start of the call.
+        error: The exception, for `PERSISTENCE_ERROR`, `CONFLICT` and `RESULT_UNAVAILABLE`.
     """
 
     kind: EventKind
@@ -53,18 +53,23 @@ class IdempotencyEvent:
 
 @runtime_checkable
 class IdempotencyHook(Protocol):
-    """An observer. It is called in line, so it must be quick; an exception of its own is logged and changes nothing."""
+    """An observer of calls.
+
+    It is called synchronously within the call, so it must be quick. An exception that it raises is logged and otherwise
+    ignored.
+    """
 
     def on_event(self, event: IdempotencyEvent, /) -> None:
-        """Take note of an event."""
+        """Handle an event."""
         ...
 
 
 class Reporter:
-    """Tells the hooks of one call what happens to it.
+    """Sends the events of one call to its hooks.
 
     Attributes:
-        redirect: Takes each event instead of the hooks, for fronts whose hooks must run in another thread.
+        redirect: A function that gets each event instead of the hooks, for fronts whose hooks must run in another
+            thread.
     """
 
     __slots__ = ("_function", "_hooks", "_key", "_started_at", "redirect")
@@ -77,7 +82,7 @@ class Reporter:
         self.redirect: Callable[[IdempotencyEvent], None] | None = None
 
     def report(self, kind: EventKind, *, fence: int = 0, error: BaseException | None = None) -> None:
-        """Report an event; costs next to nothing where nobody listens."""
+        """Report an event, if there are hooks."""
         if self._hooks:
             event = IdempotencyEvent(
                 kind=kind,
@@ -90,7 +95,7 @@ class Reporter:
             (self.redirect or self.tell)(event)
 
     def tell(self, event: IdempotencyEvent) -> None:
-        """Hand an event to every hook."""
+        """Call every hook with an event."""
         for hook in self._hooks:
             try:
                 hook.on_event(event)
@@ -99,4 +104,4 @@ class Reporter:
 
 
 SILENT: Final = Reporter((), key="", function="")
-"""For calls that nobody observes."""
+"""For calls without hooks."""

@@ -1,4 +1,4 @@
-"""A hook that tells OpenTelemetry what happens to calls: a counter, spans, and links from replays to executions.
+"""A hook for OpenTelemetry: a counter of events, spans of calls, and links from replays to executions.
 
 Names follow the semantic conventions: https://opentelemetry.io/docs/specs/semconv/
 """
@@ -26,23 +26,23 @@ if TYPE_CHECKING:
 __all__ = ["OpenTelemetryHook"]
 
 SCHEMA_URL: Final = "https://opentelemetry.io/schemas/1.33.0"
-"""Of the conventions in which `code.function.name` became stable."""
+"""The version of the conventions in which `code.function.name` became stable."""
 
 LINKED_EXECUTIONS: Final = 4096
-"""How many executions are remembered, for their replays."""
+"""The number of executions whose spans are kept, for links from their replays."""
 
 _ENDINGS: Final = frozenset({EventKind.EXECUTED, EventKind.REPLAYED, EventKind.CONFLICT, EventKind.RELEASED})
 
 
 class OpenTelemetryHook:
-    """Counts every event, and makes a span for each call that executes, replays, is refused or gives its key back.
+    """Counts every event, and makes a span for each call that executes, replays, is refused or releases its key.
 
-    A replay is linked to the span of the execution, if that was in this process and told to the same hook: so share
-    one among all configs. Keys, payloads and results are in no attribute.
+    A replay is linked to the span of the execution if that ran in this process with the same hook, so use one hook for
+    all configs. No attribute contains a key, payload or result.
 
     Args:
-        tracer_provider: Makes the spans; by default the global one.
-        meter_provider: Makes the counter; by default the global one.
+        tracer_provider: Makes the spans. Default: the global one.
+        meter_provider: Makes the counter. Default: the global one.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class _Executions:
 
 
 def _attributes_of(event: IdempotencyEvent) -> dict[str, str]:
-    """Return what both signals tell; it has few values, as each combination is a time series of its own."""
+    """Return the attributes of counter and span. They have few values, as each combination is a time series."""
     is_function = " " not in event.function
     attributes = {
         "aidem.event": str(event.kind),

@@ -15,6 +15,8 @@ from pydantic import BaseModel
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from aidem.persistence import PersistenceLayer
+
 REDIS_URL = os.environ.get("REDIS_URL", "")
 
 
@@ -45,14 +47,18 @@ def bare() -> FastAPI:
     return app
 
 
-def route() -> FastAPI:
+def route(layer: PersistenceLayer | None = None) -> FastAPI:
+    """Return the service with `IdempotentRoute`; its layer is Redis unless one is given."""
     from aidem.fastapi import IdempotentRoute, by_header
-    from aidem.persistence.redis import RedisPersistenceLayer
 
+    if layer is None:
+        from aidem.persistence.redis import RedisPersistenceLayer
+
+        layer = RedisPersistenceLayer(REDIS_URL)
     app = FastAPI()
     app.get("/cpu")(cpu_seconds)
     app.router.route_class = IdempotentRoute.configure(
-        key_prefix="payments", scope=by_header("authorization"), persistence_store=RedisPersistenceLayer(REDIS_URL)
+        key_prefix="payments", scope=by_header("authorization"), persistence_store=layer
     )
     app.post("/payments", status_code=201)(create_payment)
     return app

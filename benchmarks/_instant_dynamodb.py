@@ -1,4 +1,6 @@
-"""A stub that speaks as much of DynamoDB's protocol as idempotency needs, and answers at once: `… PORT`.
+"""A stub that speaks as much of DynamoDB's protocol as idempotency needs, and answers at once.
+
+    python _instant_dynamodb.py PORT [TLS_PORT CERTIFICATE KEY]
 
 The emulators take milliseconds a request, which would hide what clients cost. This one keeps items in a dict and knows
 one condition: a write that asks for the absence of the item (`attribute_not_exists`) is refused when it is completed.
@@ -10,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import ssl
 import sys
 from collections import Counter
 from functools import cache
@@ -85,8 +88,14 @@ def settings(expression: str) -> list[tuple[str, str]]:
 
 
 async def main() -> None:
-    server = await asyncio.get_running_loop().create_server(Connection, "127.0.0.1", int(sys.argv[1]))
-    await server.serve_forever()
+    port, *tls = sys.argv[1:]
+    loop = asyncio.get_running_loop()
+    if tls:
+        tls_port, certificate, key = tls
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        context.load_cert_chain(certificate, key)
+        await loop.create_server(Connection, "127.0.0.1", int(tls_port), ssl=context)
+    await (await loop.create_server(Connection, "127.0.0.1", int(port))).serve_forever()
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 import tempfile
 import urllib.request
@@ -11,6 +12,8 @@ from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import botocore
 
 from tests.support import aws_servers, servers
 
@@ -33,6 +36,27 @@ def instant_dynamodb() -> Iterator[str]:
     with aws_servers.started(command, port) as url:
         os.environ.update(aws_servers.Database(url).environment)
         yield url
+
+
+@contextmanager
+def instant_dynamodb_with_tls() -> Iterator[None]:
+    """Run the stub with TLS, as DynamoDB is reached, and point the AWS environment of this process at it.
+
+    Clients verify its certificate against the certificates of botocore with this one added, so that they load as many
+    as they do for AWS.
+    """
+    port, tls_port = servers.free_port(), servers.free_port()
+    with tempfile.TemporaryDirectory(prefix="aidem-benchmark-") as name:
+        key, certificate, bundle = (str(Path(name, part)) for part in ("key.pem", "certificate.pem", "bundle.pem"))
+        names = ["-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1"]
+        make = [servers.installed("openssl"), "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", *names]
+        subprocess.run([*make, "-keyout", key, "-out", certificate], check=True, capture_output=True)
+        public = Path(botocore.__file__).with_name("cacert.pem").read_text(encoding="utf-8")
+        Path(bundle).write_text(public + Path(certificate).read_text(encoding="utf-8"), encoding="utf-8")
+        command = [sys.executable, str(Path(__file__).with_name("_instant_dynamodb.py")), str(port)]
+        with aws_servers.started([*command, str(tls_port), certificate, key], port):
+            os.environ.update(aws_servers.Database(f"https://127.0.0.1:{tls_port}").environment, AWS_CA_BUNDLE=bundle)
+            yield
 
 
 def requests_so_far(url: str) -> Counter[str]:

@@ -36,7 +36,7 @@ def rows(effort: Effort) -> Iterator[Row]:
             rounds=effort.rounds(15),
         )
     of_functions = Race({OURS: result.rounds[FUNCTION], BARE: result.rounds[BARE]})
-    for what, lap, target in (("fresh", "first", at_least(0.6)), ("replay", "replay", at_least(0.85))):
+    for what, lap, target in (("fresh", "first", at_least(0.65)), ("replay", "replay", at_least(1.0))):
         yield result.rates(f"IdempotentRoute, {what}", lap=lap, against=BARE, by="wall", target=target)
         yield of_functions.rates(f"idempotent_function, {what}", lap=lap, against=BARE, by="wall")
         yield result.rates(f"IdempotentRoute, {what}", lap=lap, against=IDEMKIT, by="wall")

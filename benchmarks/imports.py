@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from typing import TYPE_CHECKING
 
+from benchmarks._fresh import result_of
 from benchmarks._measure import Lap, race
 from benchmarks._rows import Row, at_most, exactly
 
@@ -19,6 +17,7 @@ POWERTOOLS = "Powertools' idempotency"
 OPTIONAL = {
     "aioboto3",
     "aiobotocore",
+    "anyio",
     "boto3",
     "botocore",
     "fastapi",
@@ -34,8 +33,7 @@ import sys, time
 wall, cpu = time.perf_counter(), time.process_time()
 import {module}
 wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-import json
-print(json.dumps([wall, cpu, sorted({{name.partition(".")[0] for name in sys.modules}})]))
+result = wall, cpu, sorted({{name.partition(".")[0] for name in sys.modules}})
 """
 
 
@@ -44,7 +42,7 @@ def rows(effort: Effort) -> Iterator[Row]:
         {"aidem": _import("aidem"), POWERTOOLS: _import("aws_lambda_powertools.utilities.idempotency")},
         rounds=effort.rounds(21),
     )
-    yield result.times("import", lap="import", against=POWERTOOLS, by="cpu", target=at_most(0.5))
+    yield result.times("import", lap="import", against=POWERTOOLS, by="cpu", target=at_most(0.45))
     _, loaded = _imported("aidem")
     yield Row(what="optional modules loaded", ours=len(loaded & OPTIONAL), unit="modules", target=exactly(0))
 
@@ -58,6 +56,5 @@ def _import(module: str) -> Callable[[Stopwatch], None]:
 
 def _imported(module: str) -> tuple[Lap, set[str]]:
     """Import a module where nothing but Python itself has been imported."""
-    command = [sys.executable, "-c", IMPORT.format(module=module)]
-    wall, cpu, loaded = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
+    wall, cpu, loaded = result_of(IMPORT.format(module=module))
     return Lap(wall, cpu), set(loaded)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import _report
+from benchmarks._fresh import result_of
 from benchmarks._measure import Effort, Lap, Race, Stopwatch, race
 from benchmarks._rows import Row, Target, at_least, at_most, exactly
 from benchmarks._subjects import SUBJECTS, measured, rows_of
@@ -76,6 +77,27 @@ def test_a_target_is_met_up_to_its_bound(target: Target, met: float, missed: flo
 def test_a_row_without_a_ratio_is_judged_by_its_figure_and_one_without_a_target_is_not_judged() -> None:
     assert Row(what="requests", ours=2, unit="requests", target=exactly(2)).is_met
     assert Row(what="requests", ours=2, unit="requests").is_met is None
+
+
+@pytest.fixture
+def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A module that a fresh interpreter can import, where bytecode is not to be written."""
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    path = tmp_path / "not_compiled_before.py"
+    path.write_text("answer = 42")
+    return path
+
+
+def test_a_fresh_interpreter_compiles_what_it_imports(module: Path) -> None:
+    assert result_of("import sys, not_compiled_before; result = not_compiled_before.answer") == 42
+    assert [path.name.partition(".")[0] for path in (module.parent / "__pycache__").iterdir()] == [module.stem]
+
+
+def test_times_of_modules_that_cannot_be_compiled_are_refused(module: Path) -> None:
+    (module.parent / "__pycache__").write_text("a file where the directory belongs")
+    with pytest.raises(RuntimeError, match="no bytecode could be written"):
+        result_of("import sys, not_compiled_before; result = None")
 
 
 def test_the_table_is_aligned_and_says_what_is_met() -> None:

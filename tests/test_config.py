@@ -319,7 +319,7 @@ def test_the_options_of_jmespath_are_the_words_of_jmespath() -> None:
 
 
 async def keys_of(layer: Any) -> list[str]:
-    return list(layer._records)
+    return list(layer.records())
 
 
 async def test_configure_sets_the_layer_and_the_config_of_all_fronts() -> None:

@@ -137,7 +137,10 @@ def test_every_window_says_what_happens_what_aidem_does_and_what_the_user_can_do
 
 @pytest.mark.parametrize("setting", dataclasses.fields(IdempotencyConfig), ids=lambda setting: setting.name)
 def test_every_setting_is_described_with_its_default(setting: dataclasses.Field[Any]) -> None:
-    described = re.search(rf"^### `{setting.name}`\n\nDefault `([^`]*)`", page("configuration.md"), re.MULTILINE)
+    sections = {
+        name: text for name, _, text in (part.partition("`\n") for part in page("configuration.md").split("### `"))
+    }
+    described = re.search(r"\bDefault:\s`([^`]*)`", sections[setting.name])
     assert described is not None
     assert ast.literal_eval(described.group(1)) == setting.default
 

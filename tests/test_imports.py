@@ -13,7 +13,7 @@ CLIENTS_OF_AWS = {"aioboto3", "aiobotocore", "boto3", "botocore"}
 CLIENTS_OF_REDIS = {"hiredis", "redis"}
 FRAMEWORKS = {"aws_lambda_powertools", "fastapi", "pydantic", "starlette", "uvicorn"}
 EXTRAS = CLIENTS_OF_AWS | CLIENTS_OF_REDIS | FRAMEWORKS | {"opentelemetry"}
-UNUSED = EXTRAS | {"sqlite3", "jmespath"}
+UNUSED = EXTRAS | {"anyio", "jmespath", "sqlite3"}
 
 HANDLER = """
 from aidem import IdempotencyConfig, sync
@@ -30,7 +30,7 @@ assert handler({{"id": 1}}, None) == handler({{"id": 1}}, None)
 @pytest.mark.parametrize(
     ("module", "needed", "unused"),
     [
-        ("aidem", {"anyio"}, UNUSED),
+        ("aidem", set(), UNUSED),
         ("aidem.sync", set(), UNUSED),
         ("aidem.awslambda", set(), UNUSED),
         ("aidem.asgi", set(), UNUSED),
@@ -44,7 +44,7 @@ assert handler({{"id": 1}}, None) == handler({{"id": 1}}, None)
         (
             "aidem.persistence.dynamodb",
             {"aiobotocore"},
-            {"aioboto3", "boto3", "sqlite3"} | CLIENTS_OF_REDIS | FRAMEWORKS,
+            {"aioboto3", "anyio", "boto3", "sqlite3"} | CLIENTS_OF_REDIS | FRAMEWORKS,
         ),
     ],
 )

@@ -6,10 +6,11 @@ import re
 import sys
 import tomllib
 from collections.abc import Awaitable, Callable
+from enum import Enum
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import anyio.to_thread
 import pytest
@@ -17,9 +18,12 @@ import pytest
 import aidem
 from aidem import idempotent_function, sync
 from aidem._engine.call import STEPS, Answer, Phase
+from aidem._http.states import TRANSITIONS, Action, Event, State
 from aidem._runtime import background_loop
 from aidem.asgi import IdempotencyMiddleware
 from aidem.persistence.memory import MemoryPersistenceLayer
+
+Kind = TypeVar("Kind", bound=Enum)
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = Path(aidem.__file__).parent
@@ -62,6 +66,23 @@ def test_every_module_that_contributors_are_sent_to_exists() -> None:
 def test_the_table_of_steps_has_every_phase() -> None:
     [header] = re.findall(r"^\| step \|(.*)\|$", section("Phases and steps"), re.MULTILINE)
     assert [phase.strip() for phase in header.split("|")] == [phase.name for phase in Phase]
+
+
+def test_the_table_of_a_response_is_the_one_that_the_code_follows() -> None:
+    rows = re.findall(r"^\| (`[A-Z_`, ]+) \| (.*?) \| (.*?) \| (.*?) \|$", section("HTTP"), re.MULTILINE)
+    told: dict[tuple[State, Event], tuple[Action, State]] = {}
+    for states, what_happens, action, then in rows:
+        for state in named_in(states, State):
+            events = named_in(what_happens, Event)
+            if what_happens == "any other":
+                events = [event for event in Event if (state, event) not in told and event is not Event.LEASE_ENDING]
+            [next_state] = [state] if then == "the same" else named_in(then, State)
+            told |= {(state, event): (named_in(action, Action)[0], next_state) for event in events}
+    assert told == TRANSITIONS
+
+
+def named_in(cell: str, kind: type[Kind]) -> list[Kind]:
+    return [kind[name] for name in re.findall(r"`([A-Z_]+)`", cell)]
 
 
 def test_the_table_of_steps_is_the_one_that_calls_follow() -> None:
@@ -196,11 +217,11 @@ async def test_the_walks_name_every_module_that_a_call_enters_in_order(front: st
 async def test_a_reader_follows_a_first_call_through_few_files() -> None:
     walk = await walk_of_async()
     assert len(walk.modules) <= 12
-    assert walk.switches <= 35
+    assert walk.switches <= 34
 
 
 @pytest.mark.usefixtures("_still_clock")
 async def test_a_reader_follows_a_request_through_few_files() -> None:
     walk = await walk_of_http()
-    assert len(walk.modules) <= 19
-    assert walk.switches <= 61
+    assert len(walk.modules) <= 18
+    assert walk.switches <= 55

@@ -136,7 +136,7 @@ async def test_a_span_says_what_happened_to_which_function_under_which_fence(
 ) -> None:
     await idempotent_function(**options)(charge)("o-1")
     (span,) = collector.spans
-    (record,) = options["persistence_store"]._records.values()
+    (record,) = options["persistence_store"].records().values()
     assert span.attributes == {"aidem.event": "executed", "code.function.name": NAME, "aidem.fence": record.fence}
     assert scope_of(span).schema_url == "https://opentelemetry.io/schemas/1.33.0"
     assert scope_of(span).version.startswith("0.")
@@ -272,7 +272,7 @@ async def test_neither_key_nor_payload_nor_result_is_told(collector: Collector, 
     told = "".join(span.to_json() for span in collector.spans) + repr(collector.counts)
     assert "conflict" in told
     assert "replayed" in told
-    keys = [key.partition("#")[2] for key in options["persistence_store"]._records]
+    keys = [key.partition("#")[2] for key in options["persistence_store"].records()]
     for secret in ("4242", "Ada", digest, *keys):
         assert secret not in told
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import inspect
 from typing import TYPE_CHECKING, Any, ClassVar, ParamSpec, TypeVar, cast
 
-from aidem._api.execution import EncodedResult, Execution, hooked, outcome_of, replayed_value, running
+from aidem._api.execution import EncodedResult, Execution, hooked, outcome_of, running
 from aidem._engine.call import Phase, WhoseOutcome
 from aidem._engine.plan import CallFactory, Plan
 from aidem.config import check_call_options
 from aidem.exceptions import IdempotencyLeaseLostError, IdempotencyUsageError
+from aidem.serialization import round_trip
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -43,17 +44,27 @@ def idempotency(
     """Run a block once per key; a later block with the same key gets the result of the first.
 
     Args:
-        key: Names the block: any value that a payload may be. `event_key_jmespath` is not applied to it.
-        payload: What must not change under the key: all of it, or what `payload_validation_jmespath` selects.
-        persistence_store: Where records are kept; by default what `configure` says.
-        config: Settings; by default what `configure` says.
-        output_serializer: Turns the result into JSON values and back.
-        key_prefix: Keeps keys of different blocks apart.
+        key: Identifies the block: any value that a payload can be. `event_key_jmespath` is not applied to it.
+        payload: A value that must not change under the key; `payload_validation_jmespath` selects a part of it.
+            Default: nothing is validated.
+        persistence_store: The layer that keeps the records. Default: the layer of `configure`.
+        config: The settings. Default: the config of `configure`.
+        output_serializer: Turns the result into JSON values and back. Default: chosen by the return annotation of the
+            function that `run` calls; without `run`, the result is JSON data.
+        key_prefix: Keeps the keys of different blocks apart. Default: `"aidem"`.
 
     Raises:
-        IdempotencyError: Entering: one of its subclasses, see `aidem.exceptions`; then the block does not run.
-            Leaving: the outcome could not be recorded, the claim was lost, or the block had no protection.
         IdempotencyConfigError: At once: an option has a value that cannot work.
+        IdempotencyKeyError: On entering: `key` cannot be a key, or is none and `raise_on_no_idempotency_key` is set.
+        IdempotencyValidationError: On entering: the key was used before with another payload.
+        IdempotencyAlreadyInProgressError: On entering: another execution of the key did not end within
+            `wait_timeout_seconds`.
+        IdempotencyInDoubtError: On entering: the owner of a claim vanished, and `on_abandoned="raise"`.
+        IdempotencyResultUnavailableError: The block ran once, and its result cannot be replayed.
+        IdempotencyLeaseLostError: On leaving: another caller took the claim over, and recorded no outcome for it.
+        IdempotencyPersistenceLayerError: The store failed; the message says whether the block has run.
+        IdempotencyUsageError: On leaving: the block neither called `run` nor read `replayed` or `result`, so a retry
+            would repeat its effect.
     """
     check_call_options(
         config=config,
@@ -73,29 +84,23 @@ def idempotency(
 
 SWALLOWED = (
     "the function that run() called has failed, and the block swallowed its exception without setting a result; let "
-    "the exception out, so that the key is given back, or set `execution.result`"
+    "the exception out, so that the key is released, or set `execution.result`"
 )
 
 
 class BlockExecution(Execution):
     """The execution of a block: what it sees of its call, and where it leaves its result."""
 
-    __slots__ = ("_has_looked", "_has_run", "_is_decoded", "_is_failed", "_recording", "_result", "_serializer")
+    __slots__ = ("_block",)
 
-    def __init__(self, call: Call) -> None:
+    def __init__(self, call: Call, result: BlockResult) -> None:
         super().__init__(call)
-        self._serializer = call.plan.serializer
-        self._has_looked = False
-        self._has_run = False
-        self._is_failed = False  # from the start of the function until it has a result
-        self._is_decoded = call.phase is not Phase.REPLAYED
-        self._recording: EncodedResult | None = None
-        self._result: Any = None
+        self._block = result
 
     @property
     def replayed(self) -> bool:
-        """Whether the outcome of an earlier execution is handed out, so that nothing is to be done."""
-        self._has_looked = True
+        """Whether this is a replay: the outcome of an earlier execution is returned, and nothing is to be done."""
+        self._block.has_looked = True
         return super().replayed
 
     @property
@@ -103,28 +108,19 @@ class BlockExecution(Execution):
         """The result: what was recorded before, what the block has set, or after the block what a replay will get.
 
         Raises:
-            IdempotencyResultUnavailableError: The outcome cannot be handed out again.
+            IdempotencyResultUnavailableError: The outcome cannot be replayed.
             Exception: The stored exception, if the outcome is one.
             IdempotencyUsageError: Setting it on a replay, or after the block.
         """
-        self._has_looked = True
-        if not self._is_decoded:
-            self._decoded(self._recorded() if self._call.phase is Phase.ENDED else self._replayed())
-        return self._result
+        self._block.has_looked = True
+        return self._block.get()
 
     @result.setter
     def result(self, value: Any) -> None:
-        if self._call.phase is Phase.REPLAYED:
-            message = "this is a replay, and its result is recorded; guard the effect with `if not execution.replayed:`"
-            raise IdempotencyUsageError(message, key=self.key)
-        if self._call.phase is Phase.ENDED:
-            raise IdempotencyUsageError("the block is over, and its result is recorded", key=self.key)
-        self._recording = None
-        self._is_failed = False
-        self._result = value
+        self._block.set(value)
 
     async def run(self, func: Callable[P, Awaitable[R]], /, *args: P.args, **kwargs: P.kwargs) -> R:
-        """Call the function, or hand out what it returned before; leaving the block records its result.
+        """Call the function, or replay its result; leaving the block records it.
 
         The return annotation of the function says how its result is rebuilt, unless the block has an
         `output_serializer`.
@@ -132,78 +128,227 @@ class BlockExecution(Execution):
         Raises:
             IdempotencyUsageError: It was called before: a block has one result.
         """
-        if self._has_run:
-            raise IdempotencyUsageError("run() was called before: a block has one result", key=self.key)
-        self._has_looked = self._has_run = True
-        if self._call.phase is Phase.BYPASSED:
-            self._result = await _called(func, args, kwargs)
-            return cast("R", self._result)
-        self._serializer = self._call.plan.serializer_for(func)
-        if self._call.phase is Phase.REPLAYED:
-            replayed = hooked(self._call, self._recorded())
-            return cast("R", self._decoded(await replayed if inspect.isawaitable(replayed) else replayed))
-        self._is_failed = True
-        recording = self._recording_of(await _called(func, args, kwargs))
-        self.result = recording.value
-        self._recording = recording
-        recording.raise_interruption()
-        return cast("R", recording.value)
+        self._block.start_run(func)
+        if self.replayed:
+            replayed = self._block.replayed()
+            return cast("R", self._block.take(await replayed if inspect.isawaitable(replayed) else replayed))
+        result: Any = func(*args, **kwargs)
+        # A function may be async although it is not declared so, or not async although it is: it has had its effect.
+        return cast("R", self._block.end_run(await result if inspect.isawaitable(result) else result))
 
-    def _recording_of(self, result: Any) -> EncodedResult:
-        return EncodedResult.of(result, self._serializer, function=self._call.plan.function)
+    async def complete(self, result: R, *, transaction: object) -> R:
+        """Write the result in an open transaction of your own, as `Execution.complete` does; it is the block's result.
 
-    def _recorded(self) -> Any:
-        return outcome_of(self._call, self._serializer)
+        Raises:
+            IdempotencyUsageError: Also beside `run` or `execution.result = ...`.
+        """
+        self._block.start_completion("complete()")
+        completed = await super().complete(result, transaction=transaction)
+        self._block.end_completion(completed)
+        return completed
 
-    def _replayed(self) -> Any:
-        value = hooked(self._call, self._recorded())
+    async def completion_item(self, result: object) -> dict[str, Any] | None:
+        """Return the `Update` that stores the result, as `Execution.completion_item` does; it is the block's result.
+
+        Raises:
+            IdempotencyUsageError: Also beside `run` or `execution.result = ...`.
+        """
+        self._block.start_completion("completion_item()")
+        item = await super().completion_item(result)
+        self._block.end_completion(self.completed_or(None))
+        return item
+
+    def _encoded(self, result: Any) -> tuple[str, Any]:
+        return self._block.round_trip(result)
+
+
+class BlockResult:
+    """The result of a block, on its way from or to the store.
+
+    Attributes:
+        has_looked: Whether the block asked for its result, or whether it is a replay.
+    """
+
+    __slots__ = (
+        "_call",
+        "_has_run",
+        "_is_decoded",
+        "_is_failed",
+        "_is_set",
+        "_recording",
+        "_serializer",
+        "_value",
+        "has_looked",
+    )
+
+    def __init__(self, call: Call) -> None:
+        self._call = call
+        self._serializer = call.plan.serializer
+        self._has_run = False
+        self._is_set = False  # by the block itself
+        self._is_failed = False  # from the start of the function until it has a result
+        self._is_decoded = call.phase is not Phase.REPLAYED
+        self._recording: EncodedResult | None = None
+        self._value: Any = None
+        self.has_looked = False
+
+    def get(self) -> Any:
+        """Return the result."""
+        if self._is_decoded:
+            return self._value
+        if self._call.phase is Phase.ENDED:
+            return self.take(self.recorded())
+        value = self.replayed()
         if inspect.isawaitable(value):
             if inspect.iscoroutine(value):
                 value.close()
             message = "the response_hook is async, so its result must be awaited: use `await execution.run(...)`"
-            raise IdempotencyUsageError(message, key=self.key)
-        return value
+            raise IdempotencyUsageError(message, key=self._call.key.text)
+        return self.take(value)
 
-    def _decoded(self, value: Any) -> Any:
+    def set(self, value: Any) -> None:
+        """Let a value be the result.
+
+        Raises:
+            IdempotencyUsageError: The result is recorded.
+        """
+        if self._call.phase is Phase.REPLAYED:
+            message = "this is a replay, and its result is recorded; guard the effect with `if not execution.replayed:`"
+            raise IdempotencyUsageError(message, key=self._call.key.text)
+        if self._call.phase is Phase.ENDED:
+            raise IdempotencyUsageError("the block is over, and its result is recorded", key=self._call.key.text)
+        self._refuse_completed("result")
+        self._recording = None
+        self._is_failed = False
+        self._is_set = True
+        self._value = value
+
+    def take(self, value: Any) -> Any:
+        """Let a recorded value be the result, and return it."""
         self._is_decoded = True
-        self._result = value
+        self._value = value
         return value
 
-    def has_result(self, exc: BaseException | None) -> bool:
-        """Whether the block leaves a result: also where a signal handler's exception struck after the function."""
-        return exc is None or (self._recording is not None and self._recording.interruption is exc)
+    def recorded(self) -> Any:
+        """Return the recorded outcome as an object of its own."""
+        return outcome_of(self._call, self._serializer)
 
-    async def record_result(self) -> None:
-        """Record what the block leaves."""
-        call = self._call
-        if self._is_failed and call.phase is Phase.CLAIMED:
-            swallowed = IdempotencyUsageError(SWALLOWED, key=self.key)
-            await call.fail(swallowed)
-            raise swallowed
-        if call.phase is Phase.CLAIMED:
-            recording = self._recording or self._recording_of(self._result)
-            if await call.complete(recording.text, recording.kind) is WhoseOutcome.WINNERS:
-                await self._adopt(call.held_record(), recording)
-            elif call.held_record().outcome is None:
-                self._is_decoded = False  # what `run` has handed out may have changed since
-            else:
-                recording.warn_if_unavailable(call)
-            recording.raise_interruption()
-        if not self._has_looked:
-            raise IdempotencyUsageError(LOOK_FIRST, key=self.key)
+    def replayed(self) -> Any:
+        """Return the recorded outcome by way of the response hook, which may answer an awaitable."""
+        return hooked(self._call, self.recorded())
 
-    async def _adopt(self, record: DataRecord, recording: EncodedResult) -> None:
-        """Take the winner's outcome; if `run` has handed out another, only an error can take that back."""
+    # --- The function that `run` calls ------------------------------------------------------------------------------
+
+    def start_run(self, func: Callable[..., object]) -> None:
+        """Prepare for the function, which is called next unless this is a replay.
+
+        Raises:
+            IdempotencyUsageError: There was one before.
+        """
+        if self._has_run:
+            message = "run() was called before: a block has one result"
+            raise IdempotencyUsageError(message, key=self._call.key.text)
+        self._refuse_completed("run()")
+        self._has_run = self.has_looked = True
+        if self._call.phase is not Phase.BYPASSED:
+            self._serializer = self._call.plan.serializer_for(func)
+            self._is_failed = self._call.phase is not Phase.REPLAYED
+
+    def end_run(self, result: Any) -> Any:
+        """Keep the result of the function; return the result for its caller."""
+        if self._call.phase is Phase.BYPASSED:
+            self._value = result
+            return result
+        recording = self._encoded(result)
+        self.set(recording.value)
+        self._recording = recording
+        recording.raise_interruption()
+        return recording.value
+
+    def _encoded(self, result: Any) -> EncodedResult:
+        return EncodedResult.of(result, self._serializer, function=self._call.plan.function)
+
+    # --- A transaction that completes the call ----------------------------------------------------------------------
+
+    def start_completion(self, what: str) -> None:
+        """Take note that the body completes the call in a transaction, unless this is a replay.
+
+        Raises:
+            IdempotencyUsageError: The block has another result.
+        """
+        self.has_looked = True  # a replay is refused
+        if self._has_run or self._is_set:
+            other = "run()" if self._has_run else "`execution.result = ...`"
+            message = f"{what} was called beside {other}: a block has one result"
+            raise IdempotencyUsageError(message, key=self._call.key.text)
+
+    def end_completion(self, result: Any) -> None:
+        """Let the result in the transaction be that of the block."""
+        self._value = result
+
+    def round_trip(self, result: Any) -> tuple[str, Any]:
+        """Return the text of a result, and what a replay will return for it."""
+        return round_trip(result, self._serializer)
+
+    def note_commit(self) -> None:
+        """Take note that the transaction was committed: its outcome is in the record."""
+        self._is_decoded = False
+
+    def _refuse_completed(self, what: str) -> None:
+        if self._call.phase is Phase.COMPLETING:
+            message = f"{what} was used beside complete() or completion_item(): a block has one result"
+            raise IdempotencyUsageError(message, key=self._call.key.text)
+
+    # --- The end of the block ---------------------------------------------------------------------------------------
+
+    def was_interrupted_by(self, exc: BaseException) -> bool:
+        """Whether a signal handler raised it after the function: then the block has a result all the same."""
+        return self._recording is not None and self._recording.interruption is exc
+
+    def final(self) -> EncodedResult | None:
+        """Return the result that is to be recorded; None: the block holds no claim.
+
+        Raises:
+            IdempotencyUsageError: The function has failed, and the block swallowed its exception.
+        """
+        if self._call.phase is not Phase.CLAIMED:
+            return None
+        if self._is_failed:
+            raise IdempotencyUsageError(SWALLOWED, key=self._call.key.text)
+        return self._recording or self._encoded(self._value)
+
+    def confirm(self, recording: EncodedResult) -> None:
+        """Confirm that the result is recorded."""
+        if self._call.held_record().outcome is None:
+            self._is_decoded = False  # the object that `run` returned may have changed since
+        else:
+            recording.warn_if_unavailable(self._call)
+
+    def winners(self, recording: EncodedResult) -> Any:
+        """Return the winner's outcome in the place of ours, by way of the response hook.
+
+        Raises:
+            IdempotencyLeaseLostError: `run` has returned another outcome, and only an error can take that back.
+        """
+        record = self._call.held_record()
         if self._has_run and record.response_data != recording.text:
-            reason = "another call took it over and has another outcome, which a retry will get"
-            raise IdempotencyLeaseLostError(key=self.key, record=record, reason=reason)
-        self._decoded(await replayed_value(self._call, self._serializer))
+            raise lost_to(record)
+        return self.replayed()
+
+    def check_looked(self) -> None:
+        """Check that the block asked whether it is a replay.
+
+        Raises:
+            IdempotencyUsageError: It did not.
+        """
+        if not self.has_looked:
+            raise IdempotencyUsageError(LOOK_FIRST, key=self._call.key.text)
 
 
-async def _called(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Call a function that is async as declared, or against its declaration is not: its effect has happened then."""
-    result = func(*args, **kwargs)
-    return await result if inspect.isawaitable(result) else result
+def lost_to(record: DataRecord) -> IdempotencyLeaseLostError:
+    """Return the error of a block whose outcome is not the one that counts."""
+    reason = "another call took it over and has another outcome, which a retry will get"
+    return IdempotencyLeaseLostError(key=record.idempotency_key, record=record, reason=reason)
 
 
 class Block(CallFactory):
@@ -211,7 +356,7 @@ class Block(CallFactory):
 
     execution_type: ClassVar[type[BlockExecution]] = BlockExecution
 
-    __slots__ = ("_call", "_execution", "_is_entered", "_key", "_payload", "_running")
+    __slots__ = ("_call", "_is_entered", "_key", "_payload", "_result", "_running")
 
     def __init__(
         self,
@@ -241,27 +386,13 @@ class Block(CallFactory):
         self._is_entered = True
         self._call: Call = self.make(Plan.key_of_block, self._key, self._payload)
 
-    async def enter(self) -> BlockExecution:
-        """Begin the call."""
-        try:
-            await self._call.begin()
-        except BaseException as error:
-            await self._call.fail(error)  # of an observer, when the key was claimed already
-            raise
-        self._execution = self.execution_type(self._call)
-        self._running = running(self._execution)
+    def started(self) -> BlockExecution:
+        """Return the execution of the call, which has begun; it is the current one until the block ends."""
+        self._result = BlockResult(self._call)
+        execution = self.execution_type(self._call, self._result)
+        self._running = running(execution)
         self._running.__enter__()
-        return self._execution
-
-    async def leave(self, exc: BaseException | None) -> None:
-        """Record what the block leaves, or release the claim."""
-        self._running.__exit__()
-        if self._execution.has_result(exc):
-            await self._execution.record_result()
-        elif exc is not None and await self._call.fail(exc) is WhoseOutcome.WINNERS:
-            record = self._call.held_record()
-            reason = "another call took it over and has another outcome, which a retry will get"
-            raise IdempotencyLeaseLostError(key=record.idempotency_key, record=record, reason=reason) from exc
+        return execution
 
 
 class _AsyncBlock(Block):
@@ -271,9 +402,35 @@ class _AsyncBlock(Block):
 
     async def __aenter__(self) -> BlockExecution:
         self.prepare()
-        return await self.enter()
+        try:
+            await self._call.begin()
+        except BaseException as error:
+            await self._call.fail(error)  # of an observer, when the key was claimed already
+            raise
+        return self.started()
 
     async def __aexit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        await self.leave(exc)
+        self._running.__exit__()
+        call, result = self._call, self._result
+        if exc is not None and not result.was_interrupted_by(exc):
+            if await call.fail(exc) is WhoseOutcome.WINNERS:
+                raise lost_to(call.held_record()) from exc
+            return
+        if call.phase is Phase.COMPLETING:
+            await call.confirm_commit()
+            result.note_commit()
+        try:
+            recording = result.final()
+        except IdempotencyUsageError as swallowed:
+            await call.fail(swallowed)
+            raise
+        if recording is not None:
+            if await call.complete(recording.text, recording.kind) is WhoseOutcome.WINNERS:
+                winners = result.winners(recording)
+                result.take(await winners if inspect.isawaitable(winners) else winners)
+            else:
+                result.confirm(recording)
+            recording.raise_interruption()
+        result.check_looked()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar, cast, overload
 
 from aidem._api.execution import execute
 from aidem._api.signature import BOUND_BY_CALL, Target, check_takes_event
@@ -55,14 +55,25 @@ def idempotent(
 ) -> Any:
     """Make `async def handler(event, context)` idempotent: the payload is the whole event.
 
-    The context, if it has `get_remaining_time_in_millis`, is registered for this call, so that its claim lasts as long
-    as the invocation. Of a durable context (`.state` and `.lambda_context`) the inner one is.
+    If the context has `get_remaining_time_in_millis`, it is registered for the call, so that its claim lasts as long as
+    the invocation. Of a durable context (`.state` and `.lambda_context`), the inner one is registered.
+
+    A call of the handler raises the exceptions of the handler, and:
+
+    - `IdempotencyKeyError`: the payload holds no key and `raise_on_no_idempotency_key` is set, or it cannot be a key.
+    - `IdempotencyValidationError`: the key was used before with another payload.
+    - `IdempotencyAlreadyInProgressError`: another execution of the key did not end within `wait_timeout_seconds`.
+    - `IdempotencyInDoubtError`: the owner of a claim vanished, and `on_abandoned="raise"`.
+    - `IdempotencyResultUnavailableError`: the handler ran once, and its result cannot be replayed.
+    - `IdempotencyLeaseLostError`: another caller took the claim over, and recorded no outcome for this call.
+    - `IdempotencyPersistenceLayerError`: the store failed; the message says whether the handler has run.
 
     Args:
-        handler: The handler, where the decorator is used without options.
-        persistence_store: Where records are kept; by default what `configure` says.
-        config: Settings; by default what `configure` says.
-        key_prefix: Replaces the name of the function in its keys.
+        handler: The handler, if the decorator is used without options.
+        persistence_store: The layer that keeps the records. Default: the layer of `configure`.
+        config: The settings. Default: the config of `configure`.
+        key_prefix: Replaces the name of the function in its keys. Default: the name of the Lambda function (or
+            `test-func`), the module and the qualified name.
 
     Raises:
         TypeError: The handler is not an `async def` function of event and context.
@@ -131,16 +142,30 @@ def idempotent_function(
 ) -> Any:
     """Make any async callable idempotent: functions, methods, partials, callable objects.
 
+    A call raises the exceptions of the function, and:
+
+    - `IdempotencyKeyError`: the payload holds no key and `raise_on_no_idempotency_key` is set, or it cannot be a key.
+    - `IdempotencyValidationError`: the key was used before with another payload.
+    - `IdempotencyAlreadyInProgressError`: another execution of the key did not end within `wait_timeout_seconds`.
+    - `IdempotencyInDoubtError`: the owner of a claim vanished, and `on_abandoned="raise"`.
+    - `IdempotencyResultUnavailableError`: the function ran once, and its result cannot be replayed.
+    - `IdempotencyLeaseLostError`: another caller took the claim over, and recorded no outcome for this call.
+    - `IdempotencyPersistenceLayerError`: the store failed; the message says whether the function has run.
+    - `IdempotencyModelTypeError`, `IdempotencyNoSerializationModelError`: the return annotation does not suit the class
+      that is passed as `output_serializer`.
+
     Args:
-        function: The callable, where the decorator is used without options.
-        data_keyword_argument: The parameter that is the payload, however it is passed; or a name among `**kwargs`.
-        key: Gets the bound arguments by name, and returns the payload; the alternative to `data_keyword_argument`.
-            Without either, the payload is all arguments by name, without `self` and `cls`.
-        persistence_store: Where records are kept; by default what `configure` says.
-        config: Settings; by default what `configure` says.
-        output_serializer: Turns the result into JSON values and back. Default: the return annotation says how, by
+        function: The callable, if the decorator is used without options.
+        data_keyword_argument: Name of the parameter that is the payload, passed by position or by name; or a name among
+            `**kwargs`. Default: all arguments by name, without `self` and `cls`, are the payload.
+        key: A function, not async, that gets the bound arguments by name and returns the payload; the alternative to
+            `data_keyword_argument`. Default: None.
+        persistence_store: The layer that keeps the records. Default: the layer of `configure`.
+        config: The settings. Default: the config of `configure`.
+        output_serializer: Turns the result into JSON values and back. Default: chosen by the return annotation, for
             dataclasses, pydantic models and types of the standard library, also in lists, dicts, tuples and unions.
-        key_prefix: Replaces the name of the function in its keys; partials and callable objects need one.
+        key_prefix: Replaces the name of the function in its keys. Default: the name of the Lambda function (or
+            `test-func`), the module and the qualified name. Partials and callable objects need one.
 
     Raises:
         TypeError: It is not an async callable.
@@ -159,7 +184,8 @@ def idempotent_function(
     if function is None:
         return functools.partial(idempotent_function, **options)
     if isinstance(function, classmethod | staticmethod):  # below @classmethod it is a function already
-        return _rewrapped(function, options)
+        method = cast("Any", function)
+        return type(method)(idempotent_function(method.__func__, **options))
     target = Target(function, decorator="idempotent_function", key_prefix=key_prefix)
     find_payload = payload_finder(target, data_keyword_argument=data_keyword_argument, key=key)
     calls = CallFactory(
@@ -176,11 +202,6 @@ def idempotent_function(
         return await execute(calls.make(Plan.key_of_call, find_payload, args, kwargs), function, args, kwargs)
 
     return wrapper
-
-
-def _rewrapped(method: Any, options: dict[str, Any]) -> Any:
-    """Decorate the function inside a classmethod or staticmethod."""
-    return type(method)(idempotent_function(method.__func__, **options))
 
 
 # --- The payload among the arguments ----------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import logging
 import warnings
 import weakref
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar, cast
 
 from aidem._engine.call import Call, Phase, WhoseOutcome
 from aidem._rules.record import OutcomeKind
@@ -32,14 +32,20 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("aidem")
 
+T = TypeVar("T")
+ExecutionT = TypeVar("ExecutionT", bound="Execution")
+
+_NOTHING: Final = object()
+
 
 class Execution:
     """One execution of an idempotent call, as its body sees it."""
 
-    __slots__ = ("__weakref__", "_call")
+    __slots__ = ("__weakref__", "_call", "_completed")
 
     def __init__(self, call: Call) -> None:
         self._call = call
+        self._completed: Any = _NOTHING
 
     @property
     def key(self) -> str:
@@ -48,7 +54,7 @@ class Execution:
 
     @property
     def replayed(self) -> bool:
-        """Whether the outcome of an earlier execution is handed out, so that nothing is to be done."""
+        """Whether this is a replay: the outcome of an earlier execution is returned, and nothing is to be done."""
         return self._call.phase is Phase.REPLAYED
 
     @property
@@ -87,6 +93,60 @@ class Execution:
         """
         await self._call.ensure_owned()
 
+    async def complete(self, result: T, *, transaction: object) -> T:
+        """Write the result in an open transaction of your own: your rows and the result are committed together.
+
+        Call it as the last statement before the commit. After the body aidem looks whether the transaction was
+        committed. The result of the call is what this returns, whatever the body returns.
+
+        Args:
+            result: What later calls get.
+            transaction: The connection or session whose transaction it is, on the database that holds the records: one
+                of aiosqlite or sqlite3, asyncpg, psycopg 3, or SQLAlchemy on one of them.
+
+        Returns:
+            The result as a replay will give it. A call that runs without idempotency writes nothing.
+
+        Raises:
+            IdempotencyUsageError: It is no open transaction on that database, the layer cannot complete calls in
+                transactions, the call is a replay or is over, or another transaction was used before and was not
+                rolled back. Nothing was written.
+            IdempotencyLeaseLostError: The claim is not ours any more. Let it roll the transaction back.
+            IdempotencySerializationError: The result cannot be stored.
+            Exception: What the driver raises, such as a serialization failure; the transaction may be tried again in
+                the same body.
+        """
+        text, value = self._encoded(result)
+        await self._call.complete_in(transaction, text)
+        self._completed = value
+        return cast("T", value)
+
+    async def completion_item(self, result: object) -> dict[str, Any] | None:
+        """Return the `Update` that stores the result in DynamoDB, for your own `transact_write_items`.
+
+        Your items and the result are written together or not at all. After the body aidem looks whether they were.
+        The result of the call is this one, whatever the body returns.
+
+        Returns:
+            The value of `Update`, in the form of the low-level client. None: the call runs without idempotency, so
+            there is nothing to store.
+
+        Raises:
+            IdempotencyUsageError: The records are not in DynamoDB, or the call is a replay or is over.
+            IdempotencySerializationError: The result cannot be stored.
+        """
+        text, value = self._encoded(result)
+        item = await self._call.completion_item(text)
+        self._completed = value
+        return item
+
+    def _encoded(self, result: Any) -> tuple[str, Any]:
+        return round_trip(result, self._call.plan.serializer)
+
+    def completed_or(self, result: Any) -> Any:
+        """Return what the body has completed the call with; without that, what it has returned."""
+        return result if self._completed is _NOTHING else self._completed
+
 
 # Weakly: tasks that a body starts copy its context, and must not keep the call alive.
 _current: ContextVar[weakref.ref[Execution] | None] = ContextVar("aidem_execution", default=None)
@@ -106,16 +166,17 @@ def current_execution() -> Execution:
     return execution
 
 
-class running:  # noqa: N801 - used like a function; a generator would cost four times as much
+class running(Generic[ExecutionT]):  # noqa: N801 - used like a function; a generator would cost four times as much
     """Make an execution the current one within a `with` block."""
 
     __slots__ = ("_execution", "_token")
 
-    def __init__(self, execution: Execution) -> None:
+    def __init__(self, execution: ExecutionT) -> None:
         self._execution = execution
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> ExecutionT:
         self._token = _current.set(weakref.ref(self._execution))
+        return self._execution
 
     def __exit__(self, *_: object) -> None:
         try:  # noqa: SIM105 - cheaper than contextlib.suppress, for every call
@@ -127,31 +188,35 @@ class running:  # noqa: N801 - used like a function; a generator would cost four
 async def execute(
     call: Call, function: Callable[..., Awaitable[Any]], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> Any:
-    """Run a function under a call, or hand out what it returned before."""
+    """Run a function under a call, or replay its outcome."""
     try:
         await call.begin()
         if call.phase is Phase.REPLAYED:
             return await replayed_value(call)
-        with running(Execution(call)):
+        with running(Execution(call)) as execution:
             result = await function(*args, **kwargs)
         if call.phase is Phase.BYPASSED:
-            return result
+            return execution.completed_or(result)
+        if call.phase is Phase.COMPLETING:
+            await call.confirm_commit()
+            return outcome_of(call, call.plan.serializer)
         recording = EncodedResult.of(result, call.plan.serializer, function=call.plan.function)
     except BaseException as error:
         if await call.fail(error) is WhoseOutcome.OURS:
             raise
         return await replayed_value(call)  # the error would have been the outcome, but another call's counts
     whose = await call.complete(recording.text, recording.kind)
-    recording.raise_interruption()
+    if recording.interruption is not None:
+        raise recording.interruption
     if whose is WhoseOutcome.WINNERS:
         return await replayed_value(call)
     recording.warn_if_unavailable(call)
     return recording.value
 
 
-async def replayed_value(call: Call, serializer: OutputSerializer | None = None) -> Any:
+async def replayed_value(call: Call) -> Any:
     """Return the outcome that a call found, by way of the response hook."""
-    value = outcome_of(call, serializer or call.plan.serializer)
+    value = outcome_of(call, call.plan.serializer)
     if call.plan.config.response_hook is None:
         return value
     hooked_value = hooked(call, value)
@@ -178,7 +243,7 @@ def value_of(record: DataRecord, config: IdempotencyConfig, serializer: OutputSe
     """Return the outcome in a completed record as an object of its own.
 
     Raises:
-        IdempotencyResultUnavailableError: The outcome cannot be handed out again.
+        IdempotencyResultUnavailableError: The outcome cannot be replayed.
         Exception: The stored exception, if the outcome is one.
     """
     text = record.response_data
@@ -201,7 +266,7 @@ class EncodedResult:
     """A result on its way to the store: the first caller gets what its text says, as every later one does.
 
     Attributes:
-        text: What is stored.
+        text: The JSON text that is stored.
         kind: None for a result, `UNAVAILABLE` where it cannot be stored.
         value: What the first caller gets.
         interruption: What a signal handler raised meanwhile, such as Celery's soft time limit. The effect has happened,
@@ -234,7 +299,7 @@ class EncodedResult:
         return cls(UNAVAILABLE_TEXT, OutcomeKind.UNAVAILABLE, result, interruption)
 
     def raise_interruption(self) -> None:
-        """Raise what was held up until the result was recorded."""
+        """Raise the interruption, now that the result is recorded."""
         if self.interruption is not None:
             raise self.interruption
 

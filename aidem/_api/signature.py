@@ -62,7 +62,7 @@ def _check_kind(function: object, *, decorator: str, is_async: bool) -> None:
         message = f"{decorator} decorates functions, methods and callable objects, not {function!r}"
         raise TypeError(message)
     called = _called(function)
-    name = _name(function)
+    name = getattr(function, "__qualname__", None) or repr(function)
     block = "async with aidem.idempotency(key)" if is_async else "with aidem.sync.idempotency(key)"
     if _is_generator(called):
         raise TypeError(f"{decorator} cannot replay a generator; let {name} return a list")
@@ -117,7 +117,3 @@ def _called(function: Any) -> Any:
     if inspect.isroutine(function):
         return function
     return type(function).__call__
-
-
-def _name(function: object) -> str:
-    return getattr(function, "__qualname__", None) or repr(function)

@@ -3,6 +3,9 @@
 A front makes a `Call` and awaits `begin`; the call then has claimed its key, found an outcome to replay, or is
 bypassed. After the body it awaits `complete` or `fail`. `STEPS` says which of these a call in each phase takes. What a
 record means is `lifecycle`'s to say.
+
+A body may instead write the outcome itself, in a transaction of its own on the database that holds the records. Then
+what is left to do after the body is to look whether that was committed: `confirm_commit`.
 """
 
 from __future__ import annotations
@@ -10,14 +13,15 @@ from __future__ import annotations
 import asyncio
 import logging
 from enum import Enum, IntEnum, auto
-from typing import TYPE_CHECKING, Final, cast
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, NoReturn, cast
 
 from aidem._engine.claim import RELEASE_SECONDS, Claim, ask
-from aidem._engine.failures import NOTHING_RUN
+from aidem._engine.failures import NOTHING_RUN, RUNNING
 from aidem._engine.shared import SingleFlight
 from aidem._engine.waiting import WaitBudget, winner
 from aidem._rules import lifecycle
-from aidem._rules.lifecycle import Blocked, NextStep
+from aidem._rules.lifecycle import Blocked, Commitment, NextStep
 from aidem._rules.record import OutcomeKind
 from aidem._runtime.cancellation import CLEANUP_SECONDS, CancellationShield
 from aidem.exceptions import (
@@ -31,6 +35,7 @@ from aidem.exceptions import (
     IdempotencyValidationError,
 )
 from aidem.hooks import SILENT, EventKind, Reporter
+from aidem.persistence import SupportsCompletionInTransaction, SupportsCompletionItem
 from aidem.serialization import UNAVAILABLE_TEXT, exception_text
 
 if TYPE_CHECKING:
@@ -48,9 +53,10 @@ class Phase(IntEnum):
 
     NEW = 0
     CLAIMED = 1
-    REPLAYED = 2
-    BYPASSED = 3
-    ENDED = 4
+    COMPLETING = 2
+    REPLAYED = 3
+    BYPASSED = 4
+    ENDED = 5
 
 
 class Answer(Enum):
@@ -65,12 +71,15 @@ _TAKEN, _IGNORED, _REFUSED = Answer
 
 # fmt: off
 STEPS: Final = {
-    #                NEW       CLAIMED   REPLAYED  BYPASSED  ENDED
-    "begin":        (_TAKEN,   _REFUSED, _REFUSED, _TAKEN,   _REFUSED),
-    "ensure_owned": (_REFUSED, _TAKEN,   _REFUSED, _IGNORED, _REFUSED),
-    "complete":     (_REFUSED, _TAKEN,   _REFUSED, _REFUSED, _REFUSED),
-    "fail":         (_IGNORED, _TAKEN,   _IGNORED, _IGNORED, _IGNORED),
-    "held_record":  (_REFUSED, _TAKEN,   _TAKEN,   _REFUSED, _TAKEN),
+    #                   NEW       CLAIMED   COMPLETING  REPLAYED  BYPASSED  ENDED
+    "begin":           (_TAKEN,   _REFUSED, _REFUSED,   _REFUSED, _TAKEN,   _REFUSED),
+    "ensure_owned":    (_REFUSED, _TAKEN,   _REFUSED,   _REFUSED, _IGNORED, _REFUSED),
+    "complete_in":     (_REFUSED, _TAKEN,   _TAKEN,     _REFUSED, _IGNORED, _REFUSED),
+    "completion_item": (_REFUSED, _TAKEN,   _TAKEN,     _REFUSED, _IGNORED, _REFUSED),
+    "complete":        (_REFUSED, _TAKEN,   _REFUSED,   _REFUSED, _REFUSED, _REFUSED),
+    "confirm_commit":  (_REFUSED, _REFUSED, _TAKEN,     _REFUSED, _REFUSED, _REFUSED),
+    "fail":            (_IGNORED, _TAKEN,   _TAKEN,     _IGNORED, _IGNORED, _IGNORED),
+    "held_record":     (_REFUSED, _TAKEN,   _TAKEN,     _TAKEN,   _REFUSED, _TAKEN),
 }
 # fmt: on
 """Which steps a call takes, by its phase."""
@@ -78,8 +87,36 @@ STEPS: Final = {
 _REFUSALS: Final = {
     "begin": "this call has begun before",
     "ensure_owned": "ensure_owned() asks about a running claim; call it in the body of a call that is not replayed",
+    "complete_in": "complete() is for the body of a call that runs and is no replay; look at execution.replayed first",
+    "completion_item": (
+        "completion_item() is for the body of a call that runs and is no replay; look at execution.replayed first"
+    ),
     "complete": "this call holds no claim that could be completed",
+    "confirm_commit": "this call was not completed in a transaction",
     "held_record": "this call has no record",
+}
+
+
+_REFUSALS_IN_TRANSACTION: Final = {
+    Commitment.OPEN: (
+        "complete() was called before, in a transaction that is still open; call it once, as the last statement before "
+        "the commit"
+    ),
+    Commitment.COMMITTED: "this call was completed before, and that was committed; leave the body",
+    Commitment.ROLLED_BACK: (
+        "the transaction does not see the claim of this call: it is on another database than the persistence layer, or "
+        "it was begun before the claim was made; begin it in the body, on the database that holds the records"
+    ),
+}
+_NOT_COMMITTED: Final = {
+    Commitment.OPEN: (
+        "complete() was called in a transaction that is not committed but still open; commit it before the body ends. "
+        "The key stays claimed until its lease ends, for the transaction may yet be committed"
+    ),
+    Commitment.ROLLED_BACK: (
+        "complete() was called in a transaction that was not committed but rolled back, or its savepoint was, or a "
+        "request with completion_item() was not applied; raise an exception to end the body without an outcome"
+    ),
 }
 
 
@@ -87,26 +124,26 @@ class WhoseOutcome(Enum):
     """Whose outcome counts when the body has ended; the record of the call has it."""
 
     OURS = auto()
-    WINNERS = auto()  # our claim was lost, and whoever took it over has an outcome
+    WINNERS = auto()  # our claim was lost, and the call that took it over has an outcome
 
 
 class Call:
     """One idempotent call.
 
     Attributes:
-        plan: What is the same for every call of the function.
+        plan: Layer, settings and names, the same for every call of the function.
         key: What names the call.
         phase: How far it has come.
-        record: The claim as stored, or the record that is replayed or counts; None: it is bypassed.
+        record: The claim as stored, or the record of the outcome; None: there is none yet, or it is bypassed.
         reporter: Tells the hooks.
-        is_durable_replay: Whether it repeats an attempt of a durable function, whose claim it may take from its owner.
+        is_durable_replay: Whether it repeats an attempt of a durable function, whose claim it may release.
     """
 
     __slots__ = (
         "_claim",
         "_flight",
         "_loop_state",
-        "_patience",
+        "_wait_budget",
         "is_durable_replay",
         "key",
         "phase",
@@ -115,7 +152,9 @@ class Call:
         "reporter",
     )
 
-    _claim: Claim  # while CLAIMED and when ENDED
+    is_blocking = False  # whether an ordinary function runs it
+
+    _claim: Claim  # from CLAIMED on
     _flight: SingleFlight
     _loop_state: PerLoop
 
@@ -128,12 +167,17 @@ class Call:
         if plan.config.hooks:
             self.reporter = Reporter(plan.config.hooks, key=key.text, function=plan.function)
         self.is_durable_replay = False
-        self._patience: WaitBudget | None = None
+        self._wait_budget: WaitBudget | None = None
 
     def watch_body(self) -> Callable[[], bool]:
-        """Return what tells whether the task that runs the body is gone: it is the one that awaits `begin`."""
+        """Return a function that tells whether the task that runs the body has ended: the one that awaits `begin`."""
         task = asyncio.current_task()
         return bool if task is None else task.done
+
+    @property
+    def holds_claim(self) -> bool:
+        """Whether it has claimed its key and not ended."""
+        return self.phase is Phase.CLAIMED or self.phase is Phase.COMPLETING
 
     @property
     def fence(self) -> int:
@@ -142,10 +186,10 @@ class Call:
 
     def held_record(self) -> DataRecord:
         """Return the record, of a call that claimed, found or completed one."""
-        self._takes("held_record")
+        self.takes("held_record")
         return cast("DataRecord", self.record)  # every phase that takes this step has one
 
-    def _takes(self, step: str) -> bool:
+    def takes(self, step: str) -> bool:
         """Whether the call takes a step in its phase; False: it does nothing.
 
         Raises:
@@ -156,7 +200,8 @@ class Call:
             raise IdempotencyUsageError(_REFUSALS[step], key=self.key.text)
         return answer is _TAKEN
 
-    def _report(self, kind: EventKind, error: BaseException | None = None) -> None:
+    def report(self, kind: EventKind, error: BaseException | None = None) -> None:
+        """Tell the hooks."""
         if self.reporter is not SILENT:
             self.reporter.report(kind, fence=self.fence, error=error)
 
@@ -172,9 +217,9 @@ class Call:
             IdempotencyPersistenceLayerError: The layer failed; nothing was run.
             IdempotencyUsageError: No asyncio event loop runs the call, or it has begun before.
         """
-        self._takes("begin")
+        self.takes("begin")
         if self.phase is Phase.BYPASSED:
-            self._report(EventKind.BYPASSED)
+            self.report(EventKind.BYPASSED)
             return
         try:
             loop = asyncio.get_running_loop()
@@ -185,29 +230,26 @@ class Call:
         try:
             await self._find()
         except IdempotencyPersistenceLayerError as failure:
-            self._report(EventKind.PERSISTENCE_ERROR, failure)
-            if not self._may_be_bypassed(failure):
+            self.report(EventKind.PERSISTENCE_ERROR, failure)
+            is_outage = isinstance(failure, IdempotencyPersistenceConnectionError)
+            if not (is_outage and self.plan.config.on_persistence_error == "run"):
                 raise
             logger.warning("%s runs without idempotency: %s", self.plan.function, failure)
             self.phase = Phase.BYPASSED
             self.record = None
-            self._report(EventKind.BYPASSED, failure)
+            self.report(EventKind.BYPASSED, failure)
         except IdempotencyError as conflict:
-            self._report(EventKind.CONFLICT, conflict)
+            self.report(EventKind.CONFLICT, conflict)
             raise
-        if self._patience is not None and self._patience.has_waited:
-            self._report(EventKind.WAITED)
-
-    def _may_be_bypassed(self, failure: IdempotencyPersistenceLayerError) -> bool:
-        is_outage = isinstance(failure, IdempotencyPersistenceConnectionError)
-        return is_outage and self.plan.config.on_persistence_error == "run"
+        if self._wait_budget is not None and self._wait_budget.has_waited:
+            self.report(EventKind.WAITED)
 
     async def _find(self) -> None:
         config = self.plan.config
         if config.use_local_cache:
             cached = self.plan.shared.cache.get(self.key.text, now=self.plan.clock())
             if cached is not None:
-                self._replay(cached)
+                self.replay(cached)
                 return
         flights = self._loop_state.flights
         flight = self._flight = SingleFlight(flights, self.key)
@@ -227,7 +269,7 @@ class Call:
         while self.phase is Phase.NEW and (leader := flight.leader) is not None and leader is not flight:
             outcome = await self._waiting().follow(leader, flight)
             if outcome is not None and not lifecycle.is_expired(outcome, now=self.plan.clock()):
-                self._replay(outcome)
+                self.replay(outcome)
 
     async def _ask(self, flight: SingleFlight) -> None:
         claim = Claim(self.plan, self.key, flight, self._loop_state, self.reporter)
@@ -247,15 +289,15 @@ class Call:
             claim.hold(taken_over=answer.taken_over, has_body_ended=self.watch_body())
 
     async def _consider(self, answer: Blocked, flight: SingleFlight) -> None:
-        """Act on the record that blocks us: replay it, raise, or pause before asking again."""
+        """Act on the record that blocks the call: replay it, raise, or pause before the store is asked again."""
         record, now = answer.record, answer.now
-        if now is None:  # judged by the clock of whoever asks, so its writer's may be behind
+        if now is None:  # it was judged by this caller's clock, and the clock of its writer may be behind
             now = self.plan.clock() - self.plan.config.max_clock_skew_seconds
-        step = lifecycle.next_step(record, payload_hash=self.key.payload_hash, now=now)
+        step = lifecycle.next_step(record, payload_hash=self.key.payload_hash, now=now, is_held=answer.is_held)
         match step:
             case NextStep.REPLAY:
                 self._end(record)
-                self._replay(record)
+                self.replay(record)
             case NextStep.MISMATCH:
                 raise IdempotencyValidationError(record=record)
             case _ if self.is_durable_replay:
@@ -271,7 +313,7 @@ class Call:
         """Release the claim of the attempt that a durable function replays, once, so that one of two replays wins."""
         self.is_durable_replay = False
         if record.owner is None:
-            raise self._waiting().in_progress(record, now=now)  # nobody could tell whose it is
+            raise self._waiting().in_progress(record, now=now)  # its owner is unknown
         release = self.plan.layer.release
         with CancellationShield() as shield:
             await ask(lambda: release(record), shield=shield, key=self.key.text, effect=NOTHING_RUN)
@@ -281,17 +323,22 @@ class Call:
         flight.polls += 1
 
     def _waiting(self) -> WaitBudget:
-        if self._patience is None:
-            self._patience = WaitBudget(self.plan, self.key)
-        return self._patience
+        if self._wait_budget is None:
+            self._wait_budget = WaitBudget(self.plan, self.key)
+        return self._wait_budget
 
-    def _replay(self, record: DataRecord) -> None:
+    def replay(self, record: DataRecord) -> None:
+        """Take the outcome in a record as that of the call.
+
+        Raises:
+            IdempotencyValidationError: It was recorded for another payload.
+        """
         if lifecycle.differs(record, self.key.payload_hash):
             raise IdempotencyValidationError(record=record)
         self.record = record
         self.phase = Phase.REPLAYED
         self._cache(record)
-        self._report(EventKind.REPLAYED)
+        self.report(EventKind.REPLAYED)
 
     # --- While the body runs ----------------------------------------------------------------------------------------
 
@@ -303,7 +350,7 @@ class Call:
             IdempotencyPersistenceLayerError: The layer failed to answer.
             IdempotencyUsageError: The call replays, or is over.
         """
-        if not self._takes("ensure_owned"):
+        if not self.takes("ensure_owned"):
             return
         if not await self._claim.confirm():
             reason = "another call owns it, or it was released by hand"
@@ -311,20 +358,131 @@ class Call:
         self.record = self._claim.record
 
     def holds_lease(self, *, for_seconds: float) -> bool:
-        """Whether, by our own clock, no other call can take over for so long; also once this call has ended."""
-        was_claimed = self.phase is Phase.CLAIMED or self.phase is Phase.ENDED
+        """Whether, by this process's clock, no other call can take over for so long; also after the call has ended."""
+        was_claimed = self.holds_claim or self.phase is Phase.ENDED
         return was_claimed and not self._claim.has_lapsed(in_seconds=for_seconds)
+
+    async def complete_in(self, transaction: object, text: str) -> None:
+        """Write the outcome in a transaction of the body's; a bypassed call writes nothing.
+
+        Raises:
+            IdempotencyUsageError: The layer cannot, it is no open transaction on its database, or another one was used
+                before and was not rolled back.
+            IdempotencyLeaseLostError: The claim is not ours any more, so the transaction must be rolled back.
+            IdempotencySerializationError: The outcome does not fit.
+            Exception: What the driver raises.
+        """
+        if not self.takes("complete_in"):
+            return
+        layer = self.plan.layer
+        if not isinstance(layer, SupportsCompletionInTransaction):
+            raise self._unable(layer, "SQLitePersistenceLayer(path, in_application_database=True)")
+        layer.check_transaction(transaction, blocking=self.is_blocking)
+        earlier = self.phase
+        await self._begin_completion()
+        now = self.plan.clock()
+        try:
+            is_stored = await layer.complete_in(transaction, self._claim.completed(text, None, now=now), now=now)
+        except IdempotencyError:
+            self.phase = earlier  # the layer has refused it
+            raise
+        finally:
+            await self._resume_renewal()
+        if not is_stored:
+            await self._explain_refusal(earlier)
+
+    async def completion_item(self, text: str) -> dict[str, Any] | None:
+        """Return the write that stores the outcome, for a request of the body's; None: the call is bypassed.
+
+        Raises:
+            IdempotencyUsageError: The layer has no such writes.
+            IdempotencyLeaseLostError: This process is a fork of the one that made the claim.
+            IdempotencySerializationError: The outcome does not fit.
+        """
+        if not self.takes("completion_item"):
+            return None
+        layer = self.plan.layer
+        if not isinstance(layer, SupportsCompletionItem):
+            raise self._unable(layer, "DynamoDBPersistenceLayer")
+        now = self.plan.clock()
+        item = layer.completion_item(self._claim.completed(text, None, now=now), now=now)
+        await self._begin_completion()
+        return item  # no renewal from here on: the store would refuse one of two writes to a record that meet
+
+    def _unable(self, layer: object, others: str) -> IdempotencyUsageError:
+        return IdempotencyUsageError(
+            f"{type(layer).__name__} cannot complete a call together with your own writes; {others} can",
+            key=self.key.text,
+        )
+
+    async def _begin_completion(self) -> None:
+        """Let nothing of ours meet the body's transaction, or its request."""
+        self._claim.check_process()
+        await self._claim.pause_renewal()
+        self.phase = Phase.COMPLETING
+        self._claim.is_in_transaction = True
+
+    async def _resume_renewal(self) -> None:
+        self._claim.resume_renewal()
+
+    async def _explain_refusal(self, earlier: Phase) -> NoReturn:
+        """Raise why the transaction sees no claim of ours; `earlier` is the phase before it was asked."""
+        owner = self._claim.record.owner
+        with CancellationShield() as shield:
+            find = partial(self.plan.layer.get, self.key.text)
+            found = await ask(find, shield=shield, key=self.key.text, effect=RUNNING)
+        commitment = lifecycle.commitment(found, owner, is_free=earlier is Phase.CLAIMED)
+        if commitment is Commitment.LOST:
+            raise self._lease_lost(found)
+        self.phase = earlier
+        raise IdempotencyUsageError(_REFUSALS_IN_TRANSACTION[commitment], key=self.key.text)
+
+    def _lease_lost(self, found: DataRecord | None) -> IdempotencyLeaseLostError:
+        reason = "another call took it over, or it was released by hand; roll the transaction back"
+        return IdempotencyLeaseLostError(key=self.key.text, record=found, reason=reason)
 
     # --- After the body ---------------------------------------------------------------------------------------------
 
+    async def confirm_commit(self) -> None:
+        """Look whether the transaction that completes the call was committed; if so, its outcome is in `record`.
+
+        Raises:
+            IdempotencyUsageError: It is still open, or was rolled back.
+            IdempotencyLeaseLostError: The claim is not ours any more, so it cannot have been committed.
+            IdempotencyPersistenceLayerError: The layer failed to answer, so that is not known.
+        """
+        self.takes("confirm_commit")
+        try:
+            with self._claim.completion_shield() as shield:
+                commitment, found = await self._look(shield)
+                if commitment is Commitment.ROLLED_BACK:
+                    await self._claim.release(is_failure=False, shield=shield)
+        finally:
+            self._end(None)
+        if commitment is Commitment.LOST:
+            raise self._lease_lost(found)
+        if commitment is not Commitment.COMMITTED:
+            raise IdempotencyUsageError(_NOT_COMMITTED[commitment], key=self.key.text)
+
+    async def _look(self, shield: CancellationShield) -> tuple[Commitment, DataRecord | None]:
+        """Look what has become of the outcome in the transaction, and count it if it was committed."""
+        claim = self._claim
+        commitment, found = await claim.commitment(shield)
+        claim.is_in_transaction = commitment is Commitment.OPEN
+        if commitment is Commitment.LOST:
+            claim.note_loss()
+        elif commitment is Commitment.COMMITTED and found is not None:
+            self._count(found, EventKind.EXECUTED)
+        return commitment, found
+
     async def complete(self, text: str, outcome: OutcomeKind | None = None) -> WhoseOutcome:
-        """Record the outcome; return whose counts, which then is in `record`.
+        """Record the outcome; afterwards `record` has the outcome that counts.
 
         Raises:
             IdempotencyLeaseLostError: The claim was lost, and the winner has no outcome.
             IdempotencyPersistenceLayerError: The outcome could not be recorded while the lease was held.
         """
-        self._takes("complete")
+        self.takes("complete")
         claim = self._claim
         try:
             with claim.completion_shield() as shield:
@@ -342,8 +500,8 @@ class Call:
     async def fail(self, error: BaseException) -> WhoseOutcome:
         """Release the claim, or store the exception if it is an outcome.
 
-        A failure to do so is logged and noted on the error. A cancellation meanwhile is requested again instead of
-        delivered: the error of the body goes first.
+        If that fails, it is logged and noted on the error. A cancellation meanwhile is requested again instead of
+        being delivered: the error of the body goes first.
 
         Returns:
             OURS: the error is to be raised. WINNERS: it would have been the outcome, but another counts.
@@ -351,7 +509,7 @@ class Call:
         Raises:
             IdempotencyLeaseLostError: The same, but the winner has no outcome.
         """
-        if not self._takes("fail"):
+        if not self.takes("fail"):
             return WhoseOutcome.OURS
         claim = self._claim
         try:
@@ -361,7 +519,8 @@ class Call:
             if isinstance(error, GeneratorExit):  # nothing may be awaited any more
                 claim.release_in_background()
                 return WhoseOutcome.OURS
-            if isinstance(error, Exception) and type(error) in self.plan.config.stored_exceptions:
+            is_outcome = self.phase is Phase.CLAIMED and type(error) in self.plan.config.stored_exceptions
+            if is_outcome and isinstance(error, Exception):
                 return await self._complete_with(error)
             await self._release(error, claim)
             return WhoseOutcome.OURS
@@ -378,33 +537,39 @@ class Call:
         try:
             return await self.complete(text, outcome)
         except IdempotencyPersistenceLayerError as failure:
-            self._note(error, failure)
+            self.note_failure(error, failure)
             return WhoseOutcome.OURS
 
     async def _release(self, error: BaseException, claim: Claim) -> None:
         shield = CancellationShield()
         shield.bound(CLEANUP_SECONDS if isinstance(error, asyncio.CancelledError) else RELEASE_SECONDS)
         try:
-            await claim.release(is_failure=isinstance(error, Exception), shield=shield)
+            commitment = Commitment.ROLLED_BACK
+            if self.phase is Phase.COMPLETING:
+                commitment, _ = await self._look(shield)
+            if commitment is Commitment.ROLLED_BACK:
+                await claim.release(is_failure=isinstance(error, Exception), shield=shield)
         except IdempotencyPersistenceLayerError as failure:
-            self._note(error, failure)
+            self.note_failure(error, failure)
         finally:
             shield.request_again()
 
-    def _note(self, error: BaseException, failure: IdempotencyError) -> None:
-        error.add_note(f"aidem could not give back idempotency key {self.key.text!r}: {failure}")
-        logger.error("%s could not give its idempotency key back: %s", self.plan.function, failure)
-        self._report(EventKind.PERSISTENCE_ERROR, failure)
+    def note_failure(self, error: BaseException, failure: IdempotencyError) -> None:
+        """Note on the error of the body, and in the log, that its claim could not be released."""
+        error.add_note(f"aidem could not release the claim of idempotency key {self.key.text!r}: {failure}")
+        logger.error("the claim of %s could not be released: %s", self.plan.function, failure)
+        self.report(EventKind.PERSISTENCE_ERROR, failure)
 
     def _count(self, record: DataRecord, kind: EventKind) -> None:
         """Take the record as the outcome of the call."""
         self.record = record
-        self._end(record)
+        self.phase = Phase.ENDED
+        self._flight.end(record)
         self._cache(record)
-        self._report(kind)
+        self.report(kind)
 
     def _end(self, ending: Ending) -> None:
-        if self.phase is Phase.CLAIMED:
+        if self.holds_claim:
             self.phase = Phase.ENDED
         self._flight.end(ending)
 

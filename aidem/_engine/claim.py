@@ -1,6 +1,6 @@
 """A claim of ours: acquired, renewed while the body runs, and then completed, released or left in doubt.
 
-What is asked of the layer settles though the call is cancelled, and is tried again while the lease is held.
+Its operations at the layer end although the call is cancelled, and are tried again while the lease is held.
 
 A claim is renewed at a third of its lease, while its body runs and not a moment longer. A short call pays for an entry
 in a dict: one timer serves all claims of an event loop, and only a body that lasts long enough gets a task that renews.
@@ -21,20 +21,23 @@ from contextvars import Context, copy_context
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar
 
-from aidem._engine.failures import EFFECT_HAPPENED, FAILED, NOTHING_RUN, RUNNING, failure_of, told
+from aidem._engine.failures import COMMIT_UNKNOWN, EFFECT_HAPPENED, FAILED, NOTHING_RUN, RUNNING, failure_of, told
 from aidem._rules import lifecycle
-from aidem._rules.lifecycle import Blocked, Claimed
+from aidem._rules.lifecycle import Blocked, Claimed, Commitment
 from aidem._rules.record import OutcomeKind
 from aidem._runtime.cancellation import CLEANUP_SECONDS, CancellationShield, Immediate, in_background
 from aidem.exceptions import (
     IdempotencyError,
+    IdempotencyHeldByTransactionError,
     IdempotencyLeaseLostError,
     IdempotencyPersistenceConfigError,
     IdempotencyPersistenceConnectionError,
     IdempotencyPersistenceLayerError,
     IdempotencySerializationError,
+    IdempotencyUsageError,
 )
 from aidem.hooks import EventKind
+from aidem.persistence import SupportsCompletionInTransaction
 from aidem.serialization import UNAVAILABLE_TEXT
 
 if TYPE_CHECKING:
@@ -88,12 +91,15 @@ class Claim:
     """One claim of one call, with a token of its own, made anew for every attempt to acquire the key.
 
     Attributes:
+        is_in_transaction: Whether its outcome was written in a transaction of the body's, so that it may end at any
+            moment without our doing.
         record: The claim as proposed, then as stored.
         lease_deadline: When it lapses, in seconds of the loop's clock, which may stand still while the machine is
             suspended; None: not before it expires.
     """
 
     # Of a claim that is held; one that never is, as that of a replay, pays nothing for these.
+    is_in_transaction = False
     _is_lost = False
     _failed_renewals = 0  # in a row
     _renewal: Renewal | None = None
@@ -126,7 +132,7 @@ class Claim:
 
     def check_process(self) -> None:
         """Raise `IdempotencyLeaseLostError` in a fork of the process that made the claim."""
-        if not self.is_of_this_process():
+        if self._process is not _process:
             reason = "this process is a fork of the one that owns it"
             raise IdempotencyLeaseLostError(key=self._key, record=self.record, reason=reason)
 
@@ -148,7 +154,7 @@ class Claim:
     # --- Acquired ---------------------------------------------------------------------------------------------------
 
     async def acquire(self) -> Claimed | Blocked | None:
-        """Ask for the key; whatever interrupts it leaves no claim behind, as far as the layer answers.
+        """Acquire the key; an interrupted acquisition leaves no claim behind if the layer answers.
 
         Returns:
             The answer; None: the claim was lost again before the answer came.
@@ -189,7 +195,7 @@ class Claim:
         return answer
 
     def _holds(self, answer: Claimed | Blocked) -> bool:
-        """Take note of the answer; False: it came after the lease that it gives."""
+        """Take the record in the answer; False: the answer came after the end of the lease that it grants."""
         if isinstance(answer, Blocked):
             return True
         self.record = answer.record
@@ -215,7 +221,7 @@ class Claim:
             await self._persist(self._release_once, effect=NOTHING_RUN)
 
     async def _release_unused(self, shield: CancellationShield) -> None:
-        """Release a claim that nothing ran under, or that is not even there; the caller waits for its error."""
+        """Release a claim under which nothing ran, if it is there at all; the caller waits for its error."""
         is_urgent = not shield.is_pending
         if is_urgent:
             shield.bound(RELEASE_SECONDS)
@@ -256,13 +262,16 @@ class Claim:
         return (self._lease.lease_seconds or 0.0) / RENEWALS_PER_LEASE
 
     async def renew(self, shield: CancellationShield) -> bool:
-        """Renew once, and take note of the answer; False: it is not ours any more, or the body has ended meanwhile."""
+        """Renew once; False: the claim is lost, or the body has ended meanwhile."""
         asked = self._asking()
         shield.deadline = asked[0] + max(self._interval(), SHORTEST_REQUEST_SECONDS)
         if self.lease_deadline is not None and not self.has_lapsed():
             shield.deadline = min(shield.deadline, self.lease_deadline)
         try:
             record = await ask(self._renewed_record, shield=shield, key=self._key, effect=RUNNING)
+        except IdempotencyHeldByTransactionError:  # so nobody can take it over
+            self._renew_soon()
+            return self._renewal is not None
         except IdempotencyPersistenceLayerError as failure:
             self._renewal_failed(failure)
             return self._renewal is not None
@@ -313,30 +322,64 @@ class Claim:
         if self._failed_renewals == 1:  # one line for an outage, and one when it is over
             logger.warning("the lease of %s could not be renewed, trying again: %s", self._plan.function, failure)
         self._reporter.report(EventKind.PERSISTENCE_ERROR, fence=self.record.fence, error=failure)
-        interval = self._interval()  # the next try comes after a third of it, also after a long pause
-        self._asked_at = self._loop_state.time() - interval + interval / RENEWALS_PER_LEASE
+        self._renew_soon()
         if self.has_lapsed():
             self.note_loss()
 
+    def _renew_soon(self) -> None:
+        interval = self._interval()  # the next try comes after a third of it, also after a long pause
+        self._asked_at = self._loop_state.time() - interval + interval / RENEWALS_PER_LEASE
+
     def note_loss(self) -> None:
-        """Take note, once, that the claim may belong to somebody else by now; the body is left to finish."""
-        if not self._is_lost:
+        """Report, once, that another call may own the key by now; the body goes on."""
+        if not self._is_lost and not self.is_in_transaction:
             self._is_lost = True
             logger.warning("%s has lost its lease; another execution may run", self._plan.function)
             self._reporter.report(EventKind.LEASE_LOST, fence=self.record.fence)
             self._flight.end(None)
 
+    # --- Completed in a transaction of the body's -------------------------------------------------------------------
+
+    async def pause_renewal(self) -> None:
+        """Renew no more for now; wait for a renewal under way, which the transaction would meet."""
+        renewal = self._renewal
+        self.stop_renewal()
+        if renewal is not None:
+            await renewal.ended(within_seconds=SHORTEST_REQUEST_SECONDS)
+
+    def resume_renewal(self) -> None:
+        """Renew again: if the transaction is rolled back, the body may try another one."""
+        if self._renews:
+            at = max(self.next_renewal_at(), self._loop_state.time() + self._interval() / RENEWALS_PER_LEASE)
+            self._loop_state.renewals.watch(self, at=at, context=copy_context())
+
+    async def commitment(self, shield: CancellationShield) -> tuple[Commitment, DataRecord | None]:
+        """Look what has become of the outcome; return that and the record found.
+
+        Raises:
+            IdempotencyPersistenceLayerError: The layer failed to answer.
+        """
+        layer, record = self._plan.layer, self.record
+        find = partial(layer.get, self._key)
+        found = await self._ask_persistently(find, shield=shield, effect=COMMIT_UNKNOWN)
+        is_free = True
+        if isinstance(layer, SupportsCompletionInTransaction) and lifecycle.is_held_by(found, record.owner):
+            is_free = await self._ask_persistently(partial(layer.is_free, record), shield=shield, effect=COMMIT_UNKNOWN)
+            if not is_free:  # or it was committed after the first look
+                found = await self._ask_persistently(find, shield=shield, effect=COMMIT_UNKNOWN)
+        return lifecycle.commitment(found, record.owner, is_free=is_free), found
+
     # --- Ended ------------------------------------------------------------------------------------------------------
 
     def stop_renewal(self) -> None:
-        """Renew no more, as the body has ended."""
+        """Stop renewing: the body has ended."""
         self._loop_state.renewals.unwatch(self)
         renewal, self._renewal = self._renewal, None
         if renewal is not None:
             renewal.stop()
 
     def completion_shield(self) -> CancellationShield:
-        """Renew no more; return a shield under which to complete the claim, for as long as its lease is held.
+        """Stop renewing; return a shield under which to complete the claim, for as long as its lease is held.
 
         Raises:
             IdempotencyLeaseLostError: This process is a fork of the one that made the claim.
@@ -352,23 +395,18 @@ class Claim:
     async def complete(
         self, text: str, outcome: OutcomeKind | None, *, shield: CancellationShield
     ) -> DataRecord | None:
-        """Store the outcome, trying again while the lease is held; return the record, None if it is not ours any more.
+        """Store the outcome, and try again while the lease is held; return the record, or None: the claim is lost.
 
         Raises:
             IdempotencyPersistenceLayerError: It could not be stored.
         """
         plan, now = self._plan, self._plan.clock()
-        record = lifecycle.completed(
-            self.record,
-            response_data=text,
-            outcome=outcome,
-            expires_after_seconds=plan.config.expires_after_seconds,
-            now=now,
-        )
+        record = self.completed(text, outcome, now=now)
         try:
-            is_stored = await self._ask_persistently(
+            stored = self._ask_persistently(
                 lambda: plan.layer.complete(record, now=now), shield=shield, effect=EFFECT_HAPPENED
             )
+            is_stored: bool = stored.answer if isinstance(stored, Immediate) else await stored
         except IdempotencySerializationError as error:
             if outcome is OutcomeKind.UNAVAILABLE:
                 message = f"the layer finds even a mark too large; {EFFECT_HAPPENED}"
@@ -377,22 +415,36 @@ class Claim:
             return await self.complete(UNAVAILABLE_TEXT, OutcomeKind.UNAVAILABLE, shield=shield)
         return record if is_stored else None
 
+    def completed(self, text: str, outcome: OutcomeKind | None, *, now: float) -> DataRecord:
+        """Return the record of an outcome of the claim."""
+        return lifecycle.completed(
+            self.record,
+            response_data=text,
+            outcome=outcome,
+            expires_after_seconds=self._plan.config.expires_after_seconds,
+            now=now,
+        )
+
     async def release(self, *, is_failure: bool, shield: CancellationShield) -> None:
         """Release it, or leave it in doubt where the body may have had its effect and must not run again.
 
-        A renewal under way need not be waited for: arriving later, it changes neither.
+        A renewal under way need not be waited for: arriving later, it changes neither. A claim that a transaction holds
+        is left to it, and to the lease: the transaction may yet be committed.
         """
-        if is_failure or self._lease.may_be_taken_over:
-            is_ours = await self._release_persistently(shield)
-            if is_ours:
-                self._reporter.report(EventKind.RELEASED, fence=self.record.fence)
-        else:
-            is_ours = await self._ask_persistently(self._abandon, shield=shield, effect=FAILED) is not None
+        try:
+            if is_failure or self._lease.may_be_taken_over:
+                is_ours = await self._release_persistently(shield)
+                if is_ours:
+                    self._reporter.report(EventKind.RELEASED, fence=self.record.fence)
+            else:
+                is_ours = await self._ask_persistently(self._abandon, shield=shield, effect=FAILED) is not None
+        except IdempotencyHeldByTransactionError:
+            return
         if not is_ours:
             self.note_loss()
 
     def release_in_background(self) -> None:
-        """Do the same for a body that is being closed, without waiting."""
+        """Release it without waiting, for a body that is being closed."""
         in_background(self._release_unattended)
 
     async def _release_unattended(self) -> None:
@@ -400,7 +452,7 @@ class Claim:
         shield.bound(CLEANUP_SECONDS)
         await self.release(is_failure=False, shield=shield)
 
-    # --- What is asked of the layer ---------------------------------------------------------------------------------
+    # --- Operations of the layer ------------------------------------------------------------------------------------
 
     @property
     def _key(self) -> str:
@@ -409,15 +461,15 @@ class Claim:
     def _ask_persistently(
         self, start: Callable[[], Awaitable[T]], *, shield: CancellationShield, effect: str
     ) -> Awaitable[T]:
-        """Ask again and again, with back-off, until the deadline of `shield`: the operation can be repeated.
+        """Try an operation that can be repeated until it succeeds, with back-off, until the deadline of `shield`.
 
-        A coroutine that is closed while it waits leaves it to the background, for `CLEANUP_SECONDS`.
+        If the coroutine is closed meanwhile, the operation goes on in the background, for `CLEANUP_SECONDS`.
         """
         operation = _started(start)
         return operation if isinstance(operation, Immediate) else self._retried(operation, start, shield, effect)
 
     async def _persist(self, start: Callable[[], Awaitable[T]], *, effect: str) -> T:
-        """Ask again and again, for `in_background`."""
+        """Do the same in the background."""
         shield = CancellationShield()
         shield.bound(CLEANUP_SECONDS)
         return await self._ask_persistently(start, shield=shield, effect=effect)
@@ -429,9 +481,9 @@ class Claim:
         try:
             while True:
                 try:
-                    answer = await _settled(operation, shield, self._key, effect, CLEANUP_SECONDS, tries=tries)
+                    answer = await _answered(operation, shield, self._key, effect, CLEANUP_SECONDS, tries=tries)
                     break
-                except IdempotencyPersistenceConfigError:
+                except (IdempotencyPersistenceConfigError, IdempotencyHeldByTransactionError):
                     raise
                 except IdempotencyPersistenceLayerError as failure:
                     if not await self._pause(tries, failure, shield):
@@ -447,13 +499,13 @@ class Claim:
         return answer
 
     async def _pause(self, tries: int, failure: IdempotencyPersistenceLayerError, shield: CancellationShield) -> bool:
-        """Wait before the next try; False: there is no time for one."""
+        """Wait before the next try; False: there is no time for another."""
         delay = _retry_seconds(tries)
         if shield.deadline is None or self._loop_state.time() + delay > shield.deadline:
             return False
         self._reporter.report(EventKind.PERSISTENCE_ERROR, error=failure)
         try:
-            await shield.settle(asyncio.sleep(delay))
+            await shield.wait_for(asyncio.sleep(delay))
         except IdempotencyPersistenceConnectionError:
             return False  # the loop was blocked until after the deadline, and `failure` says more than this
         return True
@@ -489,7 +541,9 @@ class Claim:
 
 def _may_be_claimed(failure: BaseException) -> bool:
     """Whether an acquisition that failed may have been applied, and only its reply was lost."""
-    return not isinstance(failure, IdempotencyPersistenceLayerError) or failure.may_be_applied
+    if isinstance(failure, IdempotencyPersistenceLayerError):
+        return failure.may_be_applied
+    return not isinstance(failure, IdempotencyUsageError)
 
 
 def _retry_seconds(tries: int) -> float:
@@ -513,13 +567,17 @@ class Renewal:
         self._task = asyncio.get_running_loop().create_task(self._renew_repeatedly())
 
     def stop(self) -> None:
-        """Renew no more; a renewal under way settles by itself."""
+        """Stop; a renewal under way ends by itself."""
         self._is_stopped = True
         if not self._task.get_loop().is_closed():
             self._task.cancel()
 
+    async def ended(self, *, within_seconds: float) -> None:
+        """Wait until a renewal under way has settled, for so long at most."""
+        await asyncio.wait([self._task], timeout=within_seconds)
+
     def _find(self) -> Claim | None:
-        """Return the claim if it is held and its body runs in this process."""
+        """Return the claim; None: it has ended, or its body does not run in this process."""
         claim = self._claim()
         if claim is None or self._is_stopped or self._has_body_ended() or not claim.is_of_this_process():
             return None
@@ -552,7 +610,7 @@ class Renewals:
         self._wakes_at = math.inf
 
     def watch(self, claim: Claim, *, at: float, context: Context) -> None:
-        """Let the claim begin its renewal then, in seconds of the loop's clock, and in the context of its own call."""
+        """Begin to renew the claim then, in seconds of the loop's clock, in the context of its own call."""
         self._due[claim] = at, context
         if at < self._wakes_at:
             if self._timer is not None:
@@ -562,7 +620,7 @@ class Renewals:
             self._timer = asyncio.get_running_loop().call_at(at, self._wake, context=Context())
 
     def unwatch(self, claim: Claim) -> None:
-        """Do not let it."""
+        """Stop watching the claim."""
         self._due.pop(claim, None)
 
     def _wake(self) -> None:
@@ -576,7 +634,7 @@ class Renewals:
                 context.run(claim.begin_renewal)
 
 
-# --- Operations of the layer -----------------------------------------------------------------------------------------
+# --- One operation of the layer ---------------------------------------------------------------------------------------
 
 
 def ask(
@@ -587,14 +645,14 @@ def ask(
     effect: str,
     within_seconds: float | None = None,
 ) -> Awaitable[T]:
-    """Ask the layer once.
+    """Wait for one operation of the layer, under a shield.
 
     Args:
         start: Starts the operation.
-        shield: Settles it.
+        shield: The shield.
         key: The idempotency key, for the error.
-        effect: What an error says of the function.
-        within_seconds: How long it may take; None: until the deadline of `shield`.
+        effect: The state of the function, for the error.
+        within_seconds: How long it may take. Default: until the deadline of `shield`.
 
     Raises:
         IdempotencyPersistenceLayerError: It failed.
@@ -603,11 +661,11 @@ def ask(
     operation = _started(start)
     if isinstance(operation, Immediate):
         return operation  # there is nothing to wait for, and no coroutine to pay for
-    return _settled(operation, shield, key, effect, within_seconds)
+    return _answered(operation, shield, key, effect, within_seconds)
 
 
 def _started(start: Callable[[], Awaitable[T]]) -> Awaitable[T]:
-    """Start an operation; what fails at once fails as what fails later."""
+    """Start an operation; an error that it raises at once is raised when it is awaited."""
     try:
         return start()
     except Exception as error:  # noqa: BLE001 - it is raised where the operation is awaited
@@ -618,7 +676,7 @@ async def _raised(error: Exception) -> NoReturn:
     raise error
 
 
-async def _settled(
+async def _answered(
     operation: Awaitable[T],
     shield: CancellationShield,
     key: str,
@@ -627,10 +685,12 @@ async def _settled(
     *,
     tries: int = 1,
 ) -> T:
-    """Wait for an operation that was started, as `ask` does; `tries` is how often it was, for the error."""
+    """Wait for an operation that was started, as `ask` does; `tries` tells the error how often."""
     try:
-        return await shield.settle(operation, within_seconds=within_seconds)
+        return await shield.wait_for(operation, within_seconds=within_seconds)
     except Exception as error:
         if isinstance(error, IdempotencySerializationError) and effect == EFFECT_HAPPENED:
             raise  # the result does not fit; elsewhere it would be a fault of the layer
+        if isinstance(error, IdempotencyUsageError):
+            raise  # the caller has to change something, such as to end its transaction
         raise failure_of(error, key, effect, tries) from error

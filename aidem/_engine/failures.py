@@ -7,6 +7,7 @@ import socket
 from typing import Final
 
 from aidem.exceptions import (
+    IdempotencyHeldByTransactionError,
     IdempotencyPersistenceConfigError,
     IdempotencyPersistenceConnectionError,
     IdempotencyPersistenceLayerError,
@@ -14,8 +15,11 @@ from aidem.exceptions import (
 
 NOTHING_RUN: Final = "the function was not run"
 RUNNING: Final = "the function is running"
-FAILED: Final = "the function has failed, and its key was not given back"
+FAILED: Final = "the function has failed, and its claim was not released"
 EFFECT_HAPPENED: Final = "the function has run and its effect has happened, its outcome may not be recorded"
+COMMIT_UNKNOWN: Final = (
+    "the function has run, and whether the transaction that completes the call was committed is not known"
+)
 LOST: Final = "the function has run and its effect has happened, but its claim was lost and no outcome is known"
 
 _ALL_ADDRESSES_FAILED: Final = "Multiple exceptions: [Errno"
@@ -39,6 +43,8 @@ def failure_of(error: Exception, key: str, effect: str, tries: int) -> Idempoten
     kind = IdempotencyPersistenceLayerError
     if isinstance(error, IdempotencyPersistenceConfigError):
         kind = IdempotencyPersistenceConfigError
+    elif isinstance(error, IdempotencyHeldByTransactionError):
+        kind = IdempotencyHeldByTransactionError
     elif isinstance(error, IdempotencyPersistenceConnectionError) or _is_outage(error):
         kind = IdempotencyPersistenceConnectionError
     failure = kind(f"{told(error)}{f' (tried {tries} times)' if tries > 1 else ''}; {effect}", key=key)
@@ -47,7 +53,7 @@ def failure_of(error: Exception, key: str, effect: str, tries: int) -> Idempoten
 
 
 def told(error: BaseException | None) -> str:
-    """Return what may be told of an error: the text of a foreign one may show data."""
+    """Return the text of an error; of a foreign error its type only, as its text may show data."""
     return str(error) if isinstance(error, IdempotencyPersistenceLayerError) else type(error).__name__
 
 

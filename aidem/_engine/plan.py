@@ -1,6 +1,6 @@
-"""The plan: what is the same for every call of one function; how a payload becomes a key; the one factory of calls.
+"""The plan that all calls of one function share, the way from payloads to keys, and the one factory of calls.
 
-What names a call flows one way: a front finds the payload, the plan makes the key from it, the factory makes the call.
+A front finds the payload among its arguments, the plan makes the key from it, and the factory makes the call.
 """
 
 from __future__ import annotations
@@ -115,11 +115,8 @@ class Plan:
         selected = _select(expression, prepared, self.config) if expression else prepared
         if (expression or not are_arguments) and _key.is_missing(selected):
             return self._missing()
-        return self.key_of(selected, self._validation_hash(prepared))
-
-    def key_of(self, selected: Any, payload_hash: str = "") -> CallKey:
-        """Return the key of a selected value, whatever it is."""
-        return CallKey(_key.key_of(selected, prefix=self.prefix, hash_function=self.config.hash_function), payload_hash)
+        validated = self.config.payload_validation_jmespath
+        return self._key_of(selected, self._hash_of(prepared, validated) if validated else "")
 
     def key_of_block(self, key: Any, payload: Any) -> CallKey:
         """Return the key of a block; its payload, unless it is `...`, must not change under the key."""
@@ -127,15 +124,13 @@ class Plan:
         if _key.is_missing(selected):
             return self._missing()
         if payload is ...:
-            return self.key_of(selected)
-        prepared = _key.prepare(payload)
-        validated = _select(self.config.payload_validation_jmespath, prepared, self.config)
-        return self.key_of(selected, _key.payload_digest(validated, self.config.hash_function))
+            return self._key_of(selected)
+        return self._key_of(selected, self._hash_of(_key.prepare(payload), self.config.payload_validation_jmespath))
 
-    def _validation_hash(self, prepared: Any) -> str:
-        expression = self.config.payload_validation_jmespath
-        if not expression:
-            return ""
+    def _key_of(self, selected: Any, payload_hash: str = "") -> CallKey:
+        return CallKey(_key.key_of(selected, prefix=self.prefix, hash_function=self.config.hash_function), payload_hash)
+
+    def _hash_of(self, prepared: Any, expression: str) -> str:
         return _key.payload_digest(_select(expression, prepared, self.config), self.config.hash_function)
 
     def _missing(self) -> CallKey:
@@ -169,7 +164,7 @@ class Plan:
 def _select(expression: str, prepared: Any, config: IdempotencyConfig) -> Any:
     if not expression:
         return prepared
-    from aidem._rules.expressions import compile_expression, search  # jmespath is imported only by those who use it
+    from aidem._rules.expressions import compile_expression, search  # jmespath is imported where it is used
 
     return search(
         compile_expression(expression),
@@ -180,7 +175,7 @@ def _select(expression: str, prepared: Any, config: IdempotencyConfig) -> Any:
 
 
 class CallFactory:
-    """Makes the calls of one function, block or HTTP layer; what is the same for all of them is made once.
+    """Makes the calls of one function, block or HTTP layer, from one plan as long as its layer and settings stay.
 
     Attributes:
         function: What messages and events call it.

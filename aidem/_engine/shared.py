@@ -60,7 +60,7 @@ class PerLayer:
         self._loops: dict[asyncio.AbstractEventLoop, PerLoop] = {}
 
     def of(self, loop: asyncio.AbstractEventLoop) -> PerLoop:
-        """Return what the calls of a loop share; what belonged to loops that are closed by now is dropped."""
+        """Return the state that the calls of a loop share, and drop that of loops that are closed by now."""
         state = self._loops.get(loop)
         if state is None:
             # Not a weak dictionary: timers hold their loop, so the values would keep the keys alive.
@@ -74,7 +74,7 @@ _by_layer: WeakKeyDictionary[PersistenceLayer, PerLayer] = WeakKeyDictionary()
 
 
 def shared_by(layer: PersistenceLayer) -> PerLayer:
-    """Return what the calls of a layer share."""
+    """Return the state that the calls of a layer share."""
     return _by_layer.setdefault(layer, PerLayer())
 
 
@@ -121,8 +121,8 @@ class SingleFlight:
         payload_hash: Hash of the validated part of its payload.
         record: The live record as far as it is known: the claim of the caller, or what blocks it.
         blocks_until: When that record stops blocking others, in seconds of the loop's clock; None: unknown, or never.
-        polls: How often in a row the store was asked in vain, over successive callers.
-        line: Who waits behind the caller, or beside it; None: nobody yet.
+        polls: How often in a row the store was asked without success, over successive callers.
+        line: The callers that wait behind this one, or beside it; None: none so far.
     """
 
     __slots__ = (
@@ -159,8 +159,8 @@ class SingleFlight:
         """Stand in line until there is a record or an error for us.
 
         Returns:
-            The outcome, or a live record of another payload than ours; the error of the store; or None: it is our turn
-            to lead, or the time is over.
+            The outcome, or a live record of another payload; the error of the store; or None: it is our turn to lead,
+            or the time is over.
         """
         if leader.line is None:
             leader.line = _Line()
@@ -178,7 +178,7 @@ class SingleFlight:
         return None if record is None or has_lapsed or not lifecycle.differs(record, payload_hash) else record
 
     def publish(self, record: DataRecord, *, blocks_until: float | None, is_claim: bool = False) -> None:
-        """Take note of the record that is there now, and turn away those in line who have another payload.
+        """Publish the record that is stored now; callers in line that have another payload get it, and leave.
 
         Args:
             record: The record.
@@ -195,24 +195,25 @@ class SingleFlight:
             self.watch_lapse()
 
     def watch_lapse(self) -> None:
-        """Let the first in line lead when the claim of this caller has lapsed, if somebody is in line."""
+        """Let the first in line lead when the claim of this caller has lapsed."""
         if self._is_claim and self.blocks_until is not None and self._lapse is None:
             # In an empty context: the timer must not keep alive what one of the callers has in its own.
             loop = asyncio.get_running_loop()
             self._lapse = loop.call_at(self.blocks_until, self.end, None, context=Context())
 
     def end(self, ending: Ending) -> None:
-        """Leave the line, or hand over: everybody gets the ending, or with None the first in line leads.
+        """Leave the line, or end it: all callers in line get the ending, or with None the first of them leads.
 
-        Only the first end counts. A caller that is cancelled just when it was its turn passes the turn on by this.
+        Only the first end counts. A caller that is cancelled just when its turn has come passes the turn on by this.
         """
         if self._is_over:
             return
         self._is_over = True
-        self._stop_watching()
+        if self._lapse is not None:
+            self._stop_watching()
         if self.line is not None:
             self.line.leave(self)
-        if self.leader is not self:
+        if self._flights.get(self._key) is not self:
             return
         del self._flights[self._key]
         if self.line is not None:
@@ -236,7 +237,7 @@ class SingleFlight:
 
 
 class _Line:
-    """Who waits, in order, and by payload: turning some away must not cost a look at all the others."""
+    """The callers that wait, in order and by payload: those of one payload are found without a look at the others."""
 
     __slots__ = ("_by_hash", "_in_order")
 
@@ -245,20 +246,20 @@ class _Line:
         self._by_hash: dict[str, dict[SingleFlight, None]] = {}
 
     def join(self, flight: SingleFlight) -> asyncio.Future[Ending]:
-        """Stand at the end; return what is done with the ending when it leaves."""
+        """Add a caller at the end; return a future that is done, with the ending, when it leaves."""
         turn = self._in_order[flight] = asyncio.get_running_loop().create_future()
         self._by_hash.setdefault(flight.payload_hash, {})[flight] = None
         return turn
 
     def wake(self, flight: SingleFlight, ending: Ending) -> None:
-        """Let it leave with an ending."""
+        """Let a caller leave with an ending."""
         turn = self._in_order[flight]
         self.leave(flight)
         if not turn.get_loop().is_closed():
             turn.set_result(ending)
 
     def leave(self, flight: SingleFlight) -> None:
-        """Stand there no more, if it does."""
+        """Remove a caller, if it is in line."""
         if flight in self._in_order:
             del self._in_order[flight]
             with_same = self._by_hash[flight.payload_hash]
@@ -267,7 +268,7 @@ class _Line:
                 del self._by_hash[flight.payload_hash]
 
     def first(self) -> SingleFlight | None:
-        """Return who has waited longest."""
+        """Return the caller that has waited longest."""
         return next(iter(self._in_order), None)
 
     def everybody(self) -> list[SingleFlight]:
@@ -275,7 +276,7 @@ class _Line:
         return list(self._in_order)
 
     def differing(self, record: DataRecord) -> list[SingleFlight]:
-        """Return those whose payload is another one than that of the record."""
+        """Return the callers whose payload differs from that of the record."""
         different = [
             flights for payload_hash, flights in self._by_hash.items() if lifecycle.differs(record, payload_hash)
         ]

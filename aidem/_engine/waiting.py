@@ -35,10 +35,10 @@ LONGEST_DELAY_SECONDS: Final = 1.0
 
 
 class WaitBudget:
-    """How long one call waits.
+    """The time that one call may wait for others.
 
     Attributes:
-        has_waited: Whether it had to.
+        has_waited: Whether it has waited.
     """
 
     __slots__ = ("_deadline", "_key", "_plan", "has_waited")
@@ -50,7 +50,7 @@ class WaitBudget:
         self.has_waited = False
 
     def remaining_seconds(self) -> float:
-        """Return how long it may wait yet; the time counts from the first question."""
+        """Return how long it may still wait; the time counts from the first time that this is asked."""
         now = asyncio.get_running_loop().time()
         if self._deadline is None:
             self._deadline = now + self._plan.config.wait_timeout_seconds
@@ -81,11 +81,11 @@ class WaitBudget:
         return ending
 
     async def pause(self, record: DataRecord | None, *, polls: int, now: float) -> None:
-        """Wait until it is worth asking the store again.
+        """Wait before the store is asked again.
 
         Args:
-            record: What blocks the call; None: the store did not say.
-            polls: How often the store was asked in vain.
+            record: The record that blocks the call; None: the store did not answer.
+            polls: How often the store was asked before.
             now: Epoch seconds by the clock that judged the record.
 
         Raises:
@@ -103,7 +103,7 @@ class WaitBudget:
         await self._until_change(seconds, shortest=min(seconds, shortest))
 
     async def _until_change(self, seconds: float, *, shortest: float) -> None:
-        """Wait for the layer to tell of a change, if it does; sleep where it cannot, or comes back too soon."""
+        """Wait until the layer tells of a change; sleep if it cannot tell, or returns too soon."""
         layer = self._plan.waits_for_change
         if layer is None:
             await asyncio.sleep(seconds)
@@ -118,7 +118,7 @@ class WaitBudget:
         await asyncio.sleep(max(0.0, shortest - (loop.time() - started_at)))
 
     def in_progress(self, record: DataRecord | None, *, now: float) -> IdempotencyAlreadyInProgressError:
-        """Return the error for a call that waits no longer."""
+        """Return the error for a call whose time is over."""
         end = None if record is None else lifecycle.lease_end(record)
         # It may end at any moment, so even a long lease is worth a look after a second.
         wait = LONGEST_DELAY_SECONDS if end is None else min(LONGEST_DELAY_SECONDS, max(0.0, end / 1000 - now))
@@ -126,33 +126,33 @@ class WaitBudget:
 
 
 async def winner(plan: Plan, key: CallKey) -> DataRecord:
-    """Return the outcome of whoever took our claim over, waiting for it as a waiter does.
+    """Return the outcome of the call that took our claim over, and wait for it as any caller does.
 
     Raises:
         IdempotencyLeaseLostError: There is none.
         IdempotencyPersistenceLayerError: The layer failed to answer.
     """
-    patience, polls = WaitBudget(plan, key), 0
+    budget, polls = WaitBudget(plan, key), 0
     while True:
-        record = await _look(plan, key, patience)
+        record = await _look(plan, key, budget)
         now = plan.clock()
         if record is None or lifecycle.is_expired(record, now=now):
-            raise IdempotencyLeaseLostError(key=key.text, record=None, reason="it was taken over and given back")
+            raise IdempotencyLeaseLostError(key=key.text, record=None, reason="it was taken over and released")
         step = lifecycle.next_step(record, payload_hash=key.payload_hash, now=now)
         if step is NextStep.REPLAY:
             return record
         try:
             if step is not NextStep.WAIT:
-                raise patience.in_progress(record, now=now)
-            await patience.pause(record, polls=polls, now=now)
+                raise budget.in_progress(record, now=now)
+            await budget.pause(record, polls=polls, now=now)
         except IdempotencyAlreadyInProgressError as running:
             reason = "another call took it over and has no outcome for this payload yet"
             raise IdempotencyLeaseLostError(key=key.text, record=record, reason=reason) from running
         polls += 1
 
 
-async def _look(plan: Plan, key: CallKey, patience: WaitBudget) -> DataRecord | None:
-    """Return the record as stored; while the store fails to answer, ask again as long as a waiter waits."""
+async def _look(plan: Plan, key: CallKey, budget: WaitBudget) -> DataRecord | None:
+    """Return the record as stored; while the store fails to answer, ask again within the time of the call."""
     polls = 0
     while True:
         try:
@@ -161,9 +161,9 @@ async def _look(plan: Plan, key: CallKey, patience: WaitBudget) -> DataRecord | 
         except IdempotencyPersistenceConfigError:
             raise
         except IdempotencyPersistenceLayerError:
-            if patience.remaining_seconds() <= 0:
+            if budget.remaining_seconds() <= 0:
                 raise
-            await patience.pause(None, polls=polls, now=plan.clock())
+            await budget.pause(None, polls=polls, now=plan.clock())
             polls += 1
 
 

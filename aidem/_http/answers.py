@@ -1,4 +1,4 @@
-"""The answers that the layer itself gives: `application/problem+json`, as RFC 9457 writes it, and replays."""
+"""The answers of the layer itself, in place of the app's response: problems as RFC 9457 writes them, and replays."""
 
 from __future__ import annotations
 
@@ -32,105 +32,144 @@ logger = logging.getLogger("aidem")
 
 KEY_HEADER: Final = "Idempotency-Key"
 """The name of the header in the texts below; clients are told the name that the options give it."""
+MAX_KEY_CHARACTERS: Final = 255
 MEDIA_TYPE: Final = "application/problem+json"
 RETRY_AFTER_SECONDS: Final = 1
-"""After how many seconds a client may try again: a request that runs may end at any moment, a store come back."""
+"""A request that runs may end at any moment, and a store that is down may come back."""
 
 
 KEY_MISSING: Final = Problem(
     name="key-missing",
     status=400,
     title="Idempotency-Key is missing",
-    detail="This operation must not run twice: send an Idempotency-Key header, and the same one when you retry.",
+    detail="This operation requires an Idempotency-Key header. Send one, with the same value on every retry.",
 )
 KEY_MALFORMED: Final = Problem(
     name="key-malformed",
     status=400,
     title="Idempotency-Key is malformed",
-    detail="Send one Idempotency-Key header whose value is a quoted string of 1 to 255 visible ASCII characters",
+    detail=(
+        "Send one Idempotency-Key header whose value is a quoted string of 1 to "
+        f"{MAX_KEY_CHARACTERS} printable ASCII characters."
+    ),
 )
 CALLER_UNKNOWN: Final = Problem(
     name="caller-unknown",
     status=400,
     title="The caller of a request with an Idempotency-Key is unknown",
-    detail="This operation must not run twice, and keys belong to their callers: send the request with credentials.",
+    detail="An Idempotency-Key belongs to the caller who sends it. Send the request with credentials.",
 )
 BODY_INCOMPLETE: Final = Problem(
     name="body-incomplete",
     status=400,
-    title="The body of the request is incomplete",
-    detail="Nothing was done; repeat the whole request.",
+    title="The request body is incomplete",
+    detail="The request was not processed. Send it again.",
 )
 IN_PROGRESS: Final = Problem(
     name="in-progress",
     status=409,
     title="A request with this Idempotency-Key is in progress",
-    detail="Repeat the same request later to get its response.",
+    detail="Retry later with the same Idempotency-Key to get its response.",
     is_temporary=True,
 )
 NOT_KEPT: Final = Problem(
     name="response-not-kept",
     status=409,
-    title="The request is done, its response was not kept",
-    detail="It will not run again under this Idempotency-Key; look its result up by other means.",
+    title="The request was processed, but its response was not stored",
+    detail="It will not be processed again under this Idempotency-Key. Look up its result in another way.",
 )
 IN_DOUBT: Final = Problem(
     name="in-doubt",
     status=409,
-    title="Whether the request was done is not known",
-    detail="It was broken off and will not run again under this Idempotency-Key; find out whether it took effect.",
+    title="It is not known whether the request was processed",
+    detail=(
+        "An earlier attempt was interrupted. The request will not be processed again under this Idempotency-Key; "
+        "check whether it took effect."
+    ),
 )
 BODY_TOO_LARGE: Final = Problem(
     name="body-too-large",
     status=413,
     title="The body is too large for a request with an Idempotency-Key",
-    detail="Nothing was done; send a smaller body.",
+    detail="The request was not processed. Send a smaller body.",
 )
 KEY_REUSED: Final = Problem(
     name="key-reused",
     status=422,
-    title="Idempotency-Key was used for another request",
-    detail="Repeat the original request unchanged, or send a new Idempotency-Key.",
+    title="Idempotency-Key was used for a different request",
+    detail="Retry the original request unchanged, or send a new Idempotency-Key.",
 )
 STORE_DOWN: Final = Problem(
     name="store-down",
     status=503,
     title="Idempotency cannot be guaranteed at the moment",
-    detail="Nothing was done; repeat the same request later.",
+    detail="The request was not processed. Retry later with the same Idempotency-Key.",
     is_temporary=True,
 )
 NOT_RECORDED: Final = Problem(
     name="not-recorded",
     status=503,
-    title="The request is done, but that could not be recorded",
-    detail="Look its result up by other means: repeated later under the same Idempotency-Key, it may run again.",
+    title="The request was processed, but this could not be recorded",
+    detail="Look up its result in another way. A retry with the same Idempotency-Key may process it again.",
 )
 OUTCOME_UNKNOWN: Final = Problem(
     name="outcome-unknown",
     status=503,
-    title="The outcome of the request is unknown",
-    detail="Another attempt took over; repeat the same request later, with the same Idempotency-Key.",
+    title="The outcome of the request is not known",
+    detail="Another attempt took over. Retry later with the same Idempotency-Key to get its response.",
     is_temporary=True,
 )
+HTTP_EXCEPTION: Final = "refused"
+"""The name of the problem for an `HTTPException` that a scope function raises; its texts are that one's."""
 
-_REFUSALS: Final[tuple[tuple[type[IdempotencyError], Problem], ...]] = (
+_PROBLEMS_OF_ERRORS: Final[tuple[tuple[type[IdempotencyError], Problem], ...]] = (
     (IdempotencyValidationError, KEY_REUSED),
     (IdempotencyAlreadyInProgressError, IN_PROGRESS),
     (IdempotencyInDoubtError, IN_DOUBT),
     (IdempotencyResultUnavailableError, NOT_KEPT),
     (IdempotencyPersistenceLayerError, STORE_DOWN),
 )
-REFUSED: Final[tuple[type[IdempotencyError], ...]] = tuple(kind for kind, _ in _REFUSALS)
-"""The errors before the app runs that are answers to the client."""
+ANSWERED_ERRORS: Final[tuple[type[IdempotencyError], ...]] = tuple(kind for kind, _ in _PROBLEMS_OF_ERRORS)
+"""The errors of a call that is begun for which the client gets a problem."""
 
 
-def problem_of(error: IdempotencyError) -> Problem:
-    """Return what the client is told about an error in `REFUSED`."""
-    return next(problem for kind, problem in _REFUSALS if isinstance(error, kind))
+class RefusedError(Exception):
+    """The request is refused: the client gets a problem, and the app does not run.
+
+    Attributes:
+        problem: The answer.
+        headers: Further headers of the answer.
+    """
+
+    def __init__(self, problem: Problem, reason: str = "", *, headers: Headers | None = None) -> None:
+        """Refuse a request.
+
+        Args:
+            problem: The answer.
+            reason: A sentence that says what in particular is wrong. It goes before the detail of the problem.
+            headers: Further headers of the answer.
+        """
+        super().__init__(reason or problem.title)
+        self.problem = replace(problem, detail=f"{reason} {problem.detail}") if reason else problem
+        self.headers = headers or []
+
+    @classmethod
+    def by(cls, error: IdempotencyError) -> RefusedError:
+        """Return the refusal for one of `ANSWERED_ERRORS`."""
+        return cls(next(problem for kind, problem in _PROBLEMS_OF_ERRORS if isinstance(error, kind)))
+
+    @classmethod
+    def by_http_exception(cls, error: Any) -> RefusedError:
+        """Return the refusal that Starlette's `HTTPException` asks for: its status, detail and headers."""
+        title = responses.get(error.status_code, "Refused")
+        problem = Problem(name=HTTP_EXCEPTION, status=error.status_code, title=title, detail=error.detail)
+        raised = dict[str, str](error.headers or {}).items()
+        headers = [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in raised]
+        return cls(problem, headers=headers)
 
 
 def is_http_exception(error: Exception) -> bool:
-    """Whether an exception is Starlette's `HTTPException`; whoever raises one has imported Starlette."""
+    """Whether an exception is Starlette's `HTTPException`. Code that raises one has imported Starlette."""
     framework = sys.modules.get("starlette.exceptions")
     return framework is not None and isinstance(error, framework.HTTPException)
 
@@ -143,84 +182,49 @@ def named(problem: Problem, options: HttpOptions) -> Problem:
     return replace(problem, title=title, detail=detail)
 
 
-class Answers:
-    """Answers one request in place of the app."""
+async def send_problem(
+    problem: Problem, options: HttpOptions, scope: Scope, send: Send, *, headers: Iterable[tuple[bytes, bytes]] = ()
+) -> None:
+    """Send a problem as the response."""
+    if problem.name != HTTP_EXCEPTION:
+        problem = named(problem, options)
+        url = options.documentation_url
+        if url is not None:
+            problem = replace(problem, type=f"{url}{'' if url.endswith(('/', '#')) else '#'}{problem.name}")
+    body, content_type = _body_of(problem, options, scope)
+    own = [(b"content-type", content_type), (b"content-length", str(len(body)).encode())]
+    if problem.is_temporary:
+        own.append((b"retry-after", str(RETRY_AFTER_SECONDS).encode()))
+    await _respond(send, problem.status, [*own, *headers], body)
 
-    __slots__ = ("_options", "_scope", "_send")
 
-    def __init__(self, options: HttpOptions, scope: Scope, send: Send) -> None:
-        self._options = options
-        self._scope = scope
-        self._send = send
-
-    async def answer(self, problem: Problem, *, because: str = "") -> None:
-        """Send a problem as the response.
-
-        Args:
-            problem: What to say.
-            because: What in particular is wrong.
-        """
-        problem = named(problem, self._options)
-        if because:
-            problem = replace(problem, detail=f"{problem.detail}: {because}.")
-        if self._options.documentation_url is not None:
-            problem = replace(problem, type=_below(self._options.documentation_url, problem.name))
-        await self._tell(problem)
-
-    async def refuse(self, error: Exception) -> None:
-        """Send what a scope function has raised: an `HTTPException` as an answer, with its status, detail and headers.
-
-        Raises:
-            Exception: It is another error, or Starlette's handlers of exceptions are further out and answer it.
-        """
-        if not is_http_exception(error) or "starlette.exception_handlers" in self._scope:
-            raise error
-        raised: Any = error
-        status: int = raised.status_code
-        title = responses.get(status, "Refused")
-        headers = dict[str, str](raised.headers or {}).items()
-        await self._tell(
-            Problem(name="refused", status=status, title=title, detail=raised.detail),
-            [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in headers],
-        )
-
-    async def hand_out(self, call: Call) -> None:
-        """Send what is recorded for the call."""
+def _body_of(problem: Problem, options: HttpOptions, scope: Scope) -> tuple[bytes, bytes]:
+    if options.problem_body is not None:
         try:
-            response = outcome_of(call, RESPONSES)
-        except IdempotencyResultUnavailableError:
-            response = None
-        if response is None:  # or somebody has completed the record by hand
-            await self.answer(NOT_KEPT)
-        else:
-            mark = self._options.replayed_header.lower().encode("ascii")
-            headers = [pair for pair in response.headers if pair[0].lower() != mark]
-            await self._respond(response.status, [*headers, (mark, b"true")], response.body)
-
-    async def _tell(self, problem: Problem, headers: Iterable[tuple[bytes, bytes]] = ()) -> None:
-        body, content_type = self._body_of(problem)
-        own = [(b"content-type", content_type), (b"content-length", str(len(body)).encode())]
-        if problem.is_temporary:
-            own.append((b"retry-after", str(RETRY_AFTER_SECONDS).encode()))
-        await self._respond(problem.status, [*own, *headers], body)
-
-    def _body_of(self, problem: Problem) -> tuple[bytes, bytes]:
-        if self._options.problem_body is not None:
-            try:
-                body, content_type = self._options.problem_body(problem, self._scope)
-                return b"".join([body]), content_type.encode("latin-1")  # text is no bytes
-            except Exception as error:  # noqa: BLE001 - whatever a function of the user's raises, the client gets an answer
-                # No trace: it may show what is in the request.
-                prefix, name = self._options.key_prefix, type(error).__name__
-                message = "problem_body of the HTTP layer %r failed (%s); it must return (bytes, content_type)"
-                logger.error(message, prefix, name)  # noqa: TRY400
-        content = {"type": problem.type, "title": problem.title, "status": problem.status, "detail": problem.detail}
-        return json.dumps(content).encode(), MEDIA_TYPE.encode()
-
-    async def _respond(self, status: int, headers: Headers, body: bytes) -> None:
-        await self._send({"type": "http.response.start", "status": status, "headers": headers})
-        await self._send({"type": "http.response.body", "body": body})
+            body, content_type = options.problem_body(problem, scope)
+            return b"".join([body]), content_type.encode("latin-1")  # fails for text where bytes belong
+        except Exception as error:  # noqa: BLE001 - the client gets an answer although a function of the user's fails
+            # No trace: it may show what is in the request.
+            message = "problem_body of the HTTP layer %r failed (%s); it must return (bytes, content_type)"
+            logger.error(message, options.key_prefix, type(error).__name__)  # noqa: TRY400
+    content = {"type": problem.type, "title": problem.title, "status": problem.status, "detail": problem.detail}
+    return json.dumps(content).encode(), MEDIA_TYPE.encode()
 
 
-def _below(url: str, name: str) -> str:
-    return url + name if url.endswith(("/", "#")) else f"{url}#{name}"
+async def send_replay(call: Call, options: HttpOptions, scope: Scope, send: Send) -> None:
+    """Send the response that is recorded for the call."""
+    try:
+        response = outcome_of(call, RESPONSES)
+    except IdempotencyResultUnavailableError:
+        response = None
+    if response is None:  # also when somebody has completed the record by hand
+        await send_problem(NOT_KEPT, options, scope, send)
+    else:
+        mark = options.replay_mark
+        headers = [pair for pair in response.headers if pair[0].lower() != mark]
+        await _respond(send, response.status, [*headers, (mark, b"true")], response.body)
+
+
+async def _respond(send: Send, status: int, headers: Headers, body: bytes) -> None:
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

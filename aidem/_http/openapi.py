@@ -1,11 +1,11 @@
-"""What the HTTP layer adds to an operation in an OpenAPI document: the header, its answers, the mark of a replay."""
+"""Additions to an operation in an OpenAPI document: the request header, the problems, the header of a replay."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
 
 from aidem._http import answers
-from aidem._http.key import MAX_KEY_CHARACTERS
+from aidem._http.answers import MAX_KEY_CHARACTERS
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable
@@ -33,11 +33,11 @@ _WHERE_REQUIRED: Final = (answers.KEY_MISSING, answers.CALLER_UNKNOWN)
 STATUSES: Final = frozenset(str(problem.status) for problem in _PROBLEMS)
 """The status codes of the answers of the layer."""
 _REPLAYED: Final = {
-    "description": "The response is that of an earlier request with the same key.",
+    "description": "Present if this is the recorded response of an earlier request with the same key.",
     "schema": {"type": "string", "const": "true"},
 }
 _RETRY_AFTER: Final = {
-    "description": "After how many seconds the same request makes sense again, if it does.",
+    "description": "Number of seconds to wait before a retry. Absent if a retry would get the same answer.",
     "schema": {"type": "integer", "minimum": 1},
 }
 
@@ -55,15 +55,15 @@ def key_parameter(options: HttpOptions, *, required: bool) -> dict[str, Any]:
         "in": "header",
         "required": required,
         "description": (
-            f"Names the request: whoever repeats it with the same key gets the first response; {form}, "
-            f"of 1 to {MAX_KEY_CHARACTERS} visible ASCII characters."
+            "Unique key of the request. A retry with the same key gets the response of the first request. "
+            f"The value is {form}, of 1 to {MAX_KEY_CHARACTERS} printable ASCII characters."
         ),
         "schema": {"type": "string", "pattern": key_pattern(strict=options.strict)},
     }
 
 
 def description(options: HttpOptions, status: int, *, validates: bool) -> str:
-    """Return what the answers of a status mean."""
+    """Return the description of the problems with a status."""
     titles = [answers.named(problem, options).title for problem in _by_status(options)[status]]
     return ". ".join(["Validation Error"] * (validates and status == answers.KEY_REUSED.status) + titles)
 

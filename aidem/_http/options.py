@@ -7,18 +7,18 @@ import hashlib
 import inspect
 import re
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Required, TypedDict, TypeGuard
 
 from aidem._checks import kind_of, refused
-from aidem._http.fingerprint import parts
-from aidem._http.types import header_values
+from aidem._http.request import HeaderLines, parts
+from aidem._http.response import store_by_default
 from aidem.config import IdempotencyConfig, check_call_options
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from aidem._http.types import FingerprintFunction, Headers, ProblemBody, Scope, ScopeFunction, StoreIf
+    from aidem._http.types import FingerprintFunction, ProblemBody, Scope, ScopeFunction, StoreIf
     from aidem.persistence import PersistenceLayer
 
 DAY_SECONDS: Final = 24 * 3600
@@ -36,37 +36,22 @@ _WITHOUT_MEANING: Final = {
     "response_hook": "a replay is sent as it was recorded",
     "stored_exceptions": "responses are stored, not exceptions",
 }
-# 307 and 308 ask for the same request elsewhere, 421 on another connection, 426 by another protocol, and 428 with a
-# condition: with the same key, which must not be taken by the one that was sent on. 423 passes when a lock does.
-_NOT_STORED: Final = frozenset({307, 308, 401, 403, 408, 421, 422, 423, 425, 426, 428, 429})
 _TOKEN: Final = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")  # RFC 9110, section 5.6.2
 
 
-def store_by_default(status: int, headers: Headers) -> bool:
-    """Whether a response is final, so that a retry would get the same: 2xx, and most of 3xx and 4xx."""
-    is_final = 200 <= status < 500 and status not in _NOT_STORED  # noqa: PLR2004 - classes of status codes
-    return is_final and not any(_says_to_ask_again(name.lower(), value) for name, value in headers)
-
-
-def _says_to_ask_again(name: bytes, value: bytes) -> bool:
-    """Whether a header tells that a retry gets something else: later, or of a stream of events, which may never end."""
-    is_stream_of_events = name == b"content-type" and value.lower().startswith(b"text/event-stream")
-    return is_stream_of_events or name == b"retry-after"
-
-
 def by_header(name: str, *more: str) -> ScopeFunction:
-    """Return a scope that tells callers apart by headers which prove who they are, such as `authorization`.
+    """Return a scope function that identifies callers by the headers that prove who they are, such as `authorization`.
 
-    The scope is a hash of all their values, so that no credential is stored. A request without one of the headers has
-    no scope. A client that renews its token between two attempts is another caller, and its request runs again; where
-    tokens are short-lived, use a scope function that returns the stable identity of the caller.
+    It returns a hash of the values of all headers, so that no credential is stored, and None for a request that lacks
+    one of them. A client that renews its token between two attempts counts as another caller, and its request runs
+    again. For tokens that are renewed, write a scope function that verifies the token and returns its subject.
 
     Args:
         name: The name of a header.
         *more: Names of further headers, such as `x-tenant`.
 
     Raises:
-        IdempotencyConfigError: One cannot be the name of a header.
+        IdempotencyConfigError: A name cannot be the name of a header.
     """
     for option in (name, *more):
         if not _is_header_name(option):
@@ -74,8 +59,9 @@ def by_header(name: str, *more: str) -> ScopeFunction:
     wanted = [each.lower().encode("ascii") for each in (name, *more)]
 
     def scope_of(scope: Scope) -> str | None:
-        found = [header_values(scope["headers"], each) for each in wanted]
-        if not all(any(values) for values in found):
+        lines = HeaderLines(scope)
+        found = [lines.values(each) for each in wanted]
+        if not all(map(any, found)):
             return None
         # One header's values are hashed as they always were, so that its records are still found.
         text = parts(*(parts(*values) for values in found)) if more else parts(*found[0])
@@ -90,27 +76,30 @@ class IdempotencyOptions(TypedDict, total=False):
     Attributes:
         key_prefix: Required. The name of the service; services that share a store must have different names.
         scope: Required. A function `scope(request_scope)`, sync or async, that returns the verified caller as a string,
-            such as `by_header("authorization")`. For None or `""` from it, see `required`. `scope=None` instead of a
-            function: all callers share one space of keys.
+            such as `by_header("authorization")`, or None if there is none; see `required`. With `scope=None` instead of
+            a function, all callers share one space of keys.
         persistence_store: The persistence layer. Default: that of `aidem.configure`.
         config: Settings. Default: responses are kept for 24 hours.
         methods: The HTTP methods whose requests may carry a key. Default: POST and PATCH.
         required: Whether requests of these methods are refused with 400 if they have no key or no verified caller.
-            Default: False; they run without idempotency.
-        strict: Whether keys must be quoted strings. Default: False; bare values are keys, too.
+            Default: False; such requests run without idempotency.
+        strict: Whether keys must be quoted strings. Default: False; bare values are accepted, too.
         header_name: The request header that holds the key. Default: `Idempotency-Key`.
         replayed_header: The response header that marks a replay with `true`. Default: `Idempotent-Replayed`.
         max_request_bytes: The largest body of a request with a key; it is read into memory. Default: 16 MiB.
         max_response_bytes: The largest response body that is kept for a replay. Default: 1 MiB.
-        fingerprint: A function `fingerprint(request)` that gets `RequestParts` and returns bytes in place of query,
-            content type and body, for clients that serialise a retry differently. Method and path always count. None
-            from it: the default for this request. Default: query, content type and body count byte for byte.
-        store_if: A function `store_if(status, headers)` that returns whether a response is final; for other responses
-            the key is given back. Default: 2xx, 3xx and 4xx, except 307, 308, 401, 403, 408, 421, 422, 423, 425, 426,
-            428 and 429, responses with `Retry-After`, streams of events, and the 404 and 405 of what no route has.
+        fingerprint: A function `fingerprint(request)` that gets `RequestParts` and returns the bytes to compare
+            instead of query, content type and body, for clients that serialise a retry differently. Method and path
+            are always compared. If it returns None, the default applies to this request. Default: query, content type
+            and body are compared byte for byte.
+        store_if: A function `store_if(status, headers)` that returns whether a response is final and stored; for other
+            responses the key is released. Default: 2xx, 3xx and 4xx, except 307, 308, 401, 403, 408, 421, 422, 423,
+            425, 426, 428 and 429, responses with `Retry-After`, streams of events, and the 404 and 405 of requests for
+            which there is no route.
         store_set_cookie: Whether `Set-Cookie` is stored and replayed. Default: False.
         problem_body: A function `problem_body(problem, request_scope)` that gets a `Problem` and returns the body, as
-            bytes, and the content type of an answer of the layer itself. Default: None; `application/problem+json`.
+            bytes, and the content type of an answer that is sent in place of the app's. Default: None;
+            `application/problem+json`.
         documentation_url: The page that the `type` of a problem points to. Default: None; the type is `about:blank`.
     """
 
@@ -136,6 +125,11 @@ class IdempotencyOptions(TypedDict, total=False):
 class HttpOptions:
     """The options of a middleware or a route class, checked and with their defaults; see `IdempotencyOptions`.
 
+    Attributes:
+        settings: The config of every call.
+        key_header: The name of the header that holds the key, as ASGI writes it.
+        replay_mark: The name of the header that marks a replay.
+
     Raises:
         IdempotencyConfigError: An option has a value that cannot work; the message names it and what is allowed.
     """
@@ -157,21 +151,28 @@ class HttpOptions:
     problem_body: ProblemBody | None = None
     documentation_url: str | None = None
 
+    settings: IdempotencyConfig = field(init=False, repr=False, compare=False)
+    key_header: bytes = field(init=False, repr=False, compare=False)
+    replay_mark: bytes = field(init=False, repr=False, compare=False)
+
     def __post_init__(self) -> None:
         check_call_options(config=self.config, persistence_store=self.persistence_store, key_prefix=self.key_prefix)
         if not self.key_prefix:
-            raise refused("key_prefix", repr(self.key_prefix), "a name of this service, so that no two services meet")
+            allowed = "the name of this service, different from that of every other service that uses the store"
+            raise refused("key_prefix", repr(self.key_prefix), allowed)
         for option, (is_allowed, allowed) in _CHECKS.items():
             value = getattr(self, option)
             if not is_allowed(value):
                 raise refused(option, kind_of(value) if callable(value) else repr(value), allowed)
-        _check_config(self.config or DEFAULT_CONFIG)
-        object.__setattr__(self, "methods", frozenset(method.upper() for method in self.methods))
-
-    @property
-    def settings(self) -> IdempotencyConfig:
-        """The config of every call."""
-        return self.config or DEFAULT_CONFIG
+        derived = {
+            "methods": frozenset(method.upper() for method in self.methods),
+            "settings": self.config or DEFAULT_CONFIG,
+            "key_header": self.header_name.lower().encode("ascii"),
+            "replay_mark": self.replayed_header.lower().encode("ascii"),
+        }
+        for option, value in derived.items():
+            object.__setattr__(self, option, value)
+        _check_config(self.settings)
 
 
 def _check_config(config: IdempotencyConfig) -> None:

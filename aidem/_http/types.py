@@ -4,33 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass
-from typing import Any, Final, TypeAlias
+from typing import Any, TypeAlias
 
 Scope: TypeAlias = MutableMapping[str, Any]
 Message: TypeAlias = MutableMapping[str, Any]
 Receive: TypeAlias = Callable[[], Awaitable[Message]]
 Send: TypeAlias = Callable[[Message], Awaitable[None]]
 ASGIApp: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
-
-LONGEST_LENGTH: Final = 18
-"""How many digits a length may have."""
-
 Headers: TypeAlias = list[tuple[bytes, bytes]]
-ScopeFunction: TypeAlias = Callable[[Scope], "str | Awaitable[str | None] | None"]
-StoreIf: TypeAlias = Callable[[int, Headers], bool]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Problem:
-    """An answer of the layer itself, in place of the app's response; `problem_body` writes its body.
+    """An answer that is sent in place of the app's response. A `problem_body` function writes its body.
 
     Attributes:
         name: Identifies the kind of problem, such as `in-progress`.
         status: The status code.
-        title: What the kind of problem is, in a few words.
-        detail: What the client can do. Of an `HTTPException` that a scope function raises: its detail, unchanged.
-        type: A URI of the kind of problem: the name below `documentation_url`, or `about:blank` without one.
-        is_temporary: Whether the same request may succeed later; the answer then has a `Retry-After` header.
+        title: The kind of problem in a few words.
+        detail: What the client can do. For an `HTTPException` raised by a scope function: its detail, unchanged.
+        type: A URI for the kind of problem: the name below `documentation_url`, or `about:blank` without one.
+        is_temporary: Whether the same request may succeed later. The answer then has a `Retry-After` header.
     """
 
     name: str
@@ -62,16 +56,7 @@ class RequestParts:
     body: bytes
 
 
+ScopeFunction: TypeAlias = Callable[[Scope], "str | Awaitable[str | None] | None"]
+StoreIf: TypeAlias = Callable[[int, Headers], bool]
 ProblemBody: TypeAlias = Callable[[Problem, Scope], tuple[bytes, str]]
 FingerprintFunction: TypeAlias = Callable[[RequestParts], bytes | None]
-
-
-def header_values(headers: Any, name: bytes) -> list[bytes]:
-    """Return all values of a header; ASGI writes names in lower case."""
-    return [value for found, value in headers if found == name]
-
-
-def length_in(values: list[bytes]) -> int | None:
-    """Return what the values of `content-length` say of the body, in bytes; None: nothing, or nothing plain."""
-    is_plain = len(values) == 1 and values[0].isdigit() and len(values[0]) <= LONGEST_LENGTH
-    return int(values[0]) if is_plain else None

@@ -1,1 +1,1 @@
-"""What records, keys and payloads mean: pure rules, without a clock, a loop, randomness, environment, logger or I/O."""
+"""The rules of records, keys and payloads: pure, without a clock, loop, randomness, environment, logger or I/O."""

@@ -45,7 +45,13 @@ def prepare(payload: Any) -> Any:
     if type(payload) in _JSON_TYPES or isinstance(payload, type):
         return payload
     try:
-        return _prepared(payload)
+        if hasattr(payload, "__dataclass_fields__"):
+            return dataclasses.asdict(payload)
+        if callable(getattr(payload, "model_dump", None)):
+            return dump_model(payload)
+        if callable(as_dict := getattr(payload, "dict", None)):
+            return as_dict()
+        return getattr(payload, "raw_event", payload)
     except Exception as error:
         raise _refused(explain(payload, error)) from error
 
@@ -53,16 +59,6 @@ def prepare(payload: Any) -> Any:
 def prepare_each(arguments: dict[str, Any]) -> dict[str, Any]:
     """Return arguments by name, each of them prepared."""
     return {name: prepare(value) for name, value in arguments.items()}
-
-
-def _prepared(payload: Any) -> Any:
-    if hasattr(payload, "__dataclass_fields__"):
-        return dataclasses.asdict(payload)
-    if callable(getattr(payload, "model_dump", None)):
-        return dump_model(payload)
-    if callable(as_dict := getattr(payload, "dict", None)):
-        return as_dict()
-    return getattr(payload, "raw_event", payload)
 
 
 def is_missing(selected: Any) -> bool:

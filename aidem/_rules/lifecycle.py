@@ -20,7 +20,7 @@ The rules, each in one place:
 - *given up*: INPROGRESS, never to be taken over, and `lease_expiry == 0`: its owner left it in doubt. That is final: a
   renewal that arrives late must not make it look held again.
 - *ours*: the stored owner is our token and the status is INPROGRESS. Only then may we renew or release; we may
-  complete also where no record is left. A record without an owner is somebody else's.
+  complete also where no record is left. A record without an owner is never ours.
 """
 
 from __future__ import annotations
@@ -51,19 +51,30 @@ class Claimed(NamedTuple):
 
 
 class Blocked(NamedTuple):
-    """A live record of somebody else is there.
+    """A live record of another owner is there.
 
     Attributes:
         record: The record found.
         now: Epoch seconds by the clock that judged it; None: by the caller's.
+        is_held: Whether an open transaction holds the record: a claim then counts as running, lapsed or not.
     """
 
     record: DataRecord
     now: float | None = None
+    is_held: bool = False
+
+
+class Commitment(Enum):
+    """What has become of an outcome that was written in a transaction of the body's."""
+
+    COMMITTED = auto()
+    OPEN = auto()  # the transaction may yet be committed
+    ROLLED_BACK = auto()
+    LOST = auto()  # the claim is not ours any more
 
 
 class Completion(Enum):
-    """What becomes of a wish to complete."""
+    """The answer to a completion."""
 
     STORE = auto()
     ALREADY_STORED = auto()
@@ -169,7 +180,22 @@ def acquire_held(found: DataRecord | None) -> Blocked | None:
 
     A claim counts as running then, lapsed or expired: the transaction may yet complete it.
     """
-    return Blocked(found) if found is not None and found.status is RecordStatus.INPROGRESS else None
+    is_claim = found is not None and found.status is RecordStatus.INPROGRESS
+    return Blocked(found, is_held=True) if found is not None and is_claim else None
+
+
+def commitment(found: DataRecord | None, owner: str | None, *, is_free: bool) -> Commitment:
+    """Decide what has become of an outcome of the owner's, by the record that the layer sees afterwards.
+
+    Args:
+        found: The record; None: there is none.
+        owner: Who has written the outcome.
+        is_free: Whether no open transaction holds the record.
+    """
+    if is_held_by(found, owner):
+        return Commitment.ROLLED_BACK if is_free else Commitment.OPEN
+    is_ours = found is not None and found.owner == owner
+    return Commitment.COMMITTED if is_ours else Commitment.LOST
 
 
 def complete(found: DataRecord | None, record: DataRecord, *, now: float) -> Completion:
@@ -279,7 +305,7 @@ class LeaseTerms:
         expires_after_seconds: How long its outcome is kept.
         lease_seconds: How long it holds without being renewed; None: until it expires.
         may_be_taken_over: Whether a lapsed claim goes to the next caller (at least once) or is in doubt.
-        max_clock_skew_seconds: How much longer others hold it for held.
+        max_clock_skew_seconds: Time that other callers add to its lease before they take it over.
     """
 
     expires_after_seconds: float
@@ -290,7 +316,7 @@ class LeaseTerms:
     def instants(self, *, now: float) -> tuple[int, int | None, int | None]:
         """Return expiry (seconds), in-progress expiry and lease expiry (milliseconds) of a claim made or renewed now.
 
-        A lease that is held, or that others hold for held, is never past its record's expiry.
+        The record never expires before the lease and the clock skew have passed.
         """
         expiry = int(now + self.expires_after_seconds)
         if self.lease_seconds is None:
@@ -383,7 +409,7 @@ def milliseconds(seconds: float) -> int:
 
 
 class NextStep(Enum):
-    """What a call does about a live record that it found."""
+    """The step of a call that found a live record."""
 
     REPLAY = auto()
     WAIT = auto()
@@ -391,13 +417,13 @@ class NextStep(Enum):
     MISMATCH = auto()
 
 
-def next_step(record: DataRecord, *, payload_hash: str, now: float) -> NextStep:
+def next_step(record: DataRecord, *, payload_hash: str, now: float, is_held: bool = False) -> NextStep:
     """Decide what a call does about a live record: the hash first, also while it is INPROGRESS."""
     if differs(record, payload_hash):
         return NextStep.MISMATCH
     if record.status is RecordStatus.COMPLETED:
         return NextStep.REPLAY
-    if is_in_doubt(record, now=now):
+    if is_in_doubt(record, now=now) and not is_held:
         return NextStep.IN_DOUBT
     return NextStep.WAIT
 
@@ -408,7 +434,7 @@ def differs(record: DataRecord, payload_hash: str) -> bool:
 
 
 def is_in_doubt(record: DataRecord, *, now: float) -> bool:
-    """Whether the record is a claim whose owner vanished and that nobody may take over."""
+    """Whether the record is a claim whose owner vanished and that must not be taken over."""
     return (
         record.status is RecordStatus.INPROGRESS
         and record.in_progress_expiry_timestamp is None

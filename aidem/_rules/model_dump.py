@@ -125,13 +125,10 @@ def _aliases_of(cls: Any) -> dict[str, str]:
     return {name: (infos[name].serialization_alias if name in infos else None) or name for name in names}
 
 
-def _extra_of(value: Any) -> dict[str, Any]:
-    return getattr(value, "__pydantic_extra__", None) or {}
-
-
 def _fields_walked(value: Any, shown: dict[str, Any], place: _Place, *, is_nested: bool) -> dict[str, Any]:
     cls = _class_of(value)
-    aliases, extra, walked = _aliases_of(cls), _extra_of(value), dict(shown)
+    aliases, walked = _aliases_of(cls), dict(shown)
+    extra: dict[str, Any] = getattr(value, "__pydantic_extra__", None) or {}
     values: dict[str, Any] = {**vars(value), **extra} if _is_model(cls) else _attributes(value, aliases)
     missing: dict[str, str] = {}
     for name, alias in (*aliases.items(), *zip(extra, extra, strict=True)):

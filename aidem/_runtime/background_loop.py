@@ -32,7 +32,7 @@ CLOSED = "aidem.sync was closed while this call waited for its layer; close it w
 def run(start: Callable[[], Coroutine[Any, Any, T]], *, closed: str = CLOSED) -> T:
     """Run a coroutine on the background loop, in a copy of the caller's context, and wait for it.
 
-    Whatever interrupts the waiting thread, such as Ctrl-C, cancels the coroutine, and goes on once that has cleaned up.
+    An interrupt of the waiting thread, such as Ctrl-C, cancels the coroutine, and is raised once that has cleaned up.
 
     Args:
         start: Starts the coroutine.
@@ -52,7 +52,7 @@ def run(start: Callable[[], Coroutine[Any, Any, T]], *, closed: str = CLOSED) ->
 
 
 def run_unattended(start: Callable[[], Coroutine[Any, Any, Any]]) -> None:
-    """Run a coroutine for nobody, if there is a background loop.
+    """Start a coroutine and do not wait for it, if there is a background loop.
 
     For finalizers, which may run at any point, also while this thread holds the lock: it takes none.
     """
@@ -126,7 +126,7 @@ class BackgroundStep(Generic[T]):
                 self._finished.acquire(timeout=remaining)
 
     def answer(self, closed: str) -> T:
-        """Return what the coroutine returned, or raise what it raised; `closed` is for one that was cancelled."""
+        """Return the result of the coroutine, or raise its error; if it was cancelled, one with the text `closed`."""
         error, self._error = self._error, None
         if error is None:
             return self._answer
@@ -149,7 +149,7 @@ class BackgroundStep(Generic[T]):
             self._end()
         else:
             self._task.add_done_callback(self._end)  # it may end before it has begun
-            # When it has begun: what it has to write is then settled, as for any cancelled call.
+            # When it has begun: its writes then end, as in any cancelled call.
             self._task.get_loop().call_soon(self._task.cancel)
 
     async def _run(self) -> None:
@@ -183,7 +183,7 @@ class BackgroundLoop:
         self._loop = event_loop()
         self._ending: asyncio.Task[None] | None = None
         self._has_ended = False
-        # A daemon, for nobody would end it before the interpreter waits for its threads.
+        # A daemon, as nothing would end it before the interpreter waits for its threads.
         self._thread = thread_for(self._serve, name="aidem.sync")
         self.start = self._thread.start
         self.is_alive = self._thread.is_alive
@@ -216,7 +216,7 @@ class BackgroundLoop:
         self._ending = self._loop.create_task(self._end())
 
     async def _end(self) -> None:
-        """Let the steps end, cancel what is left, and close the clients that layers keep in async generators."""
+        """Let the steps end, cancel other tasks, and close the clients that layers keep in async generators."""
         if not self.is_exiting:
             await _wait(self.steps)
         left = asyncio.all_tasks() - {self._ending}
@@ -234,7 +234,7 @@ async def _wait(tasks: set[asyncio.Task[Any]]) -> None:
 
 
 class _Process:
-    """What this process has: the loop, and what is held to start, ask or end it."""
+    """The loop of this process, and the lock that is held to start, ask or end it."""
 
     def __init__(self) -> None:
         self.lock = Lock()

@@ -1,19 +1,35 @@
 """How a write survives cancellation: in this module and nowhere else.
 
 A cancelled caller must not leave a write half-done: a claim may have been stored, a completion may be on its way. So
-while an operation is under way, cancellation is *held off*, and delivered once, after the operation has settled.
+its caller waits for an operation inside a `CancellationShield`, which delivers the cancellation once, when the
+operation has ended:
+
+    caller                     CancellationShield                 operation (a task of its own)
+      │  wait_for(operation)          │                                    │
+      ├──────────────────────────────►│  starts it                         │
+      │                               ├───────────────────────────────────►│
+      │  cancel()                     │                                    │  writes
+      ├──────────────────────────────►│  remembered; at most               │
+      │                               │  CLEANUP_SECONDS left              │
+      │  cancel()                     │                                    │
+      ├──────────────────────────────►│  nothing more                      │
+      │                               │◄───────────────────────────────────┤ answer
+      │◄──────────────────────────────┤ answer                             │
+      │  leaves the shield            │                                    │
+      ├──────────────────────────────►│                                    │
+      │◄──────────────────────────────┤ CancelledError, once
 
 Facts that shape this:
 
 - A task is cancelled through the `cancel` of the future it waits for. If that answers False, asyncio remembers the
   request and raises `CancelledError` once the future is done: however often it is cancelled, natively or by
-  `asyncio.timeout`.
+  `asyncio.timeout`. `UncancellableFuture` is such a future.
 - anyio cancels a scope by cancelling its tasks in every cycle of the loop until they end, so a task that holds out
   makes the loop spin, unless it does so within `CancelScope(shield=True)`. Native cancellation cuts through that scope.
 - Such a scope costs more than a request to a fast store. So the first cancellation is let through to the waiting task,
   and only then it goes on waiting, shielded, for the future that cannot be cancelled.
 
-Nothing is held off for ever: from the first cancellation on, an operation has `CLEANUP_SECONDS` to settle.
+Nothing is shielded for ever: from the first cancellation on, an operation has `CLEANUP_SECONDS` to end.
 """
 
 from __future__ import annotations
@@ -21,9 +37,9 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import logging
+import sys
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Final, Generic, Self, TypeVar
-
-from anyio import CancelScope
 
 from aidem.exceptions import IdempotencyError, IdempotencyPersistenceConnectionError
 
@@ -37,8 +53,11 @@ T = TypeVar("T")
 CLEANUP_SECONDS: Final = 5.0
 
 
+# --- What a layer may answer, so that its operation needs no task -----------------------------------------------------
+
+
 class Immediate(Generic[T]):
-    """The answer to an operation that never had to wait: what a done future says, at a third of its price."""
+    """The answer to an operation that did not have to wait: as a future that is done, at a third of its cost."""
 
     __slots__ = ("answer",)
 
@@ -51,9 +70,9 @@ class Immediate(Generic[T]):
 
 
 class UncancellableFuture(asyncio.Future[T]):
-    """The answer to an operation that ends by itself: cancelling whoever waits for it does not cancel it.
+    """The answer to an operation that ends by itself: it is not cancelled with the tasks that wait for it.
 
-    Who produces the answer calls `settle` or `fail`, on the loop of the future; both do nothing once it is done.
+    The layer calls `settle` or `fail`, on the loop of the future; both do nothing once it is done.
     """
 
     _give_up_timer: asyncio.TimerHandle | None = None
@@ -66,14 +85,14 @@ class UncancellableFuture(asyncio.Future[T]):
             self._wake()
 
     def fail(self, error: BaseException) -> None:
-        """Set the error; a caller that was closed meanwhile looks at it no more, and asyncio need not complain."""
+        """Set the error; asyncio does not warn if nothing retrieves it, as the caller may be closed by then."""
         if not self.done():
             self.set_exception(error)
             self.exception()
             self._wake()
 
     def cancel(self, msg: Any | None = None) -> bool:  # noqa: ARG002 - the signature of asyncio.Future
-        """Answer False: whoever waits is cancelled when it is done."""
+        """Return False: the task that waits is cancelled when the future is done."""
         return False
 
     def waiter(self) -> asyncio.Future[None]:
@@ -99,12 +118,15 @@ class UncancellableFuture(asyncio.Future[T]):
             waiter.set_result(None)
 
 
+# --- The shield -------------------------------------------------------------------------------------------------------
+
+
 class CancellationShield:
-    """A section in which operations settle though the task is cancelled; leaving it delivers the cancellation, once.
+    """A section whose operations end although the task is cancelled; leaving it delivers the cancellation, once.
 
     Attributes:
-        deadline: Until when operations may settle, in seconds of the loop's clock; None: as long as they take.
-        operation: The operation that was settled last.
+        deadline: When operations fail that have not ended, in seconds of the loop's clock. Default: never.
+        operation: The operation that was waited for last.
     """
 
     __slots__ = ("_cancellation", "deadline", "operation")
@@ -127,11 +149,11 @@ class CancellationShield:
 
     @property
     def is_pending(self) -> bool:
-        """Whether a cancellation waits to be delivered."""
+        """Whether a cancellation is to be delivered."""
         return self._cancellation is not None
 
-    async def settle(self, operation: Awaitable[T], *, within_seconds: float | None = None) -> T:
-        """Wait for the operation to settle, whatever happens to the task; return its answer or raise its error.
+    async def wait_for(self, operation: Awaitable[T], *, within_seconds: float | None = None) -> T:
+        """Wait until the operation has ended, even if the task is cancelled; return its answer or raise its error.
 
         The operation is an `Immediate`, an `UncancellableFuture`, or a coroutine, which then runs as a task of its own.
         It fails when it takes longer than `within_seconds`.
@@ -157,15 +179,15 @@ class CancellationShield:
         return future.result()
 
     def bound(self, seconds: float) -> float:
-        """Give operations at most so many seconds from now; return the deadline."""
+        """Move the deadline forward to so many seconds from now, unless it is earlier; return it."""
         deadline = asyncio.get_running_loop().time() + seconds
         self.deadline = deadline if self.deadline is None else min(self.deadline, deadline)
         return self.deadline
 
     def request_again(self) -> None:
-        """Do not deliver the cancellation, but request it again: an error of the body goes first.
+        """Request the cancellation again instead of delivering it: an error of the body goes first.
 
-        It then comes at the next `await`, unless whoever requested it has withdrawn it by then, as `asyncio.timeout`
+        It is then delivered at the next `await`, unless its requester has withdrawn it by then, as `asyncio.timeout`
         does when the error passes it.
         """
         cancellation, self._cancellation = self._cancellation, None
@@ -175,7 +197,9 @@ class CancellationShield:
 
 
 async def _outlast(future: UncancellableFuture[Any]) -> None:
-    with CancelScope(shield=True):
+    # A scope of anyio can be around this task only if anyio is loaded, and not while another thread still loads it.
+    scope: Any = getattr(sys.modules.get("anyio"), "CancelScope", None)
+    with nullcontext() if scope is None else scope(shield=True):
         try:
             await future
         except asyncio.CancelledError:
@@ -185,15 +209,17 @@ async def _outlast(future: UncancellableFuture[Any]) -> None:
 
 
 def _cancel_again(task: asyncio.Task[Any], requests: int, args: tuple[Any, ...]) -> None:
-    if task.cancelling() >= max(1, requests) and not task.done():  # nobody has withdrawn it
+    if task.cancelling() >= max(1, requests) and not task.done():  # it was not withdrawn
         task.cancel(*args)
         task.uncancel()  # it is the same request, not one more
 
 
-writes: Final[set[asyncio.Task[Any]]] = set()
-"""Operations that run as tasks of their own: whoever ends the tasks of a loop waits for these, and they are bounded.
+# --- Operations that need a task --------------------------------------------------------------------------------------
 
-A strong reference, for asyncio itself keeps only weak ones.
+writes: Final[set[asyncio.Task[Any]]] = set()
+"""Operations that run as tasks of their own. Code that cancels the tasks of a loop waits for these; they are bounded.
+
+The references are strong, as asyncio itself keeps only weak ones.
 """
 
 
@@ -226,18 +252,18 @@ async def _await(operation: Awaitable[T]) -> T:
 
 
 def in_background(start: Callable[[], Awaitable[Any]], *, after: UncancellableFuture[Any] | None = None) -> None:
-    """Start an operation that nobody waits for, bounded; where no loop runs it is not started.
+    """Start an operation without waiting for it, bounded; without a running loop it is not started.
 
     For a coroutine that is being closed (`GeneratorExit`) and may not await any more.
 
     Args:
         start: Starts the operation.
-        after: What has to settle first, one way or the other.
+        after: An operation that has to end first, with an answer or an error.
     """
     try:
         loop = asyncio.get_running_loop()
     except RuntimeError:
-        return  # nobody could finish it; what it would have undone ends with its lease
+        return  # nothing could run it; the claim that it would have released lapses with its lease
     if after is None or after.done() or after.get_loop() is not loop:
         _start_unattended(start, loop)
     else:

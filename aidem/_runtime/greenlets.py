@@ -70,9 +70,9 @@ class GeventLoop(asyncio.SelectorEventLoop):
             answer = error = None
             try:
                 answer = func(*args)
-            except Exception as exc:  # noqa: BLE001 - it is for whoever waits
+            except Exception as exc:  # noqa: BLE001 - it is raised where the future is awaited
                 error = exc
-            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody does
+            with contextlib.suppress(RuntimeError):  # the loop is closed, and nothing waits
                 self.call_soon_threadsafe(_settle, future, answer, error)
 
         OSThread(work).start()

@@ -18,12 +18,12 @@ _DEFAULTS: Final[dict[int, Any]] = {signal.SIGINT: signal.default_int_handler, s
 class Interrupts:
     """A section in which an interrupt cancels a task; leaving it delivers the interrupt, as an exception.
 
-    A second interrupt strikes at once. Signals that somebody else handles are left alone, also those that somebody has
-    taken over meanwhile.
+    A second interrupt strikes at once. Signals with a handler of other code are left alone, also if it was
+    installed meanwhile.
 
     Args:
         loop: The loop of the task.
-        task: What is cancelled.
+        task: The task that is cancelled.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop, task: asyncio.Task[Any]) -> None:

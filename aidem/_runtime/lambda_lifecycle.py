@@ -1,6 +1,6 @@
 """The life of a Lambda environment: layers are opened while it initializes; a snapshot finds nothing connected.
 
-The hooks are those of `snapshot_restore_py`, which Lambda's runtime has; where it is missing, nobody takes snapshots.
+The hooks are those of `snapshot_restore_py`, which Lambda's runtime has; where it is missing, there are no snapshots.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class BeforeSnapshot:
         self._is_armed = False
 
     def arm(self) -> None:
-        """Take note that there is something to close.
+        """Make sure that it is closed before the next snapshot.
 
         Hooks run in the reverse order of their registration, so this one comes after those of the user which were
         registered later; one that comes after this one and opens something arms it again.

@@ -1,4 +1,4 @@
-"""An event loop that is kept, and runs only while somebody waits for it: between two calls everything stands still.
+"""An event loop that is kept, and runs only while a call waits for it: between two calls everything stands still.
 
 A client that a layer opens belongs to its loop, so a loop that is kept keeps connections. A call ends what it has left
 behind, so that nothing of it goes on in the next one:
@@ -6,7 +6,7 @@ behind, so that nothing of it goes on in the next one:
 - Tasks are cancelled and waited for, as `asyncio.run` does. Two kinds are only waited for: writes of aidem's own, which
   are bounded, and what closes async generators that were dropped.
 - Work for the loop's own threads is dropped if it has not begun, and waited for if it has.
-- Async generators that somebody still holds stay as they are: layers keep their clients in such.
+- Async generators that are still referenced stay as they are: layers keep their clients in such.
 
 What does not end in time is logged. A thread cannot be ended; because of a task, the whole loop is given up.
 """
@@ -45,7 +45,7 @@ TURNS: Final = 8
 def run(start: Callable[[], Coroutine[Any, Any, T]], *, patience: Callable[[], float]) -> T:
     """Run a coroutine in a copy of the caller's context, and end what it has left behind.
 
-    Ctrl-C and SIGTERM cancel it and go on once it has ended, unless somebody else handles them.
+    Ctrl-C and SIGTERM cancel it and go on once it has ended, unless other code handles them.
 
     Args:
         start: Starts the coroutine.
@@ -144,14 +144,14 @@ class LambdaLoop:
 
 
 async def _thawed(start: Callable[[], Coroutine[Any, Any, T]]) -> T:
-    """Let connections first take note of what has happened to them while the loop stood still."""
+    """Let connections first find out whether they were closed while the loop stood still."""
     for _ in range(TURNS):
         await asyncio.sleep(0)
     return await start()
 
 
 def _look_at(task: asyncio.Task[Any]) -> None:
-    """Keep asyncio from saying that nobody has: an interrupt may be what its caller gets instead."""
+    """Retrieve the exception, so that asyncio does not warn: the caller may get an interrupt instead."""
     _ = task.cancelled() or task.exception()
 
 
@@ -174,7 +174,7 @@ class _Threads(ThreadPoolExecutor):
         return future
 
     def drained(self) -> set[asyncio.Future[Any]]:
-        """Drop what has not begun, and return what has."""
+        """Drop the work that has not begun, and return the work that has."""
         return {asyncio.wrap_future(work) for work in list(self.unfinished) if not work.cancel()}
 
 

@@ -22,7 +22,7 @@ __all__ = ["Lock", "SimpleQueue", "Thread", "event_loop", "has_caller_ended", "h
 
 
 def _original(module: str, name: str) -> Any:
-    """Return what the standard library has under a name, also after gevent has replaced it."""
+    """Return an object of the standard library, also after gevent has replaced it."""
     monkey = sys.modules.get("gevent.monkey")
     return getattr(import_module(module), name) if monkey is None else monkey.get_original(module, name)
 
@@ -90,7 +90,7 @@ def held_lock() -> Any:
 
 
 def has_caller_ended() -> Callable[[], bool]:
-    """Return what tells whether the thread or greenlet that calls this is gone."""
+    """Return a function that tells whether the thread or greenlet that calls this has ended."""
     if _is_patched("threading"):
         from gevent import getcurrent
 

@@ -1,4 +1,4 @@
-"""AWS Lambda: a plain handler, as Lambda's runtime calls it, from an async one, and batches record by record."""
+"""AWS Lambda: plain handlers made from async ones, and batches of records."""
 
 from __future__ import annotations
 
@@ -46,19 +46,21 @@ def lambda_handler(
 ) -> Any:
     """Make the plain function that Lambda calls from `async def handler(event, context)`.
 
-    All calls run on one event loop, which is kept for the life of the execution environment and with it the connections
-    of layers. It runs only during a call: what the handler leaves behind is ended before the call returns. The context
-    is registered for the call, so that claims last as long as the invocation. SIGTERM and Ctrl-C cancel the handler,
-    which gives its key back.
+    All calls run on one event loop, which is kept for the life of the execution environment, together with the
+    connections of layers. It runs only during a call: tasks and threads that remain when the handler ends are ended
+    before the call returns. The context is registered for the call, so claims last as long as the invocation. SIGTERM
+    and Ctrl-C cancel the handler, so its key is released.
+
+    A call raises the exceptions of the handler, and `IdempotencyUsageError` if an event loop runs in its thread.
 
     Args:
-        async_handler: The handler, where the decorator is used without options.
-        warm: Layers to open now, while Lambda initializes the environment, and after a snapshot was restored. One that
-            cannot be opened is logged, and opened at its first use.
+        async_handler: The handler, if the decorator is used without options.
+        warm: Layers to open now, while Lambda initializes the environment, and again after a snapshot was restored. If
+            one cannot be opened, a warning is logged, and it is opened at its first use. Default: none.
 
     Raises:
-        TypeError: The handler is no `async def` function.
-        IdempotencyConfigError: `warm` is no collection of layers.
+        TypeError: The handler is not an `async def` function.
+        IdempotencyConfigError: `warm` is not a collection of layers.
     """
     check_options(warm=warm)
     if async_handler is None:
@@ -70,7 +72,12 @@ def lambda_handler(
 
     @functools.wraps(async_handler)
     def handler(event: Any, context: Any) -> Any:
-        _refuse_event_loop(async_handler)
+        if running_loop() is not None:
+            name = getattr(async_handler, "__qualname__", None) or repr(async_handler)
+            raise IdempotencyUsageError(
+                "lambda_handler would block the event loop that runs in this thread; await the async function instead: "
+                f"{name}.__wrapped__(event, context)"
+            )
         lambda_context, _ = lambda_context_of(context)
         return lambda_loop.run(
             partial(_invoke, async_handler, event, context, lambda_context),
@@ -92,7 +99,7 @@ async def _invoke(
 
 
 def _patience(lambda_context: LambdaContext | None) -> float:
-    """Return for how long to wait for what a handler has left behind: its answer still has to arrive in time."""
+    """Return for how long to wait for remaining tasks and threads, so that the answer is still sent in time."""
     if lambda_context is None:
         return lambda_loop.PATIENCE_SECONDS
     return min(lambda_loop.PATIENCE_SECONDS, lambda_context.get_remaining_time_in_millis() / 2000)
@@ -103,19 +110,10 @@ def _check_is_async(handler: object) -> None:
         return
     name = getattr(handler, "__qualname__", None) or repr(handler)
     raise TypeError(
-        f"{name} is not an async function, and Lambda calls plain ones as they are; decorate it with "
-        "aidem.sync.idempotent, or if it returns a coroutine, write an `async def` that awaits it; and decorators for "
-        "plain handlers, such as those of Powertools, go above lambda_handler"
+        f"{name} is not an async function; decorate a plain handler with aidem.sync.idempotent instead. If it returns "
+        "a coroutine, write an `async def` that awaits it. Put decorators for plain handlers, such as those of "
+        "Powertools, above lambda_handler"
     )
-
-
-def _refuse_event_loop(async_handler: Callable[..., Any]) -> None:
-    if running_loop() is not None:
-        name = getattr(async_handler, "__qualname__", None) or repr(async_handler)
-        raise IdempotencyUsageError(
-            f"lambda_handler would block the event loop that runs on this thread; await the async function instead: "
-            f"{name}.__wrapped__(event, context)"
-        )
 
 
 # --- Warming ----------------------------------------------------------------------------------------------------------

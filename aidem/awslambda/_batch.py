@@ -1,13 +1,13 @@
-"""Batches that Lambda delivers: every record runs by itself, and those that did not succeed are reported to come again.
+"""Batches that Lambda delivers: each record is processed by itself, and Lambda redelivers those that failed.
 
-What a source wants to hear, once `ReportBatchItemFailures` is set on its event source mapping:
+With `ReportBatchItemFailures` in its event source mapping, each source expects these records in the answer:
 
 - SQS, standard queue: each message that failed.
-- SQS, FIFO queue: each that failed, and all behind it in its message group, or they would overtake it.
-- Kinesis and DynamoDB streams: the first record that failed; from there on everything comes again.
+- SQS, FIFO queue: each message that failed, and all after it in its message group, so that none overtakes it.
+- Kinesis and DynamoDB streams: the first record that failed; it and all later ones are delivered again.
 
-So the records of an event stand in rows. Rows run side by side, the records of a row one after another, and a row ends
-at its first failure. A standard queue has a row for each message, a FIFO queue one for each group, a shard is one row.
+So the records of an event are sorted into rows. Rows run concurrently, the records of a row in order, and a row ends at
+its first failure. A standard queue has a row for each message, a FIFO queue one for each group, and a shard is one row.
 """
 
 from __future__ import annotations
@@ -52,30 +52,31 @@ async def process_batch(
     max_concurrency: int = 10,
     time_reserve_seconds: float = 1.0,
 ) -> BatchResponse:
-    """Run a handler for each record of an SQS, Kinesis or DynamoDB stream event, and report which are to come again.
+    """Run a handler for each record of an SQS, Kinesis or DynamoDB stream event, and report the records that failed.
 
-    An `Exception` of the handler fails its record, and so does a cancellation of this record alone: it is logged by
-    type and identifier, and the others go on. In a FIFO message group and in a shard, records run in order, and none
-    runs behind one that failed. Everything else that the handler raises, and a cancellation of the batch, cancels the
-    records that run, waits for them, and propagates as it is.
+    An `Exception` of the handler fails its record, and so does a cancellation of this record alone: type and identifier
+    are logged, and the other records go on. In a FIFO message group and in a shard, records run in order, and none runs
+    after one that failed. If the handler raises anything else, or the batch is cancelled, the running records are
+    cancelled and awaited, and the exception propagates unchanged.
 
     Args:
         event: The event as Lambda delivered it.
-        record_handler: An async function of one record, as it is in the event; what it returns is ignored.
-        max_concurrency: How many messages, or message groups, run at once.
-        time_reserve_seconds: With less than this left of the registered Lambda context's time, no record is started;
-            those left over are reported.
+        record_handler: An async function of one record, as it is in the event; its return value is ignored.
+        max_concurrency: Maximum number of messages, or message groups, that run at once. Default: 10.
+        time_reserve_seconds: If less than this is left of the registered Lambda context's time, no further record is
+            started, and the rest is reported. Default: 1.
 
     Returns:
-        `{"batchItemFailures": [{"itemIdentifier": ...}, ...]}`: what the Lambda handler is to return.
+        `{"batchItemFailures": [{"itemIdentifier": ...}, ...]}`, to be returned by the Lambda handler.
 
     Raises:
-        IdempotencyUsageError: The event is no such batch. Nothing was run.
+        IdempotencyUsageError: The event is not such a batch. No record has run.
         IdempotencyConfigError: An option has a value that cannot work.
         TypeError: The handler is not an async function of one record.
     """
     _check(record_handler, max_concurrency=max_concurrency, time_reserve_seconds=time_reserve_seconds)
-    items = _items_of(event)
+    rows = _rows_of(event)
+    records = sum(map(len, rows))
     batch = _Batch(
         record_handler=record_handler,
         time_reserve_seconds=time_reserve_seconds,
@@ -83,25 +84,23 @@ async def process_batch(
         slots=asyncio.Semaphore(max_concurrency),
         is_interrupted=_cancellation_of_this_task(),
     )
-    rows = _rows_of(items)
     await batch.run(rows)
     if (not_run := sum(map(len, rows)) - batch.failures) > 0:
         logger.warning(
             "%d of %d records were not run: one before them failed, or the invocation is about to end",
             not_run,
-            len(items),
+            records,
         )
     return {"batchItemFailures": [{"itemIdentifier": name} for row in rows for name in _reported(row)]}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Item:
-    """A record, how it is called in the response, and the row it stands in."""
+    """A record, and its identifier in the response."""
 
     record: Record
     source: str
     identifier: str
-    row: Hashable
 
 
 @dataclass(slots=True, kw_only=True)
@@ -116,7 +115,7 @@ class _Batch:
     failures: int = field(default=0, init=False)
 
     async def run(self, rows: list[list[_Item]]) -> None:
-        """Take from the rows what succeeds; of each is left the record that failed and those behind it."""
+        """Run the rows, and remove the records that succeed; the record that failed and those after it are left."""
         try:
             async with asyncio.TaskGroup() as group:
                 for row in rows:
@@ -125,7 +124,7 @@ class _Batch:
             interruption = errors.exceptions[0]
         else:
             return
-        raise interruption  # no handler knows of the group: whoever waits for the interruption gets it alone
+        raise interruption  # alone: handlers do not expect a group
 
     async def _run_in_order(self, row: list[_Item]) -> None:
         await self.slots.acquire()
@@ -139,9 +138,9 @@ class _Batch:
         except asyncio.CancelledError as error:
             if self.is_interrupted():
                 raise
-            self._note_failure(item, error)  # of the record, or of something that it waited for: not of the batch
+            self._note_failure(item, error)  # of the record, or of a task that it awaited: not of the batch
             return False
-        except Exception as error:  # noqa: BLE001 - of whatever kind: the record comes again
+        except Exception as error:  # noqa: BLE001 - each of them fails the record, which comes again
             self._note_failure(item, error)
             return False
         return True
@@ -159,14 +158,14 @@ class _Batch:
 
 
 def _cancellation_of_this_task() -> Callable[[], bool]:
-    """Return what tells whether this task is cancelled from now on; a task group, too, cancels whoever waits for it."""
+    """Return a function that tells whether this task was cancelled since; a task group also cancels its own task."""
     task = cast("asyncio.Task[Any]", asyncio.current_task())
     before = task.cancelling()  # a request that was not withdrawn, as those of earlier task groups are in Python 3.11
     return lambda: task.cancelling() > before
 
 
 def _reported(row: list[_Item]) -> list[str]:
-    """Return the identifiers that stand for what is left of a row."""
+    """Return the identifiers that report the rest of a row."""
     names = [item.identifier for item in row]
     return names if row and row[0].source == SQS else names[:1]
 
@@ -174,19 +173,19 @@ def _reported(row: list[_Item]) -> list[str]:
 # --- The event --------------------------------------------------------------------------------------------------------
 
 
-def _items_of(event: object) -> list[_Item]:
+def _rows_of(event: object) -> list[list[_Item]]:
     records = _member(event, "Records")
     if not _is_list(records):
         raise _no_batch("it has no list of `Records`")
-    return [_item_of(record, place) for place, record in enumerate(records)]
-
-
-def _item_of(record: Any, place: int) -> _Item:
-    source = _text_at(record, "eventSource", place=place)
-    if source not in IDENTIFIERS:
-        raise _no_batch(f"`Records[{place}].eventSource` is none of {', '.join(IDENTIFIERS)}")
-    identifier = _text_at(record, *IDENTIFIERS[source], place=place)
-    return _Item(record=record, source=source, identifier=identifier, row=_row_of(record, source, place))
+    rows: dict[Hashable, list[_Item]] = {}
+    for place, record in enumerate(records):
+        source = _text_at(record, "eventSource", place=place)
+        if source not in IDENTIFIERS:
+            raise _no_batch(f"`Records[{place}].eventSource` is none of {', '.join(IDENTIFIERS)}")
+        identifier = _text_at(record, *IDENTIFIERS[source], place=place)
+        row = rows.setdefault(_row_of(record, source, place), [])
+        row.append(_Item(record=record, source=source, identifier=identifier))
+    return list(rows.values())
 
 
 def _row_of(record: Record, source: str, place: int) -> Hashable:
@@ -196,13 +195,6 @@ def _row_of(record: Record, source: str, place: int) -> Hashable:
     if _text_at(record, "eventSourceARN", place=place).endswith(".fifo"):
         return _text_at(record, "attributes", "MessageGroupId", place=place)
     return place
-
-
-def _rows_of(items: list[_Item]) -> list[list[_Item]]:
-    rows: dict[Hashable, list[_Item]] = {}
-    for item in items:
-        rows.setdefault(item.row, []).append(item)
-    return list(rows.values())
 
 
 def _text_at(record: Any, *path: str, place: int) -> str:
@@ -215,11 +207,7 @@ def _text_at(record: Any, *path: str, place: int) -> str:
 
 
 def _member(value: Any, name: str) -> Any:
-    return value.get(name) if _is_mapping(value) else None
-
-
-def _is_mapping(value: object) -> TypeGuard[Mapping[str, Any]]:
-    return isinstance(value, Mapping)
+    return cast("Mapping[str, Any]", value).get(name) if isinstance(value, Mapping) else None
 
 
 def _is_list(value: object) -> TypeGuard[list[Any]]:

@@ -1,6 +1,6 @@
-"""Persistence layers: where records are kept, and the contract that every layer fulfils.
+"""Persistence layers keep the records; this module has the contract of every layer.
 
-A layer stores and compares. It never decides, sleeps, retries or hashes: that is the engine's.
+A layer stores and compares. It never decides, sleeps, retries or hashes; the engine does.
 """
 
 from __future__ import annotations
@@ -48,99 +48,99 @@ URL_FORMS: Final = (
 
 @runtime_checkable
 class PersistenceLayer(Protocol):
-    """Six operations, each one atomic step at the store; prove yours with `aidem.testing.PersistenceLayerConformance`.
+    """Six operations, each one atomic step at the store; test yours with `aidem.testing.PersistenceLayerConformance`.
 
-    **Instants and clocks.** `now` is the caller's clock in epoch seconds, and the instants of a proposed record count
-    from it. A layer whose store has a clock judges by that one, and moves the instants accordingly; it then answers
-    with the instants as stored. A record is *expired* when `expiry_timestamp < floor(now)`; it then counts as absent,
-    purged or not. An INPROGRESS record is *lapsed* when `in_progress_expiry_timestamp` is set and lies before now, in
+    **Timestamps and clocks.** `now` is the caller's clock in epoch seconds, and the timestamps of a proposed record
+    count from it. If the store has a clock, the layer uses that one, moves the timestamps accordingly, and returns them
+    as stored. A record is *expired* if `expiry_timestamp < floor(now)`; it then counts as absent, even if it is still
+    stored. An INPROGRESS record is *lapsed* if `in_progress_expiry_timestamp` is set and is before now, in
     milliseconds. Expiry is never left to the store's own removal alone.
 
-    **Ownership.** A stored record is *ours* while its owner equals the owner of the record handed in and its status is
+    **Ownership.** A stored record is *ours* while its owner equals the owner of the record passed in and its status is
     INPROGRESS. A record without an owner is never ours.
 
-    **Cancellation.** Operations are usually `async def`; the engine then runs each as a task of its own, so that a
-    cancelled caller does not leave a write half-done. A layer may instead answer an
-    `UncancellableFuture`, or `Immediate` where it never has to wait, which saves that task.
+    **Cancellation.** Operations are usually `async def`; the engine then runs each of them in its own task, so that a
+    cancelled caller does not leave a write half-done. A layer can instead return an `UncancellableFuture`, or an
+    `Immediate` if it never waits; this saves the task.
 
-    **Errors.** `IdempotencyPersistenceConnectionError` when the store cannot be reached, timed out or throttles (the
+    **Errors.** `IdempotencyPersistenceConnectionError` if the store cannot be reached, times out or throttles (the
     operation may have been applied); `IdempotencyPersistenceConfigError` for a missing table, a wrong schema or denied
-    access; `IdempotencySerializationError` from `complete` when the record is too large for the store. A
+    access; `IdempotencySerializationError` from `complete` if the record is too large for the store. A
     `ConnectionError`, a `TimeoutError`, a `socket.gaierror` and an `OSError` whose number says that the network or the
-    host cannot be reached count as `IdempotencyPersistenceConnectionError`, too. Other exceptions are wrapped in
-    `IdempotencyPersistenceLayerError` by the engine.
+    host cannot be reached count as `IdempotencyPersistenceConnectionError`, too. The engine wraps other exceptions in
+    `IdempotencyPersistenceLayerError`.
 
-    An `acquire` that fails may have been applied, so the engine releases its claim. It does not where the store is sure
-    to have refused: after an `IdempotencyPersistenceConfigError`, a `ConnectionRefusedError`, a `socket.gaierror`, and
-    an error whose `may_be_applied` the layer has set to False. A layer that sends a request more than once raises none
-    of these after the first one may have arrived.
+    An `acquire` that fails may have been applied, so the engine releases its claim. It does not if the store cannot
+    have applied it: after an `IdempotencyPersistenceConfigError`, a `ConnectionRefusedError`, a `socket.gaierror`, and
+    an error whose `may_be_applied` the layer has set to False. A layer that repeats a request must not raise one of
+    these if the first request may have arrived.
 
-    A layer holds nothing of a call: one instance serves any number of functions, tasks, threads and event loops. It
+    A layer holds no state of a call: one instance serves any number of functions, tasks, threads and event loops. It
     connects on first use or in `open`. A client belongs to the event loop it was made on; on another loop, or in a
-    forked child, the layer opens a fresh one. It can be hashed and weakly referenced, by identity.
+    forked child, the layer opens a new one. A layer can be hashed and weakly referenced, by identity.
 
-    A layer may also have `clock`, a callable that answers epoch seconds: the engine then asks it instead of the
-    machine, so that a test can move time.
+    A layer can also have `clock`, a function that returns epoch seconds: the engine then uses it instead of the clock
+    of the machine, so that a test can move time.
     """
 
     def acquire(
         self, record: DataRecord, *, now: float, max_clock_skew_seconds: float = 0.0
     ) -> Awaitable[Claimed | Blocked]:
-        """Store `record`, an INPROGRESS record, unless a live record of somebody else is there.
+        """Store `record`, an INPROGRESS record, unless a live record of another owner is there.
 
-        Absent, expired or lapsed: `Claimed`, with the fence and the instants as stored. The new fence is the fence
-        found plus one, or the time of the claim in milliseconds where there is no record; it is higher than every
-        earlier fence of the key, over take-over, release and expiry alike, as far as clocks agree; within one layer
-        instance it is higher though the clock stands still. Nothing of the record found is left: no result, no outcome,
-        no validation hash. A record that is already ours is `Claimed` too, as found: the reply to an earlier try was
-        lost. Everything else is `Blocked`, with the record found.
-        Layers that judge by their callers' clocks add `max_clock_skew_seconds` to a foreign lease.
+        If the key is absent, expired or lapsed, the answer is `Claimed`, with the fence and the timestamps as stored.
+        The new fence is the fence found plus one, or the time of the claim in milliseconds if there is no record. It is
+        higher than every earlier fence of the key, also after take-over, release and expiry, as far as clocks agree;
+        within one layer instance it is higher even if the clock stands still. Nothing of the record found is left: no
+        result, no outcome, no validation hash. A record that is already ours is `Claimed`, too, as found: the reply to
+        an earlier attempt was lost. Otherwise the answer is `Blocked`, with the record found. Layers that use the
+        clocks of their callers add `max_clock_skew_seconds` to the lease of another owner.
         """
         ...
 
     def complete(self, record: DataRecord, *, now: float) -> Awaitable[bool]:
-        """Store the outcome in `record`, a COMPLETED record, over the claim of the same owner, or where no record is.
+        """Store the outcome in `record`, a COMPLETED record, over the claim of the same owner, or if no record exists.
 
-        True: stored, or stored before by an earlier try (our owner, COMPLETED, same data and outcome). False: another
-        record is there, and stays as it is.
+        True: stored, or stored by an earlier attempt (our owner, COMPLETED, same data and outcome). False: another
+        record is there, and is not changed.
         """
         ...
 
     def renew(self, record: DataRecord, *, now: float) -> Awaitable[DataRecord | None]:
-        """Set the instants of our claim to those of `record`; answer it as stored, None if it is not ours any more.
+        """Set the timestamps of our claim to those of `record`; return it as stored, or None if it is not ours.
 
-        Renewals may be applied late, twice and out of order, so a renewal never moves a claim back: where it would
-        hold until an earlier instant than the stored one does, nothing changes. A claim holds until
-        `in_progress_expiry_timestamp`, without that until `lease_expiry_timestamp`, without both until it expires.
+        Renewals may be applied late, twice and out of order, so a renewal never moves a claim back: if it would end
+        earlier than the stored claim, nothing changes. A claim holds until `in_progress_expiry_timestamp`, without that
+        until `lease_expiry_timestamp`, without both until it expires.
 
-        A `lease_expiry_timestamp` of 0, without `in_progress_expiry_timestamp`, is no instant but gives the claim up:
-        it is stored as 0, by any clock, and puts the claim in doubt at once. Giving up may be repeated; any other
-        renewal of a claim that was given up changes nothing and answers None.
+        A `lease_expiry_timestamp` of 0, without `in_progress_expiry_timestamp`, gives the claim up: it is stored as 0,
+        by any clock, and puts the claim in doubt at once. It can be repeated. Any other renewal of a claim that was
+        given up changes nothing and returns None.
         """
         ...
 
     def release(self, record: DataRecord) -> Awaitable[bool]:
-        """Delete our claim; False if it is not ours any more.
+        """Delete our claim, and return True; return False if it is not ours any more.
 
-        Whether its owner still runs is not asked: to release what `get` has found deletes a running claim. Operators
+        Whether the owner still runs is not checked: releasing a record from `get` can delete a running claim. Operators
         release the record of an `IdempotencyInDoubtError`, whose lease has passed.
         """
         ...
 
     def get(self, key: str) -> Awaitable[DataRecord | None]:
-        """Return the record of a key as it is stored now, expired or not; None: there is none."""
+        """Return the record of a key as it is stored now, expired or not, or None."""
         ...
 
     def forget(self, key: str) -> Awaitable[None]:
-        """Drop any record of the key: for operators who resolve a key by hand."""
+        """Delete any record of the key, without conditions: for operators who resolve a key by hand."""
         ...
 
     async def open(self) -> None:
-        """Connect, and find out early what cannot work. Optional: the first use opens the layer. May be repeated."""
+        """Connect, and raise an error if the layer cannot work. Optional: the first use opens it. Can be repeated."""
         ...
 
     async def aclose(self) -> None:
-        """Close what the layer opened, never a client that was passed in. May be repeated; a later use opens anew."""
+        """Close what the layer opened, never a client that was passed in. Can be repeated; a later use reopens it."""
         ...
 
     async def __aenter__(self) -> Self:
@@ -156,12 +156,12 @@ class PersistenceLayer(Protocol):
 
 @runtime_checkable
 class SupportsWaitForChange(Protocol):
-    """A layer that can tell waiters when a record changes, so that they need not poll."""
+    """A layer that can wake waiters when a record changes, so that they do not have to poll."""
 
     async def wait_for_change(self, key: str, timeout_seconds: float) -> None:
-        """Return when the record may have been completed or released, at the latest after the timeout.
+        """Return when the record may have been completed or released, at the latest after the time-out.
 
-        A change between the caller's last look and this call may be missed; the engine looks again after the timeout.
+        A change between the caller's last read and this call may be missed; the engine reads again after the time-out.
         """
         ...
 
@@ -222,8 +222,9 @@ class SupportsCompletionInTransaction(Protocol):
     def complete_in(self, transaction: object, record: DataRecord, *, now: float) -> Awaitable[bool]:
         """Store the outcome in `record`, in the transaction, over the claim of the same owner, and nowhere else.
 
-        True: stored, as soon as the transaction is committed. False: the transaction sees no claim of that owner, and
-        nothing was written: unlike `complete`, it stores nothing where no record is. It runs on the event loop or, for
+        True: stored, as soon as the transaction is committed. False: the transaction sees no claim of that owner, or
+        another open transaction holds it, which is not waited for; nothing was written: unlike `complete`, it stores
+        nothing where no record is. It runs on the event loop or, for
         a blocking transaction, in the thread of the caller, and then never suspends. Errors of the caller's driver are
         raised as they are.
         """
@@ -277,16 +278,16 @@ class SupportsPurge(Protocol):
 
 
 def open_persistence_layer(url: str) -> PersistenceLayer:
-    """Return the layer that a URL names; it connects on first use. Each call makes a layer of its own.
+    """Return a new layer for a URL; it connects on first use.
 
     Args:
-        url: `memory://`; `sqlite:///relative/path` or `sqlite:////absolute/path`, as SQLAlchemy writes them;
-            `redis://host:6379/0`, as redis-py understands it; `redis+cluster://host:6379,host2:6379`;
+        url: `memory://`; `sqlite:///relative/path` or `sqlite:////absolute/path`, as in SQLAlchemy;
+            `redis://host:6379/0`, as in redis-py; `redis+cluster://host:6379,host2:6379`;
             `redis+sentinel://host:26379,host2:26379/service/0`; with TLS `rediss…` instead of `redis…`;
             `dynamodb://table`, with region, endpoint and credentials from the AWS environment.
 
     Raises:
-        IdempotencyPersistenceConfigError: The URL is none of these.
+        IdempotencyPersistenceConfigError: It is not one of these URLs.
     """
     if not isinstance(cast("object", url), str):
         raise _names_no_layer(f"open_persistence_layer takes a URL as text, not {type(url).__name__}")

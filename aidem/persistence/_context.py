@@ -1,4 +1,4 @@
-"""What the persistence layers have in common: `async with`."""
+"""`async with` for persistence layers."""
 
 from __future__ import annotations
 

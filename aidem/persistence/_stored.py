@@ -1,4 +1,4 @@
-"""What stores hold where others may write, too: names that users choose, and values of other types than ours."""
+"""Stored data that other programs may have written: attribute names of users, and values of unexpected types."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 NOT_A_TEXT: Final = "aidem:not a text"
-"""Stands for stored data that is no text: no result can be read from it, and nobody's owner or hash is equal to it."""
+"""Replaces stored data that is not text: it is not JSON, and equal to no owner and no hash."""
 
 
 def text(value: object) -> str | None:

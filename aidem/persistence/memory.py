@@ -1,4 +1,4 @@
-"""Records in a dict: for tests, and for services whose duplicates only meet in one process."""
+"""Records in a dict: for tests, and for services with a single process."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ SWEPT_AT_ONCE: Final = 2 * SWEEP_EVERY
 
 
 class MemoryPersistenceLayer(OpenedByAsyncWith):
-    """Keeps records as long as the process lives; threads and event loops may share an instance.
+    """Keeps records in memory, for as long as the process lives; threads and event loops can share an instance.
 
-    Its operations never wait, so they answer without a task, a future or a turn of the loop.
+    Its operations never wait, so they need no task, no future and no turn of the event loop.
     """
 
     def __init__(self, *, clock: Callable[[], float] = wall_clock) -> None:
         """Start empty.
 
         Args:
-            clock: Answers epoch seconds; every decision is made by it.
+            clock: Returns epoch seconds; used for every decision. Default: the clock of the machine.
         """
         self.clock = clock
         self._records: dict[str, DataRecord] = {}
-        self._last_fence = 0  # of any key: remembers what release and expiry would forget, in bounded space
+        self._last_fence = 0  # of any key: fences grow over release and expiry, too, in bounded space
         self._acquires = 0
         self._unchecked: list[str] = []
         self._guard = ForkSafeLock()
@@ -126,6 +126,11 @@ class MemoryPersistenceLayer(OpenedByAsyncWith):
             self._records.pop(key, None)
         return Immediate(None)
 
+    def records(self) -> dict[str, DataRecord]:
+        """Return all records by idempotency key, also those that have expired: for tests."""
+        with self._guard.lock:
+            return dict(self._records)
+
     def scan(
         self, *, prefix: str = "", status: RecordStatus | None = None, limit: int | None = None
     ) -> AsyncGenerator[DataRecord]:
@@ -153,7 +158,7 @@ class MemoryPersistenceLayer(OpenedByAsyncWith):
         yield page
 
     def _sweep(self, now: float) -> None:
-        """Drop what has expired among the next few records, the oldest first, in turn."""
+        """Drop the expired ones among the next few records, the oldest first, in turn."""
         if not self._unchecked:
             self._unchecked = list(reversed(self._records))
         for key in self._unchecked[-SWEPT_AT_ONCE:]:

@@ -1,7 +1,7 @@
-"""Results and errors as JSON text, and back: what a replay returns.
+"""Results and exceptions as JSON text, and back.
 
-A serializer turns a result into JSON data and rebuilds it; the text itself is written by the encoder that also writes
-keys. Without a serializer a replay returns plain JSON data.
+A serializer turns a result into JSON data, and rebuilds it for a replay. The text is written by the encoder that also
+writes keys. Without a serializer a replay returns plain JSON data.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from aidem.serialization._annotations import name_of, parts, return_annotation
 from aidem.serialization._dataclasses import AnnotationSerializer, DataclassSerializer
 from aidem.serialization._losses import are_equal, lost
 from aidem.serialization._pydantic import PydanticSerializer, is_pydantic
-from aidem.serialization._shapes import lenient_rebuilder, names_more_than_json
+from aidem.serialization._rebuilders import lenient_rebuilder, names_more_than_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -47,7 +47,7 @@ class OutputSerializer(Protocol):
     """Turns results into JSON data and back. Neither method is called for None."""
 
     def to_dict(self, data: Any) -> Any:
-        """Return JSON data for a result; it need not be a dict."""
+        """Return the JSON data of a result: a dict or any other JSON value."""
         ...
 
     def from_dict(self, data: Any) -> Any:
@@ -56,7 +56,7 @@ class OutputSerializer(Protocol):
 
 
 class ModelSerializer(OutputSerializer, Protocol):
-    """A serializer whose class is handed over, to be made for the return annotation of the function."""
+    """A serializer whose class can be passed as `output_serializer`, to be made for the return annotation."""
 
     @classmethod
     def instantiate(cls, model_type: Any) -> OutputSerializer:
@@ -65,47 +65,54 @@ class ModelSerializer(OutputSerializer, Protocol):
 
 
 class NoOpSerializer:
-    """Leaves results as they are: a replay returns plain JSON data."""
+    """Does not convert results: a replay returns plain JSON data."""
 
     def to_dict(self, data: Any) -> Any:
-        """Return the result."""
+        """Return the result unchanged."""
         return data
 
     def from_dict(self, data: Any) -> Any:
-        """Return the data."""
+        """Return the data unchanged."""
         return data
 
 
 class CustomDictSerializer:
-    """Takes one function for each direction."""
+    """Converts results by two functions.
+
+    Args:
+        to_dict: Returns the JSON data of a result.
+        from_dict: Returns the result for JSON data.
+    """
 
     def __init__(self, to_dict: Callable[[Any], Any], from_dict: Callable[[Any], Any]) -> None:
         self._to_dict = to_dict
         self._from_dict = from_dict
 
     def to_dict(self, data: Any) -> Any:
-        """Return what the first function makes of the result."""
+        """Return the JSON data of a result, by the first function."""
         return self._to_dict(data)
 
     def from_dict(self, data: Any) -> Any:
-        """Return what the second function makes of the data."""
+        """Return the result for JSON data, by the second function."""
         return self._from_dict(data)
 
 
 def resolve(
     output_serializer: OutputSerializer | type[ModelSerializer] | None, function: Callable[..., Any] | None
 ) -> OutputSerializer:
-    """Return the serializer for the results of a function; to be asked at its first call, when every name is defined.
+    """Return the serializer for the results of a function. To be called at its first call, when all names are defined.
 
     Args:
-        output_serializer: A serializer; a class that makes one for the return annotation; None: deduced from it.
-        function: The function, method, partial or callable object; None: there is none to ask.
+        output_serializer: A serializer, or a class that makes one for the return annotation; None: chosen by the return
+            annotation.
+        function: The function, method, partial or callable object; None: there is no return annotation.
 
     Raises:
         IdempotencyModelTypeError: The return annotation does not suit the serializer.
-        IdempotencyUsageError: The function returns a response of Starlette or FastAPI.
-        IdempotencyNoSerializationModelError: The class needs a return annotation, and none can be had.
-        IdempotencyUsageError: The class cannot make a serializer.
+        IdempotencyNoSerializationModelError: The class needs a return annotation, and it is missing or cannot be
+            resolved.
+        IdempotencyUsageError: The class has no `instantiate`, or the function returns a response of Starlette or
+            FastAPI.
     """
     if output_serializer is None:
         return _deduced(function)
@@ -127,7 +134,7 @@ def resolve(
 def _deduced(function: Callable[..., Any] | None) -> OutputSerializer:
     try:
         annotation = return_annotation(function)
-    except Exception as error:  # noqa: BLE001 - whatever evaluating an annotation raises
+    except Exception as error:  # noqa: BLE001 - evaluating an annotation can raise anything
         _warn_once(
             name_of(function),
             f"cannot be resolved: {error}; callers get plain JSON data unless you import at run time what it names, or "
@@ -163,17 +170,17 @@ _warned: Final[set[str]] = set()
 
 
 def _warn_once(name: str, what: str) -> None:
-    """Say that the results of a function will not be what it is annotated to return."""
+    """Log that the results of a function will not be of the type of its return annotation."""
     if name not in _warned:
         _warned.add(name)
         logger.warning("the return annotation of %s %s", name, what)
 
 
 def check_returns(function: Callable[..., Any]) -> None:
-    """Check what a function is annotated to return, as far as that can be told before its first call.
+    """Check the return annotation of a function, if it can be resolved before the first call.
 
     Raises:
-        IdempotencyUsageError: It returns a response of Starlette or FastAPI.
+        IdempotencyUsageError: The function returns a response of Starlette or FastAPI.
     """
     try:
         annotation = return_annotation(function)
@@ -194,30 +201,32 @@ def _refuse_response(annotation: Any, function: Any) -> None:
 
 
 def round_trip(result: Any, serializer: OutputSerializer) -> tuple[str, Any]:
-    """Return the text under which a result is stored, and what a replay will return for it.
+    """Return the stored text of a result, and the result that a replay will return.
 
     Raises:
-        IdempotencySerializationError: It cannot be stored.
-        Exception: What a signal handler raised meanwhile.
+        IdempotencySerializationError: The result cannot be stored.
+        Exception: A signal handler raised it meanwhile.
     """
     text = result_text(result, serializer)
     replayed = result_from_text(text, serializer)
     if isinstance(serializer, PydanticSerializer | AnnotationSerializer):
         path = lost(result, replayed, serializer.declared)
-        if path is not None and not are_equal(result, decode(text)):  # which was JSON: only validation changed it
+        if path is not None and not are_equal(
+            result, decode(text)
+        ):  # a result that is JSON: only validation changed it
             raise IdempotencySerializationError(
-                f"the result cannot be stored: {path} would not come back as it was; "
+                f"the result cannot be stored: {path} would be changed or lost in a replay; "
                 "leave it out of the result, or pass an output_serializer that keeps it"
             )
     return text, replayed
 
 
 def result_text(result: Any, serializer: OutputSerializer) -> str:
-    """Return the text under which a result is stored.
+    """Return the stored text of a result.
 
     Raises:
-        IdempotencySerializationError: It cannot be stored.
-        Exception: What a signal handler raised meanwhile.
+        IdempotencySerializationError: The result cannot be stored.
+        Exception: A signal handler raised it meanwhile.
     """
     if result is None:
         return _NONE_TEXT
@@ -236,11 +245,11 @@ def result_text(result: Any, serializer: OutputSerializer) -> str:
 
 
 def result_from_text(text: str, serializer: OutputSerializer) -> Any:
-    """Return the result that was stored under a text; every call returns an object of its own.
+    """Return the result for a stored text; every call returns a new object.
 
     Raises:
         IdempotencySerializationError: The text is not JSON, or the result cannot be rebuilt.
-        Exception: What a signal handler raised meanwhile.
+        Exception: A signal handler raised it meanwhile.
     """
     if text == _NONE_TEXT:
         return None
@@ -259,10 +268,10 @@ def result_from_text(text: str, serializer: OutputSerializer) -> Any:
 
 
 def _fails(action: Callable[[], object]) -> bool:
-    """Whether something fails again; an exception that does not return is a signal handler's, and is passed on."""
+    """Whether an action fails again; if it does not, its first exception came from a signal handler."""
     try:
         action()
-    except Exception:  # noqa: BLE001 - whatever a serializer raises
+    except Exception:  # noqa: BLE001 - a serializer can raise anything
         return True
     return False
 
@@ -272,10 +281,10 @@ def _failed(serializer: OutputSerializer, method: str, error: Exception) -> Idem
 
 
 def exception_text(error: Exception) -> str:
-    """Return the text under which an exception is stored: its type's name and its arguments.
+    """Return the stored text of an exception: the name of its type, and its arguments.
 
     Raises:
-        IdempotencySerializationError: The arguments, as JSON, do not rebuild all that it shows.
+        IdempotencySerializationError: The arguments are not JSON values, or do not rebuild an equal exception.
     """
     name = _type_name(type(error))
     try:
@@ -287,21 +296,21 @@ def exception_text(error: Exception) -> str:
     except Exception as fault:
         raise IdempotencySerializationError(
             f"an exception of type {name} cannot be stored: {type(fault).__name__}; "
-            "give it arguments that are JSON values, and from which it can be made again"
+            "give it arguments that are JSON values, and from which it can be rebuilt"
         ) from fault
     if not same:
         raise IdempotencySerializationError(
-            f"an exception of type {name} cannot be stored: made again from its arguments it is another; "
-            "hand everything that it holds to Exception.__init__, as JSON values"
+            f"an exception of type {name} cannot be stored: rebuilt from its arguments, it is not equal; "
+            "pass all its data to Exception.__init__, as JSON values"
         )
     return text
 
 
 def exception_from_text(text: str, allowed: tuple[type[Exception], ...]) -> Exception:
-    """Return the exception that was stored under a text; only types in `allowed` are made.
+    """Return the exception for a stored text; only types in `allowed` are rebuilt.
 
     Raises:
-        IdempotencySerializationError: It is of another type, or cannot be made.
+        IdempotencySerializationError: It has another type, or cannot be rebuilt.
     """
     try:
         return _exception_from_text(text, allowed)
@@ -311,7 +320,7 @@ def exception_from_text(text: str, allowed: tuple[type[Exception], ...]) -> Exce
         if not _fails(lambda: _exception_from_text(text, allowed)):
             raise
         raise IdempotencySerializationError(
-            f"the stored exception cannot be made again: {type(error).__name__}"
+            f"the stored exception cannot be rebuilt: {type(error).__name__}"
         ) from error
 
 
@@ -329,7 +338,7 @@ def _type_name(cls: type) -> str:
 
 
 def _facts(error: Exception) -> tuple[Any, ...]:
-    """Return all that an exception shows: text, arguments, attributes, slots, and the fields of those written in C."""
+    """Return all data of an exception: text, arguments, attributes, slots, and the fields of types written in C."""
     attributes = {name: value for name, value in vars(error).items() if name != "__notes__"}
     for cls in type(error).__mro__:
         for name, member in vars(cls).items():

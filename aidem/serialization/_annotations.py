@@ -10,7 +10,7 @@ import typing
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from aidem.exceptions import IdempotencyModelTypeError
+from aidem.exceptions import IdempotencyModelTypeError, IdempotencyNoSerializationModelError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -26,6 +26,20 @@ def return_annotation(function: Any) -> Any:
     holder = types.SimpleNamespace(__annotations__={"return": annotations["return"]})
     hints = typing.get_type_hints(holder, source.__globals__, _local_names(source), include_extras=True)
     return hints["return"]
+
+
+def required(model_type: Any, *, by: type) -> Any:
+    """Return the return annotation that a serializer takes its model from.
+
+    Raises:
+        IdempotencyNoSerializationModelError: The function has none.
+    """
+    if model_type is None:
+        raise IdempotencyNoSerializationModelError(
+            f"{by.__name__} takes its model from the return annotation, and the function has none; "
+            f"annotate it, or pass {by.__name__}(Model)"
+        )
+    return model_type
 
 
 def name_of(function: Any) -> str:

@@ -1,4 +1,4 @@
-"""Results that are rebuilt by their annotation: dataclasses, and the types of the standard library."""
+"""Serializers that rebuild results by an annotation of dataclasses and types of the standard library."""
 
 from __future__ import annotations
 
@@ -7,28 +7,23 @@ import datetime
 from typing import TYPE_CHECKING, Any, Self, cast
 
 from aidem._rules.canonical_json import is_dict, plain
-from aidem.exceptions import (
-    IdempotencyModelTypeError,
-    IdempotencyNoSerializationModelError,
-    IdempotencySerializationError,
-)
-from aidem.serialization._annotations import declared_by, parts
+from aidem.exceptions import IdempotencyModelTypeError
+from aidem.serialization._annotations import declared_by, parts, required
 from aidem.serialization._pydantic import is_pydantic, serializer_of
-from aidem.serialization._rebuild import MisfitError, bytes_text, duration_text
-from aidem.serialization._shapes import rebuilder
+from aidem.serialization._rebuilders import bytes_text, duration_text, rebuilder
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from aidem.serialization._rebuild import Build
+    from aidem.serialization._rebuilders import Build
 
 
 class AnnotationSerializer:
     """Rebuilds results by an annotation.
 
     Args:
-        annotation: What the function returns.
-        rebuild: Rebuilds it from JSON data.
+        annotation: The return annotation of the function.
+        rebuild: Rebuilds a value of it from JSON data.
     """
 
     def __init__(self, annotation: Any, rebuild: Build) -> None:
@@ -45,17 +40,17 @@ class AnnotationSerializer:
         Raises:
             IdempotencySerializationError: The data does not fit the model.
         """
-        try:
-            return self._rebuild(data)
-        except MisfitError as misfit:
-            raise IdempotencySerializationError(f"the stored result does not fit the model: {misfit}") from misfit.cause
+        return self._rebuild(data)
 
 
 class DataclassSerializer(AnnotationSerializer):
     """Rebuilds results by a dataclass, or an annotation that contains one: `list[Order]`, `Order | None`.
 
+    Args:
+        model: The dataclass or annotation.
+
     Raises:
-        IdempotencyModelTypeError: The annotation holds no dataclass, or something that cannot be rebuilt from JSON.
+        IdempotencyModelTypeError: The annotation contains no dataclass, or a type that cannot be rebuilt from JSON.
     """
 
     def __init__(self, model: Any) -> None:
@@ -65,13 +60,12 @@ class DataclassSerializer(AnnotationSerializer):
 
     @classmethod
     def instantiate(cls, model_type: Any) -> Self:
-        """Make a serializer for a return annotation; None: there is none."""
-        if model_type is None:
-            raise IdempotencyNoSerializationModelError(
-                "DataclassSerializer takes its model from the return annotation, and the function has none; "
-                "annotate it, or pass DataclassSerializer(Model)"
-            )
-        return cls(model_type)
+        """Make a serializer for a return annotation; None: the function has none.
+
+        Raises:
+            IdempotencyNoSerializationModelError: The function has no return annotation.
+        """
+        return cls(required(model_type, by=cls))
 
 
 def _dump(value: object) -> Any:

@@ -1,7 +1,11 @@
-"""What a round trip through JSON loses of a result, found by comparing the result with what a replay will return.
+"""The parts of a result that a replay would not return, found by comparing the result with the rebuilt one.
 
-What a class itself keeps out of its dump is no loss: excluded and computed fields, private attributes, cached
-properties. Neither is a conversion that the annotation asks for, nor the JSON form of what it does not name.
+Parts that a class itself keeps out of its dump are not lost: excluded and computed fields, private attributes, cached
+properties. Neither are a conversion that the annotation asks for, and the JSON form of a value that it does not name.
+
+`aidem._rules.model_dump` also walks a value beside another one, but not the same two: a model and its JSON dump, whose
+fields have aliases and whose keys are texts in the same order. It returns the dump with marks in it; here the path to
+the first loss is returned. Only the few lines about arrays are alike, so the two walks share no code.
 """
 
 from __future__ import annotations
@@ -162,7 +166,7 @@ class _Fields(NamedTuple):
 
     Attributes:
         named: What the annotation of each field says.
-        by_alias: The name of a field by its alias.
+        by_alias: The names of fields by the other names that they have in data.
         left_out: Fields that its dump does not contain.
         outside: Fields that its instances do not keep in their `__dict__`: in slots, or as an attribute of the class.
     """
@@ -178,7 +182,12 @@ def _find_fields(cls: type) -> _Fields | None:
         fields: dict[str, Any] = vars(cls).get("__pydantic_fields__", {})  # BaseModel itself has none
         return _Fields(
             {name: _Named(declared_by(field.annotation)) for name, field in fields.items()},
-            {alias: name for name, field in fields.items() for alias in _aliases_of(field)},
+            {
+                alias: name
+                for name, field in fields.items()
+                for alias in (field.alias, *getattr(field.validation_alias, "choices", [field.validation_alias]))
+                if isinstance(alias, str)  # a path into the data is no name
+            },
             frozenset(name for name, field in fields.items() if field.exclude or getattr(field, "exclude_if", None)),
             _outside(cls, fields),
         )
@@ -192,12 +201,6 @@ def _find_fields(cls: type) -> _Fields | None:
     return _Fields(named, {}, frozenset(), _outside(cls, named))
 
 
-def _aliases_of(field: Any) -> list[str]:
-    """Return the other names that a field has in data; a path into the data is none."""
-    aliases = [field.alias, *getattr(field.validation_alias, "choices", [field.validation_alias])]
-    return [alias for alias in aliases if isinstance(alias, str)]
-
-
 def _outside(cls: type, names: dict[str, Any]) -> tuple[str, ...]:
     dataclass_fields: dict[str, Any] = getattr(cls, "__dataclass_fields__", {})
     on_class = {name for name, field in dataclass_fields.items() if not field.init and hasattr(cls, name)}
@@ -205,6 +208,7 @@ def _outside(cls: type, names: dict[str, Any]) -> tuple[str, ...]:
     return tuple(name for name in names if name in on_class or isinstance(getattr(cls, name, None), is_slot))
 
 
+# Not as decorators: mypy then takes a class for unhashable.
 _is_single: Final[Callable[[type], bool]] = lru_cache(maxsize=1024)(_find_out_if_single)
 _fields_of: Final[Callable[[type], _Fields | None]] = lru_cache(maxsize=1024)(_find_fields)
 

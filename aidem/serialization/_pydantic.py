@@ -1,4 +1,4 @@
-"""Results that are pydantic models. pydantic itself is imported only when a serializer is made."""
+"""The serializer for pydantic models. pydantic is imported only when a serializer is made."""
 
 from __future__ import annotations
 
@@ -10,12 +10,10 @@ from aidem._distribution import how_to_install
 from aidem._rules.canonical_json import encode, loaded
 from aidem.exceptions import (
     IdempotencyModelTypeError,
-    IdempotencyNoSerializationModelError,
     IdempotencySerializationError,
     IdempotencyUsageError,
 )
-from aidem.serialization._annotations import bare, declared_by, parts
-from aidem.serialization._rebuild import MisfitError
+from aidem.serialization._annotations import bare, declared_by, parts, required
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -28,8 +26,11 @@ _SHOWN_FAULTS = 5
 class PydanticSerializer:
     """Rebuilds results by a pydantic model, or any annotation that pydantic understands: `list[Order]`, `Order | None`.
 
-    What is stored goes by field name and without computed fields; aliases and computed fields are understood when it is
-    read, so results that AWS Powertools stored are too.
+    Results are stored by field name and without computed fields. Aliases and computed fields are accepted when a result
+    is read, so results that AWS Powertools stored can be replayed.
+
+    Args:
+        model: The pydantic model or annotation.
 
     Raises:
         IdempotencyModelTypeError: pydantic cannot handle the annotation.
@@ -43,13 +44,12 @@ class PydanticSerializer:
 
     @classmethod
     def instantiate(cls, model_type: Any) -> Self:
-        """Make a serializer for a return annotation; None: there is none."""
-        if model_type is None:
-            raise IdempotencyNoSerializationModelError(
-                "PydanticSerializer takes its model from the return annotation, and the function has none; "
-                "annotate it, or pass PydanticSerializer(Model)"
-            )
-        return cls(model_type)
+        """Make a serializer for a return annotation; None: the function has none.
+
+        Raises:
+            IdempotencyNoSerializationModelError: The function has no return annotation.
+        """
+        return cls(required(model_type, by=cls))
 
     def to_dict(self, data: Any) -> Any:
         """Return the JSON data of a result."""
@@ -69,8 +69,6 @@ class PydanticSerializer:
                 return self._validate(data)
             # As JSON, because strict models and encoded bytes are read back only from there.
             return self._adapter.validate_json(encode(data), by_alias=True, by_name=True)
-        except MisfitError as misfit:
-            raise IdempotencySerializationError(f"the stored result does not fit the model: {misfit}") from misfit.cause
         except ValidationError as error:
             # Its own message shows the values, so it is neither quoted nor chained.
             raise IdempotencySerializationError(f"the stored result does not fit the model: {_faults(error)}") from None
@@ -113,9 +111,7 @@ def _own_validation(model: Any) -> Callable[[Any], Any] | None:
     members = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else ()
     if sum(map(is_pydantic, members)) > 1 or not any(map(_validates_by_itself, parts(annotation))):
         return None
-    from aidem.serialization._shapes import (
-        rebuilder,  # which makes a PydanticSerializer of every model in the annotation
-    )
+    from aidem.serialization._rebuilders import rebuilder  # it makes a PydanticSerializer of every model in turn
 
     return rebuilder(annotation)
 

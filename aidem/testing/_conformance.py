@@ -1,4 +1,4 @@
-"""The contract of `aidem.persistence.PersistenceLayer` as tests: sentence by sentence, a section for each operation."""
+"""The contract of `aidem.persistence.PersistenceLayer` as tests: one per sentence, a section for each operation."""
 
 from __future__ import annotations
 
@@ -51,20 +51,21 @@ NOTES: Final = ("order 7, host api-1", '{"status": "COMPLETED"}, "\\u0000', "Zü
 
 
 class PersistenceLayerConformance:
-    """Proves that a layer keeps the contract: subclass it in a test module, and say how your layer is made.
+    """Tests that a layer keeps the contract: subclass it in a test module, and make your layer in `make_layer`.
 
         class TestMyLayer(PersistenceLayerConformance):
             async def make_layer(self, clock):
                 return MyLayer(clock=clock)
 
-    It runs with pytest and the pytest plugin that anyio brings. Every test uses a key of its own, so the store may be
-    shared. To have the assertions explained, call `pytest.register_assert_rewrite("aidem.testing")` in `conftest.py`.
+    It needs pytest and the pytest plugin of anyio. Every test uses its own key, so tests can share a store. For
+    detailed messages of failed assertions, call `pytest.register_assert_rewrite("aidem.testing")` in `conftest.py`.
 
     Attributes:
-        adds_clock_skew: Whether the layer judges by its callers' clocks, and so adds `max_clock_skew_seconds`.
-        clock_tolerance_seconds: 0 for a layer that is judged by `clock`. For a store whose own clock goes on during a
-            test: how far that may stray from `clock`, at least 1 and less than 2; `advance` must then let real time
-            pass too.
+        adds_clock_skew: Whether the layer uses the clocks of its callers, and so adds `max_clock_skew_seconds`.
+            Default: False.
+        clock_tolerance_seconds: Maximum difference in seconds between `clock` and the clock of the store. Default: 0,
+            for a layer that uses `clock`. For a store with its own clock, which goes on during a test, set it to at
+            least 1 and less than 2, and override `advance` so that real time passes, too.
     """
 
     pytestmark: ClassVar[list[pytest.MarkDecorator]] = [pytest.mark.anyio]
@@ -73,15 +74,15 @@ class PersistenceLayerConformance:
     clock_tolerance_seconds: ClassVar[float] = 0.0
 
     async def make_layer(self, clock: FakeClock) -> PersistenceLayer:
-        """Return a layer that judges by the clock where it can; the suite closes it."""
-        raise NotImplementedError(f"{type(self).__name__} must say how its layer is made: async def make_layer")
+        """Return a new layer, which uses the clock if it can; the suite closes it."""
+        raise NotImplementedError(f"{type(self).__name__} must make its layer: override async def make_layer")
 
     async def advance(self, clock: FakeClock, seconds: float) -> None:
         """Let time pass, for the clock and for the store."""
         clock.advance(seconds)
 
     async def store_ownerless(self, layer: PersistenceLayer, claim: DataRecord, *, now: float) -> None:
-        """Store a claim without an owner, as another library does; override it where `acquire` refuses to."""
+        """Store a claim without an owner, as another library does; override it if `acquire` refuses to."""
         await layer.acquire(claim, now=now)
 
     # --- Fixtures ---------------------------------------------------------------------------------------------------
@@ -118,7 +119,7 @@ class PersistenceLayerConformance:
         finally:
             await layer.aclose()
 
-    # --- acquire, where the key is to be had: absent, expired, lapsed -------------------------------------------------
+    # --- acquire, if the key is absent, expired or lapsed: claimed ----------------------------------------------------
 
     async def test_acquire_claims_an_absent_key(self, trial: Trial) -> None:
         """Store the claim as it was proposed."""
@@ -223,7 +224,7 @@ class PersistenceLayerConformance:
             await trial.outlast_expiry()
         assert fences == sorted(set(fences))
 
-    # --- acquire, where a live record is found: ours is claimed as found, everything else blocks ----------------------
+    # --- acquire, if a live record is there: claimed as found if it is ours, otherwise blocked ------------------------
 
     async def test_acquire_is_blocked_by_a_live_claim(self, trial: Trial) -> None:
         """With the claim found, which stays."""
@@ -300,7 +301,7 @@ class PersistenceLayerConformance:
         owners = [record and record.owner for record in [await trial.layer.get(key) for key in keys]]
         assert owners == [None, *keys[1:]]
 
-    # --- complete: over our claim, or where no record is --------------------------------------------------------------
+    # --- complete: over our claim, or if there is no record -----------------------------------------------------------
 
     async def test_complete_stores_the_outcome_over_our_claim(self, trial: Trial) -> None:
         """With the fence, the owner and the hash of the claim, and without its lease."""

@@ -74,7 +74,7 @@ def till() -> Till:
 
 
 def stored(layer: MemoryPersistenceLayer) -> list[DataRecord]:
-    return list(layer._records.values())
+    return list(layer.records().values())
 
 
 async def receipt() -> Receipt:
@@ -382,7 +382,7 @@ async def test_a_block_that_swallows_the_failure_of_run_records_nothing() -> Non
         async with idempotency("k", persistence_store=layer) as execution:
             with pytest.raises(ValueError, match="declined"):
                 await execution.run(till.charge, ORDER)
-    assert not layer.inner._records
+    assert not layer.inner.records()
 
 
 async def test_a_block_may_turn_the_failure_of_run_into_a_result() -> None:

@@ -87,7 +87,7 @@ def defaults(layer: MemoryPersistenceLayer) -> Iterator[None]:
 
 
 def stored(layer: MemoryPersistenceLayer) -> list[DataRecord]:
-    return list(layer._records.values())
+    return list(layer.records().values())
 
 
 # --- idempotent -------------------------------------------------------------------------------------------------------

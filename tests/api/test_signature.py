@@ -24,7 +24,7 @@ class Keys:
         return idempotent_function(persistence_store=self.layer, key_prefix="f", **options)(function)
 
     def __len__(self) -> int:
-        return len(self.layer._records)
+        return len(self.layer.records())
 
 
 @pytest.fixture

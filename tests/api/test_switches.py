@@ -72,7 +72,7 @@ async def test_an_empty_or_falsy_switch_means_enabled(name: str, value: str, mon
     async def charge(order: int) -> None: ...
 
     await charge(1)
-    assert len(layer._records) == 1
+    assert len(layer.records()) == 1
 
 
 @pytest.mark.parametrize("name", SWITCHES)

@@ -33,23 +33,23 @@ INTENDED = (
     Intended(
         "default-hash",
         "The hash in keys",
-        "md5, unless `hash_function` says otherwise.",
-        'sha256, unless `hash_function` says otherwise. Say `hash_function="md5"` to find records that are there.',
-        "md5 can be forged: who chooses payloads could make two of them share a key.",
+        "`hash_function` is md5 by default.",
+        '`hash_function` is sha256 by default. Set `hash_function="md5"` to find the records of Powertools.',
+        "md5 is broken: someone who chooses payloads could make two of them with one key.",
     ),
     Intended(
         "key-errors",
         "A payload that cannot be a key, or on which the expression fails",
         "`IdempotencyPersistenceLayerError`.",
         "`IdempotencyKeyError`, which names the path to the value.",
-        "The store has nothing to do with it, and a retry does not help.",
+        "The store is not the cause, and a retry does not help.",
     ),
     Intended(
         "hidden-by-dumps",
         "A pydantic model in the payload whose dump masks a secret, drops the fields of a subclass where an annotation "
         "names its base, or writes two values alike",
-        "The key is made of what is left: two cards with masked numbers have one key.",
-        "`IdempotencyKeyError`, if the key or the validated part is made of it. Select other fields, or name the call "
+        "The key is made from the rest: two cards with masked numbers have one key.",
+        "`IdempotencyKeyError`, if the key or the validated part is made from it. Select other fields, or make the key "
         "with `key=`. Sets in models are sorted.",
         "Different calls must not get each other's result, and one call must have the same key in every process.",
     ),
@@ -78,10 +78,10 @@ INTENDED = (
     ),
     Intended(
         "unknown-options",
-        "An option that there is not",
-        "`idempotent_function` swallows it.",
+        "An option that does not exist",
+        "`idempotent_function` ignores it.",
         "`TypeError`.",
-        "A misspelt `key_prefix` changes nothing, and nobody is told.",
+        "A misspelt `key_prefix` would be ignored without notice.",
     ),
     Intended(
         "frozen-config",
@@ -131,10 +131,9 @@ INTENDED = (
     ),
     Intended(
         "first-result",
-        "A result that JSON does not give back as it was: a tuple, a Decimal, keys that are numbers, a dataclass "
-        "without annotation",
+        "A result that JSON changes: a tuple, a Decimal, keys that are numbers, a dataclass without annotation",
         "The first call returns it as it is, a replay what JSON makes of it.",
-        "Both return what the return annotation says, such as `-> Decimal`; without one, what JSON makes of it.",
+        "Both return the type in the return annotation, such as `-> Decimal`; without one, the JSON value.",
         "Code that works with the first result should not fail on a retry.",
     ),
     Intended(
@@ -182,7 +181,7 @@ INTENDED = (
         "A replay returns a dict or a text.",
         "A replay returns what is annotated. A result that does not fit its model, such as `None` in a field that is "
         "annotated `str`, cannot be stored, see above.",
-        "The annotation says what callers get.",
+        "Callers rely on the annotation.",
     ),
     Intended(
         "late-annotations",
@@ -226,7 +225,7 @@ INTENDED = (
         "A context without `get_remaining_time_in_millis`",
         "`IdempotencyPersistenceLayerError`.",
         "Ignored.",
-        "Tests call handlers with whatever is at hand.",
+        "Tests call handlers with contexts of all kinds.",
     ),
     Intended(
         "past-deadline",
@@ -261,22 +260,22 @@ INTENDED = (
         "A durable function that replays, and finds a claim that Powertools has made",
         "Runs, as it does for any claim.",
         "`IdempotencyAlreadyInProgressError`. Of its own claims it takes over, and of two replays one wins.",
-        "Nobody can say whose it is. Let durable functions that are under way end before you deploy.",
+        "Its owner is unknown. Let running durable functions end before you deploy.",
     ),
     # --- Failures ---
     Intended(
         "base-exceptions",
         "A function ended by `KeyboardInterrupt`, `SystemExit` or another `BaseException`",
         "Its record stays INPROGRESS.",
-        "Its key is given back, as for any exception.",
+        "Its key is released, as for any exception.",
         "A retry should not have to wait for the time-out.",
     ),
     Intended(
         "own-exceptions",
-        "A function raises, and its key cannot be given back",
+        "A function raises, and its key cannot be released",
         "`IdempotencyPersistenceLayerError` in place of the exception.",
         "The exception, with a note.",
-        "It says what went wrong first.",
+        "The exception is the first cause.",
     ),
     # --- Redis ---
     Intended(

@@ -108,7 +108,7 @@ def _what_happened(again: Response, *, has_started: bool, runs: tuple[int, int],
     if again.is_replay:
         assert again.body == b"paid"
         return "it was recorded"
-    assert again.problem["title"] == "The request is done, its response was not kept"
+    assert again.problem["title"] == "The request was processed, but its response was not stored"
     return "it was not kept"
 
 
@@ -169,7 +169,7 @@ async def test_an_app_that_answers_nothing_is_in_doubt_where_it_must_not_run_aga
 
     front = front_of(app, settings={"on_abandoned": "raise"})
     assert (await request(front)).messages == []
-    assert (await request(front)).problem["title"] == "Whether the request was done is not known"
+    assert (await request(front)).problem["title"] == "It is not known whether the request was processed"
     assert len(runs) == 1
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from tests.support.planned import VIRTUAL_TIME, Fault, PlannedLayer
 
 DENIED = IdempotencyPersistenceConfigError("denied")
 DOWN = IdempotencyPersistenceConnectionError("down")
-NOT_KEPT = "The request is done, its response was not kept"
+NOT_KEPT = "The request was processed, but its response was not stored"
 STREAM = [(b"content-type", b"text/plain")]
 WHOLE = [(b"content-length", b"6")]
 
@@ -111,7 +112,7 @@ async def test_a_key_that_cannot_be_given_back_is_noted_on_the_exception() -> No
     front = front_of(Breaking(0, fail), layer=PlannedLayer().plan("release", Fault(DENIED)))
     with pytest.raises(ValueError, match="no") as caught:
         await request(front)
-    assert "could not give back" in caught.value.__notes__[0]
+    assert "could not release the claim" in caught.value.__notes__[0]
 
 
 async def test_a_coroutine_that_is_closed_before_the_start_has_gone_out_gives_the_key_back() -> None:
@@ -119,6 +120,14 @@ async def test_a_coroutine_that_is_closed_before_the_start_has_gone_out_gives_th
     front = front_of(app, layer=PlannedLayer())
     coroutine = await suspended(front)
     coroutine.close()
+    await asyncio.sleep(1)
+    assert front.layer.inner.records() == {}
+
+
+async def test_a_coroutine_may_be_closed_from_another_context() -> None:
+    front = front_of(Breaking(0, hang), layer=PlannedLayer())
+    coroutine = await suspended(front)
+    contextvars.Context().run(coroutine.close)
     await asyncio.sleep(1)
     assert front.layer.inner._records == {}
 
@@ -201,7 +210,7 @@ async def test_a_body_without_a_start_is_a_fault_for_the_server_to_name() -> Non
 
     front = front_of(app)
     assert (await request(front)).messages == [{"type": "http.response.body", "body": b"one"}]
-    assert front.layer.inner._records == {}
+    assert front.layer.inner.records() == {}
 
 
 async def test_a_failure_to_record_does_not_replace_the_apps_exception(caplog: pytest.LogCaptureFixture) -> None:
@@ -217,7 +226,7 @@ async def test_a_lost_lease_does_not_replace_the_apps_exception() -> None:
 
     async def lose(message: Any) -> None:
         front.layer.inner._records.update(
-            {key: record.replace(owner="another") for key, record in front.layer.inner._records.items()}
+            {key: record.replace(owner="another") for key, record in front.layer.inner.records().items()}
         )
 
     connection.on_send = lose
@@ -263,7 +272,7 @@ async def test_a_failure_to_record_before_the_start_went_out_is_503_done_not_rec
     front = front_of(shop, layer=PlannedLayer().plan("complete", Fault(DENIED)))
     response = await request(front)
     assert response.status == 503
-    assert response.problem["title"] == "The request is done, but that could not be recorded"
+    assert response.problem["title"] == "The request was processed, but this could not be recorded"
     assert response.header(b"retry-after") is None  # it may run again
     assert response.is_complete
     assert front.listener.kinds == [EventKind.PERSISTENCE_ERROR]
@@ -403,7 +412,7 @@ async def test_a_loser_of_unknown_outcome_answers_503() -> None:
     response = await late
     assert response.status == 503
     assert response.header(b"retry-after") == b"1"
-    assert response.problem["title"] == "The outcome of the request is unknown"
+    assert response.problem["title"] == "The outcome of the request is not known"
 
 
 async def test_a_loser_whose_start_has_gone_out_is_cut_off_so_that_its_client_asks_again() -> None:

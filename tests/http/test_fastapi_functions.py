@@ -22,9 +22,11 @@ from aidem.exceptions import (
     IdempotencyError,
     IdempotencyKeyError,
     IdempotencyResultUnavailableError,
+    IdempotencyWarning,
 )
 from aidem.persistence.memory import MemoryPersistenceLayer
 from aidem.persistence.sqlite import SQLitePersistenceLayer
+from aidem.serialization import PydanticSerializer
 from tests.support.fastapi import ORDER, Bank, Order, PublicReceipt, Receipt, same, served
 
 
@@ -194,6 +196,56 @@ async def test_a_response_object_is_sent_once_and_cannot_be_replayed(
         with pytest.raises(IdempotencyResultUnavailableError):
             await client.post("/payments", json=ORDER)
     assert (first.status_code, first.json()) == (202, 1)
+    assert bank.charges == ["o-1"]
+
+
+class Row:
+    """Stands for an object of an ORM, which no serializer knows."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+
+class FromRow(BaseModel):
+    model_config = ConfigDict(from_attributes=True)
+
+    number: int
+
+
+@pytest.mark.parametrize("says", ["return annotation", "output_serializer"])
+async def test_an_object_of_an_orm_is_stored_as_the_model_that_the_decorator_knows(
+    app: FastAPI, bank: Bank, layer: MemoryPersistenceLayer, says: str
+) -> None:
+    async def annotated(order: Order) -> FromRow:
+        return Row(bank.charge(order).number)  # type: ignore[return-value]
+
+    async def bare(order: Order) -> Any:
+        return Row(bank.charge(order).number)
+
+    function = annotated if says == "return annotation" else bare
+    serializer = None if says == "return annotation" else PydanticSerializer(FromRow)
+    decorate = idempotent_function(persistence_store=layer, key_prefix="orm", output_serializer=serializer)
+    app.post("/payments", response_model=FromRow)(decorate(function))
+
+    first, second = await twice(app, json=ORDER)
+    assert first.json() == second.json() == {"number": 1}
+    assert bank.charges == ["o-1"]
+
+
+async def test_a_response_model_alone_does_not_say_how_to_store_an_object_of_an_orm(
+    app: FastAPI, bank: Bank, layer: MemoryPersistenceLayer
+) -> None:
+    @app.post("/payments", response_model=FromRow)
+    @idempotent_function(data_keyword_argument="order", persistence_store=layer)
+    async def create_payment(order: Order) -> Any:
+        return Row(bank.charge(order).number)
+
+    async with served(app) as client:
+        with pytest.warns(IdempotencyWarning, match="could not be stored"):
+            first = await client.post("/payments", json=ORDER)
+        with pytest.raises(IdempotencyResultUnavailableError):
+            await client.post("/payments", json=ORDER)
+    assert first.json() == {"number": 1}
     assert bank.charges == ["o-1"]
 
 

@@ -17,8 +17,9 @@ from openapi_spec_validator import validate
 from pydantic import BaseModel, Field
 
 from aidem._http import answers
-from aidem._http.key import MalformedKeyError, parse_key
+from aidem._http.answers import RefusedError
 from aidem._http.openapi import key_pattern
+from aidem._http.request import parse_key
 from aidem.fastapi import IdempotentRoute, Problem
 from tests.support.fastapi import ORJSON, UJSON, Order, PublicReceipt, served
 
@@ -370,7 +371,7 @@ def test_routers_that_are_included_describe_their_routes_once() -> None:
 def is_key(value: str, *, strict: bool) -> bool:
     try:
         parse_key([value.encode("latin-1")], strict=strict)
-    except MalformedKeyError:
+    except RefusedError:
         return False
     return True
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aidem._http.fingerprint import Fingerprint, full_path, lookup_key, parts
+from aidem._http.request import HeaderLines, full_path, lookup_key, parts, request_digest
 from tests.support.asgi import JSON, scope_of
 
 FORM = b"multipart/form-data; boundary="
@@ -20,10 +21,14 @@ def fingerprint(
 ) -> str:
     if content_type is not None:
         scope["headers"] = [(b"content-type", content_type)]
-    taken = Fingerprint(scope_of(**scope), hash_function)  # type: ignore[arg-type]
+    taken = digest_of(scope_of(**scope), hash_function)  # type: ignore[arg-type]
     for chunk in chunks:
         taken.update(chunk)
     return taken.hexdigest()
+
+
+def digest_of(scope: Any, hash_function: str) -> Any:
+    return request_digest(scope, HeaderLines(scope).values(b"content-type"), hash_function)
 
 
 def form(boundary: bytes, *pieces: bytes) -> bytes:
@@ -121,7 +126,7 @@ def test_no_part_can_be_taken_for_the_next(one: dict[str, object], other: dict[s
 def test_a_server_that_has_no_query_or_root_path_to_tell_is_understood() -> None:
     scope = scope_of()
     del scope["query_string"], scope["root_path"]
-    taken = Fingerprint(scope, "sha256")
+    taken = digest_of(scope, "sha256")
     taken.update(b"{}")
     assert taken.hexdigest() == fingerprint(b"{}")
 

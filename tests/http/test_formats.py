@@ -38,7 +38,7 @@ async def test_answers_name_the_header_as_clients_know_it() -> None:
     missing = await request(front, key=None)
     malformed = await request(front, key=None, headers=[(b"x-request-key", b"a,b")])
     assert missing.problem["title"] == "X-Request-Key is missing"
-    assert "send an X-Request-Key header" in missing.problem["detail"]
+    assert "requires an X-Request-Key header" in missing.problem["detail"]
     assert malformed.problem["title"] == "X-Request-Key is malformed"
     assert b"Idempotency-Key" not in missing.body + malformed.body
 
@@ -92,7 +92,7 @@ async def test_every_answer_of_the_layer_has_the_format_of_the_service() -> None
         (503, "store-down"),
     ]
     assert errors[0]["url"] == "https://shop.example/errors#in-progress"
-    assert errors[3]["message"].endswith("the key is empty.")
+    assert errors[3]["message"].startswith("The key is empty. ")
     assert {error["path"] for error in errors} == {"/payments"}
 
 

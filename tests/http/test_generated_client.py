@@ -69,7 +69,7 @@ async def test_a_generated_client_tells_both_bodies_of_422_apart(app: FastAPI, g
     assert (status, receipt.number) == (201, 1)
     status, problem = await answer_to(app, generated, ORDER | {"id": "o-2"}, "k-1")
     assert (status, type(problem).__name__) == (422, "IdempotencyKeyProblem")
-    assert problem.title == "Idempotency-Key was used for another request"
+    assert problem.title == "Idempotency-Key was used for a different request"
     status, errors = await answer_to(app, generated, ORDER | {"cents": -1}, "k-2")
     assert (status, type(errors).__name__) == (422, "HTTPValidationError")
     assert errors.detail[0].loc == ["body", "cents"]

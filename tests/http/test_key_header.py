@@ -8,7 +8,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from aidem._http.key import MAX_KEY_CHARACTERS, MalformedKeyError, parse_key
+from aidem._http.answers import MAX_KEY_CHARACTERS, RefusedError
+from aidem._http.request import parse_key
 
 PRINTABLE = "".join(map(chr, range(0x20, 0x7F)))
 KEYS = st.text(alphabet=PRINTABLE, min_size=1, max_size=MAX_KEY_CHARACTERS)
@@ -48,14 +49,14 @@ def test_white_space_around_the_value_does_not_count() -> None:
 
 @pytest.mark.parametrize("value", [b"", b'""', b"  ", b"\t"])
 def test_an_empty_key_is_refused(value: bytes) -> None:
-    with pytest.raises(MalformedKeyError, match="empty"):
+    with pytest.raises(RefusedError, match="empty"):
         parsed(value)
 
 
 def test_a_key_of_255_characters_is_the_longest_after_unquoting() -> None:
     assert parsed(quoted('"' * 255)) == '"' * 255
     for value in (b"k" * 256, quoted("k" * 256)):
-        with pytest.raises(MalformedKeyError, match="longer than 255"):
+        with pytest.raises(RefusedError, match="longer than 255"):
             parsed(value)
 
 
@@ -84,24 +85,24 @@ def test_a_key_of_255_characters_is_the_longest_after_unquoting() -> None:
     ],
 )
 def test_what_is_neither_one_string_nor_one_bare_value_is_refused(value: bytes) -> None:
-    with pytest.raises(MalformedKeyError):
+    with pytest.raises(RefusedError):
         parsed(value)
 
 
 def test_two_header_lines_are_refused_though_they_are_equal() -> None:
-    with pytest.raises(MalformedKeyError, match="more than once"):
+    with pytest.raises(RefusedError, match="more than once"):
         parsed(b'"k"', b'"k"')
 
 
 def test_strictly_a_bare_value_is_refused_and_a_quoted_one_is_not() -> None:
     assert parsed(b'"k"', strict=True) == "k"
-    with pytest.raises(MalformedKeyError, match="quote it"):
+    with pytest.raises(RefusedError, match="quote it"):
         parsed(b"k", strict=True)
 
 
 def test_the_reason_does_not_show_the_value() -> None:
     for values in ([b"secret,"], [b"secret" * 100], [b'"secret']):
-        with pytest.raises(MalformedKeyError) as caught:
+        with pytest.raises(RefusedError) as caught:
             parsed(*values)
         assert "secret" not in str(caught.value)
 
@@ -121,7 +122,7 @@ def test_every_bare_value_is_the_same_key_as_its_quoted_form(key: str) -> None:
 def test_garbage_is_refused_or_is_one_of_the_two_forms_of_its_key(value: bytes, strict: bool) -> None:
     try:
         key = parsed(value, strict=strict)
-    except MalformedKeyError:
+    except RefusedError:
         return
     forms = {quoted(key)} if strict else {quoted(key), key.encode()}
     assert value.strip(b" \t") in forms  # so no two keys are taken for one

@@ -207,7 +207,7 @@ async def test_two_services_with_one_store_do_not_meet() -> None:
     for prefix in ("shop", "bank", "shop"):
         await request(front_of(shop, layer=layer, key_prefix=prefix))
     assert shop.runs == 2
-    assert sorted(key.partition("#")[0] for key in layer.inner._records) == ["bank", "shop"]
+    assert sorted(key.partition("#")[0] for key in layer.inner.records()) == ["bank", "shop"]
 
 
 # --- What must not change ---------------------------------------------------------------------------------------------
@@ -230,7 +230,7 @@ async def test_another_request_under_the_same_key_is_refused(other: dict[str, An
     await request(front, body=b'{"amount": 42}')
     response = await request(front, **{"body": b'{"amount": 42}'} | other)
     assert response.status == 422
-    assert response.problem["title"] == "Idempotency-Key was used for another request"
+    assert response.problem["title"] == "Idempotency-Key was used for a different request"
     assert response.header(b"retry-after") is None
     assert shop.runs == 1
 
@@ -345,7 +345,7 @@ async def test_half_a_request_does_not_run_and_is_answered(chunks: tuple[bytes, 
     connection = Connection([])
     await front(scope_of(), breaking_off(*chunks), connection.send)
     assert (shop.runs, front.layer.calls, connection.response.status) == (0, [], 400)
-    assert connection.response.problem["title"] == "The body of the request is incomplete"
+    assert connection.response.problem["title"] == "The request body is incomplete"
 
 
 async def test_half_a_request_is_no_fault_where_a_server_says_that_nobody_is_there_for_its_answer() -> None:
@@ -358,6 +358,16 @@ async def test_half_a_request_is_no_fault_where_a_server_says_that_nobody_is_the
     front = front_of(Shop())
     await front(scope_of(), breaking_off(b"{"), send)
     assert (len(sent), front.layer.calls) == (1, [])
+
+
+async def test_a_server_that_cannot_send_another_refusal_hears_of_its_own_error() -> None:
+    async def send(message: Any) -> None:
+        raise OSError("the client is gone")
+
+    front = front_of(Shop())
+    with pytest.raises(OSError, match="the client is gone"):
+        await front(scope_of(key=b'""'), Connection([b"{}"]).receive, send)
+    assert front.layer.calls == []
 
 
 async def test_half_a_request_does_not_make_middleware_further_out_fail() -> None:
@@ -420,7 +430,7 @@ async def test_a_request_in_doubt_is_a_conflict_without_retry_after() -> None:
     response = await request(front)
     assert response.status == 409
     assert response.header(b"retry-after") is None
-    assert response.problem["title"] == "Whether the request was done is not known"
+    assert response.problem["title"] == "It is not known whether the request was processed"
 
 
 # --- When the store is down -------------------------------------------------------------------------------------------
@@ -487,7 +497,7 @@ async def test_a_claim_whose_observer_is_interrupted_is_given_back() -> None:
         await request(front)
     with pytest.raises(ValueError, match="no"):
         await failing
-    assert layer.inner._records == {}
+    assert layer.inner.records() == {}
 
 
 # --- In the handler, and around it ------------------------------------------------------------------------------------
@@ -523,7 +533,7 @@ async def test_two_layers_of_one_prefix_around_one_request_are_one() -> None:
 async def test_two_layers_of_two_prefixes_around_one_request_both_record_it() -> None:
     layer = PlannedLayer()
     await request(front_of(front_of(Shop(), layer=layer, key_prefix="inner"), layer=layer, key_prefix="outer"))
-    assert sorted(key.partition("#")[0] for key in layer.inner._records) == ["inner", "outer"]
+    assert sorted(key.partition("#")[0] for key in layer.inner.records()) == ["inner", "outer"]
 
 
 async def test_another_request_under_the_same_key_is_refused_also_from_within() -> None:

@@ -130,7 +130,7 @@ async def test_a_larger_response_goes_out_and_is_done_and_not_kept(chunks: list[
         again = await request(front)
         assert again.status == 409
         assert again.header(b"retry-after") is None
-        assert again.problem["title"] == "The request is done, its response was not kept"
+        assert again.problem["title"] == "The request was processed, but its response was not stored"
     assert shop.runs == 1
     assert front.listener.kinds[:2] == [EventKind.EXECUTED, EventKind.RESULT_UNAVAILABLE]
 
@@ -140,7 +140,7 @@ async def test_an_endless_response_is_done_when_it_has_outgrown_the_copy() -> No
     front = front_of(app, max_response_bytes=5)
     running = asyncio.create_task(request(front))
     await asyncio.sleep(10)
-    assert (await request(front)).problem["title"] == "The request is done, its response was not kept"
+    assert (await request(front)).problem["title"] == "The request was processed, but its response was not stored"
     await running
     assert app.runs == 1
 
@@ -278,7 +278,7 @@ async def test_a_stream_that_goes_on_for_long_without_its_client_is_broken_off_a
     assert (await request(front)).problem["title"] == "A request with this Idempotency-Key is in progress"
     await asyncio.sleep(2)
     assert running.done()
-    assert (await request(front)).problem["title"] == "The request is done, its response was not kept"
+    assert (await request(front)).problem["title"] == "The request was processed, but its response was not stored"
     renewals = front.layer.calls.count("renew")
     await asyncio.sleep(5000)
     assert front.layer.calls.count("renew") == renewals > 0
@@ -305,7 +305,7 @@ async def test_a_stream_that_hears_nothing_of_its_client_is_done_when_it_has_gon
     await asyncio.sleep(2)
     with pytest.raises(OSError, match="the client is gone"):
         await running
-    assert (await request(front)).problem["title"] == "The request is done, its response was not kept"
+    assert (await request(front)).problem["title"] == "The request was processed, but its response was not stored"
     assert app.runs == 1
 
 
@@ -377,7 +377,7 @@ async def test_a_stream_of_events_is_not_stored_unless_asked_for(value: bytes) -
     records: list[int] = []
 
     async def look(message: Any) -> None:
-        records.append(len(front.layer.inner._records))
+        records.append(len(front.layer.inner.records()))
 
     connection.on_send = look
     await front(scope_of(), connection.receive, connection.send)

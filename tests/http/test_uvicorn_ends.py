@@ -74,7 +74,7 @@ async def test_while_the_store_is_away_requests_with_a_key_are_503_and_others_ru
         again = await post(client, "/charge?seconds=0.5", name)
     assert [response.status_code for response in (refused, passing, done, again)] == [503, 201, 503, 201]
     assert refused.json()["title"] == "Idempotency cannot be guaranteed at the moment"
-    assert done.json()["title"] == "The request is done, but that could not be recorded"
+    assert done.json()["title"] == "The request was processed, but this could not be recorded"
     assert "retry-after" in refused.headers
     assert "retry-after" not in done.headers
     assert service.effects(f"{name}-new") == []

@@ -62,7 +62,7 @@ def test_an_operation_needs_neither_a_loop_nor_a_turn_of_it(layer: MemoryPersist
 def test_the_engine_is_handed_the_answer_without_a_task(layer: MemoryPersistenceLayer, clock: FakeClock) -> None:
     claim = claimed(layer)
     with pytest.raises(StopIteration) as stopped:
-        CancellationShield().settle(layer.acquire(claim, now=clock())).send(None)
+        CancellationShield().wait_for(layer.acquire(claim, now=clock())).send(None)
     assert stopped.value.value == Claimed(claim)
 
 
@@ -125,12 +125,19 @@ async def test_a_repeated_completion_does_not_prolong_the_window(
     assert await layer.get("key") == stored
 
 
+async def test_a_test_sees_what_is_stored_and_cannot_change_it(layer: MemoryPersistenceLayer) -> None:
+    claim = claimed(layer)
+    assert layer.records() == {"key": claim}
+    layer.records().clear()
+    assert await layer.get("key") == claim
+
+
 def test_expired_records_do_not_pile_up(layer: MemoryPersistenceLayer, clock: FakeClock) -> None:
     sizes = list[int]()
     for number in range(20_000):
         clock.advance(0.01)
         claimed(layer, f"key-{number}")
-        sizes.append(len(layer._records))
+        sizes.append(len(layer.records()))
     live = 600  # kept for less than six seconds, a hundred a second
     assert live / 2 < max(sizes) < 1.3 * live
 

@@ -48,7 +48,7 @@ def defaults(layer: MemoryPersistenceLayer) -> Iterator[None]:
 
 
 def stored(layer: MemoryPersistenceLayer) -> list[DataRecord]:
-    return list(layer._records.values())
+    return list(layer.records().values())
 
 
 class Charger:

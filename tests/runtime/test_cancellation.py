@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import subprocess
+import sys
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -132,7 +134,7 @@ async def settled(layer: PlannedLayer) -> None:
 
 
 def records(layer: PlannedLayer) -> list[Any]:
-    return list(layer.inner._records.values())
+    return list(layer.inner.records().values())
 
 
 def new_layer(kind: Callable[[], PlannedLayer], operation: str | None = None, *faults: Fault) -> PlannedLayer:
@@ -409,13 +411,54 @@ async def test_nothing_spins_while_a_cancelled_scope_waits_for_a_write(kind: Any
     assert turns < 100
 
 
+WITHOUT_ANYIO = """
+import asyncio, sys
+from aidem import idempotent_function
+from aidem.persistence.memory import MemoryPersistenceLayer
+
+runs, begun, may_end = [], asyncio.Event(), asyncio.Event()
+
+class Slow(MemoryPersistenceLayer):
+    async def complete(self, record, *, now):
+        begun.set()
+        await may_end.wait()
+        return await super().complete(record, now=now)
+
+@idempotent_function(persistence_store=Slow())
+async def pay(order):
+    runs.append(order)
+    return "paid"
+
+async def main():
+    first = asyncio.create_task(pay("o-1"))
+    await begun.wait()
+    for _ in range(2):
+        first.cancel()
+        await asyncio.sleep(0)
+    assert not first.done()
+    may_end.set()
+    [error] = await asyncio.gather(first, return_exceptions=True)
+    assert isinstance(error, asyncio.CancelledError), error
+    assert await pay("o-1") == "paid"
+    assert runs == ["o-1"]
+    assert "anyio" not in sys.modules
+
+asyncio.run(main())
+"""
+
+
+def test_a_write_outlasts_a_cancellation_where_anyio_is_not_loaded() -> None:
+    done = subprocess.run([sys.executable, "-c", WITHOUT_ANYIO], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 async def test_a_future_that_is_done_already_is_an_answer() -> None:
     future: UncancellableFuture[int] = UncancellableFuture(loop=asyncio.get_running_loop())
     future.settle(1)
     future.settle(2)
     future.fail(ValueError())
     with CancellationShield() as shield:
-        assert await shield.settle(future) == 1
+        assert await shield.wait_for(future) == 1
 
 
 # --- Ended otherwise --------------------------------------------------------------------------------------------------
@@ -431,7 +474,7 @@ async def test_a_coroutine_closed_while_it_acquires_releases_after_the_claim_was
     coroutine.send(None)
     coroutine.close()
     await asyncio.sleep(3)
-    assert not layer.inner._records
+    assert not layer.inner.records()
     assert layer.calls == ["acquire", "release"]
 
 
@@ -442,10 +485,10 @@ def test_a_key_is_given_back_though_the_loop_shuts_down() -> None:
     async def main() -> None:
         asyncio.ensure_future(made_idempotent(till.charge, layer)(ORDER))  # noqa: RUF006 - left to the shutdown
         await asyncio.sleep(0.1)
-        assert layer.inner._records
+        assert layer.inner.records()
 
     asyncio.run(main())
-    assert not layer.inner._records
+    assert not layer.inner.records()
 
 
 def interrupt() -> None:
@@ -457,9 +500,9 @@ async def test_an_interrupt_while_a_layer_answers_at_once_leaves_no_claim() -> N
     layer, till = InMemory(interrupt), Till()
     with pytest.raises(KeyboardInterrupt):
         await made_idempotent(till.charge, layer)(ORDER)
-    assert len(layer._records) == 1
+    assert len(layer.records()) == 1
     await asyncio.sleep(0.1)
-    assert not layer._records
+    assert not layer.records()
     assert not till.charges
 
 
@@ -481,5 +524,5 @@ async def test_an_observer_that_ends_the_program_leaves_no_claim(kind: EventKind
     call = made_idempotent(Till().charge, layer, wait_timeout_seconds=60, hooks=(Ending(),))
     with pytest.raises(SystemExit):
         await (block.__aenter__() if form == "block" else call(ORDER))
-    assert not layer.inner._records
+    assert not layer.inner.records()
     vanished.cancel()

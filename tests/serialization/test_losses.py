@@ -577,7 +577,7 @@ def layer() -> Iterator[MemoryPersistenceLayer]:
 
 
 def check_unavailable(layer: MemoryPersistenceLayer, logged: str) -> None:
-    (record,) = layer._records.values()
+    (record,) = layer.records().values()
     assert record.outcome is OutcomeKind.UNAVAILABLE
     assert "4242" not in str(record.response_data) + logged
     assert "the result cannot be stored: $.number " in logged

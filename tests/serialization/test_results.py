@@ -46,7 +46,7 @@ def defaults(layer: MemoryPersistenceLayer) -> Iterator[None]:
 
 
 def the_record(layer: MemoryPersistenceLayer) -> DataRecord:
-    (record,) = layer._records.values()
+    (record,) = layer.records().values()
     return record
 
 
@@ -264,7 +264,7 @@ async def test_an_annotation_that_no_serializer_can_follow_is_refused_before_any
     with pytest.raises(error):
         await idempotent_function(output_serializer=serializer)(function)()
     assert ran == []
-    assert not layer._records
+    assert not layer.records()
 
 
 async def test_a_class_without_an_annotation_to_take_is_refused_before_anything_runs() -> None:
@@ -464,7 +464,7 @@ async def test_only_exactly_listed_types_are_outcomes_and_all_others_give_the_ke
             await function()
         assert caught.value is error
         assert function.runs() == runs
-    assert not layer._records
+    assert not layer.records()
 
 
 @pytest.mark.parametrize(
@@ -503,7 +503,7 @@ async def test_a_stored_exception_that_its_type_refuses_now_is_unavailable(layer
     with pytest.raises(DeclinedError):
         await function()
     change(layer, response_data=f'aidem:exception:{{"args": [], "type": "{__name__}.DeclinedError"}}')
-    with pytest.raises(IdempotencyResultUnavailableError, match="cannot be made again"):
+    with pytest.raises(IdempotencyResultUnavailableError, match="cannot be rebuilt"):
         await function()
 
 

@@ -989,7 +989,7 @@ def test_an_exception_that_is_not_listed_is_not_made() -> None:
 )
 def test_text_that_makes_no_exception_is_refused(text: str) -> None:
     assert refusal(exception_from_text, text, (KeywordError, ValueError)).startswith(
-        "the stored exception cannot be made"
+        "the stored exception cannot be rebuilt"
     )
 
 

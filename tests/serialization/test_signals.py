@@ -209,7 +209,7 @@ def test_where_limits_strike_again_and_again_the_effect_still_happens_once(
         front(layer, effect, serializer, config)
     assert limit.struck == 2
     assert "SoftTimeLimitExceeded was raised while it was turned into text" in caplog.text
-    (record,) = layer._records.values()
+    (record,) = layer.records().values()
     assert record.outcome is OutcomeKind.UNAVAILABLE
     with pytest.raises(IdempotencyResultUnavailableError):
         front(layer, effect, serializer, config)
@@ -238,7 +238,7 @@ def test_a_limit_that_strikes_while_a_key_is_made_is_raised_and_nothing_has_run(
     with pytest.raises(SoftTimeLimitExceeded):
         charge({"id": Striking(int=1)})
     assert limit.struck == 1
-    assert not layer._records
+    assert not layer.records()
     charge({"id": Striking(int=1)})
     assert len(runs) == 1
 

@@ -265,7 +265,7 @@ def a_failed_release_replaces_the_error_of_the_body(patch: pytest.MonkeyPatch) -
     def note(self: EngineCall, error: BaseException, failure: Exception) -> None:
         raise failure
 
-    patch.setattr(EngineCall, "_note", note)
+    patch.setattr(EngineCall, "note_failure", note)
 
 
 # --- Outcomes ---------------------------------------------------------------------------------------------------------

@@ -148,7 +148,7 @@ def other_process(layer: PlannedLayer) -> PlannedLayer:
 
 
 def only_record(layer: PlannedLayer) -> Any:
-    [record] = layer.inner._records.values()
+    [record] = layer.inner.records().values()
     return record
 
 

@@ -141,20 +141,24 @@ def no_complaints() -> Iterator[list[dict[str, Any]]]:
 
 FORKING = """
 import asyncio, os, sys
+from aidem._rules.record import DataRecord, RecordStatus
 from aidem.persistence.redis import RedisPersistenceLayer
-from tests.support.redis import acquired
 
 layer = RedisPersistenceLayer(sys.argv[1])
+
+async def acquire(key, owner):
+    claim = DataRecord(idempotency_key=key, status=RecordStatus.INPROGRESS, owner=owner)
+    return type(await layer.acquire(claim, now=0)).__name__
+
 loop = asyncio.new_event_loop()
-loop.run_until_complete(acquired(layer, "parent"))
+loop.run_until_complete(acquire("parent", "parent"))
 for number in range(3):
     child = os.fork()
     if child == 0:
-        answers = asyncio.run(asyncio.wait_for(acquired(layer, f"child {number}", "child"), 20))
-        print(type(answers).__name__, flush=True)
+        print(asyncio.run(asyncio.wait_for(acquire(f"child {number}", "child"), 20)), flush=True)
         sys.exit(0)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-    print(type(loop.run_until_complete(acquired(layer, f"child {number}", "parent"))).__name__, flush=True)
+    print(loop.run_until_complete(acquire(f"child {number}", "parent")), flush=True)
 loop.run_until_complete(layer.aclose())
 loop.close()
 """

@@ -112,7 +112,7 @@ def main(front: str, control: str) -> None:
     for number, _ in zip(itertools.count(), sys.stdin):
         interrupted(lambda: charge(number))  # noqa: B023 - called at once
         struck_at, again = Stage.struck_at, ""
-        was_recorded = any(record.status == "COMPLETED" for record in layer.inner._records.values())
+        was_recorded = any(record.status == "COMPLETED" for record in layer.inner.records().values())
         expected = f"finished {number}"
         if was_recorded and number not in finished:
             expected = "no outcome: the body did not end"
@@ -126,7 +126,7 @@ def main(front: str, control: str) -> None:
 
 async def complete_early(layer: StagedLayer) -> None:
     """Do what nobody may: record the outcome of a body that still runs."""
-    for record in list(layer.inner._records.values()):
+    for record in list(layer.inner.records().values()):
         now = real_now()
         early = lifecycle.completed(record, response_data='"early"', outcome=None, expires_after_seconds=60, now=now)
         await layer.inner.complete(early, now=now)

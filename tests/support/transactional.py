@@ -57,7 +57,8 @@ class TransactionalLayer(MemoryPersistenceLayer):
             raise IdempotencyUsageError("pass an open transaction of layer.begin()")
 
     def complete_in(self, transaction: MemoryTransaction, record: DataRecord, *, now: float) -> Immediate[bool]:
-        is_ours = lifecycle.is_held_by(self._records.get(record.idempotency_key), record.owner)
+        found = self._records.get(record.idempotency_key)
+        is_ours = lifecycle.is_held_by(found, record.owner) and not self.is_held(record.idempotency_key)
         if is_ours:
             shifted = lifecycle.shifted(record, seconds=self.clock() - now)
             transaction.outcomes[record.idempotency_key] = shifted

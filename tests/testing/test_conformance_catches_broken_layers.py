@@ -406,7 +406,7 @@ class CompletesWhereARecordExpiresThisSecond(MemoryPersistenceLayer):
 
 
 def _complete_as_of(layer: MemoryPersistenceLayer, record: DataRecord, judged_now: float, now: float) -> bool:
-    decision = lifecycle.complete(layer._records.get(record.idempotency_key), record, now=judged_now)
+    decision = lifecycle.complete(layer.records().get(record.idempotency_key), record, now=judged_now)
     if decision is lifecycle.Completion.STORE:
         layer._records[record.idempotency_key] = record
     return decision is not lifecycle.Completion.REFUSED

@@ -21,14 +21,14 @@ PAGE = 100
 
 
 class Scans(MemoryPersistenceLayer):
-    """Hands out what `records` says."""
+    """Hands out what `shown` says."""
 
-    def records(self, found: list[DataRecord], **options: Any) -> list[DataRecord]:
+    def shown(self, found: list[DataRecord], **options: Any) -> list[DataRecord]:
         raise NotImplementedError
 
     async def scan(self, **options: Any) -> AsyncGenerator[DataRecord]:
         found = [record async for record in super().scan(**options)]
-        for record in self.records(found, **options):
+        for record in self.shown(found, **options):
             yield record
 
 
@@ -37,7 +37,7 @@ class Scans(MemoryPersistenceLayer):
     "scan_finds_once_what_stays_while_other_records_come_and_go",
 )
 class ScansOnlyTheFirstPage(Scans):
-    def records(self, found: list[DataRecord], **options: Any) -> list[DataRecord]:
+    def shown(self, found: list[DataRecord], **options: Any) -> list[DataRecord]:
         return found[:PAGE]
 
 
@@ -46,19 +46,19 @@ class ScansOnlyTheFirstPage(Scans):
     "scan_finds_once_what_stays_while_other_records_come_and_go",
 )
 class ScansSomeTwice(Scans):
-    def records(self, found: list[DataRecord], **options: Any) -> list[DataRecord]:
+    def shown(self, found: list[DataRecord], **options: Any) -> list[DataRecord]:
         return found + found[PAGE:]
 
 
 @SCANS.breaks("scan_finds_each_record_once_as_it_is_stored", "scan_without_a_prefix_finds_all_records")
 class ScansWithoutNotes(Scans):
-    def records(self, found: list[DataRecord], **options: Any) -> list[DataRecord]:
+    def shown(self, found: list[DataRecord], **options: Any) -> list[DataRecord]:
         return [record.replace(note=None, fence=0) for record in found]
 
 
 @SCANS.breaks("scan_without_a_prefix_finds_all_records")
 class ScansNothingWithoutAPrefix(Scans):
-    def records(self, found: list[DataRecord], *, prefix: str = "", **options: Any) -> list[DataRecord]:
+    def shown(self, found: list[DataRecord], *, prefix: str = "", **options: Any) -> list[DataRecord]:
         return found if prefix else []
 
 

@@ -74,36 +74,36 @@ class _Refused:
 
 
 class DynamoDBPersistenceLayer(OpenedByAsyncWith):
-    """Keeps records in a table, one item each; region, endpoint and credentials come from the AWS environment.
+    """Keeps each record as an item of a table; region, endpoint and credentials come from the AWS environment.
 
-    DynamoDB has no clock that a condition could ask, so claims are judged by their callers' clocks: set
-    `max_clock_skew_seconds` in the config where those may differ.
+    Conditions of DynamoDB cannot read a clock, so leases are judged by the callers' clocks: set
+    `max_clock_skew_seconds` in the config if these can differ.
 
     Args:
-        table_name: The table, or its ARN.
-        key_attr: The partition key.
-        static_pk_value: Under a composite key the partition value of all records; by default
+        table_name: The name or the ARN of the table.
+        key_attr: The partition key. Default: `"id"`.
+        static_pk_value: With a sort key, the partition value of all records. Default:
             `idempotency#{AWS_LAMBDA_FUNCTION_NAME}`.
-        sort_key_attr: The sort key, if the table has one; it then holds the idempotency key.
-        expiry_attr: Epoch seconds; the table's TTL attribute.
-        in_progress_expiry_attr: Epoch milliseconds.
-        status_attr: `INPROGRESS` or `COMPLETED`.
-        data_attr: The result as JSON text.
-        validation_key_attr: The hash of the validated part of the payload.
-        owner_attr: The token of the claim.
-        fence_attr: The number that grows with every claim of the key.
-        lease_expiry_attr: Epoch milliseconds, of claims that must not be taken over.
-        outcome_attr: What is stored instead of a result.
-        note_attr: Text for operators, in clear.
-        boto_config: A `botocore.config.Config` or `AioConfig` on top of the layer's own.
-        session: An `aioboto3.Session` that makes the client.
-        client: An open DynamoDB client of aioboto3 or aiobotocore; it is used as it is and never closed, and the layer
-            then belongs to its event loop.
-        clock: Answers epoch seconds.
+        sort_key_attr: The sort key, which then holds the idempotency key. Default: None, the table has none.
+        expiry_attr: Epoch seconds; the table's TTL attribute. Default: `"expiration"`.
+        in_progress_expiry_attr: Epoch milliseconds. Default: `"in_progress_expiration"`.
+        status_attr: `INPROGRESS` or `COMPLETED`. Default: `"status"`.
+        data_attr: The result as JSON text. Default: `"data"`.
+        validation_key_attr: The hash of the validated part of the payload. Default: `"validation"`.
+        owner_attr: The random token of the claim. Default: `"owner"`.
+        fence_attr: A number that grows with every claim of the key. Default: `"fence"`.
+        lease_expiry_attr: Epoch milliseconds, for claims that must not be taken over. Default: `"lease_expiration"`.
+        outcome_attr: The kind of an outcome that is not a result. Default: `"outcome"`.
+        note_attr: Text for operators, in plain text. Default: `"note"`.
+        boto_config: A `botocore.config.Config` or `AioConfig`, merged into the layer's own. Default: None.
+        session: An `aioboto3.Session` that makes the client. Default: None, aiobotocore makes it.
+        client: An open DynamoDB client of aioboto3 or aiobotocore. It is used unchanged and never closed, and the layer
+            belongs to its event loop. Default: None, the layer makes one for each event loop.
+        clock: Returns epoch seconds. Default: the clock of the machine.
 
     Raises:
-        IdempotencyPersistenceConfigError: No table is named, two attributes have one name, or a client is not
-            asynchronous, not open, or comes with what would make one.
+        IdempotencyPersistenceConfigError: The table has no name, two attributes have the same name, or the client is
+            not asynchronous, is not open, or is passed together with `session` or `boto_config`.
     """
 
     # Slots: what is set on a layer by mistake, such as `layer.client = ...`, is refused.
@@ -133,11 +133,11 @@ class DynamoDBPersistenceLayer(OpenedByAsyncWith):
     ) -> None:
         if not table_name:
             raise IdempotencyPersistenceConfigError(
-                f"table_name={table_name!r} names no DynamoDB table; give its name or its ARN"
+                f"table_name={table_name!r} is not the name of a DynamoDB table; pass its name or its ARN"
             )
         if client is not None and (session is not None or boto_config is not None):
             raise IdempotencyPersistenceConfigError(
-                "a client is used as it is: pass no session or boto_config beside it"
+                "a client is used unchanged: do not pass session or boto_config together with client"
             )
         self.clock = clock
         self._clients = OwnClients(connect_with(session, boto_config)) if client is None else GivenClient(client)
@@ -164,7 +164,7 @@ class DynamoDBPersistenceLayer(OpenedByAsyncWith):
     async def acquire(
         self, record: DataRecord, *, now: float, max_clock_skew_seconds: float = 0.0
     ) -> Claimed | Blocked:
-        """Store a claim unless a live record of somebody else is there."""
+        """Store a claim unless a live record of another owner is there."""
         request = self._requests.claim(
             record, now=now, max_clock_skew_seconds=max_clock_skew_seconds, last_fence=self._last_fence
         )

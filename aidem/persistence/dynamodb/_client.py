@@ -55,7 +55,13 @@ def connect_with(session: Any | None, boto_config: Any | None) -> Connect:
     def connect() -> AbstractAsyncContextManager[Any]:
         config = config_of(boto_config)
         if session is not None:
-            return _client_of(session, config)
+            client: Any = session.client("dynamodb", config=config) if hasattr(session, "client") else None
+            if not hasattr(client, "__aenter__"):
+                raise IdempotencyPersistenceConfigError(
+                    "this session makes no asynchronous client; pass an aioboto3.Session, which has the arguments of "
+                    "boto3's"
+                )
+            return cast("AbstractAsyncContextManager[Any]", client)
         own_session: Any = cast("Any", aiobotocore.session).get_session()
         loader = _loader(own_session.get_config_variable("data_path"))
         own_session.register_component("data_loader", loader)
@@ -63,15 +69,6 @@ def connect_with(session: Any | None, boto_config: Any | None) -> Connect:
         return own_client
 
     return connect
-
-
-def _client_of(session: Any, config: Any) -> AbstractAsyncContextManager[Any]:
-    client: Any = session.client("dynamodb", config=config) if hasattr(session, "client") else None
-    if not hasattr(client, "__aenter__"):
-        raise IdempotencyPersistenceConfigError(
-            "this session makes no asynchronous client; pass an aioboto3.Session, which takes the arguments of boto3's"
-        )
-    return cast("AbstractAsyncContextManager[Any]", client)
 
 
 @cache
@@ -93,8 +90,8 @@ class GivenClient:
     def __init__(self, client: Any) -> None:
         if isinstance(client, BaseClient | ClientCreatorContext) and not isinstance(client, AioBaseClient):
             raise IdempotencyPersistenceConfigError(
-                "this client is one of boto3, or not open; pass what `async with aioboto3.Session().client('dynamodb')`"
-                " gives, or none, and the layer makes its own"
+                "this client is a client of boto3, or it is not open; pass the client of `async with "
+                "aioboto3.Session().client('dynamodb') as client`, or no client, and the layer makes its own"
             )
         self._client = client
 
@@ -124,7 +121,9 @@ class OwnClients:
         this, places = (os.getpid(), asyncio.get_running_loop()), self._places
         place = places.get(this)
         if place is None:
-            _drop_those_of_closed_loops(places)
+            for pid, loop in list(places):
+                if pid == os.getpid() and loop.is_closed():
+                    del places[pid, loop]
             place = places.setdefault(this, _Place())
         return await place.ask(action, self._connect, lambda: _forget(places, this, place))
 
@@ -191,12 +190,6 @@ async def _hold(connect: Connect, forget: Callable[[], Any]) -> AsyncGenerator[A
 def _forget(places: _Places, this: tuple[int, asyncio.AbstractEventLoop], place: _Place) -> None:
     if places.get(this) is place:  # or it was closed, and another took its place
         del places[this]
-
-
-def _drop_those_of_closed_loops(places: _Places) -> None:
-    for pid, loop in list(places):
-        if pid == os.getpid() and loop.is_closed():
-            del places[pid, loop]
 
 
 def _close_soon(places: _Places) -> None:

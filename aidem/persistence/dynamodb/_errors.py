@@ -75,8 +75,8 @@ _UNFIT: Final = _Meaning(
 )
 _CLOSED: Final = _Meaning(
     IdempotencyPersistenceConfigError,
-    "the DynamoDB client is closed, or belongs to another event loop; pass one that is open on this loop, or none, and "
-    "the layer makes its own",
+    "the DynamoDB client is closed, or belongs to another event loop; pass a client that is open on this loop, or no "
+    "client, and the layer makes its own",
 )
 
 # https://docs.aws.amazon.com/amazondynamodb/latest/developerguide/Programming.Errors.html
@@ -139,7 +139,7 @@ _BY_TYPE: Final[tuple[tuple[type[Exception] | tuple[type[Exception], ...], _Mean
         (NoCredentialsError, PartialCredentialsError, CredentialRetrievalError, TokenRetrievalError),
         _Meaning(
             IdempotencyPersistenceConfigError,
-            "AWS credentials cannot be had ({cause}); give the process a role, or set AWS_PROFILE, "
+            "there are no usable AWS credentials ({cause}); give the process a role, or set AWS_PROFILE, "
             "or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
         ),
     ),
@@ -200,13 +200,10 @@ def _meaning_of_answer(code: str, response: dict[str, Any]) -> _Meaning:
     if status == _TOO_LARGE:
         return _ITEM_TOO_LARGE
     if code == _INVALID:
-        return _meaning_of_invalid_request(str(response["Error"].get("Message", "")).lower())
+        # One code stands for everything that can be wrong with a request; only the text tells, and it holds no values.
+        message = str(response["Error"].get("Message", "")).lower()
+        if "item size" in message:
+            return _ITEM_TOO_LARGE
+        return _KEY_TOO_LONG if "size" in message and "key" in message else _UNFIT
     listed = next((meaning for codes, meaning in _BY_CODE if code in codes), _REFUSED)
     return _BUSY if listed is _REFUSED and status >= _SERVER_FAULT else listed
-
-
-def _meaning_of_invalid_request(message: str) -> _Meaning:
-    # One code stands for everything that can be wrong with a request; only the text tells, and it holds no values.
-    if "item size" in message:
-        return _ITEM_TOO_LARGE
-    return _KEY_TOO_LONG if "size" in message and "key" in message else _UNFIT

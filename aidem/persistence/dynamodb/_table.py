@@ -37,7 +37,7 @@ async def check(client: Any, requests: Requests, *, may_be_missing: bool = False
         code = code_of(error)
         if may_be_missing and code == MISSING:
             logger.warning(
-                "DynamoDB table %r does not exist yet: until somebody makes it, for development with "
+                "DynamoDB table %r does not exist yet: until it is created, for development with "
                 "`await layer.create_table()`, every call fails before its function runs",
                 table_name,
             )

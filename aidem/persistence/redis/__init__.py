@@ -46,32 +46,35 @@ MAX_RECORD_BYTES: Final = 64 * 1024 * 1024
 
 
 class RedisPersistenceLayer(OpenedByAsyncWith):
-    """Keeps records in Redis 6.2 or newer, or Valkey; what its settings must be like is in docs/redis.md.
+    """Keeps records in Redis 6.2 or newer, or in Valkey. docs/redis.md says which settings the server needs.
 
     Every operation is one script on one key, judged by the server's clock. All operations of an event loop share one
-    connection to each server; concurrent ones share its round trips.
+    connection to each server; concurrent operations share its round trips.
 
     Args:
-        url: `redis://`, `rediss://` (TLS) or `unix://`, as redis-py understands it; `redis+cluster://host,host2`;
-            `redis+sentinel://host,host2/service/0`. It goes before `host` and the rest. A username and a password in it
-            are percent-encoded.
+        url: `redis://`, `rediss://` (TLS) or `unix://`, with the options of redis-py; `redis+cluster://host,host2`;
+            `redis+sentinel://host,host2/service/0`. A username and a password in it are percent-encoded. With a URL,
+            `host`, `port`, `username`, `password`, `db_index` and `ssl` are ignored.
         host: Name or address of the server.
-        port: Its port.
-        username: A user of its ACL; empty: the default user.
-        password: The password of that user; empty: none.
-        db_index: Number of the database.
-        mode: `"standalone"`, `"cluster"` or `"sentinel"`; some URLs, and a client, say it by themselves.
-        ssl: Whether to use TLS with `host`; certificates are checked.
-        client: A `Redis`, also of `Sentinel.master_for`, or a `RedisCluster` of `redis.asyncio` to take all of this
-            from. The layer connects by itself, as the client would, and never closes the client.
-        shared_with_powertools: Whether to respect the lock of AWS Powertools for Python; None: unless in a cluster.
-        timeout_seconds: How long connecting may take, and then how long an operation.
-        clock: Answers epoch seconds, to judge by instead of the server's clock; for tests.
-        expiry_attr: What the expiry of a record is called in its JSON; the other `_attr` options likewise. Each needs a
-            name of its own.
+        port: Port of the server. Default: 6379.
+        username: A user of the server's ACL. Default: the default user.
+        password: The password of that user. Default: none.
+        db_index: Number of the database. Default: 0.
+        mode: `"standalone"`, `"cluster"` or `"sentinel"`. Default: as the URL or the client says, else `"standalone"`.
+        ssl: Whether to use TLS with `host`; certificates and host names are checked. Default: True.
+        client: A `Redis` or `RedisCluster` of `redis.asyncio`, also one from `Sentinel.master_for`, whose settings are
+            used. The layer makes connections of its own, and never uses, changes or closes the client. It cannot use a
+            client with a connection class other than redis-py's own, or with a `redis_connect_func`.
+        shared_with_powertools: Whether to respect the lock that AWS Powertools for Python sets when it takes over a
+            record. Default: True, except in a cluster, where it is not possible.
+        timeout_seconds: How long connecting may take, and then how long an operation. Default: 5.
+        clock: Returns epoch seconds, to judge by instead of the server's clock; for tests. Default: none.
+        expiry_attr: Name of the expiry in the JSON text of a record; the other `_attr` options name the other fields.
+            All names must differ. Defaults: those of AWS Powertools.
 
     Raises:
-        IdempotencyPersistenceConfigError: The options cannot work.
+        IdempotencyPersistenceConfigError: An option has a value that cannot work, the options name no server, or the
+            client cannot be used.
     """
 
     # Slots: what is set on a layer by mistake, such as `layer.client = ...`, is refused.
@@ -151,7 +154,7 @@ class RedisPersistenceLayer(OpenedByAsyncWith):
         now: float,
         max_clock_skew_seconds: float = 0.0,  # noqa: ARG002 - the server's clock is the only one
     ) -> UncancellableFuture[Claimed | Blocked]:
-        """Store a claim unless a live record of somebody else is there."""
+        """Store a claim unless a live record of another owner is there."""
         key = record.idempotency_key
         keys = (key, f"{key}:lock") if self._respects_lock else (key,)
         return self._ask(
@@ -199,7 +202,7 @@ class RedisPersistenceLayer(OpenedByAsyncWith):
         )
 
     def renew(self, record: DataRecord, *, now: float) -> UncancellableFuture[DataRecord | None]:
-        """Set the instants of our claim."""
+        """Set the instants of a claim of the same owner."""
         key = record.idempotency_key
         return self._ask(
             (1, key, *self._judge(record), *durations(record, now=now)),
@@ -208,15 +211,15 @@ class RedisPersistenceLayer(OpenedByAsyncWith):
         )
 
     def release(self, record: DataRecord) -> UncancellableFuture[bool]:
-        """Delete our claim."""
+        """Delete a claim of the same owner."""
         return self._ask((1, record.idempotency_key, *self._judge(record)), bool, self._scripts.release)
 
     def get(self, key: str) -> UncancellableFuture[DataRecord | None]:
-        """Return the record of a key as it is stored now."""
+        """Return the record of a key as it is stored."""
         return self._ask(("GET", key), lambda reply: self._text.read(key, reply))
 
     async def forget(self, key: str) -> None:
-        """Drop any record of the key."""
+        """Delete any record of the key."""
         await self._ask(("DEL", key), lambda _reply: None)
 
     def scan(
@@ -230,26 +233,26 @@ class RedisPersistenceLayer(OpenedByAsyncWith):
         return selected(self._pages(prefix), status=status, limit=limit)
 
     async def wait_for_change(self, key: str, timeout_seconds: float) -> None:
-        """Return when the record was completed or released, or after the timeout.
+        """Return when the record has been completed or released, or after the timeout.
 
         Raises:
-            IdempotencyPersistenceLayerError: The server does not let us listen.
+            IdempotencyPersistenceLayerError: The server cannot be reached, or its ACL forbids to listen.
         """
         try:
             await self._connections.here().listener.wait(f"{CHANNEL}{key}", timeout_seconds=timeout_seconds)
         except IdempotencyPersistenceConfigError as error:
             if not self._is_deafness_logged:
                 self._is_deafness_logged = True
-                logger.warning("Redis: callers that wait are not woken, and ask again after a while instead: %s", error)
+                logger.warning("Redis: waiting callers are not woken, and poll instead: %s", error)
             raise
 
     # --- Life -------------------------------------------------------------------------------------------------------
 
     async def open(self) -> None:
-        """Connect, and look whether the server can keep the promises; what endangers them is logged, once.
+        """Connect and check the settings of the server; those that endanger records are logged, once.
 
         Raises:
-            IdempotencyPersistenceLayerError: It cannot be reached or used.
+            IdempotencyPersistenceLayerError: The server cannot be reached or used.
         """
         problems = await _checks.problems(await self._connections.here().line.nodes(), mode=self._mode)
         if not self._is_checked:
@@ -258,13 +261,13 @@ class RedisPersistenceLayer(OpenedByAsyncWith):
                 logger.warning("Redis: %s", problem)
 
     async def aclose(self) -> None:
-        """Finish what was asked so far in this event loop, then close its connection."""
+        """Wait for the operations of this event loop that have begun, then close its connections."""
         await self._connections.aclose()
 
     # --- Inside -----------------------------------------------------------------------------------------------------
 
     def _judge(self, record: DataRecord) -> tuple[str | int, str]:
-        """Return what every script begins with: the clock to judge by, if it is not the server's, and our token."""
+        """Return the first arguments of every script: the time to judge by (empty: the server's) and the owner."""
         now = "" if self._own_clock is None else lifecycle.milliseconds(self._own_clock())
         return now, record.owner or ""
 

@@ -1,4 +1,4 @@
-"""What a server says of itself that endangers the promises."""
+"""Settings of servers that endanger records."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ OLDEST_VERSION: Final = (6, 2)
 
 
 async def problems(nodes: Iterable[Line], *, mode: str) -> list[str]:
-    """Say which settings of servers endanger records, as far as their ACL lets us look.
+    """Return which settings of servers endanger records, as far as their ACL shows them.
 
     Args:
-        nodes: The lines to them.
-        mode: How they keep records together.
+        nodes: The lines to the servers.
+        mode: How they keep records: `"standalone"`, `"cluster"` or `"sentinel"`.
 
     Raises:
         IdempotencyPersistenceLayerError: One cannot be reached.
@@ -38,9 +38,9 @@ async def problems(nodes: Iterable[Line], *, mode: str) -> list[str]:
 
 
 async def _if_allowed(reply: UncancellableFuture[Any]) -> Any:
-    """Return the reply; None where the ACL, or whoever runs the server, has forbidden the command."""
+    """Return the reply; None where the ACL forbids the command, or the server does not have it."""
     try:
-        await reply.waiter()  # which can be cancelled at once, as the reply cannot
+        await reply.waiter()  # can be cancelled at once, unlike the reply
         return reply.result()
     except IdempotencyPersistenceLayerError as error:
         if isinstance(error.__cause__, ReplyError) and error.__cause__.code in {"NOPERM", "ERR"}:
@@ -49,12 +49,12 @@ async def _if_allowed(reply: UncancellableFuture[Any]) -> Any:
 
 
 def _info(reply: bytes) -> dict[str, str]:
-    """Return what INFO answered, by name."""
+    """Return the fields of a reply to INFO, by name."""
     return dict(re.findall(r"^(\w+):(.*?)\r?$", reply.decode(errors="replace"), re.MULTILINE))
 
 
 def _check_version(version: str) -> None:
-    """Refuse a server that lacks what the scripts need."""
+    """Refuse a server that is too old for the scripts."""
     numbers = tuple(map(int, re.findall(r"\d+", version)[:2]))
     if numbers and numbers < OLDEST_VERSION:
         raise IdempotencyPersistenceConfigError(f"this server is Redis {version}; aidem needs 6.2 or newer, or Valkey")
@@ -72,7 +72,7 @@ def _problems(info: dict[str, str], *, save: str, mode: str) -> Iterator[str]:
             "appendonly is no and save is empty: when Redis restarts, all records are gone, and calls may run twice; "
             "set appendonly to yes"
         )
-    # INFO tells how many good replicas there are only where that setting is on.
+    # INFO has the number of good replicas only where that setting is on.
     if mode == "sentinel" and "connected_slaves" in info and "min_slaves_good_slaves" not in info:
         yield (
             "min-replicas-to-write is 0: a primary that is cut off while another takes its place goes on acknowledging "

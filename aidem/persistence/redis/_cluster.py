@@ -1,11 +1,12 @@
-"""The lines to the nodes of a cluster: a command goes to the node that has the slot of its key.
+"""A cluster: one line to each primary, and each command goes to the node that has the slot of its key.
 
-The nodes are asked who has which slots when nobody is known to have one, and again when a node sends a command
-elsewhere, or is lost. What was not sent, or was refused, goes where the slot is then; until its time is over.
+A node is asked for the map of slots when the map has no node for a slot, when a node redirects a command, and when a
+connection is lost. Commands that were refused or not sent then go to the node that has their slot, until
+`timeout_seconds` have passed.
 
-Why not redis-py's `RedisCluster`: while a slot moves, it sends `ASKING` and the command after it on different pooled
-connections, and while its `default_node` is None, scripts with keys go to random nodes. In a trial one key so got two
-owners during a resharding. It is slower, too, and `docs/internals.md` has the rest.
+redis-py's `RedisCluster` is not used: while a slot moves, it sends `ASKING` and the command after it on different
+connections of its pool, and while its `default_node` is None, it sends scripts with keys to random nodes. In a trial
+one key got two owners during a resharding. `docs/internals.md` has the other reasons.
 """
 
 from __future__ import annotations
@@ -41,20 +42,20 @@ Address = tuple[str, int]
 """Host and port."""
 
 DETOURS_AT_MOST: Final = 5
-"""How often a command follows what nodes say, before it waits until they are asked anew."""
+"""How many redirections a command follows before it waits for a new map of slots."""
 
 PAUSE_SECONDS: Final = 0.1
-"""How long the nodes are left alone after they were asked."""
+"""The shortest time between two questions for the map of slots."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Shard:
-    """Slots, and who has them.
+    """A range of slots and its nodes.
 
     Attributes:
         first: The first slot.
         last: The last slot.
-        nodes: The primary, and then its replicas.
+        nodes: The primary, followed by its replicas.
     """
 
     first: int
@@ -66,9 +67,9 @@ class _Stray:
     """A command that was not served where it was sent.
 
     Attributes:
-        failure: What came of it last.
-        detours: How often that happened.
-        timer: Gives it up.
+        failure: The last error.
+        detours: How often it was not served.
+        timer: Fails the command when its time has passed.
     """
 
     __slots__ = ("detours", "failure", "timer")
@@ -80,12 +81,13 @@ class _Stray:
 
 
 class Cluster:
-    """Takes commands from anywhere in one event loop.
+    """Takes the commands of one event loop.
 
     Args:
-        seeds: Nodes to ask first; the others are like the first of them.
-        timeout_seconds: How long connecting may take, then how long an operation, and how long one may go astray.
-        remap: Turns what the nodes call themselves into where they are.
+        seeds: The nodes that are asked first. Other nodes are connected to with the options of the first one.
+        timeout_seconds: How long connecting may take, then how long an operation, and how long a command may be
+            redirected or wait for a node.
+        remap: Maps the address that nodes announce to the address to connect to. Default: no change.
     """
 
     def __init__(
@@ -105,7 +107,7 @@ class Cluster:
         self._is_closed = False
 
     def ask(self, command: Command[Any]) -> None:
-        """Send a command to the node that has its key; its future is settled, whatever happens."""
+        """Send a command to the node that has its key; its future is always settled."""
         line = self._line_of_slot[key_slot(command.key.encode())]
         if line is None:
             self._hold(command)
@@ -113,16 +115,16 @@ class Cluster:
             line.ask(command)
 
     async def nodes(self) -> Sequence[Line]:
-        """Ask for the nodes; return the lines to all primaries."""
+        """Ask for the map of slots; return the lines to all primaries."""
         await self._find()
         return [line for line in dict.fromkeys(self._line_of_slot) if line is not None]
 
     async def reach(self, attempt: Callable[[Server, float], Awaitable[T]], *, timeout_seconds: float) -> T:
-        """Try one node after the other; what is published at one is heard at all."""
+        """Try one node after the other; a message published at one node reaches the subscribers of all."""
         return await first_of(self._known, attempt, timeout_seconds=timeout_seconds)
 
     async def aclose(self) -> None:
-        """Finish what was asked so far, then close all connections."""
+        """Wait for the commands that were asked so far, then close all connections."""
         while pending := self._pending():
             await asyncio.wait(pending)
         await self.abort()
@@ -136,14 +138,14 @@ class Cluster:
         for line in self._lines.values():
             await line.abort()
 
-    # --- Commands that go astray ------------------------------------------------------------------------------------
+    # --- Commands that are not served -------------------------------------------------------------------------------
 
     def redirected(self, line: Line, command: Command[Any], error: ReplyError) -> bool:
-        """Whether a command that a node has refused goes on elsewhere."""
+        """Return whether a command that a node has refused is sent to another node, or waits for one."""
         if isinstance(command, Question) or error.code not in {"MOVED", "ASK", "TRYAGAIN", "CLUSTERDOWN"}:
             return False
         stray = self._stray(command, translated(error))
-        command.asked_at = self._loop.time()  # or the next node would have but the rest of the time of this one
+        command.asked_at = self._loop.time()  # the next node gets the full time-out, too
         if error.address is None or stray.detours > DETOURS_AT_MOST:
             self._hold(command)
             return True
@@ -158,7 +160,7 @@ class Cluster:
         return True
 
     def stranded(self, line: Line, commands: Sequence[Command[Any]], failure: IdempotencyPersistenceLayerError) -> None:
-        """Send what a node did not get where its slots are by now; no connection means that the node may be gone."""
+        """Send commands that a node did not get to the nodes that have their slots by now; the node may be gone."""
         self._line_of_slot = [None if each is line else each for each in self._line_of_slot]
         for command in commands:
             if isinstance(command, Asking):
@@ -186,7 +188,7 @@ class Cluster:
     def _settled(self, command: Command[Any], _future: asyncio.Future[Any]) -> None:
         self._strays.pop(command).timer.cancel()
 
-    # --- Who has which slots ----------------------------------------------------------------------------------------
+    # --- The map of slots -------------------------------------------------------------------------------------------
 
     def _hold(self, command: Command[Any]) -> None:
         if self._is_closed:
@@ -197,7 +199,7 @@ class Cluster:
 
     def _look(self) -> None:
         if self._looking is None and not self._is_closed:
-            # In an empty context: what it connects outlives the caller, and must not keep what that has in its own.
+            # In an empty context: connections outlive the caller, and must not keep its context variables alive.
             name = "aidem looks for the nodes of a Redis cluster"
             self._looking = self._loop.create_task(self._find(), name=name, context=Context())
             self._looking.add_done_callback(self._looked)
@@ -232,7 +234,7 @@ class Cluster:
             self._line_of_slot[shard.first : shard.last + 1] = lines
         nodes = [self._server_at(node) for node in dict.fromkeys(node for shard in shards for node in shard.nodes)]
         places = {node.address for node in nodes}
-        random.shuffle(nodes)  # one that is cut off from the others is then not asked again and again
+        random.shuffle(nodes)  # so that a node that is cut off from the others is not always asked first
         self._known = [*nodes, *(seed for seed in self._seeds if seed.address not in places)]
 
     def _line_to(self, address: Address) -> Line:
@@ -255,10 +257,10 @@ class Cluster:
 
 
 async def _shards_seen_by(node: Server, timeout_seconds: float) -> list[_Shard]:
-    """Ask a node how its cluster is made up.
+    """Ask a node for the map of slots.
 
     Raises:
-        IdempotencyPersistenceLayerError: It does not say.
+        IdempotencyPersistenceLayerError: It cannot be reached, or refuses.
         IdempotencyPersistenceConfigError: It is not a node of a cluster.
     """
     try:
@@ -270,16 +272,16 @@ async def _shards_seen_by(node: Server, timeout_seconds: float) -> list[_Shard]:
             ) from error
         raise
     return [
-        _Shard(first=first, last=last, nodes=tuple(_address(entry, said_by=node) for entry in nodes))
+        _Shard(first=first, last=last, nodes=tuple(_address(entry, seen_by=node) for entry in nodes))
         for first, last, *nodes in reply
     ]
 
 
-def _address(entry: list[Any], *, said_by: Server) -> Address:
-    """Return the address of a node; one that has no name is where the one is that says so."""
+def _address(entry: list[Any], *, seen_by: Server) -> Address:
+    """Return the address of a node; a node without a name has the host of the node that answers."""
     host, port, *_ = entry
     name = (host or b"").decode()
-    return said_by.host if name in {"", "?"} else name, port
+    return seen_by.host if name in {"", "?"} else name, port
 
 
 _NOT_SERVED: Final = "no node of the Redis cluster serves the slot of the key; repair the cluster"

@@ -1,4 +1,4 @@
-"""The connections of one layer: a line and a listener per event loop and process, closed with their loop."""
+"""The connections of one layer: a line and a listener for each event loop and process, closed with their loop."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ if TYPE_CHECKING:
 
 
 class Lines(Protocol):
-    """What takes commands: the line to one server, or the lines to the nodes of a cluster."""
+    """Takes commands: the line to one server, or the lines to the nodes of a cluster."""
 
     def ask(self, command: Command[Any]) -> None:
-        """Send a command to where its key is; its future is settled, whatever happens."""
+        """Send a command to the server that has its key; its future is always settled."""
         ...
 
     async def nodes(self) -> Sequence[Line]:
         """Return the line to each server that takes writes.
 
         Raises:
-            IdempotencyPersistenceLayerError: It is not known which they are.
+            IdempotencyPersistenceLayerError: The nodes of a cluster cannot be asked for.
         """
         ...
 
     async def aclose(self) -> None:
-        """Finish what was asked so far, then close all connections."""
+        """Wait for the commands that were asked so far, then close all connections."""
         ...
 
     async def abort(self) -> None:
@@ -43,11 +43,11 @@ class Lines(Protocol):
 
 
 class Connections:
-    """What the calls of one event loop share.
+    """The connections that the calls of one event loop share.
 
     Attributes:
         line: Takes commands.
-        listener: Hears of changes.
+        listener: Tells waiters of changes.
     """
 
     __slots__ = ("line", "listener")
@@ -57,7 +57,7 @@ class Connections:
         self.listener = listener
 
     async def aclose(self) -> None:
-        """Finish what was asked so far, then close them."""
+        """Wait for the commands that were asked so far, then close them."""
         await self.line.aclose()
         await self.listener.abort()
 
@@ -77,7 +77,7 @@ class ConnectionsByLoop:
         _all.add(self)
 
     def here(self) -> Connections:
-        """Return those of this loop, made where it is the first time."""
+        """Return the connections of this event loop; the first call makes them."""
         loop = asyncio.get_running_loop()
         found = self._by_loop.get(loop)
         if found is None:
@@ -89,7 +89,7 @@ class ConnectionsByLoop:
         return found[0]
 
     async def aclose(self) -> None:
-        """Close those of this loop; other loops close theirs when they end."""
+        """Close the connections of this event loop; those of other loops are closed when their loops end."""
         with self._lock:
             found = self._by_loop.pop(asyncio.get_running_loop(), None)
         if found is not None:
@@ -98,17 +98,17 @@ class ConnectionsByLoop:
             await guard.aclose()
 
     def leave_to_parent(self) -> None:
-        """Forget everything, in a forked child: the sockets are the parent's, and nothing may be said on them."""
+        """Forget all connections, in a forked child: the sockets are the parent's, and must not be used."""
         _inherited.append(self._by_loop)
         self._by_loop = {}
         self._lock = Lock()
 
 
 def _closed_with_its_loop(connections: Connections) -> AsyncGenerator[None]:
-    """Return what closes them when it is dropped, and when its loop shuts its asynchronous generators down."""
+    """Return a generator that closes them when it is dropped, and when its loop shuts down its generators."""
     guard = _guard(connections)
     with suppress(StopIteration):
-        guard.asend(None).send(None)  # up to its yield: from here on the loop knows it
+        guard.asend(None).send(None)  # up to its yield; from here on the loop knows the generator
     return guard
 
 
@@ -120,7 +120,7 @@ async def _guard(connections: Connections) -> AsyncGenerator[None]:
 
 
 _all: Final[WeakSet[ConnectionsByLoop]] = WeakSet()
-_inherited: Final[list[object]] = []  # kept, as what finalizes a connection would close it
+_inherited: Final[list[object]] = []  # kept, as their finalizers would close the sockets
 
 
 def _after_fork_in_child() -> None:

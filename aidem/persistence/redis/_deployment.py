@@ -29,21 +29,21 @@ _SENTINEL_FORM: Final = "redis+sentinel://host:26379,host2:26379/service/0"
 
 
 class Deployment(Protocol):
-    """Servers that keep records together.
+    """The server or servers that keep the records.
 
     Attributes:
-        mode: In which way.
+        mode: How they do that.
     """
 
     mode: Mode
 
     def connections(self, *, timeout_seconds: float) -> Connections:
-        """Return what leads to them, for the running event loop; nothing is connected yet."""
+        """Return the connections of the running event loop; nothing is connected yet."""
         ...
 
 
 class Single:
-    """One server, or whichever one takes the writes at a time."""
+    """One server, or the primary that sentinels name."""
 
     def __init__(self, endpoint: Endpoint, *, mode: Mode) -> None:
         self._endpoint = endpoint
@@ -72,10 +72,10 @@ class Sharded:
 
 
 def deployment_of(client: object, *, url: str, mode: Mode, **options: Any) -> Deployment:
-    """Return what to connect to.
+    """Return the servers that the options name.
 
     Raises:
-        IdempotencyPersistenceConfigError: The options do not name it, or something of another kind.
+        IdempotencyPersistenceConfigError: They name none, or servers that do not fit the mode.
     """
     if client is not None:
         found = _of_client(client)
@@ -89,10 +89,10 @@ def deployment_of(client: object, *, url: str, mode: Mode, **options: Any) -> De
 
 
 def is_lock_respected(shared_with_powertools: bool | None, *, mode: Mode) -> bool:  # noqa: FBT001 - an option's value
-    """Return whether the lock of Powertools is looked at and set.
+    """Return whether the lock of Powertools is respected and set.
 
     Raises:
-        IdempotencyPersistenceConfigError: It cannot be.
+        IdempotencyPersistenceConfigError: It is asked for in a cluster.
     """
     if shared_with_powertools and mode == "cluster":
         raise IdempotencyPersistenceConfigError(
@@ -118,7 +118,7 @@ def _of_client(client: object) -> Deployment:
 
 def _of_cluster_client(client: RedisCluster) -> Deployment:
     manager: Any = client.nodes_manager
-    # What a client that reads from replicas does with its connections is nothing for ours, which write.
+    # A client that reads from replicas has a redis_connect_func for them; aidem connects to primaries only.
     seeds = [_server_of(node, without="redis_connect_func") for node in manager.startup_nodes.values()]
     return Sharded(seeds, remap=manager.remap_host_port)
 
@@ -140,7 +140,7 @@ def _of_sentinel_pool(pool: Any) -> Deployment:
 
 
 def _server_of(pool: Any, *, without: str = "") -> Server:
-    """Return the server of a pool, or of a node, which has the same attributes."""
+    """Return the server of a pool, or of a node of a cluster, which has the same attributes."""
     options = {name: value for name, value in pool.connection_kwargs.items() if name != without}
     return Server(pool.connection_class, options)
 
@@ -200,9 +200,10 @@ def servers_of_url(url: str) -> list[Server]:
 
 
 def sentinels_of_url(url: str) -> tuple[list[Server], str, Server]:
-    """Return the sentinels, the service they look after, and a server that differs from its primary in its place alone.
+    """Return the sentinels, the name of the service, and a server that differs from its primary only in its place.
 
-    User and options are those of the primary. What begins with `sentinel_` is for the sentinels, and `ssl_` for both.
+    User and options are those of the primary. Options that begin with `sentinel_` are for the sentinels, and those that
+    begin with `ssl_` for both.
 
     Raises:
         IdempotencyPersistenceConfigError: It does not name them.
@@ -228,7 +229,7 @@ def _readable() -> Generator[None]:
     try:
         yield
     except (ValueError, TypeError, RedisError):
-        # Without its cause: the URL may hold a password, and what redis-py and Python say of it quotes the URL.
+        # Without its cause: the URL may hold a password, and the messages of redis-py and Python quote it.
         raise IdempotencyPersistenceConfigError(
             f"this URL names no Redis server; write {FORMS}. Use no option that redis-py does not know, and "
             f"percent-encode {ENCODED} in a username and a password, as urllib.parse.quote(password, safe='') does"
@@ -236,7 +237,7 @@ def _readable() -> Generator[None]:
 
 
 def _split(url: str) -> SplitResult:
-    """Return the parts of a URL; a password that is not percent-encoded would be taken for something else."""
+    """Return the parts of a URL; raise ValueError where a password may not be percent-encoded."""
     parts = urlsplit(url)
     if "@" in parts.path or parts.fragment or url.endswith("#"):
         raise ValueError
@@ -245,7 +246,7 @@ def _split(url: str) -> SplitResult:
 
 
 def _places(parts: SplitResult) -> tuple[str, list[str]]:
-    """Return the user with an at sign, if there is one, and each host with its port."""
+    """Return the user and the password with the at sign, if there are any, and each host with its port."""
     user, at, places = parts.netloc.rpartition("@")
     hosts = places.split(",")
     if not all(hosts):

@@ -1,4 +1,4 @@
-"""What a server, a connection and redis-py can answer, as errors of aidem."""
+"""Error replies of servers and exceptions of redis-py and of the network, as errors of aidem."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class ReplyError(Exception):
     """The server answered with an error.
 
     Attributes:
-        code: Its first word, such as `READONLY`. The rest may show what was sent, and is not kept.
-        address: With MOVED or ASK: host and port of the node to ask; no host means the one that says so.
+        code: Its first word, such as `READONLY`. The rest may quote arguments, and is not kept.
+        address: With MOVED or ASK: host and port of the node to ask; an empty host means the host of this node.
     """
 
     def __init__(self, text: str) -> None:
@@ -41,7 +41,7 @@ class ReplyError(Exception):
 
     @property
     def ends_connection(self) -> bool:
-        """Whether a new connection may lead to a server that does not answer so."""
+        """Whether a new connection may lead to a server that accepts the command."""
         return self.code in {"READONLY", "MASTERDOWN"}
 
 
@@ -57,7 +57,7 @@ _TRY_AGAIN: Final = {
     "TRYAGAIN": "it is moving the slot of the key; try again",
     "MOVED": "it is a node of a cluster and another node has the key; use mode='cluster'",
     "ASK": "it is a node of a cluster and is moving the key to another node; use mode='cluster'",
-    "BUSY": "it is busy with a script of somebody; wait, or end that one with SCRIPT KILL",
+    "BUSY": "it is running a slow script; wait, or end the script with SCRIPT KILL",
     "MISCONF": "it cannot write its data set to its disk and refuses writes; see the server's log",
     "NOREPLICAS": "it has too few replicas for min-replicas-to-write; repair them, or lower that setting",
 }
@@ -65,13 +65,17 @@ _REFUSED: Final = {
     "NOAUTH": "it wants a password; give the layer username and password, or a URL with them",
     "WRONGPASS": "it does not accept the username or the password",
     "NOPERM": "its ACL denies this user a command or key; see ACL LOG, and docs/redis.md for what aidem uses",
-    "WRONGTYPE": "a key of aidem holds something that is not a string; use another key_prefix or database",
+    "WRONGTYPE": "the key holds a value that is not a string; use another key_prefix or database",
 }
 
 
 def translated(error: ReplyError) -> IdempotencyPersistenceLayerError:
     """Return the error for a command that the server answered with an error."""
-    problem = _TRY_AGAIN.get(error.code) or _REFUSED.get(error.code) or "aidem did not expect that; see its log"
+    problem = (
+        _TRY_AGAIN.get(error.code)
+        or _REFUSED.get(error.code)
+        or "aidem does not expect this error; see the log of the server"
+    )
     text = f"Redis answered {error.code}: {problem}"
     failure = IdempotencyPersistenceLayerError(text)
     if error.code in _TRY_AGAIN:
@@ -98,7 +102,7 @@ def connecting_failed(error: Exception, *, address: str, timeout_seconds: float)
         f"Redis at {address} cannot be reached ({what}): see that it runs, that the network leads there, and that it "
         "expects TLS (rediss://, ssl=True) if the layer does, and else not (redis://, ssl=False)"
     )
-    failure.may_be_applied = False  # what waits for a connection was not sent
+    failure.may_be_applied = False  # commands that wait for a connection were not sent
     return failure
 
 
@@ -113,14 +117,14 @@ def listening_failed(error: Exception) -> IdempotencyPersistenceLayerError:
 
 
 def failure_of(task: asyncio.Task[None]) -> IdempotencyPersistenceLayerError | None:
-    """Return why a task that connects failed; None: it did not."""
+    """Return the error of a task that connects; None: it succeeded."""
     if task.cancelled():
         return IdempotencyPersistenceConnectionError(CLOSED)
     return cast("IdempotencyPersistenceLayerError | None", task.exception())
 
 
 def copy_of(error: IdempotencyPersistenceLayerError) -> IdempotencyPersistenceLayerError:
-    """Return an error for one of many callers: each may add notes to its own."""
+    """Return a copy for one of several callers, as each may add notes to its own."""
     copy = type(error)(str(error))
     copy.may_be_applied = error.may_be_applied
     copy.__cause__ = error.__cause__
@@ -128,7 +132,7 @@ def copy_of(error: IdempotencyPersistenceLayerError) -> IdempotencyPersistenceLa
 
 
 def _refusal(error: BaseException) -> str | None:
-    """Return what has to be changed before a connection can work; None: nothing that this error shows."""
+    """Return what has to be changed before a connection can work; None: the error shows nothing of that kind."""
     if isinstance(error, ssl.SSLCertVerificationError):
         return (
             "this machine does not trust its certificate for that host; "

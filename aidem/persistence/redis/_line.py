@@ -1,8 +1,8 @@
-"""The line to one server from one event loop: it connects when it is needed, and again after the connection broke.
+"""The line from one event loop to one server: it connects on first use, and again after the connection was lost.
 
-An idle connection is written to at once, so one task alone pays no delay. While replies are outstanding, commands
-collect, and go out together when the next replies have come, or when there are enough of them to keep the server busy
-while we go on.
+A command goes out at once while the connection is idle, so that one task alone has no delay. While replies are
+outstanding, commands collect. They go out together when the next replies have come, or as soon as there are enough of
+them to keep the server busy.
 """
 
 from __future__ import annotations
@@ -25,28 +25,28 @@ if TYPE_CHECKING:
     from aidem.persistence.redis._server import Endpoint, Server
 
 IDLE_SECONDS: Final = 1.0
-"""After how long a connection is looked at before it is written to."""
+"""After how much idle time a connection is checked before it is written to."""
 
 COLLECTED_AT_MOST: Final = 16
-"""How many commands collect while replies are outstanding."""
+"""How many commands collect at most while replies are outstanding."""
 
 
 class Detours(Protocol):
-    """Knows what becomes of commands that one server of many does not serve."""
+    """Handles commands that one server of several does not serve."""
 
     def redirected(self, line: Line, command: Command[Any], error: ReplyError) -> bool:
-        """Whether a command that the server has refused goes on elsewhere."""
+        """Return whether a command that the server has refused is sent to another one, or waits for one."""
         ...
 
     def stranded(self, line: Line, commands: Sequence[Command[Any]], failure: IdempotencyPersistenceLayerError) -> None:
-        """Take what was not sent: there is no connection any more, or none could be made."""
+        """Take commands that were not sent, as the connection was lost or could not be made."""
 
 
 class Line:
-    """Takes commands from anywhere in one event loop.
+    """Takes the commands of one event loop for one server.
 
     Attributes:
-        server: Where they go.
+        server: The server, or the servers of which one is connected to.
     """
 
     def __init__(self, server: Endpoint, *, timeout_seconds: float, detours: Detours | None = None) -> None:
@@ -60,7 +60,7 @@ class Line:
         self._connecting: asyncio.Task[None] | None = None
 
     def ask(self, command: Command[Any]) -> None:
-        """Send a command as soon as that makes sense; its future is settled, whatever happens."""
+        """Send a command, now or with others; its future is always settled."""
         wire = self._wire
         if wire is None or wire.sent or self._is_flush_due:
             self.again(command)
@@ -69,23 +69,23 @@ class Line:
             self._flush()
 
     def query(self, *arguments: str) -> UncancellableFuture[Any]:
-        """Send a command; answer the reply as it comes."""
+        """Send a command; return a future of its reply."""
         future: UncancellableFuture[Any] = UncancellableFuture(loop=self._loop)
         self.ask(Question(future, *arguments))
         return future
 
     def ask_importing(self, command: Command[Any]) -> None:
         """Send a command to a node that is importing its slot."""
-        command.in_full()  # if it was sent again because the node does not know the script, it would not be let in
+        command.in_full()  # ASKING counts for one command: EVAL after a NOSCRIPT error would not be let in
         self._waiting.append(Asking(command))
         self.ask(command)
 
     async def nodes(self) -> Sequence[Line]:
-        """Return all that records are kept behind: itself."""
+        """Return itself."""
         return (self,)
 
     def again(self, command: Command[Any]) -> None:
-        """Send a command with what goes out next."""
+        """Send a command with the next ones."""
         self._waiting.append(command)
         if self._wire is None:
             self._connect()
@@ -93,14 +93,14 @@ class Line:
             self._write(self._wire)
 
     def goes_on(self, command: Command[Any], error: ReplyError) -> bool:
-        """Whether a command that was answered with an error is sent once more, here or elsewhere."""
+        """Return whether a command that was answered with an error is sent once more, here or elsewhere."""
         if command.wants_source(error):
             self.again(command)
             return True
         return self._detours is not None and self._detours.redirected(self, command, error)
 
     def heard(self) -> None:
-        """Send what was collected, and what those who got the replies ask for now."""
+        """Send the commands that have collected, and those that the receivers of the replies ask for now."""
         self._is_flush_due = True
         self._loop.call_soon(self._flush)
 
@@ -113,11 +113,11 @@ class Line:
                 self._detours.stranded(self, waiting, IdempotencyPersistenceConnectionError(LOST))
                 return
             for command in waiting:
-                command.future.give_up_at(command.asked_at + self._timeout_seconds)  # it has waited before
+                command.future.give_up_at(command.asked_at + self._timeout_seconds)  # its waiting time counts
                 self.again(command)
 
     async def aclose(self) -> None:
-        """Finish what was asked so far, then close the connection; a later command opens it anew."""
+        """Wait for the commands that were asked so far, then close the connection; a later command connects again."""
         while pending := self.pending():
             await asyncio.wait(pending)
         await self.abort()
@@ -133,19 +133,19 @@ class Line:
             await asyncio.wait([wire.closed])
 
     def pending(self) -> list[asyncio.Future[Any]]:
-        """Return what was asked and is not answered yet."""
+        """Return the futures of commands that are not answered yet."""
         sent = () if self._wire is None else self._wire.sent
         return [command.future for command in (*self._waiting, *sent) if not command.future.done()]
 
     def _flush(self, *, has_looked: bool = False) -> None:
         wire = self._wire
         if wire is not None and not has_looked and self._has_been_idle(wire):
-            # Two turns of the loop tell whether the server has closed it meanwhile: the process may have been frozen.
+            # The process may have been frozen: in two turns of the loop it learns whether the server has closed it.
             self._is_flush_due = True
             self._loop.call_soon(self._loop.call_soon, partial(self._flush, has_looked=True))
             return
         self._is_flush_due = False
-        if wire is not None:  # else it was lost in between: it all goes out when there is another
+        if wire is not None:  # else it was lost meanwhile, and the commands go out on the next one
             self._write(wire)
 
     def _has_been_idle(self, wire: Wire) -> bool:
@@ -153,13 +153,13 @@ class Line:
 
     def _write(self, wire: Wire) -> None:
         waiting, self._waiting = self._waiting, []
-        commands = [command for command in waiting if not command.future.done()]  # what was given up is never sent
+        commands = [command for command in waiting if not command.future.done()]  # the others were given up
         if commands:
             wire.send(commands)
 
     def _connect(self) -> None:
         if self._connecting is None:
-            # In an empty context: the connection outlives the caller, and must not keep what that has in its own.
+            # In an empty context: the connection outlives the caller, and must not keep its context variables alive.
             task = self._loop.create_task(self._connected(), name="aidem connects to Redis", context=Context())
             self._connecting = task
             self._connecting.add_done_callback(self._connecting_ended)
@@ -169,7 +169,7 @@ class Line:
         self._connecting = None
         self._wire = wire
         for command in self._waiting:
-            command.asked_at = self._loop.time()  # or a connection that took long would be given up at once
+            command.asked_at = self._loop.time()  # connecting may have taken most of the time-out
         self._flush()
 
     async def _wire_to(self, server: Server, timeout_seconds: float) -> Wire:

@@ -1,7 +1,7 @@
-"""Hears of changes through redis-py's Pub/Sub, on one connection, which is there while somebody listens.
+"""Tells waiters of changes, through redis-py's `PubSub` on one connection, which is open while somebody listens.
 
-A subscription outlives its listener for a while: a waiter listens, looks at the record, and listens again, and a change
-that came while it looked is told when it comes back.
+A waiter listens, asks for the record, and listens again. So a subscription is kept for a while without listeners, and a
+message that comes meanwhile is told when the waiter listens again.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Listener:
     Args:
         server: Where to listen.
         timeout_seconds: How long connecting may take.
-        linger_seconds: How long a subscription is kept without listeners: longer than a waiter looks away. Default: 3.
+        linger_seconds: How long a subscription is kept without listeners, longer than a waiter pauses. Default: 3.
     """
 
     def __init__(self, server: Endpoint, *, timeout_seconds: float, linger_seconds: float = 3.0) -> None:
@@ -58,10 +58,10 @@ class Listener:
         self._refusal: IdempotencyPersistenceLayerError | None = None
 
     async def wait(self, name: str, *, timeout_seconds: float) -> None:
-        """Return when a message came on a channel, also since the last call, or after the timeout.
+        """Return when a message has come on a channel, also since the last call, or after the timeout.
 
         Raises:
-            IdempotencyPersistenceLayerError: It cannot be listened to.
+            IdempotencyPersistenceLayerError: The connection was lost or could not be made, or the server refuses.
         """
         if self._refusal is not None:
             raise copy_of(self._refusal)
@@ -113,7 +113,7 @@ class Listener:
     # --- The connection ---------------------------------------------------------------------------------------------
 
     def _start(self) -> None:
-        # In empty contexts: the connection outlives the caller, and must not keep what that has in its own.
+        # In empty contexts: the connection outlives the caller, and must not keep its context variables alive.
         self._listening = self._loop.create_task(self._listen(), name="aidem listens to Redis", context=Context())
         self._listening.add_done_callback(self._ended, context=Context())
 
@@ -122,9 +122,9 @@ class Listener:
         failure = failure_of(task)
         if failure is not None:
             if isinstance(failure.__cause__, ReplyError) and failure.__cause__.code == "NOPERM":
-                self._refusal = failure  # it will not change: waiters have to poll
+                self._refusal = failure  # an ACL does not change by itself: waiters have to poll
             self._fail(failure)
-        elif self._channels:  # they came while the connection was being closed
+        elif self._channels:  # they were added while the connection was being closed
             self._start()
 
     async def _listen(self) -> None:
@@ -145,7 +145,7 @@ class Listener:
             await pubsub.aclose()
 
     async def _follow(self, pubsub: Any, hearing: asyncio.Task[None]) -> None:
-        """Subscribe and unsubscribe as channels come and go, until there are none."""
+        """Subscribe and unsubscribe as channels are added and removed, until there are none."""
         subscribed = set[str]()
         while self._channels:
             if hearing.done():

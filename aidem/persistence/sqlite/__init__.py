@@ -45,14 +45,14 @@ _completed_in: ContextVar[tuple[Path, Transaction] | None] = ContextVar("aidem_s
 
 
 class SQLitePersistenceLayer(OpenedByAsyncWith):
-    """Keeps records in an SQLite file, which is made when it is first needed.
+    """Keeps records in an SQLite file, which is created at the first use.
 
     With `in_application_database=True` the file is the database of your application, and an idempotent call can store
     its result in the transaction that writes the rows: `execution.complete(result, transaction=connection)`. The
     records are then in tables of their own, whose names begin with `aidem_`; nothing else in the file is changed.
 
-    Whatever is asked while a transaction runs goes into the next one, and every answer comes after its COMMIT has
-    reached the disk. Expired records are removed a few at a time, by the claims that come after.
+    Operations that arrive while a transaction runs share the next one, and every answer comes after its COMMIT has
+    reached the disk. Each new claim removes a few expired records.
 
     The file must be on a local disk: SQLite's locks do not work on network file systems. `fork` is safe: it waits for
     the transaction that is running, and no connection is inherited.
@@ -62,11 +62,11 @@ class SQLitePersistenceLayer(OpenedByAsyncWith):
             working directory does not move it.
         in_application_database: Whether the file is your application's database. Default: False, which refuses such a
             file.
-        clock: Answers epoch seconds; asked inside the transaction.
-        busy_timeout_seconds: How long to wait while another process, or a transaction of your application, writes.
-            Default: 4.
-        timeout_seconds: How long an operation may take, with all that it waits for. Default: 5. One that takes longer,
-            as on a disk that hangs, fails and may still be applied.
+        clock: Returns epoch seconds; called inside the transaction. Default: the clock of the machine.
+        busy_timeout_seconds: Time to wait while another process, or a transaction of your application, writes. Default:
+            4.
+        timeout_seconds: Time that an operation may take in all. Default: 5. An operation that takes longer, for example
+            on a disk that hangs, fails with `IdempotencyPersistenceConnectionError` and may still be applied.
 
     Raises:
         IdempotencyPersistenceConfigError: The path is `:memory:`.
@@ -97,7 +97,7 @@ class SQLitePersistenceLayer(OpenedByAsyncWith):
         now: float,
         max_clock_skew_seconds: float = 0.0,  # noqa: ARG002 - one machine, one clock
     ) -> UncancellableFuture[Claimed | Blocked]:
-        """Store a claim unless a live record of somebody else is there."""
+        """Store a claim unless a live record of another owner is there."""
         inside = self._is_inside_transaction()
         return self._ask(
             lambda records: records.acquire(record, now=now),

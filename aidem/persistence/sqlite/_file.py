@@ -189,9 +189,8 @@ class DatabaseFile:
         frames hold the futures of all callers, which hold the error.
         """
         if isinstance(error, sqlite3.Error):
-            kind, advice = _MEANINGS.get(
-                _code(error), (IdempotencyPersistenceLayerError, f"SQLite failed with {_name(error)}")
-            )
+            name = getattr(error, "sqlite_errorname", type(error).__name__)
+            kind, advice = _MEANINGS.get(_code(error), (IdempotencyPersistenceLayerError, f"SQLite failed with {name}"))
             if self.is_of_application and _code(error) == sqlite3.SQLITE_ERROR:
                 advice = f"its tables {APPLICATION_PREFIX}… were changed; drop them all to begin with empty ones"
             own: Exception = kind(f"{self.path}: {advice}")
@@ -402,7 +401,3 @@ def _identity(status: os.stat_result) -> tuple[int, int]:
 
 def _code(error: sqlite3.Error) -> int:
     return getattr(error, "sqlite_errorcode", 0) & 0xFF  # the higher bits tell details
-
-
-def _name(error: sqlite3.Error) -> str:
-    return getattr(error, "sqlite_errorname", type(error).__name__)

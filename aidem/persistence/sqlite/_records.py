@@ -135,12 +135,14 @@ class Records:
         return self._cursor.connection.in_transaction
 
     def acquire(self, proposed: DataRecord, *, now: float) -> Claimed | Blocked:
-        """Store a claim unless a live record of somebody else is there; `now` is the caller's."""
+        """Store a claim unless a live record of another owner is there; `now` is the caller's."""
         found = self.get(proposed.idempotency_key)
         answer = lifecycle.acquire(found, proposed, now=self._now, proposed_at=now, last_fence=self._last_fence)
         if isinstance(answer, Claimed) and answer.record is not found:
             self._store(answer.record, found)
             self._claims += 1
+        elif found is not None and lifecycle.is_in_doubt(found, now=self._now):
+            self._lock_is_needed(found)  # or a transaction may hold it: then it is running, not in doubt
         return answer
 
     def take_over(self, found: DataRecord, proposed: DataRecord, *, now: float, force: bool) -> DataRecord | None:
@@ -226,24 +228,21 @@ class Records:
 
     def _store(self, record: DataRecord, found: DataRecord | None) -> None:
         self._lock_is_needed(found)
-        self._cursor.execute(self._tables.upsert, _row(record))
+        row = (
+            record.idempotency_key,
+            record.expiry_timestamp,
+            record.in_progress_expiry_timestamp,
+            record.status.value,  # SQLite takes a plain str without asking how to adapt it
+            record.response_data,
+            record.payload_hash or None,
+            record.owner,
+            record.fence,
+            record.lease_expiry_timestamp,
+            None if record.outcome is None else record.outcome.value,
+            record.note,
+        )
+        self._cursor.execute(self._tables.upsert, row)
         self._last_fence = max(self._last_fence, record.fence)
-
-
-def _row(record: DataRecord) -> tuple[str | int | None, ...]:
-    return (
-        record.idempotency_key,
-        record.expiry_timestamp,
-        record.in_progress_expiry_timestamp,
-        record.status.value,  # SQLite takes a plain str without asking how to adapt it
-        record.response_data,
-        record.payload_hash or None,
-        record.owner,
-        record.fence,
-        record.lease_expiry_timestamp,
-        None if record.outcome is None else record.outcome.value,
-        record.note,
-    )
 
 
 def _record(  # noqa: PLR0917 - the columns, in their order

@@ -35,14 +35,14 @@ _threads: Final[set[RecordThread]] = set()  # which are running
 
 
 class Job(NamedTuple):
-    """One operation, and the future that its answer goes to.
+    """One operation, and the future for its answer.
 
     Attributes:
-        future: Belongs to the loop that asks.
-        operation: What to do with the records.
-        writes: Whether it may change something.
-        is_of_use_late: Whether it is done though nobody waits for it any more: an outcome is not to be lost, and a key
-            to be given back, but nobody needs a claim by then.
+        future: A future of the event loop of the caller.
+        operation: A function of the records.
+        writes: Whether it may write.
+        is_of_use_late: Whether it runs although its caller does not wait any more: an outcome must not be lost, and a
+            key must be released, but a claim is of no use then.
         on_locked: Makes the answer, from the record found, where an application's transaction has the write lock for
             too long.
         locked_until: When that is too long, in seconds of the monotonic clock.

@@ -367,19 +367,19 @@ async def test_a_client_that_was_passed_in_is_used_and_never_closed(table: str) 
 
 @pytest.mark.parametrize("options", [{"session": object()}, {"boto_config": Config()}])
 def test_a_client_takes_nothing_beside_it(options: dict[str, Any]) -> None:
-    with pytest.raises(IdempotencyPersistenceConfigError, match="used as it is"):
+    with pytest.raises(IdempotencyPersistenceConfigError, match="used unchanged"):
         DynamoDBPersistenceLayer("table", client=object(), **options)
 
 
 @pytest.mark.usefixtures("database")
 def test_a_client_of_boto3_is_refused() -> None:
-    with pytest.raises(IdempotencyPersistenceConfigError, match="one of boto3, or not open; pass what `async with"):
+    with pytest.raises(IdempotencyPersistenceConfigError, match="a client of boto3, or it is not open; pass"):
         DynamoDBPersistenceLayer("table", client=boto3.client("dynamodb"))
 
 
 async def test_a_client_that_is_not_open_is_refused(table: str) -> None:
     context: Any = get_session().create_client("dynamodb")
-    with pytest.raises(IdempotencyPersistenceConfigError, match="one of boto3, or not open; pass what `async with"):
+    with pytest.raises(IdempotencyPersistenceConfigError, match="a client of boto3, or it is not open; pass"):
         DynamoDBPersistenceLayer(table, client=context)
     async with context as client:
         assert await DynamoDBPersistenceLayer(table, client=client).get("key") is None

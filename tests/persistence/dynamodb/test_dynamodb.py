@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from aidem import IdempotencyConfig, idempotent_function
+from aidem import IdempotencyConfig, current_execution, idempotent_function
 from aidem._rules.lifecycle import Blocked, Claimed
 from aidem._rules.record import DataRecord, OutcomeKind, RecordStatus
 from aidem.exceptions import (
@@ -184,7 +184,7 @@ def test_attributes_need_names_of_their_own(names: dict[str, Any], message: str)
 
 @pytest.mark.parametrize("table_name", [None, ""])
 def test_a_table_needs_a_name(table_name: Any) -> None:
-    with pytest.raises(IdempotencyPersistenceConfigError, match=f"table_name={table_name!r} names no DynamoDB table"):
+    with pytest.raises(IdempotencyPersistenceConfigError, match=f"table_name={table_name!r} is not the name of a"):
         DynamoDBPersistenceLayer(table_name)
 
 
@@ -426,3 +426,28 @@ def test_a_request_that_fails_does_not_show_what_is_stored() -> None:
         "ExpressionAttributeNames",
         "ExpressionAttributeValues",
     }
+
+
+@pytest.mark.parametrize("fails", [False, True])
+async def test_a_call_is_completed_among_the_writes_of_its_own_request(
+    layer: DynamoDBPersistenceLayer, database: Database, table: str, fails: bool
+) -> None:
+    payments = database.create_table()
+    if fails:
+        database.put(payments, id={"S": "o-1"})
+
+    @idempotent_function(persistence_store=layer)
+    async def pay(order: str) -> Any:
+        update = await current_execution().completion_item({"paid": order})
+        assert update is not None
+        put = {"TableName": payments, "Item": {"id": {"S": order}}, "ConditionExpression": "attribute_not_exists(id)"}
+        database.client.transact_write_items(TransactItems=[{"Put": put}, {"Update": update}])
+
+    if fails:
+        with pytest.raises(database.client.exceptions.TransactionCanceledException):
+            await pay("o-1")
+        assert database.items(table) == []
+    else:
+        assert [await pay("o-1") for _ in range(2)] == [{"paid": "o-1"}] * 2
+    assert len(database.items(payments)) == 1
+    await layer.aclose()

@@ -22,6 +22,7 @@ from aidem.exceptions import (
 )
 from aidem.persistence.redis import RedisPersistenceLayer
 from aidem.persistence.redis._errors import ReplyError, connecting_failed
+from tests.support.proxy import Proxy
 from tests.support.redis import (
     FakeServer,
     acquired,
@@ -214,7 +215,7 @@ async def test_a_server_that_refuses_to_be_listened_to_is_not_asked_again_and_th
             await layer.wait_for_change("key", 20)
     assert [command[0] for command in fake.commands].count(b"SUBSCRIBE") == 1
     (warning,) = [record.getMessage() for record in caplog.records if record.name == "aidem"]
-    assert warning.startswith("Redis: callers that wait are not woken, and ask again after a while instead: Redis ")
+    assert warning.startswith("Redis: waiting callers are not woken, and poll instead: Redis ")
 
 
 async def test_a_server_that_cannot_be_listened_to_just_now_is_asked_again(
@@ -322,6 +323,23 @@ async def test_a_user_with_few_rights_works_over_tls(tls_server: RedisServer, ce
         with pytest.raises(IdempotencyPersistenceConfigError, match="NOPERM: its ACL denies"):
             await claimed(layer, "foreign#key")
         await layer.forget("aidem#key")
+
+
+async def test_closing_does_not_wait_for_a_server_that_hangs(
+    tls_server: RedisServer, certificates: Certificates
+) -> None:
+    async with Proxy.to(tls_server.port) as proxy:
+        url = f"rediss://payments:{PASSWORD}@localhost:{proxy.port}/0?ssl_ca_certs={certificates['ca.pem']}"
+        layer = RedisPersistenceLayer(url)
+        waiting = asyncio.ensure_future(layer.wait_for_change("aidem#key", 50))
+
+        async def is_woken() -> bool:
+            return await layer.release(await claimed(layer, "aidem#key")) and waiting.done()
+
+        await until(is_woken)
+        assert proxy.open_connections == 2
+        proxy.hold()
+        await asyncio.wait_for(layer.aclose(), 10)  # a farewell of TLS would be waited for much longer
 
 
 async def test_a_client_of_the_user_brings_its_own_certificates(

@@ -124,12 +124,12 @@ async def test_nodes_that_refer_to_each_other_are_not_followed_for_ever(nodes: t
     first, second = nodes
     first.refers_to(second, "MOVED")
     second.refers_to(first, "MOVED")
-    layer = RedisPersistenceLayer(first.url, timeout_seconds=2)
+    layer = RedisPersistenceLayer(first.url, timeout_seconds=0.5)
     errors = await asyncio.gather(layer.get("key"), layer.get("key"), return_exceptions=True)
     assert [type(error) for error in errors] == [IdempotencyPersistenceConnectionError] * 2
     assert errors[0] is not errors[1]
     assert "MOVED" in str(errors[0])
-    assert len(first.sent() + second.sent()) < 2 * (10 + 2 / PAUSE_SECONDS)
+    assert len(first.sent() + second.sent()) < 2 * (10 + 0.5 / PAUSE_SECONDS)
     await layer.aclose()
 
 
@@ -137,7 +137,7 @@ async def test_a_node_that_hangs_leaves_time_to_ask_another(nodes: tuple[FakeNod
     first, second = nodes
     first.shards = None
     url = f"redis+cluster://127.0.0.1:{first.server.port},127.0.0.1:{second.server.port}"
-    layer = RedisPersistenceLayer(url, timeout_seconds=4)
+    layer = RedisPersistenceLayer(url, timeout_seconds=2)
     assert await layer.get("key") is None
     assert first.server.commands[-1][0] == b"CLUSTER"
     await layer.aclose()
@@ -189,7 +189,7 @@ async def test_a_node_that_is_gone_is_waited_for_and_then_said_to_be_gone(
     nodes: tuple[FakeNode, FakeNode], vacant_port: int
 ) -> None:
     nodes[0].shards = slots((0, 16383, ("127.0.0.1", vacant_port)))
-    layer = RedisPersistenceLayer(nodes[0].url, timeout_seconds=2)
+    layer = RedisPersistenceLayer(nodes[0].url, timeout_seconds=0.5)
     with no_complaints():
         errors = await asyncio.gather(layer.get("a"), layer.get("b"), return_exceptions=True)
     assert [type(error) for error in errors] == [IdempotencyPersistenceConnectionError] * 2
@@ -309,13 +309,13 @@ async def test_what_waited_for_a_node_that_hangs_has_its_time_where_the_slot_is_
     first, second = nodes
     own = [("127.0.0.1", node.server.port) for node in nodes]
     first.shards = second.shards = slots((0, 8191, own[0]), (8192, 16383, own[1]))
-    layer = RedisPersistenceLayer(first.url, timeout_seconds=2)
+    layer = RedisPersistenceLayer(first.url, timeout_seconds=1)
     await asyncio.gather(*(layer.get(key) for key in KEYS))
     await asyncio.sleep(0)  # the turn in which the replies came is over
     first.answer = lambda _command: None
     sent, *waiting = [layer.get(KEYS[0]) for _ in range(4)]
     first.shards = second.shards = slots((0, 16383, own[1]))
-    with pytest.raises(IdempotencyPersistenceConnectionError, match="did not answer within 2 s"):
+    with pytest.raises(IdempotencyPersistenceConnectionError, match="did not answer within 1 s"):
         await sent
     assert await asyncio.gather(*waiting) == [None] * 3
     assert second.sent() == [b"GET"] * 4
