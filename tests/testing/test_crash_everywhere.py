@@ -14,7 +14,7 @@ import threading
 import time
 import types
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator, Iterator
-from concurrent.futures import Executor, Future
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -696,6 +696,16 @@ async def test_a_thread_that_waits_for_the_loop_is_not_waited_for_long(case: Cas
 
     report = await case.prove(charge, ways=["cancel"])
     assert "await asyncio.sleep(0)" in {point.line for point in report.points}
+
+
+async def test_threads_of_another_pool_are_waited_for_too(case: Case) -> None:
+    with ThreadPoolExecutor(1) as pool:
+
+        async def charge() -> None:
+            await asyncio.get_running_loop().run_in_executor(pool, case.bank.charge, "o-1")
+
+        report = await case.prove(charge, ways=["cancel"])
+    assert [point.effects for point in report.points] == [2]
 
 
 async def test_another_executor_is_left_alone(case: Case) -> None:
