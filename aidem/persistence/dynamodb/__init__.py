@@ -95,6 +95,8 @@ class DynamoDBPersistenceLayer(OpenedByAsyncWith):
         lease_expiry_attr: Epoch milliseconds, for claims that must not be taken over. Default: `"lease_expiration"`.
         outcome_attr: The kind of an outcome that is not a result. Default: `"outcome"`.
         note_attr: Text for operators, in plain text. Default: `"note"`.
+        region_name: The AWS region. Default: None, that of the environment.
+        endpoint_url: The address of the service. Default: None, that of the environment or the region.
         boto_config: A `botocore.config.Config` or `AioConfig`, merged into the layer's own. Default: None.
         session: An `aioboto3.Session` that makes the client. Default: None, aiobotocore makes it.
         client: An open DynamoDB client of aioboto3 or aiobotocore. It is used unchanged and never closed, and the layer
@@ -103,7 +105,7 @@ class DynamoDBPersistenceLayer(OpenedByAsyncWith):
 
     Raises:
         IdempotencyPersistenceConfigError: The table has no name, two attributes have the same name, or the client is
-            not asynchronous, is not open, or is passed together with `session` or `boto_config`.
+            not asynchronous, is not open, or is passed together with what makes one.
     """
 
     # Slots: what is set on a layer by mistake, such as `layer.client = ...`, is refused.
@@ -126,6 +128,8 @@ class DynamoDBPersistenceLayer(OpenedByAsyncWith):
         lease_expiry_attr: str = "lease_expiration",
         outcome_attr: str = "outcome",
         note_attr: str = "note",
+        region_name: str | None = None,
+        endpoint_url: str | None = None,
         boto_config: Any | None = None,
         session: Any | None = None,
         client: Any | None = None,
@@ -135,12 +139,16 @@ class DynamoDBPersistenceLayer(OpenedByAsyncWith):
             raise IdempotencyPersistenceConfigError(
                 f"table_name={table_name!r} is not the name of a DynamoDB table; pass its name or its ARN"
             )
-        if client is not None and (session is not None or boto_config is not None):
+        settings = (session, boto_config, region_name, endpoint_url)
+        if client is not None and any(setting is not None for setting in settings):
             raise IdempotencyPersistenceConfigError(
-                "a client is used unchanged: do not pass session or boto_config together with client"
+                "a client is used unchanged: do not pass session, boto_config, region_name or endpoint_url together "
+                "with client"
             )
         self.clock = clock
-        self._clients = OwnClients(connect_with(session, boto_config)) if client is None else GivenClient(client)
+        places = {"region_name": region_name, "endpoint_url": endpoint_url}
+        place = {name: value for name, value in places.items() if value is not None}
+        self._clients = OwnClients(connect_with(session, boto_config, place)) if client is None else GivenClient(client)
         self._attributes = Attributes(
             key=key_attr,
             sort_key=sort_key_attr,

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from typing import Any
+from urllib.parse import urlencode
 
 import pytest
 
@@ -425,6 +426,26 @@ def test_a_request_that_fails_does_not_show_what_is_stored() -> None:
         "ConditionExpression",
         "ExpressionAttributeNames",
         "ExpressionAttributeValues",
+    }
+
+
+async def test_a_url_says_where_the_table_is_and_what_its_attributes_are_called(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = database.create_table("partition", "key")
+    endpoint = database.client.meta.endpoint_url
+    for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_DYNAMODB", "AWS_DEFAULT_REGION", "AWS_REGION"):
+        monkeypatch.delenv(name, raising=False)
+    names = {"region": database.client.meta.region_name, "endpoint": endpoint, **OTHER_NAMES}
+    layer = open_persistence_layer(f"dynamodb://{table}?{urlencode(names)}")
+    assert isinstance(layer, DynamoDBPersistenceLayer)
+    async with layer:
+        await claimed(layer, payload_hash="hash", note="order 7")
+    (item,) = database.items(table)
+    assert {name: item[OTHER_NAMES[name]] for name in ("key_attr", "note_attr", "validation_key_attr")} == {
+        "key_attr": {"S": "everything"},
+        "note_attr": {"S": "order 7"},
+        "validation_key_attr": {"S": "hash"},
     }
 
 
