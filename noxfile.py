@@ -31,6 +31,8 @@ PYDANTIC = ["tests/rules/test_payloads.py", "tests/rules/test_model_dump.py", "t
 HTTP = [
     f"tests/http/test_{part}.py" for part in ("fastapi_functions", "fastapi_openapi", "fastapi_route", "schemathesis")
 ]
+POSTGRES_CLIENT = [f"tests/persistence/postgres/test_{part}.py" for part in ("postgres", "connections", "errors")]
+POSTGRES_POOLS = [f"tests/persistence/postgres/test_{part}.py" for part in ("pools", "conformance")]
 OPENTELEMETRY = ["tests/test_opentelemetry.py"]
 ONE_SERVER = ["-k", "not moto and not valkey"]
 # What is tested on the main interpreter alone, as it is the same on every other: documents, measurements, the model of
@@ -64,6 +66,8 @@ SLOW = [
 SERVERS = {
     "faketime": f"/usr/lib/{platform.machine()}-linux-gnu/faketime/libfaketime.so.1",
     "openssl": "openssl",
+    "pgbouncer": "pgbouncer",
+    "postgresql": "/usr/lib/postgresql/*/bin/initdb",
     "redis-sentinel": "redis-sentinel",
     "redis-server": "redis-server",
 }
@@ -169,11 +173,16 @@ def quick(session: nox.Session) -> None:
     session.run(*_side_by_side(session, *_without([*SAME_EVERYWHERE, *SLOW])))
 
 
+def _is_installed(file: str) -> bool:
+    """Whether a program is there, or a file; in its path a star stands for any name."""
+    return shutil.which(file) is not None or (file.startswith("/") and any(Path("/").glob(file.lstrip("/"))))
+
+
 @nox.session
 def servers(session: nox.Session) -> None:
     """Install the servers of the tests: ministack into this session's environment, others by apt-get, as root."""
     session.install("ministack>=1.5")
-    missing = [package for package, file in SERVERS.items() if shutil.which(file) is None and not Path(file).exists()]
+    missing = [package for package, file in SERVERS.items() if not _is_installed(file)]
     if not missing:
         return
     if os.geteuid() != 0 or shutil.which("apt-get") is None:
@@ -224,7 +233,7 @@ def lowest(session: nox.Session) -> None:
     session.run("python", "docs/examples/payment.py")  # pytest's plugin is anyio's, and takes a newer one
     extras = [needed for extra in project["optional-dependencies"].values() for needed in extra]
     session.install("-e", ".[all]", *_floors(extras), *nox.project.dependency_groups(PROJECT, "test"))
-    files = [*DYNAMODB_CLIENT, *REDIS_CLIENT, *PYDANTIC, *HTTP, *OPENTELEMETRY]
+    files = [*DYNAMODB_CLIENT, *REDIS_CLIENT, *POSTGRES_CLIENT, *POSTGRES_POOLS, *PYDANTIC, *HTTP, *OPENTELEMETRY]
     session.run(*_side_by_side(session, *ONE_SERVER, *files))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import subprocess
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import botocore
 
-from tests.support import aws_servers, servers
+from tests.support import aws_servers, postgres, servers
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -26,6 +27,20 @@ def redis_server() -> Iterator[servers.RedisServer]:
     """Run Redis as the docs want it: with an append-only file, and evicting nothing."""
     with servers.started("redis", "--appendonly", "yes", "--maxmemory-policy", "noeviction") as server:
         yield server
+
+
+@contextmanager
+def postgres_server() -> Iterator[str]:
+    """Run PostgreSQL with durable commits, and return its URL; TMPDIR must lie on a disk."""
+    settings = ("fsync=on", "full_page_writes=on", "autovacuum=on", "shared_preload_libraries=pg_stat_statements")
+    with postgres.started(*settings) as server:
+        asyncio.run(_with_statistics(server.url))
+        yield server.url
+
+
+async def _with_statistics(url: str) -> None:
+    async with postgres.connected(url) as connection:
+        await connection.execute("CREATE EXTENSION pg_stat_statements")
 
 
 @contextmanager

@@ -29,6 +29,7 @@ MODULES_WITH_PUBLIC_NAMES = (
     "aidem.opentelemetry",
     "aidem.persistence",
     "aidem.persistence.dynamodb",
+    "aidem.persistence.postgres",
     "aidem.persistence.redis",
     "aidem.persistence.sqlite",
     "aidem.serialization",

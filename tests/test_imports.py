@@ -12,7 +12,8 @@ import pytest
 CLIENTS_OF_AWS = {"aioboto3", "aiobotocore", "boto3", "botocore"}
 CLIENTS_OF_REDIS = {"hiredis", "redis"}
 FRAMEWORKS = {"aws_lambda_powertools", "fastapi", "pydantic", "starlette", "uvicorn"}
-EXTRAS = CLIENTS_OF_AWS | CLIENTS_OF_REDIS | FRAMEWORKS | {"opentelemetry"}
+CLIENTS_OF_POSTGRES = {"asyncpg", "psycopg", "psycopg_pool", "sqlalchemy"}
+EXTRAS = CLIENTS_OF_AWS | CLIENTS_OF_REDIS | CLIENTS_OF_POSTGRES | FRAMEWORKS | {"opentelemetry"}
 UNUSED = EXTRAS | {"anyio", "jmespath", "sqlite3"}
 
 HANDLER = """
@@ -41,10 +42,12 @@ assert handler({{"id": 1}}, None) == handler({{"id": 1}}, None)
         ("aidem.persistence.sqlite", {"sqlite3"}, UNUSED - {"sqlite3"}),
         # What a client loads besides, such as OpenTelemetry where it is installed, is its own affair.
         ("aidem.persistence.redis", {"redis"}, UNUSED - CLIENTS_OF_REDIS - {"opentelemetry"}),
+        # asyncpg is loaded for a URL; a pool brings its own driver.
+        ("aidem.persistence.postgres", set(), UNUSED),
         (
             "aidem.persistence.dynamodb",
             {"aiobotocore"},
-            {"aioboto3", "anyio", "boto3", "sqlite3"} | CLIENTS_OF_REDIS | FRAMEWORKS,
+            {"aioboto3", "anyio", "boto3", "sqlite3"} | CLIENTS_OF_REDIS | CLIENTS_OF_POSTGRES | FRAMEWORKS,
         ),
     ],
 )

@@ -14,7 +14,7 @@ import asyncio
 import logging
 from enum import Enum, IntEnum, auto
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, NoReturn, cast
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from aidem._engine.claim import RELEASE_SECONDS, Claim, ask
 from aidem._engine.failures import NOTHING_RUN, RUNNING
@@ -425,7 +425,7 @@ class Call:
     async def _resume_renewal(self) -> None:
         self._claim.resume_renewal()
 
-    async def _explain_refusal(self, earlier: Phase) -> NoReturn:
+    async def _explain_refusal(self, earlier: Phase) -> None:
         """Raise why the transaction sees no claim of ours; `earlier` is the phase before it was asked."""
         owner = self._claim.record.owner
         with CancellationShield() as shield:

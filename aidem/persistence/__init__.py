@@ -43,6 +43,7 @@ URL_FORMS: Final = (
     "redis+cluster://host:6379",
     "redis+sentinel://host:26379/service/0",
     "dynamodb://table",
+    "postgresql://user:password@host:5432/database",
 )
 
 
@@ -300,7 +301,8 @@ def open_persistence_layer(url: str) -> PersistenceLayer:
         url: `memory://`; `sqlite:///relative/path` or `sqlite:////absolute/path`, as in SQLAlchemy;
             `redis://host:6379/0`, as in redis-py; `redis+cluster://host:6379,host2:6379`;
             `redis+sentinel://host:26379,host2:26379/service/0`; with TLS `rediss…` instead of `redis…`;
-            `dynamodb://table`, with credentials, and by default region and endpoint, from the AWS environment.
+            `dynamodb://table`, with credentials, and by default region and endpoint, from the AWS environment;
+            `postgresql://user:password@host:5432/database`, as asyncpg understands it.
 
     Raises:
         IdempotencyPersistenceConfigError: It is not one of these URLs, or has other parameters.
@@ -323,6 +325,10 @@ def open_persistence_layer(url: str) -> PersistenceLayer:
         given = _parameters(query, DYNAMODB_PARAMETERS)
         options: dict[str, Any] = {DYNAMODB_PARAMETERS[name]: value for name, value in given.items()}
         return DynamoDBPersistenceLayer(place, **options)
+    if scheme in {"postgresql", "postgres"} and rest:
+        from aidem.persistence.postgres import PostgresPersistenceLayer
+
+        return PostgresPersistenceLayer(url)
     # A URL may hold a password: only what stands before the colon is shown.
     raise _names_no_layer(f"this URL of scheme {scheme if separator else ''!r} names no persistence layer")
 

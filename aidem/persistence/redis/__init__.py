@@ -18,12 +18,12 @@ from aidem.exceptions import (
     IdempotencyPersistenceLayerError,
     IdempotencySerializationError,
 )
+from aidem.persistence._by_loop import ByLoop
 from aidem.persistence._context import OpenedByAsyncWith
 from aidem.persistence._scan import RECORDS_PER_PAGE, selected
 
 try:
     from aidem.persistence.redis import _checks
-    from aidem.persistence.redis._connections import ConnectionsByLoop
     from aidem.persistence.redis._deployment import Mode, deployment_of, is_lock_respected
     from aidem.persistence.redis._wire import Command
 except ImportError as error:
@@ -143,7 +143,7 @@ class RedisPersistenceLayer(OpenedByAsyncWith):
         self._is_deafness_logged = False
         self._text = RecordText(names)
         self._scripts = Scripts(names)
-        self._connections = ConnectionsByLoop(lambda: deployment.connections(timeout_seconds=timeout_seconds))
+        self._connections = ByLoop(lambda: deployment.connections(timeout_seconds=timeout_seconds))
 
     # --- Operations -------------------------------------------------------------------------------------------------
 

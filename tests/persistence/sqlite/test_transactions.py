@@ -361,7 +361,7 @@ class AsyncPsycopgConnection(psycopg.AsyncConnection[Any]):
         """Complain of nothing."""
 
 
-class AsyncpgConnection(asyncpg.Connection):  # type: ignore[misc]
+class AsyncpgConnection(asyncpg.Connection):
     def __init__(self) -> None:
         """Connect to nothing."""
 
