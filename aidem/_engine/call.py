@@ -293,7 +293,9 @@ class Call:
         record, now = answer.record, answer.now
         if now is None:  # it was judged by this caller's clock, and the clock of its writer may be behind
             now = self.plan.clock() - self.plan.config.max_clock_skew_seconds
-        step = lifecycle.next_step(record, payload_hash=self.key.payload_hash, now=now, is_held=answer.is_held)
+        step = lifecycle.next_step(record, payload_hash=self.key.payload_hash, now=now)
+        if step is NextStep.IN_DOUBT and await self._is_held(record):
+            step = NextStep.WAIT  # a transaction may yet complete it
         match step:
             case NextStep.REPLAY:
                 self._end(record)
@@ -308,6 +310,15 @@ class Call:
                 holds = lifecycle.blocks_for_seconds(record, now=now)
                 flight.publish(record, blocks_until=None if holds is None else self._loop_state.time() + holds)
                 await self._pause(record, flight, now=now)
+
+    async def _is_held(self, record: DataRecord) -> bool:
+        """Whether an open transaction holds a claim, or it has changed since."""
+        layer = self.plan.layer
+        if record.owner is None or not isinstance(layer, SupportsCompletionInTransaction):
+            return False
+        with CancellationShield() as shield:
+            is_free = partial(layer.is_free, record)
+            return not await ask(is_free, shield=shield, key=self.key.text, effect=NOTHING_RUN)
 
     async def _release_earlier_attempt(self, record: DataRecord, *, now: float) -> None:
         """Release the claim of the attempt that a durable function replays, once, so that one of two replays wins."""

@@ -56,12 +56,10 @@ class Blocked(NamedTuple):
     Attributes:
         record: The record found.
         now: Epoch seconds by the clock that judged it; None: by the caller's.
-        is_held: Whether an open transaction holds the record: a claim then counts as running, lapsed or not.
     """
 
     record: DataRecord
     now: float | None = None
-    is_held: bool = False
 
 
 class Commitment(Enum):
@@ -202,7 +200,7 @@ def acquire_held(found: DataRecord | None) -> Blocked | None:
     A claim counts as running then, lapsed or expired: the transaction may yet complete it.
     """
     is_claim = found is not None and found.status is RecordStatus.INPROGRESS
-    return Blocked(found, is_held=True) if found is not None and is_claim else None
+    return Blocked(found) if found is not None and is_claim else None
 
 
 def commitment(found: DataRecord | None, owner: str | None, *, is_free: bool) -> Commitment:
@@ -454,13 +452,13 @@ class NextStep(Enum):
     MISMATCH = auto()
 
 
-def next_step(record: DataRecord, *, payload_hash: str, now: float, is_held: bool = False) -> NextStep:
+def next_step(record: DataRecord, *, payload_hash: str, now: float) -> NextStep:
     """Decide what a call does about a live record: the hash first, also while it is INPROGRESS."""
     if differs(record, payload_hash):
         return NextStep.MISMATCH
     if record.status is RecordStatus.COMPLETED:
         return NextStep.REPLAY
-    if is_in_doubt(record, now=now) and not is_held:
+    if is_in_doubt(record, now=now):
         return NextStep.IN_DOUBT
     return NextStep.WAIT
 

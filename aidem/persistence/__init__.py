@@ -232,7 +232,10 @@ class SupportsCompletionInTransaction(Protocol):
         ...
 
     def is_free(self, record: DataRecord) -> Awaitable[bool]:
-        """Whether the claim is ours, INPROGRESS, and held by no open transaction. Asked on the layer's connection."""
+        """Whether the claim is there, INPROGRESS and of the record's owner, and held by no open transaction.
+
+        It is asked on the layer's connection, also about the claim of another caller.
+        """
         ...
 
 
@@ -295,14 +298,15 @@ def open_persistence_layer(url: str) -> PersistenceLayer:
 
     Parameters after a `?` are percent-encoded. Redis and DynamoDB take the names of attributes, such as
     `?owner_attr=token`. DynamoDB also takes `key_attr`, `sort_key_attr`, `static_pk_value`, `region` and `endpoint`,
-    and Redis what redis-py takes. SQLite takes `in_application_database=true`. Others are refused.
+    Redis also what redis-py takes, and PostgreSQL what asyncpg takes. SQLite takes `in_application_database=true`.
+    Others are refused.
 
     Args:
         url: `memory://`; `sqlite:///relative/path` or `sqlite:////absolute/path`, as in SQLAlchemy;
             `redis://host:6379/0`, as in redis-py; `redis+cluster://host:6379,host2:6379`;
             `redis+sentinel://host:26379,host2:26379/service/0`; with TLS `rediss…` instead of `redis…`;
             `dynamodb://table`, with credentials, and by default region and endpoint, from the AWS environment;
-            `postgresql://user:password@host:5432/database`, as asyncpg understands it.
+            `postgresql://user:password@host:5432/database`, as in asyncpg.
 
     Raises:
         IdempotencyPersistenceConfigError: It is not one of these URLs, or has other parameters.
