@@ -122,26 +122,27 @@ class _Counter:
     def __init__(self, effects: Callable[[], object], reset: Callable[[], object] | None) -> None:
         self._effects = effects
         self._reset = reset
+        self._after = ""
 
     async def reset(self) -> None:
         """Forget all effects."""
         if self._reset is not None:
             await self._ask(self._reset, "reset")
 
-    async def count(self) -> int:
-        """Return how many there were."""
+    async def count(self, run: object) -> int:
+        """Return how many there were in a run."""
+        self._after = f" after the run {run}"
         answer = await self._ask(self._effects, "effects")
         if not isinstance(answer, int):
             raise misuse(f"effects() must return how often the effect has happened, not {type(answer).__qualname__}")
         return answer
 
-    @staticmethod
-    async def _ask(function: Callable[[], object], name: str) -> object:
+    async def _ask(self, function: Callable[[], object], name: str) -> object:
         try:
             answer = function()
             return await answer if inspect.isawaitable(answer) else answer
         except Exception as error:
-            raise misuse(f"{name}() raised {type(error).__qualname__}") from error
+            raise misuse(f"{name}() raised {type(error).__qualname__}{self._after}") from error
 
 
 class _Trial:
@@ -209,7 +210,7 @@ class _Trial:
         for live in run.lives():
             await self._in_process(live, run)
         self.layers.pass_records()
-        return await counter.count()
+        return await counter.count(run)
 
     async def _in_process(self, live: Callable[[ProcessLoop], None], run: ObservedRun | DisturbedRun) -> None:
         """Run a process in its thread, which is left alone if it does not come back."""

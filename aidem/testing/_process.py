@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar, TypeVarTuple, U
 from weakref import WeakSet
 
 from aidem.exceptions import IdempotencyUsageError
+from aidem.testing._databases import break_connections
 from aidem.testing._lines import Line, frames_of, innermost_own_line
 
 if TYPE_CHECKING:
@@ -101,6 +102,8 @@ class ProcessLoop(asyncio.SelectorEventLoop):
         self._jobs = 0  # that threads of an executor have not ended
         self._messages = 0  # of threads, that the loop has not looked at
         self._executor: ThreadPoolExecutor | None = None
+        self._older_threads = WeakSet(threading.enumerate())
+        self._helpers: WeakSet[threading.Thread] = WeakSet()  # threads that have sent messages
         self._sockets: WeakSet[socket.socket] = WeakSet()
         super().__init__(_Selector(self))
         self.slow_callback_duration = math.inf  # to debug mode, a disturbance would be one
@@ -132,8 +135,9 @@ class ProcessLoop(asyncio.SelectorEventLoop):
             except BaseException as error:  # noqa: BLE001 - it is raised in the test
                 failure = error
                 self.vanish()
-            with contextlib.suppress(RuntimeError):  # the test has ended, and its loop is closed
-                on_end(failure)
+            finally:
+                with contextlib.suppress(RuntimeError):  # the test has ended, and its loop is closed
+                    on_end(failure)
 
         thread = threading.Thread(target=run, name="crash_everywhere", daemon=True)
         thread.start()
@@ -242,6 +246,9 @@ class ProcessLoop(asyncio.SelectorEventLoop):
         with self._threads:
             self._has_vanished = True
         self._break_connections()
+        frames = [frame for steps in self.steps for frame in frames_of(steps.coroutine)]
+        held = [value for frame in frames for value in frame.f_locals.values()]
+        break_connections(held, set(self._helpers), self._older_threads, PATIENCE_SECONDS)
         for thread in threading.enumerate():
             if getattr(thread, "loop", None) is self:  # a worker of anyio.to_thread, which ends with its loop
                 cast("Any", thread).stop()
@@ -383,6 +390,7 @@ class ProcessLoop(asyncio.SelectorEventLoop):
             if self._has_vanished:
                 return asyncio.Handle(callback, args, self, context)
             self._messages += 1
+            self._helpers.add(threading.current_thread())
             self._threads.notify_all()
             return super().call_soon_threadsafe(self._hear, callback, args, context=context)
 
@@ -401,7 +409,7 @@ class ProcessLoop(asyncio.SelectorEventLoop):
             self._threads.wait_for(lambda: not self._busy_threads(), timeout=PATIENCE_SECONDS)
 
     def _busy_threads(self) -> int:
-        """Count the threads that the loop waits for: of executors, and of anyio, which say it when they have ended."""
+        """Count the threads that the loop waits for: of executors, and of anyio and aiosqlite, which say when they are done."""
         waiting = sum(_waits_for_thread(steps.coroutine) for steps in self.steps)
         return self._jobs + max(0, waiting - self._messages)
 
@@ -411,8 +419,12 @@ def _has_finalizer(thing: object) -> bool:
 
 
 def _waits_for_thread(coroutine: Any) -> bool:
-    names = [frame.f_code.co_name for frame in frames_of(coroutine)]
-    return names[-1:] == ["run_sync_in_worker_thread"]  # of anyio.to_thread
+    innermost = [frame for frame in frames_of(coroutine)][-1:]
+    return any(
+        frame.f_code.co_name == "run_sync_in_worker_thread"  # of anyio.to_thread
+        or frame.f_globals.get("__name__") == "aiosqlite.core"
+        for frame in innermost
+    )
 
 
 class _Selector(selectors.DefaultSelector):
