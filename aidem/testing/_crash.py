@@ -131,7 +131,7 @@ class _Counter:
 
     async def count(self, run: object) -> int:
         """Return how many there were in a run."""
-        self._after = f" after the run {run}"
+        self._after = f" after the call, {run}"
         answer = await self._ask(self._effects, "effects")
         if not isinstance(answer, int):
             raise misuse(f"effects() must return how often the effect has happened, not {type(answer).__qualname__}")

@@ -1031,6 +1031,19 @@ async def test_effects_and_reset_that_fail_are_named(case: Case, name: str) -> N
     assert isinstance(failed.value.__cause__, ZeroDivisionError)
 
 
+async def test_effects_and_reset_that_fail_later_name_the_point_before(case: Case) -> None:
+    async def charge() -> None:
+        case.bank.charge("o-1")
+        await asyncio.sleep(0)
+
+    def refuse_a_second_charge() -> int:
+        return 1 // (len(case.bank.charges) < 2)
+
+    pattern = r'effects\(\) raised ZeroDivisionError after the call, in the way "vanish" at tests/.*:\d+$'
+    with pytest.raises(IdempotencyUsageError, match=pattern):
+        await case.prove(charge, effects=refuse_a_second_charge)
+
+
 async def test_effects_that_are_no_number_are_refused(case: Case) -> None:
     async def charge() -> None: ...
 

@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+import aiosqlite
 import httpx
 import pytest
 
@@ -28,10 +29,20 @@ def blocks_of(page: str) -> list[str]:
     return re.findall(r"^```python\n(.*?)^```$", (ROOT / page).read_text("utf-8"), re.MULTILINE | re.DOTALL)
 
 
+def code_of(page: str, blocks: list[str]) -> str:
+    """Return blocks of a page, each at the lines that it has there."""
+    code = ""
+    text = (ROOT / page).read_text("utf-8")
+    for block in blocks:
+        lines = text[: text.index(block)].count("\n") - code.count("\n")
+        code += "\n" * lines + block
+    return code
+
+
 def names_of(page: str, clock: FakeClock, *, blocks: int | None = None) -> dict[str, Any]:
     """Run blocks of a page as far as they define something, with layers that go by the clock."""
-    code = "\n".join(blocks_of(page)[:blocks]).replace("PersistenceLayer()", "PersistenceLayer(clock=clock)")
-    code = re.sub(r'(SQLitePersistenceLayer\("[\w.]+")\)', r"\1, clock=clock)", code)
+    code = code_of(page, blocks_of(page)[:blocks]).replace("PersistenceLayer()", "PersistenceLayer(clock=clock)")
+    code = re.sub(r'(SQLitePersistenceLayer\("[\w.]+"[^)]*)\)', r"\1, clock=clock)", code)
     definitions = re.sub(r"^(?:assert |asyncio\.run\().*$", "", code, flags=re.MULTILINE)
     names: dict[str, Any] = {"clock": clock}
     exec(compile(definitions, ROOT / page, "exec", dont_inherit=True), names)
@@ -120,6 +131,51 @@ async def test_the_app_of_the_http_page_whose_bank_takes_a_key(clock: FakeClock)
     call = requesting(names["app"], {"id": "o-1", "cents": 4200})
     assert where_twice(await prove(call, clock, charges)) == UNRECORDED
     assert where_twice(await prove(call, clock, charges, count=lambda: len({*charges}))) == set()
+
+
+async def rows_of_the_shop(statement: str) -> list[Any]:
+    async with aiosqlite.connect("shop.sqlite3", isolation_level=None) as connection:
+        await connection.execute(
+            "CREATE TABLE IF NOT EXISTS payments (number INTEGER PRIMARY KEY, order_id TEXT, cents INTEGER)"
+        )
+        return list(await connection.execute_fetchall(statement))
+
+
+async def prove_rows(names: dict[str, Any], call: Callable[[], Awaitable[object]], clock: FakeClock) -> CrashReport:
+    """Prove a call whose effect is a row, which it inserts in a transaction of its own."""
+
+    async def count() -> int:
+        return len(await rows_of_the_shop("SELECT * FROM payments"))
+
+    async with names["layer"]:
+        report = await crash_everywhere(
+            call, clock=clock, reset=lambda: rows_of_the_shop("DELETE FROM payments"), effects=count, timeout_seconds=30
+        )
+    assert {point.outcome for point in report.points} == {"returned"}
+    return report
+
+
+async def test_the_block_of_the_transactions_page(
+    clock: FakeClock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = names_of("docs/transactions.md", clock, blocks=1)
+    report = await prove_rows(names, lambda: names["pay"]("o-1", 4200), clock)
+    report.check()
+    assert 'await connection.execute("COMMIT")' in {point.line for point in report.points}
+
+
+async def test_the_route_of_the_transactions_page(
+    clock: FakeClock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = names_of("docs/transactions.md", clock, blocks=1)
+    [block] = [block for block in blocks_of("docs/transactions.md") if "async def create_payment" in block]
+    code = re.sub(r"^asyncio\.run\(.*$", "", code_of("docs/transactions.md", [block]), flags=re.MULTILINE)
+    exec(compile(code, ROOT / "docs/transactions.md", "exec", dont_inherit=True), names)
+    report = await prove_rows(names, requesting(names["app"], {"order_id": "o-1", "cents": 4200}), clock)
+    report.check()
+    assert "await session.commit()" in {point.line for point in report.points}
 
 
 async def test_the_batch_of_the_lambda_page(clock: FakeClock) -> None:
