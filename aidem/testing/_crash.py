@@ -176,7 +176,7 @@ class _Trial:
             known = len(self.layers)
             observed = await self._observe_once(counter)
         self._uses_sockets = observed.uses_sockets
-        if self._uses_sockets:
+        if observed.can_differ:
             observed.keep_common(await self._observe_once(counter))
         return observed
 

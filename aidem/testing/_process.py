@@ -338,7 +338,7 @@ class ProcessLoop(asyncio.SelectorEventLoop):
             has_sockets: Whether it waits for any.
         """
         self.watch_time()
-        depends_on_others = self._pending_operations > 0 or self._busy_threads() > 0
+        depends_on_others = self._pending_operations > 0 or self._busy_threads() > 0 or self.has_messages
         if not (depends_on_others or has_sockets):
             now = self.time()
             self._sleeps = [timer for timer in self._sleeps if not timer.cancelled() and timer.when() > now]
@@ -351,6 +351,11 @@ class ProcessLoop(asyncio.SelectorEventLoop):
         remaining = max(0.0, self._ends_at - time.monotonic()) + 0.001
         longest = min(remaining, self._timeout_seconds / 4)  # then it says that it is not blocked, but waits
         return longest if seconds is None else min(seconds, longest)
+
+    @property
+    def uses_threads(self) -> bool:
+        """Whether threads have sent any."""
+        return bool(self._helpers)
 
     @property
     def has_messages(self) -> bool:
@@ -409,7 +414,7 @@ class ProcessLoop(asyncio.SelectorEventLoop):
             self._threads.wait_for(lambda: not self._busy_threads(), timeout=PATIENCE_SECONDS)
 
     def _busy_threads(self) -> int:
-        """Count the threads that the loop waits for: of executors, and of anyio and aiosqlite, which say when they are done."""
+        """Count the threads that the loop waits for: of executors, and of libraries, which say when they are done."""
         waiting = sum(_waits_for_thread(steps.coroutine) for steps in self.steps)
         return self._jobs + max(0, waiting - self._messages)
 
@@ -419,7 +424,7 @@ def _has_finalizer(thing: object) -> bool:
 
 
 def _waits_for_thread(coroutine: Any) -> bool:
-    innermost = [frame for frame in frames_of(coroutine)][-1:]
+    innermost = list(frames_of(coroutine))[-1:]
     return any(
         frame.f_code.co_name == "run_sync_in_worker_thread"  # of anyio.to_thread
         or frame.f_globals.get("__name__") == "aiosqlite.core"

@@ -57,13 +57,15 @@ class Observed:
         suspensions: Where it waits.
         operations: What it asks of persistence layers.
         end: When it has ended.
-        uses_sockets: Whether it waits for any, so that it may take more or fewer steps the next time.
+        uses_sockets: Whether it waits for any.
+        can_differ: Whether it waits for sockets or threads, so that it may take more or fewer steps the next time.
     """
 
     suspensions: list[Point] = field(default_factory=list[Point])
     operations: list[Point] = field(default_factory=list[Point])
     end: list[Point] = field(default_factory=list[Point])
     uses_sockets: bool = False
+    can_differ: bool = False
 
     _alike: Counter[tuple[Line | None, str]] = field(default_factory=Counter[tuple[Line | None, str]])
 
@@ -81,12 +83,14 @@ class Observed:
             self.operations.append(Point(waits_at=waits_at, ran_last=ran_last, when=name, occurrence=occurrence))
 
     def keep_common(self, other: Observed) -> None:
-        """Of suspensions that are alike, keep as many as the other has."""
+        """Of suspensions and operations that are alike, keep as many as the other has."""
         self.suspensions = [
             point
             for point in self.suspensions
             if point.occurrence == 0 or point.occurrence < other._alike[point.waits_at, point.when]
         ]
+        others = {(point.when, point.occurrence) for point in other.operations}
+        self.operations = [point for point in self.operations if (point.when, point.occurrence) in others]
 
     def points_for(self, way: CrashWay) -> list[Point]:
         """Return where a way leads."""
@@ -188,6 +192,7 @@ class ObservedRun:
         self._look_at_seen(process)
         self.observed.end.append(Point(waits_at=None, ran_last=self._ran_last, when=AFTER_THE_CALL))
         self.observed.uses_sockets = process.uses_sockets
+        self.observed.can_differ = process.uses_sockets or process.uses_threads
         process.unwatch()
         process.end()
 
