@@ -90,7 +90,11 @@ class Observed:
             if point.occurrence == 0 or point.occurrence < other._alike[point.waits_at, point.when]
         ]
         others = {(point.when, point.occurrence) for point in other.operations}
-        self.operations = [point for point in self.operations if (point.when, point.occurrence) in others]
+        self.operations = [
+            point
+            for point in self.operations
+            if (point.occurrence == 0 and point.when != RENEW) or (point.when, point.occurrence) in others
+        ]
 
     def points_for(self, way: CrashWay) -> list[Point]:
         """Return where a way leads."""

@@ -45,7 +45,8 @@ class Shop:
         return int(count)
 
     async def prove(self, body: Callable[[], Awaitable[None]]) -> CrashReport:
-        charge = idempotent_function(key_prefix="charge", persistence_store=self.layer)(body)
+        decorate: Any = idempotent_function(key_prefix="charge", persistence_store=self.layer)
+        charge = decorate(body)
         async with self.layer:
             report = await crash_everywhere(
                 charge, clock=self.clock, reset=self.forget, effects=self.count, ways=["vanish"], timeout_seconds=30
@@ -131,3 +132,37 @@ async def test_the_clock_of_the_loop_does_not_jump_while_a_thread_of_aiosqlite_w
         ("acquire", "returned"),
         ("complete", "returned"),
     }
+
+
+async def test_what_a_vanished_process_asked_of_its_layer_is_done_before_leases_pass() -> None:
+    class Queueing(MemoryPersistenceLayer):
+        """Answers what it can by reading before it writes, as SQLite's layer does in an application's file."""
+
+        def __init__(self, clock: FakeClock) -> None:
+            super().__init__(clock=clock)
+            self.reads = 0
+            self.to_write: list[Callable[[], object]] = []
+
+        async def acquire(self, *args: Any, **options: Any) -> Any:
+            earlier, self.to_write = self.to_write, [lambda: super(Queueing, self).acquire(*args, **options)]
+            for write in earlier:
+                write()
+            self.reads = 0
+            await asyncio.sleep(0)
+            self.to_write = []
+            return await super().acquire(*args, **options)
+
+        async def get(self, key: str) -> Any:
+            self.reads += 1
+            while self.reads == 2 and self.to_write:
+                self.to_write.pop()()
+            return await super().get(key)
+
+    clock = FakeClock()
+
+    async def charge() -> None: ...
+
+    decorate: Any = idempotent_function(key_prefix="charge", persistence_store=Queueing(clock))
+    report = await crash_everywhere(decorate(charge), clock=clock, effects=lambda: 1, ways=["vanish"])
+    assert "during acquire" in {point.when for point in report.points}
+    assert {point.outcome for point in report.points} == {"returned"}

@@ -708,6 +708,26 @@ async def test_threads_of_another_pool_are_waited_for_too(case: Case) -> None:
     assert [point.effects for point in report.points] == [2]
 
 
+async def test_with_threads_a_call_that_asks_its_layer_once_more_when_observed_is_not_blamed(case: Case) -> None:
+    starts = 0
+
+    @case.idempotent()
+    async def look(number: int) -> None: ...
+
+    @case.idempotent()
+    async def charge(order_id: str) -> None:
+        nonlocal starts
+        starts += 1
+        await asyncio.to_thread(int)
+        if starts == 2:  # as where a slow answer is asked for again
+            await look(starts)
+
+    report = await case.prove(lambda: charge("o-1"), effects=lambda: 1, ways=["lost_request", "lost_reply"])
+    assert starts > 3
+    report.check()
+    assert [point.when for point in report.points] == ["acquire", "complete"] * 2
+
+
 async def test_another_executor_is_left_alone(case: Case) -> None:
     class AtOnce(Executor):
         def submit(self, function: Any, /, *args: Any, **options: Any) -> Future[Any]:
