@@ -35,6 +35,7 @@ DONE, REFUSED, WRONG_USAGE, STORE_FAILED = 0, 1, 2, 3
 INTERRUPTED: Final = 130
 
 MILLISECONDS: Final = 1000
+CLOCKS_AGREE_SECONDS: Final = 2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -258,14 +259,21 @@ async def _resolve(layer: PersistenceLayer, options: Options) -> int:
         unavailable=options.unavailable,
         kept_seconds=options.kept,
         force=options.force,
-        max_clock_skew_seconds=options.max_clock_skew,
+        max_clock_skew_seconds=options.max_clock_skew + await _ahead_seconds(layer),
     )
     _write("resolved: later calls get this outcome")
     return DONE
 
 
+async def _ahead_seconds(layer: PersistenceLayer) -> float:
+    """Return how far the clock here is ahead of the store's, if it judges leases; else 0."""
+    ahead = getattr(layer, "clock_ahead_seconds", None)
+    return 0.0 if ahead is None else float(await ahead())
+
+
 async def _release(layer: PersistenceLayer, options: Options) -> int:
-    await operations.release(layer, options.key, force=options.force, max_clock_skew_seconds=options.max_clock_skew)
+    skew_seconds = options.max_clock_skew + await _ahead_seconds(layer)
+    await operations.release(layer, options.key, force=options.force, max_clock_skew_seconds=skew_seconds)
     _write("released: the next call runs")
     return DONE
 
@@ -313,6 +321,9 @@ async def _doctor(layer: PersistenceLayer, _options: Options) -> int:
     finally:
         logger.removeHandler(handler)
     _write(f"aidem {__version__}, {type(layer).__name__}: it can be reached and used")
+    ahead_seconds = await _ahead_seconds(layer)
+    if ahead_seconds > CLOCKS_AGREE_SECONDS:
+        problems.append(f"the clock of this machine is about {ahead_seconds:.0f} s ahead of the store's")
     for problem in problems:
         _write(f"problem: {problem}")
     return REFUSED if problems else DONE
@@ -328,7 +339,7 @@ def _print(found: Found, options: Options) -> None:
     if options.json:
         _write(json.dumps(facts))
         return
-    _write(facts.pop("key"))
+    _write(record.idempotency_key)
     _write("    " + _sentence(state, facts))
     for name in ("note", "outcome", "result"):
         if facts.get(name) is not None:

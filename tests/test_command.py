@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import json
 import os
 import re
@@ -292,6 +293,41 @@ def test_doctor_tells_of_settings_that_endanger_the_promises(store: Path, capsys
     assert "SQLitePersistenceLayer: it can be reached and used" in typed(capsys, "doctor")
     store.chmod(0o666)
     assert "problem: SQLite: " in typed(capsys, "doctor", code=1)
+
+
+AHEAD = """
+from aidem.persistence.memory import MemoryPersistenceLayer
+
+class Ahead(MemoryPersistenceLayer):
+    async def clock_ahead_seconds(self):
+        return 100.5
+
+    def get(self, key):
+        return super().get("shop#1")
+
+    def take_over(self, found, record, *, max_clock_skew_seconds, **options):
+        print(f"skew {max_clock_skew_seconds}")
+        return super().take_over(found, record, **options)
+
+layer = Ahead()
+"""
+
+
+def test_how_far_the_clock_is_ahead_is_added_to_leases(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (path.parent / "ahead_layer.py").write_text(AHEAD)
+    store = ["--store", "ahead_layer:layer"]
+    assert "problem: the clock of this machine is about 100 s ahead" in typed(capsys, "doctor", *store, code=1)
+    layer = importlib.import_module("ahead_layer").layer
+    for command in (["resolve", KEY, "--unavailable"], ["release", KEY]):
+        asyncio.run(abandoned(layer))
+        assert "skew 101.5\n" in typed(capsys, *command, "--max-clock-skew", "1", *store)
+
+
+async def abandoned(layer: Any) -> None:
+    now = layer.clock() - 10
+    await layer.forget(KEY)
+    await layer.acquire(claim_of(KEY, now=now, kept_seconds=1000), now=layer.clock())
+    layer._records[KEY] = layer._records[KEY].replace(in_progress_expiry_timestamp=1)
 
 
 def test_create_table_makes_a_file(path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import time
 from typing import Any
 from urllib.parse import urlencode
 
@@ -472,3 +473,12 @@ async def test_a_call_is_completed_among_the_writes_of_its_own_request(
         assert [await pay("o-1") for _ in range(2)] == [{"paid": "o-1"}] * 2
     assert len(database.items(payments)) == 1
     await layer.aclose()
+
+
+@pytest.mark.parametrize(("ahead_seconds", "expected"), [(0, 0), (100, 100), (-100, 0)])
+async def test_a_clock_that_is_ahead_of_the_service_is_noticed(
+    table: str, ahead_seconds: float, expected: float
+) -> None:
+    layer = DynamoDBPersistenceLayer(table, clock=lambda: time.time() + ahead_seconds)
+    async with layer:
+        assert await layer.clock_ahead_seconds() == pytest.approx(expected, abs=5)
