@@ -21,6 +21,8 @@ LONGEST = [
     "tests/sync/test_greenlets.py",
     "tests/simulation/test_simulation.py",
     "tests/awslambda/test_runtime.py",
+    "tests/persistence/sqlite/test_torture.py",
+    "tests/persistence/postgres/test_torture.py",
     "tests/persistence/redis/test_cluster.py",
     "tests/http/test_uvicorn.py",
     "tests/http/test_uvicorn_ends.py",
