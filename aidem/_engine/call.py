@@ -387,7 +387,9 @@ class Call:
             return
         layer = self.plan.layer
         if not isinstance(layer, SupportsCompletionInTransaction):
-            raise self._unable(layer, "SQLitePersistenceLayer(path, in_application_database=True)")
+            raise self._unable(
+                layer, "PostgresPersistenceLayer, or SQLitePersistenceLayer with in_application_database=True,"
+            )
         layer.check_transaction(transaction, blocking=self.is_blocking)
         earlier = self.phase
         await self._begin_completion()

@@ -100,10 +100,11 @@ async def crash_everywhere(
 
 def _check(ways: object, timeout_seconds: object) -> None:
     chosen: set[object] = set()
+    shown = repr(ways)
     if isinstance(ways, Collection) and not isinstance(ways, str):
         chosen.update(cast("Collection[object]", ways))
     if not chosen or not chosen <= set(WAYS):
-        raise refused("ways", repr(ways), f"a collection of some of {', '.join(WAYS)}")
+        raise refused("ways", shown, f"a collection of some of {', '.join(WAYS)}")
     if not isinstance(timeout_seconds, int | float) or not timeout_seconds > 0:
         raise refused("timeout_seconds", repr(timeout_seconds), "a number of seconds above 0")
 

@@ -14,7 +14,7 @@ import threading
 import time
 import types
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator, Iterator
-from concurrent.futures import Executor, Future
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -698,6 +698,16 @@ async def test_a_thread_that_waits_for_the_loop_is_not_waited_for_long(case: Cas
     assert "await asyncio.sleep(0)" in {point.line for point in report.points}
 
 
+async def test_threads_of_another_pool_are_waited_for_too(case: Case) -> None:
+    with ThreadPoolExecutor(1) as pool:
+
+        async def charge() -> None:
+            await asyncio.get_running_loop().run_in_executor(pool, case.bank.charge, "o-1")
+
+        report = await case.prove(charge, ways=["cancel"])
+    assert [point.effects for point in report.points] == [2]
+
+
 async def test_another_executor_is_left_alone(case: Case) -> None:
     class AtOnce(Executor):
         def submit(self, function: Any, /, *args: Any, **options: Any) -> Future[Any]:
@@ -892,22 +902,23 @@ async def test_what_a_task_factory_of_the_call_does_with_coroutines_is_its_own_a
         ]
 
 
-@pytest.mark.skipif(sys.version_info < (3, 12), reason="tasks start eagerly from Python 3.12 on")
-async def test_tasks_that_start_eagerly_vanish_with_the_step_that_starts_them(case: Case) -> None:
-    async def child() -> None:
-        case.bank.charge("o-1")
-        await asyncio.sleep(0)
+if sys.version_info >= (3, 12):
 
-    @case.idempotent()
-    async def charge(order_id: str) -> None:
-        asyncio.get_running_loop().set_task_factory(asyncio.eager_task_factory)  # type: ignore[attr-defined]
-        try:
-            await asyncio.create_task(child())
-        finally:
+    async def test_tasks_that_start_eagerly_vanish_with_the_step_that_starts_them(case: Case) -> None:
+        async def child() -> None:
+            case.bank.charge("o-1")
             await asyncio.sleep(0)
 
-    report = await case.prove(lambda: charge("o-1"), ways=["vanish"])
-    assert ("vanish", "await asyncio.sleep(0)") in wrong(report)
+        @case.idempotent()
+        async def charge(order_id: str) -> None:
+            asyncio.get_running_loop().set_task_factory(asyncio.eager_task_factory)
+            try:
+                await asyncio.create_task(child())
+            finally:
+                await asyncio.sleep(0)
+
+        report = await case.prove(lambda: charge("o-1"), ways=["vanish"])
+        assert ("vanish", "await asyncio.sleep(0)") in wrong(report)
 
 
 async def test_what_a_call_leaves_behind_goes_on_for_a_while_and_then_ends(case: Case) -> None:
