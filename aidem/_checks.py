@@ -251,6 +251,10 @@ _SETTINGS: Final[dict[str, tuple[Check, str]]] = {
     "on_persistence_error": _one_of(OnPersistenceError),
     "stored_exceptions": (_is_tuple_of(_is_exception_type), "a tuple of subclasses of Exception"),
     "hooks": (_is_tuple_of(_is_hook), "a tuple of objects with a method on_event(event) that is not async"),
+    "note": (
+        lambda value: value is None or _is_plain_callable(value),
+        "a callable that is not async, takes the payload and returns a string",
+    ),
     "response_hook": (lambda value: value is None or callable(value), "a callable hook(response, record)"),
     "lambda_context": (lambda value: value is None or _is_lambda_context(value), A_LAMBDA_CONTEXT),
 }

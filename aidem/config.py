@@ -73,6 +73,9 @@ class IdempotencyConfig:
         max_clock_skew_seconds: Time that is added to the lease of another caller before its claim is taken over, by
             layers that use the clocks of their callers. Default: 0.
         hooks: Observers with a method `on_event(event)`. Default: `()`.
+        note: A function `note(payload)`, not async, that is called on every call and returns text for operators, such
+            as an order number. It is stored in clear beside the claim and the outcome; more than 256 characters are cut
+            off. Never return a secret. Default: None.
 
     Raises:
         IdempotencyConfigError: An option has a value that cannot work; the message names the option and the allowed
@@ -98,6 +101,7 @@ class IdempotencyConfig:
     stored_exceptions: tuple[type[Exception], ...] = ()
     max_clock_skew_seconds: float = 0.0
     hooks: tuple[IdempotencyHook, ...] = field(default=(), hash=False)
+    note: Callable[[Any], str | None] | None = field(default=None, hash=False)
 
     def __post_init__(self) -> None:
         check_settings({each.name: getattr(self, each.name) for each in fields(self)})

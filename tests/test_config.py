@@ -85,6 +85,7 @@ def test_the_defaults_are_those_of_the_table() -> None:
         "stored_exceptions": (),
         "max_clock_skew_seconds": 0.0,
         "hooks": (),
+        "note": None,
     }
 
 
@@ -386,7 +387,7 @@ def test_aidem_persistence_names_the_layer_and_it_is_opened_once(
     assert isinstance(default_persistence_store(), SQLitePersistenceLayer)
 
 
-@pytest.mark.parametrize("url", ["nonsense", "memory://x", "postgres://:secret@host/db"])
+@pytest.mark.parametrize("url", ["nonsense", "memory://x", "mysql://:secret@host/db"])
 def test_a_url_that_names_no_layer_is_refused_without_its_password(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AIDEM_PERSISTENCE", url)
     with pytest.raises(IdempotencyPersistenceConfigError) as caught:

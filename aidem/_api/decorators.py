@@ -6,6 +6,7 @@ import functools
 import inspect
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar, cast, overload
 
+from aidem._api import keys
 from aidem._api.execution import execute
 from aidem._api.signature import BOUND_BY_CALL, Target, check_takes_event
 from aidem._engine.plan import Arguments, CallFactory, Plan
@@ -104,6 +105,7 @@ def idempotent(
             if token is not None:
                 reset_lambda_context(token)
 
+    keys.remember(wrapper, calls, lambda plan, args, kwargs: plan.key(keys.event_of(*args, **kwargs)))
     return wrapper
 
 
@@ -201,6 +203,7 @@ def idempotent_function(
     async def wrapper(*args: Any, **kwargs: Any) -> Any:
         return await execute(calls.make(Plan.key_of_call, find_payload, args, kwargs), function, args, kwargs)
 
+    keys.remember(wrapper, calls, lambda plan, args, kwargs: plan.key_of_call(find_payload, args, kwargs))
     return wrapper
 
 

@@ -14,7 +14,7 @@ import asyncio
 import logging
 from enum import Enum, IntEnum, auto
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, NoReturn, cast
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from aidem._engine.claim import RELEASE_SECONDS, Claim, ask
 from aidem._engine.failures import NOTHING_RUN, RUNNING
@@ -293,7 +293,9 @@ class Call:
         record, now = answer.record, answer.now
         if now is None:  # it was judged by this caller's clock, and the clock of its writer may be behind
             now = self.plan.clock() - self.plan.config.max_clock_skew_seconds
-        step = lifecycle.next_step(record, payload_hash=self.key.payload_hash, now=now, is_held=answer.is_held)
+        step = lifecycle.next_step(record, payload_hash=self.key.payload_hash, now=now)
+        if step is NextStep.IN_DOUBT and await self._is_held(record):
+            step = NextStep.WAIT  # a transaction may yet complete it
         match step:
             case NextStep.REPLAY:
                 self._end(record)
@@ -308,6 +310,15 @@ class Call:
                 holds = lifecycle.blocks_for_seconds(record, now=now)
                 flight.publish(record, blocks_until=None if holds is None else self._loop_state.time() + holds)
                 await self._pause(record, flight, now=now)
+
+    async def _is_held(self, record: DataRecord) -> bool:
+        """Whether an open transaction holds a claim, or it has changed since."""
+        layer = self.plan.layer
+        if record.owner is None or not isinstance(layer, SupportsCompletionInTransaction):
+            return False
+        with CancellationShield() as shield:
+            is_free = partial(layer.is_free, record)
+            return not await ask(is_free, shield=shield, key=self.key.text, effect=NOTHING_RUN)
 
     async def _release_earlier_attempt(self, record: DataRecord, *, now: float) -> None:
         """Release the claim of the attempt that a durable function replays, once, so that one of two replays wins."""
@@ -376,7 +387,9 @@ class Call:
             return
         layer = self.plan.layer
         if not isinstance(layer, SupportsCompletionInTransaction):
-            raise self._unable(layer, "SQLitePersistenceLayer(path, in_application_database=True)")
+            raise self._unable(
+                layer, "PostgresPersistenceLayer, or SQLitePersistenceLayer with in_application_database=True,"
+            )
         layer.check_transaction(transaction, blocking=self.is_blocking)
         earlier = self.phase
         await self._begin_completion()
@@ -425,7 +438,7 @@ class Call:
     async def _resume_renewal(self) -> None:
         self._claim.resume_renewal()
 
-    async def _explain_refusal(self, earlier: Phase) -> NoReturn:
+    async def _explain_refusal(self, earlier: Phase) -> None:
         """Raise why the transaction sees no claim of ours; `earlier` is the phase before it was asked."""
         owner = self._claim.record.owner
         with CancellationShield() as shield:

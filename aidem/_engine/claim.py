@@ -116,7 +116,12 @@ class Claim:
         self._count_from(self._asking())
         # The token comes from the kernel, for every claim anew: snapshots and forks share no generator.
         self.record = lifecycle.claim(
-            key.text, owner=os.urandom(16).hex(), payload_hash=key.payload_hash, lease=self._lease, now=plan.clock()
+            key.text,
+            owner=os.urandom(16).hex(),
+            payload_hash=key.payload_hash,
+            note=key.note,
+            lease=self._lease,
+            now=plan.clock(),
         )
 
     def has_lapsed(self, *, in_seconds: float = 0.0) -> bool:

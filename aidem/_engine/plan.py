@@ -6,6 +6,7 @@ A front finds the payload among its arguments, the plan makes the key from it, a
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 import warnings
 from typing import TYPE_CHECKING, Any, ClassVar, Concatenate, Final, NamedTuple, ParamSpec
@@ -37,6 +38,9 @@ TRUE: Final = ("true", "1", "t", "yes", "y", "on")
 FALSE: Final = ("", "false", "0", "f", "no", "n", "off")
 _AIDEM, _POWERTOOLS = map(getattr(os.environ, "encodekey", str), SWITCHES)
 
+logger = logging.getLogger("aidem")
+
+MAX_NOTE_CHARACTERS: Final = 256
 MINIMUM_LAMBDA_LEASE_SECONDS: Final = 1.0
 
 
@@ -46,10 +50,12 @@ class CallKey(NamedTuple):
     Attributes:
         text: The idempotency key; `""`: there is none, and the call runs without idempotency.
         payload_hash: Hash of the validated part of the payload; `""`: not validated.
+        note: What the config's `note` made of the payload.
     """
 
     text: str
     payload_hash: str = ""
+    note: str | None = None
 
 
 class Arguments(dict[str, Any]):
@@ -116,19 +122,38 @@ class Plan:
         if (expression or not are_arguments) and _key.is_missing(selected):
             return self._missing()
         validated = self.config.payload_validation_jmespath
-        return self._key_of(selected, self._hash_of(prepared, validated) if validated else "")
+        payload_hash = self._hash_of(prepared, validated) if validated else ""
+        return self._key_of(selected, payload_hash, note=self.note_of(payload))
+
+    def note_of(self, payload: Any) -> str | None:
+        """Return the note that a claim for a payload carries: nothing that goes wrong with it stops a call."""
+        if self.config.note is None:
+            return None
+        try:
+            note: Any = self.config.note(payload)
+        except Exception as error:  # noqa: BLE001 - whatever a function of the user's makes of the payload
+            # No trace: it may show what is in the payload.
+            logger.error("note of %s raised %s; the claim has none", self.function, type(error).__name__)  # noqa: TRY400
+            return None
+        if not (note is None or isinstance(note, str)):
+            logger.error("note of %s returned no string but %s; the claim has none", self.function, type(note).__name__)
+            return None
+        return note[:MAX_NOTE_CHARACTERS].encode(errors="replace").decode() if note else None
 
     def key_of_block(self, key: Any, payload: Any) -> CallKey:
         """Return the key of a block; its payload, unless it is `...`, must not change under the key."""
         selected = _key.prepare(key)
         if _key.is_missing(selected):
             return self._missing()
+        note = self.note_of(key if payload is ... else payload)
         if payload is ...:
-            return self._key_of(selected)
-        return self._key_of(selected, self._hash_of(_key.prepare(payload), self.config.payload_validation_jmespath))
+            return self._key_of(selected, note=note)
+        payload_hash = self._hash_of(_key.prepare(payload), self.config.payload_validation_jmespath)
+        return self._key_of(selected, payload_hash, note=note)
 
-    def _key_of(self, selected: Any, payload_hash: str = "") -> CallKey:
-        return CallKey(_key.key_of(selected, prefix=self.prefix, hash_function=self.config.hash_function), payload_hash)
+    def _key_of(self, selected: Any, payload_hash: str = "", *, note: str | None = None) -> CallKey:
+        text = _key.key_of(selected, prefix=self.prefix, hash_function=self.config.hash_function)
+        return CallKey(text, payload_hash, note)
 
     def _hash_of(self, prepared: Any, expression: str) -> str:
         return _key.payload_digest(_select(expression, prepared, self.config), self.config.hash_function)
@@ -223,15 +248,33 @@ class CallFactory:
 
     def bypassed(self, find_key: Callable[Concatenate[Plan, P], CallKey], *args: P.args, **kwargs: P.kwargs) -> Call:
         """Return a call that asks no layer; its key is only there for `key_for`, if there is one."""
-        from aidem.persistence.memory import MemoryPersistenceLayer  # only needed while a switch for tests is on
-
-        demanding = dataclasses.replace(self.config(), raise_on_no_idempotency_key=True)
-        plan = Plan(layer=MemoryPersistenceLayer(), config=demanding, function=self.function, prefix=self._prefix())
+        plan = self._plan_without_layer()
         try:
             key = find_key(plan, *args, **kwargs)
         except Exception:  # noqa: BLE001 - a call that is not made idempotent needs no key, so nothing is wrong with it
             key = CallKey("")
         return self.call_type(plan, key, bypassed=True)
+
+    def key_now(
+        self,
+        find_key: Callable[[Plan, tuple[Any, ...], dict[str, Any]], CallKey],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> str:
+        """Return the key that a call would have now; no layer is asked for, and the prefix is not fixed.
+
+        Raises:
+            IdempotencyKeyError: There is none, or the payload cannot be one.
+        """
+        return find_key(self._plan_without_layer(), args, kwargs).text
+
+    def _plan_without_layer(self) -> Plan:
+        """Return a plan that makes keys and nothing else; a missing key is an error, and notes are not made."""
+        from aidem.persistence.memory import MemoryPersistenceLayer  # few processes need it
+
+        config = dataclasses.replace(self.config(), raise_on_no_idempotency_key=True, note=None)
+        prefix = self._prefix() if self._plan is None else self._plan.prefix
+        return Plan(layer=MemoryPersistenceLayer(), config=config, function=self.function, prefix=prefix)
 
     def _planned(self) -> Plan:
         """Return the plan, for the layer and the settings of now."""

@@ -113,7 +113,7 @@ class Gate:
         key = self._lookup_key(name, space, await self._payload_hash(scope, request))
         if (scope.setdefault(_REQUEST, object()), key) in _served.get():
             return None  # a layer further out, with the same prefix, serves it under this key
-        call = self.calls.make(lambda _plan: key)
+        call = self.calls.make(lambda plan: key if plan.config.note is None else key._replace(note=plan.note_of(scope)))
         try:
             await call.begin()
         except ANSWERED_ERRORS as error:
@@ -192,7 +192,8 @@ class Gate:
 
     async def _run(self, call: Call, app: ASGIApp, scope: Scope, request: Request, send: Send) -> None:
         """Run the app, under the claim or bypassed. Layers further in that make the same key let this request pass."""
-        token = _served.set((*_served.get(), (scope.get(_REQUEST), call.key)))
+        key = call.key if call.key.note is None else call.key._replace(note=None)  # layers may make other notes of it
+        token = _served.set((*_served.get(), (scope.get(_REQUEST), key)))
         try:
             if call.phase is _CLAIMED:
                 await Exchange(call, request, self.options, scope, send).run(app)

@@ -26,7 +26,7 @@ The rules, each in one place:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import Enum, auto
+from enum import Enum, StrEnum, auto
 from math import ceil, inf
 from typing import Final, NamedTuple
 
@@ -56,12 +56,10 @@ class Blocked(NamedTuple):
     Attributes:
         record: The record found.
         now: Epoch seconds by the clock that judged it; None: by the caller's.
-        is_held: Whether an open transaction holds the record: a claim then counts as running, lapsed or not.
     """
 
     record: DataRecord
     now: float | None = None
-    is_held: bool = False
 
 
 class Commitment(Enum):
@@ -109,6 +107,27 @@ def is_held_by(record: DataRecord | None, owner: str | None) -> bool:
 def status_of(record: DataRecord, *, now: float) -> RecordStatus:
     """Return the status at an instant, `EXPIRED` included."""
     return RecordStatus.EXPIRED if is_expired(record, now=now) else record.status
+
+
+class RecordState(StrEnum):
+    """What a record means to operators at an instant."""
+
+    RUNNING = "running"
+    LAPSED = "lapsed"
+    IN_DOUBT = "in doubt"
+    COMPLETED = "completed"
+    EXPIRED = "expired"
+
+
+def state_of(record: DataRecord, *, now: float) -> RecordState:
+    """Return the state of a record: a lapsed claim runs at the next call, one in doubt has to be resolved."""
+    if is_expired(record, now=now):
+        return RecordState.EXPIRED
+    if record.status is RecordStatus.COMPLETED:
+        return RecordState.COMPLETED
+    if is_lapsed(record, now=now):
+        return RecordState.LAPSED
+    return RecordState.IN_DOUBT if is_in_doubt(record, now=now) else RecordState.RUNNING
 
 
 def lease_end(record: DataRecord) -> int | None:
@@ -181,7 +200,7 @@ def acquire_held(found: DataRecord | None) -> Blocked | None:
     A claim counts as running then, lapsed or expired: the transaction may yet complete it.
     """
     is_claim = found is not None and found.status is RecordStatus.INPROGRESS
-    return Blocked(found, is_held=True) if found is not None and is_claim else None
+    return Blocked(found) if found is not None and is_claim else None
 
 
 def commitment(found: DataRecord | None, owner: str | None, *, is_free: bool) -> Commitment:
@@ -327,7 +346,9 @@ class LeaseTerms:
         return (expiry, end, None) if self.may_be_taken_over else (expiry, None, end)
 
 
-def claim(key: str, *, owner: str, payload_hash: str, lease: LeaseTerms, now: float) -> DataRecord:
+def claim(
+    key: str, *, owner: str, payload_hash: str, lease: LeaseTerms, now: float, note: str | None = None
+) -> DataRecord:
     """Return the claim to propose to a layer."""
     expiry, in_progress_expiry, lease_expiry = lease.instants(now=now)
     return DataRecord(
@@ -338,6 +359,7 @@ def claim(key: str, *, owner: str, payload_hash: str, lease: LeaseTerms, now: fl
         lease_expiry_timestamp=lease_expiry,
         payload_hash=payload_hash,
         owner=owner,
+        note=note,
     )
 
 
@@ -354,6 +376,19 @@ def renewal(claimed: DataRecord, *, lease: LeaseTerms, now: float) -> DataRecord
 def abandoned(claimed: DataRecord) -> DataRecord:
     """Return a claim that is given up: in doubt at once."""
     return claimed.replace(lease_expiry_timestamp=GIVEN_UP)
+
+
+def held_by_operator(found: DataRecord, *, owner: str, held_seconds: float, now: float) -> DataRecord:
+    """Return the claim with which an operator takes over the one found: of its kind, for a short time."""
+    end = milliseconds(now + held_seconds)
+    in_progress, lease = found.in_progress_expiry_timestamp, found.lease_expiry_timestamp
+    expiry = found.expiry_timestamp
+    return found.replace(
+        owner=owner,
+        expiry_timestamp=None if expiry is None else max(expiry, ceil(now + held_seconds)),
+        in_progress_expiry_timestamp=None if in_progress is None else end,
+        lease_expiry_timestamp=end if in_progress is None and lease is not None else None,
+    )
 
 
 def completed(
@@ -417,13 +452,13 @@ class NextStep(Enum):
     MISMATCH = auto()
 
 
-def next_step(record: DataRecord, *, payload_hash: str, now: float, is_held: bool = False) -> NextStep:
+def next_step(record: DataRecord, *, payload_hash: str, now: float) -> NextStep:
     """Decide what a call does about a live record: the hash first, also while it is INPROGRESS."""
     if differs(record, payload_hash):
         return NextStep.MISMATCH
     if record.status is RecordStatus.COMPLETED:
         return NextStep.REPLAY
-    if is_in_doubt(record, now=now) and not is_held:
+    if is_in_doubt(record, now=now):
         return NextStep.IN_DOUBT
     return NextStep.WAIT
 

@@ -5,7 +5,7 @@ A layer stores and compares. It never decides, sleeps, retries or hashes; the en
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable  # noqa: TC003 - a user's tools resolve the protocol's annotations
+from collections.abc import AsyncIterator, Awaitable, Collection  # noqa: TC003 - a user's tools resolve the protocol's annotations
 from typing import TYPE_CHECKING, Any, Final, Protocol, Self, cast, runtime_checkable
 
 from aidem._rules.lifecycle import Blocked, Claimed
@@ -232,7 +232,10 @@ class SupportsCompletionInTransaction(Protocol):
         ...
 
     def is_free(self, record: DataRecord) -> Awaitable[bool]:
-        """Whether the claim is ours, INPROGRESS, and held by no open transaction. Asked on the layer's connection."""
+        """Whether the claim is there, INPROGRESS and of the record's owner, and held by no open transaction.
+
+        It is asked on the layer's connection, also about the claim of another caller.
+        """
         ...
 
 
@@ -278,44 +281,101 @@ class SupportsPurge(Protocol):
         ...
 
 
+ATTRIBUTE_PARAMETERS: Final = (
+    *("expiry_attr", "in_progress_expiry_attr", "status_attr", "data_attr", "validation_key_attr", "owner_attr"),
+    *("fence_attr", "lease_expiry_attr", "outcome_attr", "note_attr"),
+)
+DYNAMODB_PARAMETERS: Final = {
+    **{name: name for name in (*ATTRIBUTE_PARAMETERS, "key_attr", "sort_key_attr", "static_pk_value")},
+    "region": "region_name",
+    "endpoint": "endpoint_url",
+}
+"""The options of `DynamoDBPersistenceLayer` by their names in a URL."""
+
+
 def open_persistence_layer(url: str) -> PersistenceLayer:
     """Return a new layer for a URL; it connects on first use.
+
+    Parameters after a `?` are percent-encoded. Redis and DynamoDB take the names of attributes, such as
+    `?owner_attr=token`. DynamoDB also takes `key_attr`, `sort_key_attr`, `static_pk_value`, `region` and `endpoint`,
+    Redis also what redis-py takes, and PostgreSQL what asyncpg takes. SQLite takes `in_application_database=true`.
+    Others are refused.
 
     Args:
         url: `memory://`; `sqlite:///relative/path` or `sqlite:////absolute/path`, as in SQLAlchemy;
             `redis://host:6379/0`, as in redis-py; `redis+cluster://host:6379,host2:6379`;
             `redis+sentinel://host:26379,host2:26379/service/0`; with TLS `rediss…` instead of `redis…`;
-            `dynamodb://table`, with region, endpoint and credentials from the AWS environment;
-            `postgresql://user:password@host:5432/database`, as asyncpg understands it.
+            `dynamodb://table`, with credentials, and by default region and endpoint, from the AWS environment;
+            `postgresql://user:password@host:5432/database`, as in asyncpg.
 
     Raises:
-        IdempotencyPersistenceConfigError: It is not one of these URLs.
+        IdempotencyPersistenceConfigError: It is not one of these URLs, or has other parameters.
     """
     if not isinstance(cast("object", url), str):
         raise _names_no_layer(f"open_persistence_layer takes a URL as text, not {type(url).__name__}")
     scheme, separator, rest = url.partition("://")
+    place, _, query = rest.partition("?")
     if scheme == "memory" and separator and not rest:
         from aidem.persistence.memory import MemoryPersistenceLayer
 
         return MemoryPersistenceLayer()
-    if scheme == "sqlite" and len(rest) > 1 and rest.startswith("/"):
-        from aidem.persistence.sqlite import SQLitePersistenceLayer
-
-        return SQLitePersistenceLayer(rest[1:])
+    if scheme == "sqlite" and len(place) > 1 and place.startswith("/"):
+        return _sqlite_layer(place[1:], query)
     if scheme.partition("+")[0] in {"redis", "rediss"} and rest:
-        from aidem.persistence.redis import RedisPersistenceLayer
-
-        return RedisPersistenceLayer(url)
-    if scheme == "dynamodb" and rest:
+        return _redis_layer(url)
+    if scheme == "dynamodb" and place:
         from aidem.persistence.dynamodb import DynamoDBPersistenceLayer
 
-        return DynamoDBPersistenceLayer(rest)
+        given = _parameters(query, DYNAMODB_PARAMETERS)
+        options: dict[str, Any] = {DYNAMODB_PARAMETERS[name]: value for name, value in given.items()}
+        return DynamoDBPersistenceLayer(place, **options)
     if scheme in {"postgresql", "postgres"} and rest:
         from aidem.persistence.postgres import PostgresPersistenceLayer
 
         return PostgresPersistenceLayer(url)
     # A URL may hold a password: only what stands before the colon is shown.
     raise _names_no_layer(f"this URL of scheme {scheme if separator else ''!r} names no persistence layer")
+
+
+def _sqlite_layer(path: str, query: str) -> PersistenceLayer:
+    from aidem.persistence.sqlite import SQLitePersistenceLayer
+
+    switch = _parameters(query, ("in_application_database",)).get("in_application_database", "false")
+    if switch not in {"true", "false"}:
+        raise IdempotencyPersistenceConfigError("in_application_database in a URL must be true or false")
+    return SQLitePersistenceLayer(path, in_application_database=switch == "true")
+
+
+def _redis_layer(url: str) -> PersistenceLayer:
+    """Return a layer with the attribute names of the URL; redis-py gets all other parameters as they are."""
+    from aidem.persistence.redis import RedisPersistenceLayer
+
+    server, mark, query = url.partition("?")
+    parts = query.split("&")
+    ours = [part for part in parts if part.partition("=")[0] in ATTRIBUTE_PARAMETERS]
+    theirs = "&".join(part for part in parts if part not in ours)
+    names: dict[str, Any] = _parameters("&".join(ours), ATTRIBUTE_PARAMETERS)
+    return RedisPersistenceLayer(f"{server}{mark * bool(theirs)}{theirs}" if ours else url, **names)
+
+
+def _parameters(query: str, known: Collection[str]) -> dict[str, str]:
+    """Return the parameters of a URL.
+
+    Raises:
+        IdempotencyPersistenceConfigError: One is not known, or is there twice.
+    """
+    from urllib.parse import parse_qsl  # only those who name a layer by a URL need it
+
+    pairs = parse_qsl(query, keep_blank_values=True)
+    names = [name for name, _ in pairs]
+    for name in names:
+        if name not in known:
+            raise IdempotencyPersistenceConfigError(
+                f"the parameter {name!r} of this URL is not known; write {', '.join(sorted(known))}"
+            )
+        if names.count(name) > 1:
+            raise IdempotencyPersistenceConfigError(f"the parameter {name!r} is in this URL more than once")
+    return dict(pairs)
 
 
 def _names_no_layer(what: str) -> IdempotencyPersistenceConfigError:

@@ -253,11 +253,11 @@ async def _answer(answer: Any) -> Any:
 
 
 def _in_style_of(driver: str, statement: str) -> str:
-    """Return a statement with the placeholders of a driver."""
+    """Return a statement with the placeholders of a driver: of PostgreSQL's, each has its type, as in `?::text`."""
     if driver == "asyncpg":
         number = count(1)
-        return re.sub(r"\?", lambda _: f"${next(number)}", statement)
-    return statement.replace("?", "%s") if driver == "psycopg" else statement
+        return re.sub(r"\?(?=::)", lambda _: f"${next(number)}", statement)
+    return re.sub(r"\?(?=::)", "%s", statement.replace("%", "%%")) if driver == "psycopg" else statement
 
 
 _KINDS: Final = (

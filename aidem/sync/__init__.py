@@ -15,7 +15,7 @@ import inspect
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Concatenate, ParamSpec, TypeVar, cast, overload
 
-from aidem._api import block
+from aidem._api import block, keys
 from aidem._api.decorators import payload_finder
 from aidem._api.signature import Target, check_takes_event
 from aidem._checks import check_options
@@ -138,6 +138,7 @@ def idempotent(
             if token is not None:
                 reset_lambda_context(token)
 
+    keys.remember(wrapper, calls, lambda plan, args, kwargs: plan.key(keys.event_of(*args, **kwargs)))
     return wrapper
 
 
@@ -237,6 +238,7 @@ def idempotent_function(
         refuse_event_loop("make the function async and decorate it with aidem.idempotent_function")
         return execute(calls.make(Plan.key_of_call, find_payload, args, kwargs), function, args, kwargs)
 
+    keys.remember(wrapper, calls, lambda plan, args, kwargs: plan.key_of_call(find_payload, args, kwargs))
     return wrapper
 
 

@@ -131,7 +131,7 @@ class BlockingCall(Call):
     async def _resume_renewal(self) -> None:
         _wait_for(self, super()._resume_renewal, RUNNING)
 
-    async def _explain_refusal(self, earlier: Phase) -> NoReturn:
+    async def _explain_refusal(self, earlier: Phase) -> None:
         _wait_for(self, partial(super()._explain_refusal, earlier), RUNNING)
 
 

@@ -10,16 +10,6 @@ from aidem.testing._crash import crash_everywhere
 from aidem.testing._report import CrashPoint, CrashReport, CrashWay
 from aidem.testing._trial import Trial, claim_of, completed_of
 
-if TYPE_CHECKING:
-    from aidem.testing._conformance import PersistenceLayerConformance
-    from aidem.testing._scan import PurgeConformance, ScanConformance
-    from aidem.testing._take_over import TakeOverConformance
-    from aidem.testing._transactions import (
-        CompletionInTransactionConformance,
-        CompletionItemConformance,
-        OpenTransaction,
-    )
-
 __all__ = [
     "CompletionInTransactionConformance",
     "CompletionItemConformance",
@@ -48,8 +38,16 @@ _SUITES: Final = {
     "TakeOverConformance": "aidem.testing._take_over",
 }
 
-
-if not TYPE_CHECKING:  # or type checkers would take any name for one of this module's
+if TYPE_CHECKING:
+    from aidem.testing._conformance import PersistenceLayerConformance
+    from aidem.testing._scan import PurgeConformance, ScanConformance
+    from aidem.testing._take_over import TakeOverConformance
+    from aidem.testing._transactions import (
+        CompletionInTransactionConformance,
+        CompletionItemConformance,
+        OpenTransaction,
+    )
+else:  # or type checkers would take any name for one of this module's
 
     def __getattr__(name: str) -> Any:
         if name not in _SUITES:

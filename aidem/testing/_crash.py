@@ -7,7 +7,7 @@ import contextvars
 import inspect
 import sys
 from collections.abc import Awaitable, Callable, Collection
-from typing import TYPE_CHECKING, Final, get_args
+from typing import TYPE_CHECKING, Final, cast, get_args
 
 from aidem._checks import refused
 from aidem.testing._lines import Line, own_line_of_thread
@@ -80,7 +80,8 @@ async def crash_everywhere(
         TimeoutError: A call did not end in time; the message names the way, the point, and the line at which it waits.
     """
     _check(ways, timeout_seconds)
-    trial = _Trial(call, clock, timeout_seconds, asyncio.get_running_loop(), _line_of_caller())
+    asked_at = own_line_of_thread(sys._getframe())  # noqa: SLF001 # pyright: ignore[reportPrivateUsage]
+    trial = _Trial(call, clock, timeout_seconds, _running_loop(), asked_at)
     counter = _Counter(effects, reset)
     try:
         observed = await trial.observe(counter)
@@ -98,14 +99,21 @@ async def crash_everywhere(
 
 
 def _check(ways: object, timeout_seconds: object) -> None:
-    if isinstance(ways, str) or not isinstance(ways, Collection) or not ways or not set(ways) <= set(WAYS):
-        raise refused("ways", repr(ways), f"a collection of some of {', '.join(WAYS)}")
+    chosen: set[object] = set()
+    shown = repr(ways)
+    if isinstance(ways, Collection) and not isinstance(ways, str):
+        chosen.update(cast("Collection[object]", ways))
+    if not chosen or not chosen <= set(WAYS):
+        raise refused("ways", shown, f"a collection of some of {', '.join(WAYS)}")
     if not isinstance(timeout_seconds, int | float) or not timeout_seconds > 0:
         raise refused("timeout_seconds", repr(timeout_seconds), "a number of seconds above 0")
 
 
-def _line_of_caller() -> Line | None:
-    return own_line_of_thread(sys._getframe(2))  # noqa: SLF001
+def _running_loop() -> asyncio.AbstractEventLoop:
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        raise misuse("the test must run on an asyncio event loop; aidem does not support trio") from None
 
 
 class _Counter:
@@ -157,14 +165,17 @@ class _Trial:
         self._loop = loop
         self._context = contextvars.copy_context()
         self._asked_at = asked_at
+        self._uses_sockets = False
 
     async def observe(self, counter: _Counter) -> Observed:
         """Run the call undisturbed, until all layers that it asks are watched."""
-        known = -1
+        observed = await self._observe_once(counter)
+        known = 0
         while known < len(self.layers):
             known = len(self.layers)
             observed = await self._observe_once(counter)
-        if observed.used_sockets:
+        self._uses_sockets = observed.uses_sockets
+        if self._uses_sockets:
             observed.keep_common(await self._observe_once(counter))
         return observed
 
@@ -175,11 +186,13 @@ class _Trial:
 
     async def disturb(self, way: CrashWay, point: Point, counter: _Counter) -> CrashPoint:
         """Run the call, disturbed at one point; once more if it did not come there."""
-        for _ in range(ATTEMPTS):
+        attempt = 1
+        run = DisturbedRun(self._call, self.layers, way, point)
+        effects = await self._run(run, counter)
+        while run.missed and attempt < ATTEMPTS:
+            attempt += 1
             run = DisturbedRun(self._call, self.layers, way, point)
             effects = await self._run(run, counter)
-            if not run.missed:
-                break
         line = point.ran_last
         return CrashPoint(
             way=way,
@@ -201,19 +214,16 @@ class _Trial:
     async def _in_process(self, live: Callable[[ProcessLoop], None], run: ObservedRun | DisturbedRun) -> None:
         """Run a process in its thread, which is left alone if it does not come back."""
         ended: asyncio.Future[BaseException | None] = self._loop.create_future()
-
-        def end(failure: BaseException | None) -> None:
-            if not ended.done():
-                ended.set_result(failure)
-
-        process = ProcessLoop(timeout_seconds=self._timeout_seconds, context=self._context)
-        thread = process.run_in_thread(live, lambda failure: self._loop.call_soon_threadsafe(end, failure))
+        process = ProcessLoop(
+            timeout_seconds=self._timeout_seconds, context=self._context, uses_sockets=self._uses_sockets
+        )
+        thread = process.run_in_thread(live, lambda failure: self._loop.call_soon_threadsafe(ended.set_result, failure))
         try:
             while not ended.done():
                 await asyncio.wait([ended], timeout=self._timeout_seconds)
                 if not ended.done() and process.is_blocked():
-                    frame = sys._current_frames().get(thread.ident or 0)  # noqa: SLF001 - public in all but name
-                    raise self._too_long(run, "is blocked", own_line_of_thread(frame))
+                    frames = sys._current_frames()  # noqa: SLF001 # pyright: ignore[reportPrivateUsage]
+                    raise self._too_long(run, "is blocked", own_line_of_thread(frames.get(thread.ident or 0)))
         finally:
             process.give_up()
         failure = ended.result()

@@ -74,17 +74,18 @@ class ProcessLoop(asyncio.SelectorEventLoop):
     Attributes:
         on_step: Called at the end of each step of a task, with what the task runs; may raise `Vanished`.
         on_operation: Carries out an operation of a persistence layer: its name, and what starts it.
-        main: The task of the call, as long as it is the one that counts.
+        main: The task that is run to its end.
         steps: What the tasks run that have not ended.
-        used_sockets: Whether it has waited for any.
+        uses_sockets: Whether it is known to wait for any.
     """
 
-    def __init__(self, *, timeout_seconds: float, context: Context) -> None:
+    main: asyncio.Task[object]
+
+    def __init__(self, *, timeout_seconds: float, context: Context, uses_sockets: bool) -> None:
         self.unwatch()
         self._seen_at = time.monotonic()
-        self.main: asyncio.Task[object] | None = None
         self.steps: set[Steps] = set()
-        self.used_sockets = False
+        self.uses_sockets = uses_sockets
         self._pending_operations = 0
         self._timeout_seconds = timeout_seconds
         self._context = context
@@ -199,16 +200,11 @@ class ProcessLoop(asyncio.SelectorEventLoop):
 
     def runs_call(self, steps: Steps) -> bool:
         """Whether these are the steps of the call itself, and not of a task that it has started."""
-        return self.main is not None and steps is self.main.get_coro()
-
-    def cancel_call(self) -> None:
-        """Cancel the task of the call."""
-        if self.main is not None:
-            self.main.cancel()
+        return steps is self.main.get_coro()
 
     def main_waits_at(self) -> Line | None:
         """Return the user's line at which the call waits; None: there is none, or it does not wait."""
-        steps = None if self.main is None else self.main.get_coro()
+        steps = self.main.get_coro()
         return innermost_own_line(steps.coroutine) if isinstance(steps, Steps) else None
 
     def end(self) -> None:
@@ -238,12 +234,10 @@ class ProcessLoop(asyncio.SelectorEventLoop):
 
     def vanish(self) -> None:
         """Stop for ever. Connections break, as the operating system would see to it."""
-        if self.is_closed():
-            return
         tasks = asyncio.all_tasks(self)
         for task in tasks:
             asyncio._unregister_task(task)  # noqa: SLF001 - documented, under "Extending"
-        _keep_for_ever((self, tasks, self.steps, self._find_belongings() if self.used_sockets else ()))
+        _keep_for_ever((self, tasks, self.steps, self._find_belongings() if self.uses_sockets else ()))
         self.set_exception_handler(lambda _loop, _context: None)  # the task that was left has an exception of ours
         with self._threads:
             self._has_vanished = True
@@ -266,12 +260,12 @@ class ProcessLoop(asyncio.SelectorEventLoop):
     def _find_belongings(self) -> list[object]:
         """Find what is of this loop and has a finalizer, such as an HTTP session, which would miss being closed."""
         referrers: list[Any] = gc.get_referrers(self)
-        attributes = [referrer for referrer in referrers if type(referrer) is dict]
+        attributes: list[Any] = [referrer for referrer in referrers if isinstance(referrer, dict)]
         ids = {id(attribute) for attribute in attributes}
-        owners = [owner for owner in gc.get_referrers(*attributes) if hasattr(type(owner), "__del__")]
+        owners: list[Any] = gc.get_referrers(*attributes)
         return [
-            *(referrer for referrer in referrers if hasattr(type(referrer), "__del__")),
-            *(owner for owner in owners if id(getattr(owner, "__dict__", None)) in ids),
+            *filter(_has_finalizer, referrers),
+            *(owner for owner in filter(_has_finalizer, owners) if id(getattr(owner, "__dict__", None)) in ids),
         ]
 
     # --- Steps of tasks -----------------------------------------------------------------------------------------------
@@ -337,7 +331,6 @@ class ProcessLoop(asyncio.SelectorEventLoop):
             has_sockets: Whether it waits for any.
         """
         self.watch_time()
-        self.used_sockets |= has_sockets
         depends_on_others = self._pending_operations > 0 or self._busy_threads() > 0
         if not (depends_on_others or has_sockets):
             now = self.time()
@@ -413,6 +406,10 @@ class ProcessLoop(asyncio.SelectorEventLoop):
         return self._jobs + max(0, waiting - self._messages)
 
 
+def _has_finalizer(thing: object) -> bool:
+    return hasattr(type(thing), "__del__")
+
+
 def _waits_for_thread(coroutine: Any) -> bool:
     names = [frame.f_code.co_name for frame in frames_of(coroutine)]
     return names[-1:] == ["run_sync_in_worker_thread"]  # of anyio.to_thread
@@ -426,6 +423,7 @@ class _Selector(selectors.DefaultSelector):
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
         has_sockets = len(self._watched) > 1  # besides the pipe that wakes the loop
+        self._loop.uses_sockets |= has_sockets
         ready = super().select(0) if has_sockets or self._loop.has_messages else []
         if ready or (timeout is not None and timeout <= 0):
             return ready
@@ -478,14 +476,14 @@ def new_awaitable(call: Call) -> Awaitable[object]:
         IdempotencyUsageError: It cannot be.
     """
     try:
-        awaitable = cast("object", call())
+        awaitable = call()
     except Exception as error:
         raise misuse(
             f"call() raised {type(error).__qualname__} before it returned something to await. It must start an async "
             "function: asyncio.run, aidem.sync and other blocking calls cannot run on an event loop. For a handler "
             "made by lambda_handler, use `lambda: handler.__wrapped__(event, context)`"
         ) from error
-    if not isinstance(awaitable, Awaitable):
+    if not isinstance(cast("object", awaitable), Awaitable):
         raise misuse(
             f"call() must return something to await, not {type(awaitable).__qualname__}; "
             "write `lambda: handler(event, context)` with an async handler"

@@ -18,7 +18,6 @@ from aidem.testing._process import ProcessLoop, TooLong, Vanished
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
-    from types import FrameType
 
     from aidem.testing._process import Call, Start, Steps
     from aidem.testing._report import CrashWay
@@ -58,15 +57,15 @@ class Observed:
         suspensions: Where it waits.
         operations: What it asks of persistence layers.
         end: When it has ended.
-        used_sockets: Whether it waited for any, so that it may take more or fewer steps the next time.
+        uses_sockets: Whether it waits for any, so that it may take more or fewer steps the next time.
     """
 
-    suspensions: list[Point] = field(default_factory=list)
-    operations: list[Point] = field(default_factory=list)
-    end: list[Point] = field(default_factory=list)
-    used_sockets: bool = False
+    suspensions: list[Point] = field(default_factory=list[Point])
+    operations: list[Point] = field(default_factory=list[Point])
+    end: list[Point] = field(default_factory=list[Point])
+    uses_sockets: bool = False
 
-    _alike: Counter[tuple[Line | None, str]] = field(default_factory=Counter)
+    _alike: Counter[tuple[Line | None, str]] = field(default_factory=Counter[tuple[Line | None, str]])
 
     def add_suspension(self, waits_at: Line | None, ran_last: Line | None, when: str) -> None:
         """Take note of one. Renewals count once, however many a long body has."""
@@ -106,15 +105,18 @@ class _Operations:
     def __init__(self, process: ProcessLoop, lose: Callable[[CrashWay, str, int], None]) -> None:
         self.begun: list[str] = []
         self._counts: Counter[str] = Counter()
-        self._has_moved = False
+        self._moved = ""
         self._process = process
         self._lose = lose
         self._under_way: dict[tuple[str, int], str] = {}
 
     @property
     def when(self) -> str:
-        """What the one does that was begun last, of those that have not ended; empty: there is none."""
-        return next(reversed(self._under_way.values()), "")
+        """What the one does that was begun last, of those that have not ended; empty: there is none.
+
+        Renewals do not count: they run beside a body, and may end before it or after.
+        """
+        return next((when for (name, _), when in reversed(self._under_way.items()) if name != RENEW), "")
 
     def begin(self, name: str, start: Start) -> Awaitable[Any]:
         """Carry one out, as a store does that is elsewhere: it waits before and after."""
@@ -138,13 +140,12 @@ class _Operations:
             del self._under_way[name, occurrence]
 
     def _move(self, name: str, occurrence: int, when: str) -> None:
-        self._under_way[name, occurrence] = when
-        self._has_moved = True
+        self._under_way[name, occurrence] = self._moved = when
 
-    def have_moved(self) -> bool:
-        """Whether one has come further since this was asked last."""
-        has_moved, self._has_moved = self._has_moved, False
-        return has_moved
+    def take_move(self) -> str:
+        """Return what one has come to since this was asked last; empty: none has moved."""
+        moved, self._moved = self._moved, ""
+        return moved
 
 
 class ObservedRun:
@@ -175,14 +176,18 @@ class ObservedRun:
         process.main = process.start(self._call)
         # Every function that is called shows the layers, and the user's line that runs last. This must do next to
         # nothing: what runs in it cannot be traced.
-        sys.setprofile(lambda frame, _event, _argument: self._seen.append((Line.of(frame), _if_acquiring(frame))))
+        sys.setprofile(
+            lambda frame, _event, _argument: self._seen.append(
+                (Line.of(frame), dict(frame.f_locals) if frame.f_code.co_name == "acquire" else None)
+            )
+        )
         try:
             process.run_to_end(process.main)
         finally:
             sys.setprofile(None)
         self._look_at_seen(process)
         self.observed.end.append(Point(waits_at=None, ran_last=self._ran_last, when=AFTER_THE_CALL))
-        self.observed.used_sockets = process.used_sockets
+        self.observed.uses_sockets = process.uses_sockets
         process.unwatch()
         process.end()
 
@@ -193,8 +198,9 @@ class ObservedRun:
         ran_last = (ran if has_ended else None) or waits_at or self._ran_last
         while operations.begun:
             observed.add_operation(waits_at, ran_last, operations.begun.pop(0))
-        if _is_suspension(process, steps, operations, has_ended=has_ended):
-            observed.add_suspension(waits_at, ran_last, operations.when)
+        when = _moment(process, steps, operations, has_ended=has_ended)
+        if when is not None:
+            observed.add_suspension(waits_at, ran_last, when)
 
     def _look_at_seen(self, process: ProcessLoop) -> Line | None:
         """Take note of what has run since the last time; return the line of the user's that ran last, if one has."""
@@ -207,7 +213,8 @@ class ObservedRun:
         return ran
 
     def _look_for_layer(self, variables: dict[str, Any], process: ProcessLoop) -> None:
-        layer, record, *_ = (*variables.values(), None, None)
+        values: list[Any] = [*variables.values(), None, None]
+        layer, record = values[:2]
         if isinstance(record, DataRecord) and isinstance(layer, PersistenceLayer) and layer not in self._layers:
             try:
                 self._layers.watch(layer)
@@ -268,7 +275,8 @@ class DisturbedRun:
         self._call_again(process)
 
     def _live_again(self, process: ProcessLoop) -> None:
-        process.run_to_end(process.create_task(self._layers.finish()))
+        process.main = process.create_task(self._layers.finish())
+        process.run_to_end(process.main)
         self._call_again(process)
 
     def _call_again(self, process: ProcessLoop) -> None:
@@ -278,9 +286,8 @@ class DisturbedRun:
         process.end()
 
     def _on_step(self, process: ProcessLoop, steps: Steps, has_ended: bool) -> None:  # noqa: FBT001
-        if not _is_suspension(process, steps, self._operations, has_ended=has_ended):
-            return
-        if self._operations.when != self._point.when or _waits_at(process, steps) != self._point.waits_at:
+        when = _moment(process, steps, self._operations, has_ended=has_ended)
+        if when != self._point.when or _waits_at(process, steps) != self._point.waits_at:
             return
         self._alike += 1
         if self._alike != self._point.occurrence + 1:
@@ -290,7 +297,7 @@ class DisturbedRun:
         if self._way == "vanish":
             raise Vanished
         if self._way == "cancel":
-            process.cancel_call()
+            process.main.cancel()
         else:
             process.call_soon(self._start_second, process)
 
@@ -307,17 +314,17 @@ def _nothing_is_lost(*_: object) -> None:
     pass
 
 
-def _if_acquiring(frame: FrameType) -> dict[str, Any] | None:
-    return dict(frame.f_locals) if frame.f_code.co_name == "acquire" else None
+def _moment(process: ProcessLoop, steps: Steps, operations: _Operations, *, has_ended: bool) -> str | None:
+    """Return the `when` of a step after which a call can be disturbed; None: it cannot.
 
-
-def _is_suspension(process: ProcessLoop, steps: Steps, operations: _Operations, *, has_ended: bool) -> bool:
-    """Whether a call can be disturbed after this step: not at its end; in tasks of aidem's own, during an operation."""
-    have_moved = operations.have_moved()
+    It cannot after its own end. Of tasks of aidem's own, only those count that carry out an operation.
+    """
+    moved = operations.take_move()
     if process.runs_call(steps):
-        return not has_ended
-    is_of_aidem = steps.coroutine.__class__ is CoroutineType and is_aidem(steps.coroutine.cr_code.co_filename)
-    return have_moved or not is_of_aidem
+        return None if has_ended else operations.when
+    if steps.coroutine.__class__ is CoroutineType and is_aidem(steps.coroutine.cr_code.co_filename):
+        return moved or None
+    return operations.when
 
 
 def _waits_at(process: ProcessLoop, steps: Steps) -> Line | None:

@@ -490,7 +490,10 @@ async def test_a_layer_that_cannot_is_told_with_those_that_can() -> None:
     @idempotent_function(persistence_store=MemoryPersistenceLayer())
     async def pay(order: str) -> None:
         for complete, can in (
-            (current_execution().complete(RECEIPT, transaction=object()), "in_application_database=True"),
+            (
+                current_execution().complete(RECEIPT, transaction=object()),
+                "PostgresPersistenceLayer, or SQLitePersistenceLayer with in_application_database=True, can",
+            ),
             (current_execution().completion_item(RECEIPT), "DynamoDBPersistenceLayer can"),
         ):
             with pytest.raises(IdempotencyUsageError, match=rf"MemoryPersistenceLayer cannot complete.*{can}"):

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -88,3 +90,33 @@ def test_only_the_layer_that_is_named_is_imported() -> None:
         assert "aidem.persistence.sqlite" not in sys.modules
     """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+# --- Parameters -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("sqlite:///records.sqlite3?mode=ro", "'mode' of this URL is not known; write in_application_database"),
+        ("sqlite:///records.sqlite3?in_application_database=1", "must be true or false"),
+        ("dynamodb://table?secret_attr=x", "'secret_attr' of this URL is not known; write data_attr, "),
+        ("dynamodb://table?region=a&region=b", "'region' is in this URL more than once"),
+        ("dynamodb://table?owner_attr=", "one of them is empty"),
+        ("dynamodb://?region=a", "names no persistence layer"),
+        ("redis://host/0?owner_attr=a&owner_attr=b", "'owner_attr' is in this URL more than once"),
+        ("redis://host/0?owner_attr=fence", "used more than once"),
+        ("redis://host/0?owner_attr=a&secret=b", "no option that redis-py does not know"),
+    ],
+)
+def test_a_parameter_that_is_not_known_is_refused(url: str, message: str) -> None:
+    with pytest.raises(IdempotencyPersistenceConfigError, match=message):
+        open_persistence_layer(url)
+
+
+async def test_records_can_be_in_the_database_of_an_application(tmp_path: Path) -> None:
+    layer = open_persistence_layer(f"sqlite:///{tmp_path}/app.sqlite3?in_application_database=true")
+    async with layer:
+        await layer.acquire(claim_of("key", now=0), now=0)
+    with closing(sqlite3.connect(tmp_path / "app.sqlite3")) as connection:
+        assert connection.execute("SELECT id FROM aidem_records").fetchall() == [("key",)]

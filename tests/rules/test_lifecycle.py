@@ -10,7 +10,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from aidem._rules import lifecycle
-from aidem._rules.lifecycle import Blocked, Claimed, Completion, LeaseTerms, NextStep
+from aidem._rules.lifecycle import Blocked, Claimed, Completion, LeaseTerms, NextStep, RecordState
 from aidem._rules.record import DataRecord, OutcomeKind, RecordStatus
 
 NOW = 1_800_000_000.5
@@ -262,6 +262,50 @@ def test_the_fence_of_a_claim_that_takes_over_is_higher_than_the_one_found_and_t
     assert taken == PROPOSED.replace(fence=NOW_MS + 1)
     later = lifecycle.taken_over(stored, stored, PROPOSED, now=NOW, last_fence=NOW_MS + 5)
     assert later == PROPOSED.replace(fence=NOW_MS + 6)
+
+
+# --- What operators see and hold --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("record", "state"),
+    [
+        (claim(), RecordState.RUNNING),
+        (claim(in_progress_expiry_timestamp=NOW_MS), RecordState.RUNNING),
+        (claim(lease_expiry_timestamp=NOW_MS), RecordState.RUNNING),
+        (claim(in_progress_expiry_timestamp=NOW_MS - 1), RecordState.LAPSED),
+        (claim(lease_expiry_timestamp=NOW_MS - 1), RecordState.IN_DOUBT),
+        (claim(lease_expiry_timestamp=0), RecordState.IN_DOUBT),
+        (result(expiry_timestamp=NOW_S), RecordState.COMPLETED),
+        (result(expiry_timestamp=NOW_S - 1), RecordState.EXPIRED),
+        (claim(lease_expiry_timestamp=0, expiry_timestamp=NOW_S - 1), RecordState.EXPIRED),
+    ],
+)
+def test_a_record_has_a_state_for_operators(record: DataRecord, state: RecordState) -> None:
+    assert lifecycle.state_of(record, now=NOW) is state
+
+
+@pytest.mark.parametrize(
+    ("found", "ends"),
+    [
+        (claim(in_progress_expiry_timestamp=1), (NOW_MS + 5000, None)),
+        (claim(in_progress_expiry_timestamp=1, lease_expiry_timestamp=1), (NOW_MS + 5000, None)),
+        (claim(lease_expiry_timestamp=0), (None, NOW_MS + 5000)),
+        (claim(), (None, None)),
+    ],
+)
+def test_an_operator_holds_a_claim_of_the_kind_found(found: DataRecord, ends: tuple[int | None, int | None]) -> None:
+    for expiry, expected in ((None, None), (NOW_S, NOW_S + 6), (NOW_S + 7, NOW_S + 7)):
+        held = lifecycle.held_by_operator(
+            found.replace(expiry_timestamp=expiry, note="note"), owner="ours", held_seconds=5, now=NOW
+        )
+        assert held == found.replace(
+            owner="ours",
+            note="note",
+            expiry_timestamp=expected,
+            in_progress_expiry_timestamp=ends[0],
+            lease_expiry_timestamp=ends[1],
+        )
 
 
 # --- Complete -------------------------------------------------------------------------------------------------------

@@ -18,9 +18,11 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 import aiosqlite
+import asyncpg
 
 from aidem import IdempotencyConfig, idempotency
 from aidem.exceptions import IdempotencyError
+from aidem.persistence.postgres import PostgresPersistenceLayer
 from aidem.persistence.sqlite import SQLitePersistenceLayer
 
 if TYPE_CHECKING:
@@ -54,6 +56,27 @@ class SQLite:
         return number
 
 
+class Postgres:
+    """Payments and records in one database."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.layer = PostgresPersistenceLayer(url)
+
+    @asynccontextmanager
+    async def transaction(self) -> AsyncIterator[Any]:
+        connection = await asyncpg.connect(self.url)
+        try:
+            async with connection.transaction():
+                yield connection
+        finally:
+            connection.terminate()
+
+    async def insert(self, connection: Any, key: str) -> int:
+        number: int = await connection.fetchval("INSERT INTO payments (key) VALUES ($1) RETURNING number", key)
+        return number
+
+
 async def misfortune(dice: random.Random) -> None:
     """Let something happen, or mostly nothing."""
     what = dice.random()
@@ -66,7 +89,7 @@ async def misfortune(dice: random.Random) -> None:
     await asyncio.sleep(0)
 
 
-async def pay(store: SQLite, key: str, dice: random.Random, *, apart: bool) -> Any:
+async def pay(store: SQLite | Postgres, key: str, dice: random.Random, *, apart: bool) -> Any:
     async with idempotency(key, persistence_store=store.layer, config=CONFIG) as execution:
         if execution.replayed:
             return execution.result
@@ -85,14 +108,14 @@ async def pay(store: SQLite, key: str, dice: random.Random, *, apart: bool) -> A
 
 
 async def main(path: str, log: str, seed: str, keys: str, how: str) -> None:
-    store, dice = SQLite(path), random.Random(seed)
+    store, dice = Postgres(path) if "://" in path else SQLite(path), random.Random(seed)
     answers = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     for key in (f"key-{number}" for number in range(int(keys))):
         seconds = dice.uniform(0.001, 0.02) if dice.random() < 0.1 else 30
         try:
             async with asyncio.timeout(seconds):
                 answer = await pay(store, key, dice, apart=how == "apart")
-        except (BrokenOffError, IdempotencyError, TimeoutError) as error:
+        except (BrokenOffError, IdempotencyError, OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
             os.write(answers, f"{key} {type(error).__name__}\n".encode())
         else:
             os.write(answers, f"{key} {answer}\n".encode())

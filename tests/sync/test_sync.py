@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from aidem import DataRecord, IdempotencyConfig, current_execution, sync
+from aidem import DataRecord, IdempotencyConfig, RecordStatus, current_execution, sync
 from aidem.config import current_lambda_context
 from aidem.exceptions import (
     IdempotencyAlreadyInProgressError,
@@ -522,6 +522,46 @@ def test_a_block_can_be_entered_once(layer: MemoryPersistenceLayer) -> None:
         execution.run(Shop().charge, 1)
     with pytest.raises(IdempotencyUsageError, match="entered before"), block:
         raise AssertionError("not to be entered")
+
+
+def complete_for_another(layer: MemoryPersistenceLayer, response_data: str) -> None:
+    """Let another owner take the only claim over, and complete it."""
+    (record,) = layer.records().values()
+    winner = record.replace(owner="winner")
+    layer._records[record.idempotency_key] = winner
+    completed = winner.replace(status=RecordStatus.COMPLETED, response_data=response_data)
+    assert layer.complete(completed, now=layer.clock()).answer
+
+
+def test_a_block_that_lost_its_claim_has_the_winners_result(layer: MemoryPersistenceLayer) -> None:
+    with sync.idempotency("a", persistence_store=layer) as execution:
+        assert not execution.replayed
+        execution.result = Shop().charge(1)
+        complete_for_another(layer, '"the winner\'s"')
+    assert execution.result == "the winner's"
+
+
+def test_a_block_that_handed_out_another_result_than_the_winners_raises(layer: MemoryPersistenceLayer) -> None:
+    with (
+        pytest.raises(IdempotencyLeaseLostError, match="has another outcome"),
+        sync.idempotency("a", persistence_store=layer) as execution,
+    ):
+        execution.run(Shop().charge, 1)
+        complete_for_another(layer, '"the winner\'s"')
+
+
+def test_a_block_whose_stored_exception_does_not_count_says_that_another_outcome_does(
+    layer: MemoryPersistenceLayer,
+) -> None:
+    config = IdempotencyConfig(stored_exceptions=(LookupError,))
+    with (
+        pytest.raises(IdempotencyLeaseLostError, match="has another outcome") as caught,
+        sync.idempotency("a", persistence_store=layer, config=config) as execution,
+    ):
+        assert not execution.replayed
+        complete_for_another(layer, '"the winner\'s"')
+        raise LookupError("o-1")
+    assert isinstance(caught.value.__cause__, LookupError)
 
 
 def test_run_calls_no_async_function(layer: MemoryPersistenceLayer) -> None:

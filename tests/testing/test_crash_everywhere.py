@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
+import gc
 import json
+import os
 import subprocess
 import sys
 import threading
 import time
 import types
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator, Iterator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -302,7 +305,9 @@ async def test_what_vanishes_runs_nothing_any_more(case: Case) -> None:
 def run_file(path: Path, code: str, *options: str) -> subprocess.CompletedProcess[str]:
     path.write_text(code)
     command = [sys.executable, *options, "-W", "error", str(path)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    # Measuring coverage there, too, would take long.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE_")}
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120, env=environment)
 
 
 @pytest.mark.parametrize("options", [(), ("-X", "dev")], ids=["plain", "dev"])
@@ -350,6 +355,7 @@ asyncio.run(main())
     assert (done.stdout, done.stderr, done.returncode) == ("True\n", "", 0)
 
 
+@pytest.mark.timeout(150)
 def test_a_thousand_vanished_runs_leave_nothing_behind(tmp_path: Path) -> None:
     code = """
 import asyncio, gc, os, sys, threading
@@ -670,6 +676,7 @@ async def test_a_thread_that_the_call_waits_for_ends_before_its_process_vanishes
     @case.idempotent()
     async def charge(order_id: str) -> None:
         await run(in_thread)
+        await run(int)
 
     report = await case.prove(lambda: charge("o-1"))
     assert {way for way, _ in wrong(report)} == {"vanish", "cancel"}
@@ -691,16 +698,97 @@ async def test_a_thread_that_waits_for_the_loop_is_not_waited_for_long(case: Cas
     assert "await asyncio.sleep(0)" in {point.line for point in report.points}
 
 
+async def test_threads_of_another_pool_are_waited_for_too(case: Case) -> None:
+    with ThreadPoolExecutor(1) as pool:
+
+        async def charge() -> None:
+            await asyncio.get_running_loop().run_in_executor(pool, case.bank.charge, "o-1")
+
+        report = await case.prove(charge, ways=["cancel"])
+    assert [point.effects for point in report.points] == [2]
+
+
+async def test_another_executor_is_left_alone(case: Case) -> None:
+    class AtOnce(Executor):
+        def submit(self, function: Any, /, *args: Any, **options: Any) -> Future[Any]:
+            future: Future[Any] = Future()
+            future.set_result(function(*args))
+            return future
+
+    async def charge() -> None:
+        await asyncio.get_running_loop().run_in_executor(AtOnce(), case.bank.charge, "o-1")
+
+    report = await case.prove(charge, ways=["cancel"])
+    assert [(point.line, point.effects) for point in report.points] == [
+        ('await asyncio.get_running_loop().run_in_executor(AtOnce(), case.bank.charge, "o-1")', 2)
+    ]
+
+
+class Session:
+    """What complains of not being closed, as the session of an HTTP client does.
+
+    Attributes:
+        is_closed: Whether it was.
+    """
+
+    def __init__(self, complaints: list[str]) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.is_closed = False
+        self._complaints = complaints
+
+    def __del__(self) -> None:
+        if not self.is_closed:
+            self._complaints.append("not closed")
+
+
+async def test_connections_break_when_their_process_vanishes_and_no_finalizer_complains(case: Case) -> None:
+    opened, broken = 0, asyncio.Semaphore(0)
+    complaints: list[str] = []
+    sessions: list[Session] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal opened
+        opened += 1
+        with contextlib.suppress(ConnectionError):
+            while await reader.read(100):
+                writer.write(b"charged")
+        broken.release()
+        writer.close()
+
+    @case.idempotent()
+    async def charge(order_id: str, port: int) -> None:
+        sessions.append(Session(complaints))
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(order_id.encode())
+        await reader.readexactly(7)
+        writer.close()
+        await writer.wait_closed()
+        sessions[-1].is_closed = True
+
+    async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        report = await case.prove(lambda: charge("o-1", port), effects=lambda: 1, ways=["vanish"])
+        for _ in range(opened):
+            await broken.acquire()
+    assert {point.outcome for point in report.points if point.reached} == {"returned"}
+    assert "await reader.readexactly(7)" in {point.line for point in report.points if point.reached}
+    vanished = sum(not session.is_closed for session in sessions)
+    assert vanished >= 2
+    sessions.clear()
+    gc.collect()
+    assert complaints == []
+
+
 async def test_a_sqlite_layer(case: Case, tmp_path: Path) -> None:
     async with SQLitePersistenceLayer(tmp_path / "records.sqlite3", clock=case.clock) as layer:
 
         @idempotent_function(key_prefix="case", persistence_store=layer)
         async def charge(order_id: str) -> None:
             case.bank.charge(order_id)
-            await asyncio.sleep(50)
+            await asyncio.sleep(45)
 
         report = await case.prove(lambda: charge("o-1"))
-    assert wrong(report) == {("vanish", "await asyncio.sleep(50)"), ("cancel", "await asyncio.sleep(50)")}
+    assert wrong(report) == {("vanish", "await asyncio.sleep(45)"), ("cancel", "await asyncio.sleep(45)")}
     assert {point.when for point in report.points} >= {"during acquire", "during complete"}
 
 
@@ -773,22 +861,64 @@ async def test_it_can_be_cancelled(case: Case) -> None:
         assert not thread.is_alive()
 
 
-@pytest.mark.skipif(sys.version_info < (3, 12), reason="tasks start eagerly from Python 3.12 on")
-async def test_tasks_that_start_eagerly_vanish_with_the_step_that_starts_them(case: Case) -> None:
-    async def child() -> None:
+async def test_what_a_task_factory_of_the_call_does_with_coroutines_is_its_own_affair(case: Case) -> None:
+    async def at_once() -> str:
         case.bank.charge("o-1")
-        await asyncio.sleep(0)
+        return "charged"
 
-    @case.idempotent()
-    async def charge(order_id: str) -> None:
-        asyncio.get_running_loop().set_task_factory(asyncio.eager_task_factory)  # type: ignore[attr-defined]
-        try:
-            await asyncio.create_task(child())
-        finally:
+    def eager(loop: asyncio.AbstractEventLoop, coroutine: Any, **options: Any) -> asyncio.Future[Any]:
+        """Do what tasks that start eagerly do, of Python 3.12 and newer."""
+        assert coroutine.cr_code
+        done = loop.create_future()
+        with pytest.raises(StopIteration, match="charged"):
+            coroutine.send(None)
+        done.set_result(None)
+        return done
+
+    def closing(loop: asyncio.AbstractEventLoop, coroutine: Any, **options: Any) -> asyncio.Future[Any]:
+        coroutine.close()
+        done = loop.create_future()
+        done.set_result(None)
+        return done
+
+    def wrapping(loop: asyncio.AbstractEventLoop, coroutine: Any, **options: Any) -> asyncio.Task[Any]:
+        async def wrapped() -> Any:
+            return await coroutine
+
+        return asyncio.Task(wrapped(), loop=loop, **options)
+
+    async def charge(factory: Any) -> None:
+        loop = asyncio.get_running_loop()
+        loop.set_task_factory(factory)
+        child = loop.create_task(at_once())
+        loop.set_task_factory(None)
+        await asyncio.sleep(0)
+        await child
+
+    for factory, effects in ((eager, 2), (closing, 0), (wrapping, 2)):
+        report = await case.prove(lambda: charge(factory), ways=["cancel"])  # noqa: B023 - it is called at once
+        assert [(point.line, point.effects) for point in report.points if "sleep" in point.line] == [
+            ("await asyncio.sleep(0)", effects)
+        ]
+
+
+if sys.version_info >= (3, 12):
+
+    async def test_tasks_that_start_eagerly_vanish_with_the_step_that_starts_them(case: Case) -> None:
+        async def child() -> None:
+            case.bank.charge("o-1")
             await asyncio.sleep(0)
 
-    report = await case.prove(lambda: charge("o-1"), ways=["vanish"])
-    assert ("vanish", "await asyncio.sleep(0)") in wrong(report)
+        @case.idempotent()
+        async def charge(order_id: str) -> None:
+            asyncio.get_running_loop().set_task_factory(asyncio.eager_task_factory)
+            try:
+                await asyncio.create_task(child())
+            finally:
+                await asyncio.sleep(0)
+
+        report = await case.prove(lambda: charge("o-1"), ways=["vanish"])
+        assert ("vanish", "await asyncio.sleep(0)") in wrong(report)
 
 
 async def test_what_a_call_leaves_behind_goes_on_for_a_while_and_then_ends(case: Case) -> None:
@@ -857,6 +987,12 @@ async def test_a_nested_event_loop_is_the_error_of_the_call(case: Case) -> None:
 
     report = await case.prove(charge, ways=["vanish"], effects=lambda: 1)
     assert {point.outcome for point in report.points} == {"raised RuntimeError"}
+
+
+def test_a_test_without_an_asyncio_loop_is_refused(case: Case) -> None:
+    proving = case.prove(lambda: asyncio.sleep(0))
+    with pytest.raises(IdempotencyUsageError, match="the test must run on an asyncio event loop"):
+        proving.send(None)
 
 
 async def test_a_layer_without_the_clock_is_refused(case: Case) -> None:

@@ -7,6 +7,7 @@ import contextlib
 import os
 import random
 from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any, Final, Self, TypeAlias
 
 from aidem._distribution import how_to_install
@@ -95,6 +96,8 @@ class DynamoDBPersistenceLayer(OpenedByAsyncWith):
         lease_expiry_attr: Epoch milliseconds, for claims that must not be taken over. Default: `"lease_expiration"`.
         outcome_attr: The kind of an outcome that is not a result. Default: `"outcome"`.
         note_attr: Text for operators, in plain text. Default: `"note"`.
+        region_name: The AWS region. Default: None, that of the environment.
+        endpoint_url: The address of the service. Default: None, that of the environment or the region.
         boto_config: A `botocore.config.Config` or `AioConfig`, merged into the layer's own. Default: None.
         session: An `aioboto3.Session` that makes the client. Default: None, aiobotocore makes it.
         client: An open DynamoDB client of aioboto3 or aiobotocore. It is used unchanged and never closed, and the layer
@@ -103,7 +106,7 @@ class DynamoDBPersistenceLayer(OpenedByAsyncWith):
 
     Raises:
         IdempotencyPersistenceConfigError: The table has no name, two attributes have the same name, or the client is
-            not asynchronous, is not open, or is passed together with `session` or `boto_config`.
+            not asynchronous, is not open, or is passed together with what makes one.
     """
 
     # Slots: what is set on a layer by mistake, such as `layer.client = ...`, is refused.
@@ -126,6 +129,8 @@ class DynamoDBPersistenceLayer(OpenedByAsyncWith):
         lease_expiry_attr: str = "lease_expiration",
         outcome_attr: str = "outcome",
         note_attr: str = "note",
+        region_name: str | None = None,
+        endpoint_url: str | None = None,
         boto_config: Any | None = None,
         session: Any | None = None,
         client: Any | None = None,
@@ -135,12 +140,16 @@ class DynamoDBPersistenceLayer(OpenedByAsyncWith):
             raise IdempotencyPersistenceConfigError(
                 f"table_name={table_name!r} is not the name of a DynamoDB table; pass its name or its ARN"
             )
-        if client is not None and (session is not None or boto_config is not None):
+        settings = (session, boto_config, region_name, endpoint_url)
+        if client is not None and any(setting is not None for setting in settings):
             raise IdempotencyPersistenceConfigError(
-                "a client is used unchanged: do not pass session or boto_config together with client"
+                "a client is used unchanged: do not pass session, boto_config, region_name or endpoint_url together "
+                "with client"
             )
         self.clock = clock
-        self._clients = OwnClients(connect_with(session, boto_config)) if client is None else GivenClient(client)
+        places = {"region_name": region_name, "endpoint_url": endpoint_url}
+        place = {name: value for name, value in places.items() if value is not None}
+        self._clients = OwnClients(connect_with(session, boto_config, place)) if client is None else GivenClient(client)
         self._attributes = Attributes(
             key=key_attr,
             sort_key=sort_key_attr,
@@ -257,6 +266,15 @@ class DynamoDBPersistenceLayer(OpenedByAsyncWith):
         A page that DynamoDB throttles is asked for again, with growing pauses.
         """
         return selected(self._pages(prefix), status=status, limit=limit)
+
+    async def clock_ahead_seconds(self) -> float:
+        """Return how far the layer's clock may be ahead of the service's, which tells its time in whole seconds.
+
+        Operators add it to leases, as a clock that is ahead takes them for passed too early.
+        """
+        answer = await self._send("get_item", self._requests.get("aidem:clock"))
+        date = parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"])
+        return max(0.0, self.clock() - date.timestamp())
 
     async def open(self) -> None:
         """Connect, and look at the table's keys if the role may describe it.

@@ -49,13 +49,13 @@ def config_of(boto_config: Any | None) -> Any:
     return config
 
 
-def connect_with(session: Any | None, boto_config: Any | None) -> Connect:
+def connect_with(session: Any | None, boto_config: Any | None, place: dict[str, str]) -> Connect:
     """Return what makes a client: by an `aioboto3.Session`, or by aiobotocore, on which aioboto3 is built."""
 
     def connect() -> AbstractAsyncContextManager[Any]:
         config = config_of(boto_config)
         if session is not None:
-            client: Any = session.client("dynamodb", config=config) if hasattr(session, "client") else None
+            client: Any = session.client("dynamodb", config=config, **place) if hasattr(session, "client") else None
             if not hasattr(client, "__aenter__"):
                 raise IdempotencyPersistenceConfigError(
                     "this session makes no asynchronous client; pass an aioboto3.Session, which has the arguments of "
@@ -65,7 +65,7 @@ def connect_with(session: Any | None, boto_config: Any | None) -> Connect:
         own_session: Any = cast("Any", aiobotocore.session).get_session()
         loader = _loader(own_session.get_config_variable("data_path"))
         own_session.register_component("data_loader", loader)
-        own_client: AbstractAsyncContextManager[Any] = own_session.create_client("dynamodb", config=config)
+        own_client: AbstractAsyncContextManager[Any] = own_session.create_client("dynamodb", config=config, **place)
         return own_client
 
     return connect

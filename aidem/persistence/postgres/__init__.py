@@ -16,10 +16,12 @@ from aidem.exceptions import (
     IdempotencyPersistenceConnectionError,
     IdempotencyPersistenceLayerError,
     IdempotencySerializationError,
+    IdempotencyUsageError,
 )
 from aidem.persistence._by_loop import ByLoop
 from aidem.persistence._context import OpenedByAsyncWith
 from aidem.persistence._scan import RECORDS_PER_PAGE, selected
+from aidem.persistence._transactions import recognised
 from aidem.persistence.postgres import _checks, _errors
 from aidem.persistence.postgres._pools import GivenPool
 from aidem.persistence.postgres._questions import AGAIN, Question
@@ -44,6 +46,9 @@ MAX_RESULT_CHARACTERS: Final = 64 * 1024 * 1024
 PURGE_EVERY_SECONDS: Final = 1.0
 PURGED_AT_LEAST: Final = 1000
 PURGED_PER_CLAIM: Final = 2
+
+_NO_TABLE: Final = frozenset({"42P01", "42703", "3F000"})
+"""Undefined table, undefined column, undefined schema."""
 
 
 class _Source(Protocol):
@@ -196,13 +201,7 @@ class PostgresPersistenceLayer(OpenedByAsyncWith):
         Raises:
             IdempotencySerializationError: It is too large.
         """
-        data = record.response_data
-        if data is not None and len(data) > MAX_RESULT_CHARACTERS:
-            raise IdempotencySerializationError(
-                f"a result of {len(data)} characters is more than the {MAX_RESULT_CHARACTERS} that aidem keeps in "
-                "PostgreSQL",
-                key=record.idempotency_key,
-            )
+        _check_size(record)
 
         def read(reply: Reply) -> MaybeAgain[bool]:
             now, verdict, found = _parts(record, reply)
@@ -214,7 +213,7 @@ class PostgresPersistenceLayer(OpenedByAsyncWith):
         kept, _, _ = durations(record, now=now)
         outcome = None if record.outcome is None else record.outcome.value
         hashed = record.payload_hash or None
-        arguments = (*self._judge(record), kept, data, outcome, hashed, record.fence, record.note)
+        arguments = (*self._judge(record), kept, record.response_data, outcome, hashed, record.fence, record.note)
         return self._ask(self._statements.complete, arguments, read)
 
     def renew(self, record: DataRecord, *, now: float) -> Awaitable[DataRecord | None]:
@@ -276,6 +275,44 @@ class PostgresPersistenceLayer(OpenedByAsyncWith):
             [(last, count)] = rows
             purged += count
         return purged
+
+    # --- In a transaction of the caller's ---------------------------------------------------------------------------
+
+    def check_transaction(self, transaction: object, *, blocking: bool) -> None:
+        """Refuse what is no open transaction of asyncpg, psycopg or SQLAlchemy on one of them."""
+        recognised(transaction, database="postgresql", blocking=blocking)
+
+    async def complete_in(self, transaction: object, record: DataRecord, *, now: float) -> bool:
+        """Store an outcome over our claim, in a transaction of the caller's."""
+        _check_size(record)
+        opened = recognised(transaction, database="postgresql")
+        kept, _, _ = durations(record, now=now)
+        outcome = None if record.outcome is None else record.outcome.value
+        key, owner = record.idempotency_key, record.owner
+        arguments = (self._now(), key, owner, kept, record.response_data, outcome)
+        try:
+            return await opened.execute(self._statements.complete_in, arguments) > 0
+        except Exception as error:
+            state = getattr(getattr(error, "orig", error), "sqlstate", None)  # SQLAlchemy wraps those of its drivers
+            if state in _NO_TABLE:
+                raise IdempotencyUsageError(
+                    f"the transaction is on a database, or with a search_path, that has no table {self._table.quoted} "
+                    "of aidem's; begin it on the database that holds the records",
+                    key=key,
+                ) from error
+            error.add_note("aidem: the call is not completed; roll back, and try the transaction again in its body")
+            raise
+
+    def is_free(self, record: DataRecord) -> Awaitable[bool]:
+        """Whether the claim is ours, and no open transaction holds it."""
+
+        def read(reply: Reply) -> MaybeAgain[bool]:
+            _, verdict, found = _parts(record, reply)
+            if verdict == Verdict.DONE:
+                return True
+            return False if reply.is_held or not lifecycle.is_held_by(found, record.owner) else AGAIN
+
+        return self._ask(self._statements.is_free, self._judge(record), read)
 
     # --- Life -------------------------------------------------------------------------------------------------------
 
@@ -384,6 +421,17 @@ def table_ddl(table: str = "aidem_records") -> str:
         IdempotencyPersistenceConfigError: It names no table.
     """
     return Table(table).ddl()
+
+
+def _check_size(record: DataRecord) -> None:
+    """Refuse a result that is too large."""
+    data = record.response_data
+    if data is not None and len(data) > MAX_RESULT_CHARACTERS:
+        raise IdempotencySerializationError(
+            f"a result of {len(data)} characters is more than the {MAX_RESULT_CHARACTERS} that aidem keeps in "
+            "PostgreSQL",
+            key=record.idempotency_key,
+        )
 
 
 def _check_url(url: Any) -> None:

@@ -212,6 +212,37 @@ SELECT t.now, CASE WHEN EXISTS (SELECT FROM released) THEN {Verdict.DONE} ELSE {
 FROM t LEFT JOIN <table> r ON r.id = $1::text
 """
 
+_IS_FREE: Final = f"""
+WITH {_CLOCK},
+ours AS MATERIALIZED (
+    SELECT r.id
+    FROM <table> r
+    WHERE r.id = $1::text AND {_HELD}
+    FOR UPDATE OF r SKIP LOCKED
+)
+SELECT t.now, CASE WHEN EXISTS (SELECT FROM ours) THEN {Verdict.DONE} ELSE {Verdict.REFUSED} END, {_OF_R}
+FROM t LEFT JOIN <table> r ON r.id = $1::text
+"""
+
+# In a transaction of the caller's, by any driver: the placeholders are the clock, key, owner, duration, data, and kind
+# of outcome. A claim that another transaction holds is not seen.
+_COMPLETE_IN: Final = """
+WITH t AS MATERIALIZED (
+    SELECT coalesce(?::bigint, floor(extract(epoch FROM clock_timestamp()) * 1000)::bigint) AS now
+),
+ours AS MATERIALIZED (
+    SELECT r.id
+    FROM <table> r
+    WHERE r.id = ?::text AND r.owner = ?::text AND r.status = 'INPROGRESS'
+    FOR UPDATE OF r SKIP LOCKED
+)
+UPDATE <table> r
+SET expiration = (t.now + ?::bigint + 999) / 1000, in_progress_expiration = NULL, lease_expiration = NULL,
+    status = 'COMPLETED', data = ?::text, outcome = ?::text
+FROM ours CROSS JOIN t
+WHERE r.id = ours.id
+"""
+
 _GET: Final = f"""
 SELECT 0::bigint, {Verdict.REFUSED}, {RECORD} FROM <table> WHERE id = $1::text
 """
@@ -271,7 +302,20 @@ DELETE FROM <table> r USING expired WHERE r.id = expired.id
 class Statements:
     """The statements for one table."""
 
-    __slots__ = ("acquire", "complete", "forget", "get", "purge", "purge_page", "release", "renew", "scan", "take_over")
+    __slots__ = (
+        "acquire",
+        "complete",
+        "complete_in",
+        "forget",
+        "get",
+        "is_free",
+        "purge",
+        "purge_page",
+        "release",
+        "renew",
+        "scan",
+        "take_over",
+    )
 
     def __init__(self, table: Table) -> None:
         def statement(name: str, text: str) -> Statement:
@@ -282,6 +326,8 @@ class Statements:
         self.renew = statement("renew", _RENEW)
         self.release = statement("release", _RELEASE)
         self.get = statement("get", _GET)
+        self.is_free = statement("is_free", _IS_FREE)
+        self.complete_in = _COMPLETE_IN.replace("<table>", table.quoted)
         self.forget = statement("forget", _FORGET)
         self.purge = statement("purge", _PURGE)
         self.take_over = statement("take_over", _TAKE_OVER)

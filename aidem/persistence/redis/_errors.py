@@ -100,7 +100,7 @@ def connecting_failed(error: Exception, *, address: str, timeout_seconds: float)
             what = f"no answer within {timeout_seconds:.3g} s, which timeout_seconds allows"
     failure = IdempotencyPersistenceConnectionError(
         f"Redis at {address} cannot be reached ({what}): see that it runs, that the network leads there, and that it "
-        "expects TLS (rediss://, ssl=True) if the layer does, and else not (redis://, ssl=False)"
+        "expects TLS (rediss://, ssl=True) if the layer does, and no TLS (redis://, ssl=False) otherwise"
     )
     failure.may_be_applied = False  # commands that wait for a connection were not sent
     return failure

@@ -1,4 +1,4 @@
-"""Tells waiters of changes, through redis-py's `PubSub` on one connection, which is open while somebody listens.
+"""Tells waiters of changes, through redis-py's `PubSub` on one connection, which is open while there are listeners.
 
 A waiter listens, asks for the record, and listens again. So a subscription is kept for a while without listeners, and a
 message that comes meanwhile is told when the waiter listens again.
@@ -77,7 +77,7 @@ class Listener:
             raise copy_of(channel.failure)
 
     async def abort(self) -> None:
-        """Close the connection now; whoever listens gets an error."""
+        """Close the connection now; all listeners get an error."""
         self._fail(IdempotencyPersistenceConnectionError(CLOSED))
         if self._listening is not None:
             self._listening.cancel()

@@ -90,6 +90,11 @@ class SQLitePersistenceLayer(OpenedByAsyncWith):
         self._timeout_seconds = timeout_seconds
         self._deadlines: dict[asyncio.AbstractEventLoop, _Deadlines] = {}
 
+    @property
+    def path(self) -> Path:
+        """The file."""
+        return self._file.path
+
     def acquire(
         self,
         record: DataRecord,

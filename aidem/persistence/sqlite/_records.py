@@ -141,8 +141,6 @@ class Records:
         if isinstance(answer, Claimed) and answer.record is not found:
             self._store(answer.record, found)
             self._claims += 1
-        elif found is not None and lifecycle.is_in_doubt(found, now=self._now):
-            self._lock_is_needed(found)  # or a transaction may hold it: then it is running, not in doubt
         return answer
 
     def take_over(self, found: DataRecord, proposed: DataRecord, *, now: float, force: bool) -> DataRecord | None:

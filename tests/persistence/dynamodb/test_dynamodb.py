@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import time
 from typing import Any
+from urllib.parse import urlencode
 
 import pytest
 
@@ -428,6 +430,26 @@ def test_a_request_that_fails_does_not_show_what_is_stored() -> None:
     }
 
 
+async def test_a_url_says_where_the_table_is_and_what_its_attributes_are_called(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = database.create_table("partition", "key")
+    endpoint = database.client.meta.endpoint_url
+    for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_DYNAMODB", "AWS_DEFAULT_REGION", "AWS_REGION"):
+        monkeypatch.delenv(name, raising=False)
+    names = {"region": database.client.meta.region_name, "endpoint": endpoint, **OTHER_NAMES}
+    layer = open_persistence_layer(f"dynamodb://{table}?{urlencode(names)}")
+    assert isinstance(layer, DynamoDBPersistenceLayer)
+    async with layer:
+        await claimed(layer, payload_hash="hash", note="order 7")
+    (item,) = database.items(table)
+    assert {name: item[OTHER_NAMES[name]] for name in ("key_attr", "note_attr", "validation_key_attr")} == {
+        "key_attr": {"S": "everything"},
+        "note_attr": {"S": "order 7"},
+        "validation_key_attr": {"S": "hash"},
+    }
+
+
 @pytest.mark.parametrize("fails", [False, True])
 async def test_a_call_is_completed_among_the_writes_of_its_own_request(
     layer: DynamoDBPersistenceLayer, database: Database, table: str, fails: bool
@@ -451,3 +473,12 @@ async def test_a_call_is_completed_among_the_writes_of_its_own_request(
         assert [await pay("o-1") for _ in range(2)] == [{"paid": "o-1"}] * 2
     assert len(database.items(payments)) == 1
     await layer.aclose()
+
+
+@pytest.mark.parametrize(("ahead_seconds", "expected"), [(0, 0), (100, 100), (-100, 0)])
+async def test_a_clock_that_is_ahead_of_the_service_is_noticed(
+    table: str, ahead_seconds: float, expected: float
+) -> None:
+    layer = DynamoDBPersistenceLayer(table, clock=lambda: time.time() + ahead_seconds)
+    async with layer:
+        assert await layer.clock_ahead_seconds() == pytest.approx(expected, abs=5)

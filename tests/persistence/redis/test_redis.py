@@ -21,7 +21,7 @@ from aidem.exceptions import (
     IdempotencySerializationError,
 )
 from aidem.hooks import EventKind, IdempotencyEvent
-from aidem.persistence import PersistenceLayer, SupportsWaitForChange
+from aidem.persistence import PersistenceLayer, SupportsWaitForChange, open_persistence_layer
 from aidem.persistence._stored import NOT_A_TEXT
 from aidem.persistence.redis import MAX_RECORD_BYTES, RedisCachePersistenceLayer, RedisPersistenceLayer
 from aidem.testing import FakeClock, claim_of, completed_of
@@ -690,3 +690,12 @@ async def test_a_key_that_the_server_names_twice_is_listed_once() -> None:
         assert [record.idempotency_key async for record in layer.scan()] == ["a#1"]
         assert [command[0] for command in fake.commands].count(b"SCAN") == 2
         await layer.aclose()
+
+
+async def test_a_url_says_what_attributes_are_called(server: RedisServer, client: Any) -> None:
+    layer = open_persistence_layer(f"{server.url}?owner_attr=the+owner&socket_keepalive=yes&note_attr=%C3%BC")
+    assert isinstance(layer, RedisPersistenceLayer)
+    async with layer:
+        await claimed(layer, note="order 7")
+    fields = await stored(client)
+    assert (fields["the owner"], fields["ü"]) == ("ours", "order 7")

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import sqlite3
 import subprocess
-import sys
 from collections import Counter
 from contextlib import closing
 from pathlib import Path
 
 import pytest
 
-import aidem
+from tests.support.paying import start_worker
 
-WORKER = Path(__file__).parents[2] / "support" / "paying_worker.py"
 WORKERS = 4
 KEYS = 50
 MAX_LIVES = 400
@@ -37,11 +34,7 @@ class Service:
     def start(self) -> subprocess.Popen[bytes]:
         self.lives += 1
         assert self.lives < MAX_LIVES
-        arguments = [str(self.path), str(self.log), str(self.lives), str(KEYS), self.how]
-        return subprocess.Popen(
-            [sys.executable, str(WORKER), *arguments],
-            env=os.environ | {"PYTHONPATH": str(Path(aidem.__file__).parents[1])},
-        )
+        return start_worker(self.path, self.log, seed=self.lives, keys=KEYS, how=self.how)
 
     def run(self) -> None:
         workers = [self.start() for _ in range(WORKERS)]

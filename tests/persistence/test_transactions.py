@@ -1,0 +1,101 @@
+"""Transactions of PostgreSQL's drivers, recognised and written in; the connections here are connected to nothing."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import asyncpg
+import psycopg
+import pytest
+
+from aidem.exceptions import IdempotencyUsageError
+from aidem.persistence._transactions import recognised
+
+STATEMENT = 'UPDATE "100% of ? records" SET data = ?::text WHERE id = ?::text'
+VALUES = ("data", "key")
+
+
+def disconnected(kind: type[Any], **members: Any) -> Any:
+    """Return a connection of a library that has no server."""
+    nothing = {"__init__": lambda _: None, "__del__": lambda *_: None}
+    return type(kind.__name__, (kind,), nothing | members)()
+
+
+def asyncpg_connection(*, is_closed: bool = False, is_open: bool = True) -> Any:
+    async def execute(_: Any, *arguments: Any) -> str:
+        executed.append(arguments)
+        return "UPDATE 1"
+
+    executed = list[Any]()
+    return disconnected(
+        asyncpg.Connection,
+        is_closed=lambda _: is_closed,
+        is_in_transaction=lambda _: is_open,
+        execute=execute,
+        executed=executed,
+    )
+
+
+def psycopg_connection(kind: type[Any] = psycopg.Connection, *, closed: bool = False, status: str = "INTRANS") -> Any:
+    async def later(cursor: Any) -> Any:
+        return cursor
+
+    def execute(_: Any, *arguments: Any) -> Any:
+        executed.append(arguments)
+        cursor = SimpleNamespace(rowcount=1)
+        return cursor if kind is psycopg.Connection else later(cursor)
+
+    executed = list[Any]()
+    info = SimpleNamespace(transaction_status=SimpleNamespace(name=status))
+    return disconnected(kind, closed=closed, info=info, execute=execute, executed=executed)
+
+
+async def test_a_statement_has_the_placeholders_of_asyncpg() -> None:
+    connection = asyncpg_connection()
+    assert await recognised(connection, database="postgresql").execute(STATEMENT, VALUES) == 1
+    assert connection.executed == [
+        ('UPDATE "100% of ? records" SET data = $1::text WHERE id = $2::text', "data", "key"),
+    ]
+
+
+@pytest.mark.parametrize("kind", [psycopg.Connection, psycopg.AsyncConnection])
+async def test_a_statement_has_the_placeholders_of_psycopg(kind: type[Any]) -> None:
+    connection = psycopg_connection(kind)
+    assert await recognised(connection, database="postgresql").execute(STATEMENT, VALUES) == 1
+    assert connection.executed == [
+        ('UPDATE "100%% of ? records" SET data = %s::text WHERE id = %s::text', ("data", "key")),
+    ]
+
+
+def test_an_open_transaction_is_told_from_one_that_has_ended() -> None:
+    for connection, is_open in (
+        (asyncpg_connection(), True),
+        (psycopg_connection(), True),
+        (psycopg_connection(status="ACTIVE"), True),
+    ):
+        assert recognised(connection, database="postgresql").is_open() == is_open
+
+
+@pytest.mark.parametrize(
+    ("connection", "fault"),
+    [
+        (asyncpg_connection(is_closed=True), "the connection is closed"),
+        (asyncpg_connection(is_open=False), "no transaction is open on it"),
+        (psycopg_connection(closed=True), "the connection is closed"),
+        (psycopg_connection(status="IDLE"), "no transaction is open on it"),
+        (psycopg_connection(status="INERROR"), "it can only be rolled back"),
+    ],
+    ids=["closed asyncpg", "idle asyncpg", "closed psycopg", "idle psycopg", "failed psycopg"],
+)
+def test_a_connection_that_cannot_be_used_is_refused(connection: Any, fault: str) -> None:
+    with pytest.raises(IdempotencyUsageError, match=f"cannot be used: .*{fault}"):
+        recognised(connection, database="postgresql")
+
+
+@pytest.mark.parametrize("blocking", [True, False])
+def test_functions_of_each_kind_are_told_what_they_can_pass(blocking: bool) -> None:
+    takes = "a psycopg Connection, or" if blocking else "an asyncpg connection, a psycopg AsyncConnection, or"
+    of_other_kind = psycopg_connection(psycopg.AsyncConnection if blocking else psycopg.Connection)
+    with pytest.raises(IdempotencyUsageError, match=f"function transaction= takes {takes}"):
+        recognised(of_other_kind, database="postgresql", blocking=blocking)
