@@ -10,6 +10,7 @@ import sys
 import weakref
 from typing import Any
 
+import psycopg
 import pytest
 
 from aidem import idempotent_function
@@ -98,9 +99,9 @@ async def test_sessions_that_the_server_has_ended_meanwhile_are_noticed_before_t
 ) -> None:
     layer = PostgresPersistenceLayer(named(server.url, "ended"))
     await asyncio.gather(*(claimed(layer, f"{number}") for number in range(10)))
-    ended = await client.fetch(
-        "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE application_name = 'ended'"
-    )
+    statement = "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE application_name = 'ended'"
+    with psycopg.connect(server.url, autocommit=True) as blocking:  # meanwhile the loop hears of nothing
+        ended = blocking.execute(statement).fetchall()
     assert len(ended) >= 2
     for connection in (source := layer._sources.here())._idle:  # type: ignore[attr-defined]
         connection.idle_since -= idle_seconds
