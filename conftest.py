@@ -33,6 +33,7 @@ LONGEST = [
     "tests/persistence/dynamodb/test_dynamodb.py",
     "tests/persistence/dynamodb/test_processes.py",
     "tests/differential/test_differential.py",
+    "tests/processes/test_shop.py",
     "tests/http/test_examples.py",
     "tests/sync/test_processes.py",
     "tests/stateful/test_stateful.py",
