@@ -143,7 +143,7 @@ async def test_what_a_vanished_process_asked_of_its_layer_is_done_before_leases_
             self.reads = 0
             self.to_write: list[Callable[[], object]] = []
 
-        async def acquire(self, *args: Any, **options: Any) -> Any:
+        async def acquire(self, *args: Any, **options: Any) -> Any:  # type: ignore[override]
             earlier, self.to_write = self.to_write, [lambda: super(Queueing, self).acquire(*args, **options)]
             for write in earlier:
                 write()
@@ -152,7 +152,7 @@ async def test_what_a_vanished_process_asked_of_its_layer_is_done_before_leases_
             self.to_write = []
             return await super().acquire(*args, **options)
 
-        async def get(self, key: str) -> Any:
+        async def get(self, key: str) -> Any:  # type: ignore[override]
             self.reads += 1
             while self.reads == 2 and self.to_write:
                 self.to_write.pop()()
