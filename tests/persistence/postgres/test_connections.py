@@ -10,6 +10,7 @@ import sys
 import weakref
 from typing import Any
 
+import asyncpg
 import psycopg
 import pytest
 
@@ -111,10 +112,34 @@ async def test_sessions_that_the_server_has_ended_meanwhile_are_noticed_before_t
     for connection in (source := layer._sources.here())._idle:  # type: ignore[attr-defined]
         connection.idle_since -= idle_seconds
     if idle_seconds == 0:
-        await asyncio.sleep(0.05)  # a loop that runs hears of it by itself
-        assert not any(not connection.driver.is_closed() for connection in source._idle)  # type: ignore[attr-defined]
+
+        async def is_heard_of() -> bool:  # a loop that runs hears of it by itself
+            return all(connection.driver.is_closed() for connection in source._idle)  # type: ignore[attr-defined]
+
+        await until(is_heard_of)
     for number in range(20):
         assert isinstance(await acquired(layer, f"{number % 10}", "another"), Blocked)
+    await layer.aclose()
+
+
+async def test_a_statement_that_asyncpg_does_not_send_is_sent_on_another_connection(
+    server: PostgresServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = PostgresPersistenceLayer(server.url)
+    claim = await claimed(layer)
+    fetch, refused = _connections.OwnConnection.fetch, list[Any]()
+
+    async def fetch_after_a_refusal(connection: Any, *arguments: Any, **options: Any) -> Any:
+        if not refused:  # as it does when it has heard that the server ends the session
+            refused.append(connection)
+            raise asyncpg.InternalClientError("cannot switch to state 11; another operation (2) is in progress")
+        return await fetch(connection, *arguments, **options)
+
+    monkeypatch.setattr(_connections.OwnConnection, "fetch", fetch_after_a_refusal)
+    assert await layer.get(claim.idempotency_key) == claim
+    source: Any = layer._sources.here()
+    assert len(refused) == 1
+    assert refused[0] not in source._open
     await layer.aclose()
 
 
