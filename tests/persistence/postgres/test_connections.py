@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import gc
 import math
+import socket
 import subprocess
 import sys
+import time
 import weakref
 from typing import Any
 
@@ -23,6 +25,7 @@ from tests.support.proxy import Proxy
 
 pytestmark = pytest.mark.server
 
+CLOSE_WAIT = 8  # of a TCP connection that the other side has closed: linux/include/net/tcp_states.h
 SESSIONS = "SELECT count(*) FROM pg_stat_activity WHERE usename = 'aidem' AND application_name = $1"
 
 
@@ -108,9 +111,12 @@ async def test_sessions_that_the_server_has_ended_meanwhile_are_noticed_before_t
     statement = "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE application_name = 'ended'"
     with psycopg.connect(server.url, autocommit=True) as blocking:  # meanwhile the loop hears of nothing
         ended = blocking.execute(statement).fetchall()
-    assert len(ended) >= 2
-    for connection in (source := layer._sources.here())._idle:  # type: ignore[attr-defined]
-        connection.idle_since -= idle_seconds
+        assert len(ended) >= 2
+        for connection in (source := layer._sources.here())._idle:  # type: ignore[attr-defined]
+            connection.idle_since -= idle_seconds
+            sent_by_server = connection.driver._transport.get_extra_info("socket")
+            while sent_by_server.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] != CLOSE_WAIT:
+                time.sleep(0.01)  # noqa: ASYNC251 - a session is counted no more before its end has come here
     if idle_seconds == 0:
 
         async def is_heard_of() -> bool:  # a loop that runs hears of it by itself
