@@ -45,7 +45,9 @@ async def crash_everywhere(
     The ways to disturb a call:
 
     - `"vanish"`: the process dies. Whatever ran on its event loop is never resumed: no `except`, no `finally`, no
-      finalizer runs. The call is made again in another process. Once more after the call has ended.
+      finalizer runs. Connections break, and SQLite rolls back what was not committed on those of aiosqlite, and of
+      `sqlite3` in a variable of an async function. The call is made again in another process. Once more after the call
+      has ended.
     - `"cancel"`: the task of the call is cancelled.
     - `"lost_request"`, `"lost_reply"`: each operation of the persistence layer fails once as a connection error,
       before it was applied or after.
@@ -56,9 +58,9 @@ async def crash_everywhere(
     are in use. Nothing is printed or kept of arguments and results.
 
     What it does not see: effects between two suspensions count as one place, so it does not tell whether the process
-    dies before or after the first of two. Threads are waited for and end before their process vanishes; other threads,
-    and subprocesses, go on. What your code keeps in memory survives, as it would not in a process that dies: make it
-    anew in `call` or `reset`. A handler of `aidem.sync` cannot be called: a thread cannot be made to vanish.
+    dies before or after the first of two. Threads of executors, anyio and aiosqlite are waited for and end before their
+    process vanishes; other threads, and subprocesses, go on. What your code keeps in memory survives, as it would not
+    in a process that dies: make it anew in `call` or `reset`. A handler of `aidem.sync` cannot be called: a thread cannot be made to vanish.
 
     Args:
         call: Starts the call, and is called anew each time, on the event loop of the run: `lambda: charge(order)`. For
