@@ -60,7 +60,8 @@ async def crash_everywhere(
     What it does not see: effects between two suspensions count as one place, so it does not tell whether the process
     dies before or after the first of two. Threads of executors, anyio and aiosqlite are waited for and end before their
     process vanishes; other threads, and subprocesses, go on. What your code keeps in memory survives, as it would not
-    in a process that dies: make it anew in `call` or `reset`. A handler of `aidem.sync` cannot be called: a thread cannot be made to vanish.
+    in a process that dies: make it anew in `call` or `reset`. A handler of `aidem.sync` cannot be
+    called: a thread cannot be made to vanish.
 
     Args:
         call: Starts the call, and is called anew each time, on the event loop of the run: `lambda: charge(order)`. For
