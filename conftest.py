@@ -23,6 +23,7 @@ LONGEST = [
     "tests/awslambda/test_runtime.py",
     "tests/persistence/sqlite/test_torture.py",
     "tests/persistence/postgres/test_torture.py",
+    "tests/persistence/dynamodb/test_torture.py",
     "tests/persistence/redis/test_cluster.py",
     "tests/http/test_uvicorn.py",
     "tests/http/test_uvicorn_ends.py",

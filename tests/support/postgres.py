@@ -79,6 +79,10 @@ class PostgresServer:
         """End it at once, as `pg_ctl stop -m immediate` does: it recovers from its log when it is started again."""
         self._end(signal.SIGQUIT)
 
+    def restart_after_crash(self) -> None:
+        self.crash()
+        self.start()
+
     def stop(self) -> None:
         """End it in good order; whoever is connected is told."""
         self._end(signal.SIGINT)

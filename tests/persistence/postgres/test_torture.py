@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import signal
-import subprocess
-from collections import Counter
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -17,13 +14,13 @@ import pytest
 from aidem import idempotency
 from aidem.exceptions import IdempotencyAlreadyInProgressError
 from aidem.persistence.postgres import PostgresPersistenceLayer
-from tests.support.paying import start_worker
+from tests.support.paying import SECONDS, Torture
 from tests.support.postgres import PostgresServer, connected, started
 from tests.support.proxy import Proxy
 
-pytestmark = [pytest.mark.server, pytest.mark.timeout(150)]
+pytestmark = [pytest.mark.server, pytest.mark.timeout(SECONDS)]
 PAYMENTS = "CREATE TABLE payments (number serial, key text)"
-WORKERS, KEYS, MAX_LIVES, CRASHES = 4, 50, 400, 2
+PAID = "SELECT key, number::text FROM payments"
 
 
 @pytest.fixture
@@ -111,13 +108,8 @@ async def test_a_server_that_crashes_before_the_commit_leaves_neither_row_nor_ou
     await prepared(own_server.url)
     async with PostgresPersistenceLayer(own_server.url) as layer:
         connection = await asyncpg.connect(own_server.url)
-
-        def crash_and_restart() -> None:
-            own_server.crash()
-            own_server.start()
-
         with pytest.raises((OSError, asyncpg.PostgresConnectionError, asyncpg.InterfaceError)):
-            await pay(layer, connection, crash_and_restart)
+            await pay(layer, connection, own_server.restart_after_crash)
         connection.terminate()
         assert await rows(own_server.url, "SELECT * FROM payments") == []
         async with connected(own_server.url) as client:
@@ -128,64 +120,25 @@ async def test_a_server_that_crashes_before_the_commit_leaves_neither_row_nor_ou
 # --- Thousands ------------------------------------------------------------------------------------------------------
 
 
-class Service:
-    """Workers on one database, each replaced when it dies, until as many have lived to the end."""
-
-    def __init__(self, server: PostgresServer, log: Path, how: str) -> None:
-        self.server, self.log, self.how = server, log, how
-        self.lives = self.kills = 0
-
-    def start(self) -> subprocess.Popen[bytes]:
-        self.lives += 1
-        assert self.lives < MAX_LIVES
-        return start_worker(self.server.url, self.log, seed=self.lives, keys=KEYS, how=self.how)
-
-    def run(self, *, crashes: int) -> None:
-        workers = [self.start() for _ in range(WORKERS)]
-        while workers:
-            worker = workers.pop(0)
-            try:
-                ended = worker.wait(timeout=3 if crashes else 60)
-            except subprocess.TimeoutExpired:
-                crashes -= 1
-                self.server.crash()
-                self.server.start()
-                workers.append(worker)
-                continue
-            assert ended in {0, -signal.SIGKILL}
-            if ended != 0:
-                self.kills += 1
-                workers.append(self.start())
-        assert crashes == 0
-
-    def answers(self) -> list[tuple[str, str]]:
-        return [(key, answer) for key, answer in map(str.split, self.log.read_text().splitlines())]
-
-
 async def test_rows_and_outcomes_are_one_for_each_key_and_equal_every_answer(
     own_server: PostgresServer, tmp_path: Path
 ) -> None:
     await prepared(own_server.url)
-    service = Service(own_server, tmp_path / "answers", "together")
-    await asyncio.to_thread(service.run, crashes=CRASHES)
-    payments = await rows(own_server.url, "SELECT key, number::text FROM payments")
-    answers = service.answers()
-    told = [(key, answer) for key, answer in answers if answer.isdigit()]
-    errors = Counter(answer for _, answer in answers if not answer.isdigit())
-    print(f"\nPostgreSQL: {len(answers)} answers, {service.kills} kills, {CRASHES} crashes, {dict(errors)}")  # noqa: T201
-    assert set(told) <= set(payments)
-    assert len(payments) == len(dict(payments))
+    torture = Torture(own_server.url, tmp_path / "answers")
+    await asyncio.to_thread(torture.run, own_server.restart_after_crash)
+    await asyncio.to_thread(torture.drain)
+    payments = await rows(own_server.url, PAID)
+    torture.report(payments)
     outcomes = await rows(own_server.url, "SELECT data FROM aidem_records WHERE status = 'COMPLETED'")
-    assert sorted(outcomes) == sorted((number,) for _, number in payments)
-    assert service.kills > 0
-    assert errors["BrokenOffError"] > 0
+    torture.check(payments, [number for (number,) in outcomes])
 
 
 async def test_without_completion_in_the_transaction_some_keys_are_paid_twice(
     own_server: PostgresServer, tmp_path: Path
 ) -> None:
     await prepared(own_server.url)
-    service = Service(own_server, tmp_path / "answers", "apart")
-    await asyncio.to_thread(service.run, crashes=0)
-    payments = await rows(own_server.url, "SELECT key, number::text FROM payments")
+    torture = Torture(own_server.url, tmp_path / "answers", "apart")
+    await asyncio.to_thread(torture.run)
+    payments = await rows(own_server.url, PAID)
+    torture.report(payments)
     assert len(payments) > len(dict(payments))

@@ -25,7 +25,7 @@ from aidem.testing import (
     PersistenceLayerConformance,
     completed_of,
 )
-from tests.support.postgres import PostgresServer, claimed, connected, make_database
+from tests.support.postgres import PgBouncer, PostgresServer, claimed, connected, make_database
 
 pytestmark = pytest.mark.server
 
@@ -159,6 +159,15 @@ class TestConformance(CompletionInTransactionConformance):
             yield opened
         finally:
             await opened.close()
+
+
+class TestConformanceThroughPgBouncer(TestConformance):
+    """The layer's connections and the application's, both in transaction mode."""
+
+    @pytest.fixture(scope="class", autouse=True)
+    @classmethod
+    def _url(cls, pgbouncer: PgBouncer) -> None:
+        cls.url = pgbouncer.url
 
 
 @pytest.fixture(params=KINDS)
@@ -345,6 +354,26 @@ async def test_a_call_is_completed_in_a_transaction_of_asyncpg(
     await opened.close()
     async with idempotency("o-2", persistence_store=layer) as execution:
         assert execution.result == 2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_rows_and_outcome_are_committed_together_or_not_at_all_through_pgbouncer(
+    pgbouncer: PgBouncer, client: Any, kind: str
+) -> None:
+    await client.execute("DROP TABLE IF EXISTS payments; CREATE TABLE payments (number serial)")
+    layer = PostgresPersistenceLayer(pgbouncer.url)
+    for commits in (False, True):
+        record = await claimed(layer)
+        opened = await KINDS[kind](pgbouncer.url)
+        await opened.execute(INSERT)
+        assert await complete_in(layer, opened, record, kind)
+        assert not await layer.is_free(record)
+        await (opened.commit() if commits else opened.rollback())
+        await opened.close()
+        assert (await layer.get("key") == record) == (not commits)
+        assert await client.fetchval("SELECT count(*) FROM payments") == commits
+        await layer.release(record)
+    await layer.aclose()
 
 
 async def test_a_new_transaction_is_tried_after_a_rollback_and_refused_while_the_earlier_one_is_open(
