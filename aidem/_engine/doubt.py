@@ -157,7 +157,7 @@ class Doubt:
         except IdempotencyPersistenceLayerError:
             await self._put_back_unused(shield)
             raise
-        in_doubt = await self._put_back_unused(shield)
+        in_doubt = await self._put_back_unused(shield, within_seconds=CLEANUP_SECONDS)
         if in_doubt is None:
             return Resolution.ASK_AGAIN
         raise IdempotencyInDoubtError(record=in_doubt) from failure
@@ -202,10 +202,12 @@ class Doubt:
         self._is_open = False
         return stored
 
-    async def _put_back_unused(self, shield: CancellationShield) -> DataRecord | None:
+    async def _put_back_unused(
+        self, shield: CancellationShield, *, within_seconds: float = RELEASE_SECONDS
+    ) -> DataRecord | None:
         """Do so while the caller waits for its error, unless it is cancelled: then the bound of that counts."""
         if not shield.is_pending:
-            shield.deadline = asyncio.get_running_loop().time() + RELEASE_SECONDS
+            shield.deadline = asyncio.get_running_loop().time() + within_seconds
         return await self._put_back(shield)
 
     async def _put_back_unattended(self) -> None:

@@ -121,7 +121,13 @@ class Judge:
         is_held = self.held_until(found.owner) > world.now + ROUNDING and not is_given_up(found)
         if is_held and found.owner not in world.resolved:
             world.violate(Rule.P2, f"the claim of {owner} was taken over while its lease was held")
-        if owner is None or owner.is_crashed or owner.process.is_dead or owner.ended_at is not None:
+        if (
+            is_given_up(found)
+            or owner is None
+            or owner.is_crashed
+            or owner.process.is_dead
+            or owner.ended_at is not None
+        ):
             return
         if owner.owner != found.owner or not conditions.renew:  # nobody's, or of an attempt whose body has not begun
             return
