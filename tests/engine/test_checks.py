@@ -279,7 +279,7 @@ async def test_callers_of_one_loop_share_the_verdict(verdict: Any) -> None:
     await left_in_doubt(layer)
     bank = Bank(verdict, seconds=20)
     charge = charge_with(bank, layer, till, wait_timeout_seconds=60)
-    answers = await asyncio.gather(*(charge(ORDER) for _ in range(5)), return_exceptions=True)
+    answers: list[Any] = await asyncio.gather(*(charge(ORDER) for _ in range(5)), return_exceptions=True)
     assert len(bank.asked) == 1
     if isinstance(verdict, Happened):
         assert answers == [{"receipt": 9}] * 5
