@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -279,8 +280,9 @@ async def _release(layer: PersistenceLayer, options: Options) -> int:
 
 
 async def _forget(layer: PersistenceLayer, options: Options) -> int:
+    forget = partial(operations.forget, force=options.force, max_clock_skew_seconds=await _ahead_seconds(layer))
     if options.prefix is None:
-        await operations.forget(layer, options.key, force=options.force)
+        await forget(layer, options.key)
         _write("forgotten: the next call runs")
         return DONE
     keys = [found.record.idempotency_key async for found in operations.find(layer, prefix=options.prefix)]
@@ -290,7 +292,7 @@ async def _forget(layer: PersistenceLayer, options: Options) -> int:
     refused = 0
     for key in keys:
         try:
-            await operations.forget(layer, key, force=options.force)
+            await forget(layer, key)
         except OperationRefusedError as error:
             refused += 1
             _failed(REFUSED, error)

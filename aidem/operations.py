@@ -147,13 +147,16 @@ async def release(
         raise _lost(key)
 
 
-async def forget(layer: PersistenceLayer, key: str, *, force: bool = False) -> None:
+async def forget(
+    layer: PersistenceLayer, key: str, *, force: bool = False, max_clock_skew_seconds: float = 0.0
+) -> None:
     """Drop the record of a key, an outcome too, so that the next call runs. Local caches are not reached.
 
     Args:
         layer: Where the record is.
         key: The idempotency key.
         force: Whether to drop a claim that may be running: the next call then runs beside it.
+        max_clock_skew_seconds: Added to the lease, where clients' clocks judge.
 
     Raises:
         OperationRefusedError: There is no record, or its claim is running.
@@ -165,7 +168,8 @@ async def forget(layer: PersistenceLayer, key: str, *, force: bool = False) -> N
     if found.state is RecordState.RUNNING and not force:
         raise _refused(found)
     if found.state in {RecordState.LAPSED, RecordState.IN_DOUBT} and isinstance(layer, SupportsTakeOver):
-        await release(layer, key)  # which cannot drop a claim that somebody has made meanwhile
+        # Which cannot drop a claim that somebody has made meanwhile.
+        await release(layer, key, force=force, max_clock_skew_seconds=max_clock_skew_seconds)
     else:
         await layer.forget(key)
 

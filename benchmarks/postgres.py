@@ -103,13 +103,13 @@ async def _raw(url: str, stack: AsyncExitStack, **options: Any) -> Call:
     async def pay(order: str) -> object:
         key = f"test-func.benchmarks.postgres.pay#{order:0>64}"
         row = await pool.fetchrow(
-            statements.acquire.text, key, None, OWNER, KEPT_MILLISECONDS, LEASE_MILLISECONDS, None, None
+            statements.acquire.text, key, None, OWNER, KEPT_MILLISECONDS, LEASE_MILLISECONDS, None, None, None
         )
         if row[1] == Verdict.REFUSED:
             return json.loads(row[6])
         result = {"paid": True}
         await pool.fetchrow(
-            statements.complete.text, key, None, OWNER, KEPT_MILLISECONDS, json.dumps(result), None, None, row[9]
+            statements.complete.text, key, None, OWNER, KEPT_MILLISECONDS, json.dumps(result), None, None, row[9], None
         )
         return result
 

@@ -19,7 +19,7 @@ from aidem.__main__ import main
 from aidem.persistence import open_persistence_layer
 from aidem.persistence.sqlite import SQLitePersistenceLayer
 from aidem.testing import claim_of, completed_of
-from tests.support import aws_servers
+from tests.support import aws_servers, postgres
 from tests.support.aws_servers import EMULATORS, Database
 from tests.support.servers import started
 
@@ -127,6 +127,12 @@ def test_a_killed_worker_on_redis(tmp_path: Path) -> None:
 def test_a_killed_worker_on_dynamodb(tmp_path: Path, database: Database) -> None:
     store = f"dynamodb://records-{tmp_path.name}?sort_key_attr=sk&key_attr=pk&owner_attr=token"
     resolves_what_a_killed_worker_left(Shell(tmp_path, store, database.environment))
+
+
+@pytest.mark.server
+def test_a_killed_worker_on_postgresql(tmp_path: Path) -> None:
+    with postgres.started() as server:
+        resolves_what_a_killed_worker_left(Shell(tmp_path, server.url))
 
 
 # --- In this process --------------------------------------------------------------------------------------------------
@@ -318,6 +324,8 @@ def test_how_far_the_clock_is_ahead_is_added_to_leases(path: Path, capsys: pytes
     store = ["--store", "ahead_layer:layer"]
     assert "problem: the clock of this machine is about 100 s ahead" in typed(capsys, "doctor", *store, code=1)
     layer = importlib.import_module("ahead_layer").layer
+    asyncio.run(abandoned(layer))
+    assert "skew 100.5\n" in typed(capsys, "forget", KEY, *store)
     for command in (["resolve", KEY, "--unavailable"], ["release", KEY]):
         asyncio.run(abandoned(layer))
         assert "skew 101.5\n" in typed(capsys, *command, "--max-clock-skew", "1", *store)

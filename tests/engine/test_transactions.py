@@ -329,6 +329,36 @@ async def test_a_body_that_is_closed_releases_the_key_unless_it_has_committed_or
     assert caplog.records == []
 
 
+async def test_a_release_of_what_a_transaction_holds_is_asked_for_once(layer: TransactionalLayer) -> None:
+    asked = list[str]()
+
+    class Held(TransactionalLayer):
+        def refuse_held(self, record: DataRecord) -> None:
+            asked.append(record.idempotency_key)
+            super().refuse_held(record)
+
+    async def hang(transaction: MemoryTransaction) -> Any:
+        await complete(transaction)
+        await asyncio.get_running_loop().create_future()
+
+    coroutine: Any = paying(Held(clock=wall_clock), hang, lease_seconds=None)()
+    coroutine.send(None)
+    coroutine.close()
+    await asyncio.sleep(30)
+    assert len(asked) == 1
+
+
+async def test_a_commit_between_two_looks_is_seen(layer: TransactionalLayer) -> None:
+    class CommittedMeanwhile(TransactionalLayer):
+        async def is_free(self, record: DataRecord) -> bool:  # type: ignore[override]
+            await self.transactions[0].commit()
+            return await super().is_free(record)
+
+    layer = CommittedMeanwhile(clock=wall_clock)
+    assert await paying(layer, complete)() == RECEIPT
+    assert layer.rows == ["payment"]
+
+
 async def test_a_cancellation_at_any_await_leaves_rows_and_outcome_together(layer: TransactionalLayer) -> None:
     """Every operation of the layer and every step of the body waits for one turn of the loop."""
 

@@ -9,6 +9,7 @@ answer goes to the log. With `HOW` = `apart` the row is committed first and the 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import random
 import signal
@@ -89,10 +90,19 @@ async def misfortune(dice: random.Random) -> None:
     await asyncio.sleep(0)
 
 
-async def pay(store: SQLite | Postgres, key: str, dice: random.Random, *, apart: bool) -> Any:
+def lose_lease_once(key: str, log: str) -> None:
+    """Let the first owner of some keys stand still until another has taken over."""
+    if key.endswith("7"):
+        with contextlib.suppress(FileExistsError):
+            os.close(os.open(f"{log}.{key}", os.O_CREAT | os.O_EXCL))
+            time.sleep(2.5 * LEASE_SECONDS)
+
+
+async def pay(store: SQLite | Postgres, key: str, log: str, dice: random.Random, *, apart: bool) -> Any:
     async with idempotency(key, persistence_store=store.layer, config=CONFIG) as execution:
         if execution.replayed:
             return execution.result
+        lose_lease_once(key, log)
         await misfortune(dice)
         async with store.transaction() as transaction:
             await misfortune(dice)
@@ -111,10 +121,10 @@ async def main(path: str, log: str, seed: str, keys: str, how: str) -> None:
     store, dice = Postgres(path) if "://" in path else SQLite(path), random.Random(seed)
     answers = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     for key in (f"key-{number}" for number in range(int(keys))):
-        seconds = dice.uniform(0.001, 0.02) if dice.random() < 0.1 else 30
+        seconds = dice.uniform(0.001, 0.02) if dice.random() < 0.3 else 30
         try:
             async with asyncio.timeout(seconds):
-                answer = await pay(store, key, dice, apart=how == "apart")
+                answer = await pay(store, key, log, dice, apart=how == "apart")
         except (BrokenOffError, IdempotencyError, OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
             os.write(answers, f"{key} {type(error).__name__}\n".encode())
         else:

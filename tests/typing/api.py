@@ -227,6 +227,9 @@ async def blocks(shop: Shop) -> int:
         assert_type(execution.record, DataRecord | None)
         assert_type(execution.key_for("charge"), str)
         assert_type(await execution.ensure_owned(), None)
+        assert_type(await execution.complete(1, transaction=object()), int)
+        assert_type(await execution.completion_item(1), dict[str, Any] | None)
+        await execution.complete(1)  # type: ignore[call-arg]
         assert_type(await execution.run(shop.method, order=1), str)
         execution.result = 1
         await execution.run(shop.method, "1")  # type: ignore[arg-type]

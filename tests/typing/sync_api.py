@@ -153,6 +153,9 @@ def blocks(shop: Shop) -> int:
         assert_type(execution.key_for("charge"), str)
         assert_type(execution.run(shop.method, order=1), str)
         execution.ensure_owned()
+        assert_type(execution.complete(1, transaction=object()), int)
+        assert_type(execution.completion_item(1), dict[str, Any] | None)
+        execution.complete(1)  # type: ignore[call-arg]
         execution.result = 1
         execution.run(shop.method, "1")  # type: ignore[arg-type]
         execution.replayed = True  # type: ignore[misc]

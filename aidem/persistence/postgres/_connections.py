@@ -353,4 +353,5 @@ class OwnConnections:
 
 async def _close(driver: asyncpg.Connection) -> None:
     with contextlib.suppress(Exception):
-        await driver.close(timeout=CLOSING_SECONDS)  # or terminates it
+        async with asyncio.timeout(CLOSING_SECONDS):  # its own time-out does not bound all that it waits for
+            await driver.close()  # or terminates it

