@@ -337,7 +337,7 @@ class Call:
             case Resolution.REPLAY:
                 self._end(claim.record)
                 self.replay(claim.record)
-            case Resolution.ASK_AGAIN:  # beside the next caller in line, for the flight may be over
+            case _:  # ASK_AGAIN, beside the next caller in line, for the flight may be over
                 flight.end(None)
                 self._flight = SingleFlight(self._loop_state.flights, self.key)
 

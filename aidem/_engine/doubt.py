@@ -147,13 +147,10 @@ class Doubt:
 
     async def _act_on(self, verdict: Verdict, failure: Exception | None, shield: CancellationShield) -> Resolution:
         try:
-            match verdict:
-                case Happened(result):
-                    return await self._complete(result, shield)
-                case DidNotHappen():
-                    return await self._confirm(shield)
-                case StillUnknown():
-                    pass
+            if isinstance(verdict, Happened):
+                return await self._complete(verdict.result, shield)
+            if isinstance(verdict, DidNotHappen):
+                return await self._confirm(shield)
         except IdempotencyPersistenceLayerError:
             await self._put_back_unused(shield)
             raise

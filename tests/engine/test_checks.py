@@ -18,10 +18,12 @@ from aidem import (
     current_execution,
     idempotency,
 )
+from aidem._engine.claim import _forked
 from aidem.exceptions import (
     IdempotencyAlreadyInProgressError,
     IdempotencyConfigError,
     IdempotencyInDoubtError,
+    IdempotencyLeaseLostError,
     IdempotencyPersistenceConnectionError,
     IdempotencyPersistenceLayerError,
     IdempotencyResultUnavailableError,
@@ -419,6 +421,26 @@ async def test_a_closed_asker_puts_the_claim_back_in_the_background(where: str) 
     await asyncio.sleep(4)
     assert is_same_doubt(only_record(layer), found, within_seconds=1)
     assert only_record(layer).owner != found.owner
+
+
+async def test_a_fork_neither_puts_the_claim_of_its_parent_back_nor_runs_under_it() -> None:
+    for verdict, expected in (
+        (StillUnknown(), IdempotencyAlreadyInProgressError),
+        (DidNotHappen(), IdempotencyLeaseLostError),
+    ):
+        layer, till, claims = PlannedLayer(), Till(), []
+        await left_in_doubt(layer)
+
+        def check(_: Any, verdict: Any = verdict, layer: Any = layer, claims: list[Any] = claims) -> Any:
+            claims.append(only_record(layer))
+            _forked()  # as the interpreter calls it in the child
+            return verdict
+
+        with pytest.raises(expected):
+            await made_idempotent(till.charge, layer, on_abandoned=check)(ORDER)
+        await asyncio.sleep(1)
+        assert [only_record(layer)] == claims
+        assert not till.charges
 
 
 # --- The store fails --------------------------------------------------------------------------------------------------
