@@ -234,10 +234,12 @@ async def test_a_lapsed_claim_under_a_check_is_in_doubt_for_who_has_none(finder:
     assert not till.charges
 
 
-async def test_another_payload_is_refused_and_the_validation_hash_is_kept() -> None:
+async def test_another_payload_is_refused_and_validation_hash_and_note_are_kept() -> None:
     layer, till = PlannedLayer(), Till()
     options: dict[str, Any] = {"event_key_jmespath": "id", "payload_validation_jmespath": "amount"}
-    found = await left_in_doubt(layer, payload_validation_jmespath="id", event_key_jmespath="id")
+    found = await left_in_doubt(
+        layer, payload_validation_jmespath="id", event_key_jmespath="id", note=lambda _: "order 7"
+    )
     assert found.payload_hash
     bank = Bank(DidNotHappen())
     with pytest.raises(IdempotencyValidationError):
@@ -245,6 +247,7 @@ async def test_another_payload_is_refused_and_the_validation_hash_is_kept() -> N
     assert not bank.asked
     assert await charge_with(bank, layer, till, event_key_jmespath="id")(ORDER) == {"receipt": 1}
     assert only_record(layer).payload_hash == found.payload_hash
+    assert only_record(layer).note == "order 7"
 
 
 # --- While the check is asked -----------------------------------------------------------------------------------------
@@ -322,6 +325,9 @@ async def test_an_asker_that_was_overtaken_does_not_record_what_it_found() -> No
         quick = Bank(Happened({"receipt": 9}))
         assert await charge_with(quick, other_process(layer), till)(ORDER) == {"receipt": 9}
         assert await late == {"receipt": 9}
+        assert await charge_with(Bank(), layer, till, wait_timeout_seconds=9)(ORDER) == {
+            "receipt": 9
+        }  # no line is left
 
 
 async def test_an_asker_that_vanishes_leaves_the_key_in_doubt_when_its_lease_passes() -> None:
