@@ -311,7 +311,7 @@ class OwnConnections:
     async def _is_usable(self, connection: OwnConnection) -> bool:
         idle = self._loop.time() - connection.idle_since
         if LOOKED_AT_AFTER_SECONDS < idle < KEPT_IDLE_SECONDS:
-            for _ in range(3):  # turns of the loop: until it knows what the server has said meanwhile
+            for _ in range(6):  # turns of the loop: until it knows what the server has said meanwhile, and that it left
                 await asyncio.sleep(0)
         return idle < KEPT_IDLE_SECONDS and not connection.driver.is_closed()
 

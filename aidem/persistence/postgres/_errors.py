@@ -66,8 +66,11 @@ def state_of(error: BaseException) -> str:
 
 
 def is_worth_another_try(error: BaseException) -> bool:
-    """Whether the server has refused a statement that may work when it is simply sent again."""
-    return state_of(error) in _TRY_AGAIN_STATES
+    """Whether a statement may work when it is simply sent again: the server has refused it, or asyncpg, unsent.
+
+    asyncpg refuses it when the server has said that it ends the session, and its connection is not closed yet.
+    """
+    return state_of(error) in _TRY_AGAIN_STATES or type(error).__name__ == "InternalClientError"
 
 
 def is_already_there(error: BaseException) -> bool:
