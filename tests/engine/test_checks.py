@@ -81,7 +81,7 @@ async def left_in_doubt(layer: PlannedLayer, **options: Any) -> Any:
     """Let the owner of a claim vanish, until its lease has passed; return that claim."""
 
     async def hang(order: Any) -> None:
-        await asyncio.sleep(1000)
+        await asyncio.sleep(100_000)
 
     options = {"on_abandoned": "raise", "renew_lease": False, **options}
     owner = asyncio.ensure_future(made_idempotent(hang, PlannedLayer(inner=layer.inner), **options)(ORDER))
@@ -434,7 +434,8 @@ async def test_a_fork_neither_puts_the_claim_of_its_parent_back_nor_runs_under_i
         (StillUnknown(), IdempotencyAlreadyInProgressError),
         (DidNotHappen(), IdempotencyLeaseLostError),
     ):
-        layer, till, claims = PlannedLayer(), Till(), []
+        layer, till = PlannedLayer(), Till()
+        claims: list[Any] = []
         await left_in_doubt(layer)
 
         def check(_: Any, verdict: Any = verdict, layer: Any = layer, claims: list[Any] = claims) -> Any:
