@@ -5,15 +5,21 @@ from aidem._api.decorators import idempotent, idempotent_function
 from aidem._api.execution import Execution, current_execution
 from aidem._api.keys import block_key, idempotency_key
 from aidem._distribution import __version__
+from aidem._rules.abandoned import AbandonedExecution, DidNotHappen, Happened, StillUnknown, Verdict
 from aidem._rules.record import DataRecord, RecordStatus
 from aidem.config import IdempotencyConfig, configure, register_lambda_context
 
 __all__ = [
+    "AbandonedExecution",
     "BlockExecution",
     "DataRecord",
+    "DidNotHappen",
     "Execution",
+    "Happened",
     "IdempotencyConfig",
     "RecordStatus",
+    "StillUnknown",
+    "Verdict",
     "__version__",
     "block_key",
     "configure",

@@ -162,9 +162,13 @@ def check_settings(settings: Mapping[str, Any]) -> None:
         _key.check_hash_function(hash_function)
     except ValueError as exc:
         raise refused("hash_function", repr(hash_function), str(exc)) from exc
-    if settings["on_abandoned"] == "raise" and settings["on_persistence_error"] == "run":
-        allowed = '"raise" together with on_abandoned="raise", which promises that nothing runs twice'
+    on_abandoned = settings["on_abandoned"]
+    if on_abandoned != "run_again" and settings["on_persistence_error"] == "run":
+        allowed = '"raise" together with on_abandoned="raise" or a check, which promise that nothing runs twice'
         raise refused("on_persistence_error", repr("run"), allowed)
+    if callable(on_abandoned) and settings["lease_seconds"] is None:
+        allowed = "a positive number together with a check in on_abandoned, which is asked when a lease has passed"
+        raise refused("lease_seconds", repr(None), allowed)
 
 
 def _check_expression(setting: str, expression: str, options: Mapping[str, Any] | None) -> None:
@@ -247,7 +251,11 @@ _SETTINGS: Final[dict[str, tuple[Check, str]]] = {
     "local_cache_max_items": (_is_count, "a positive whole number"),
     "wait_timeout_seconds": (_is_duration, f"a number that is not negative{AT_MOST}"),
     "max_clock_skew_seconds": (_is_duration, f"a number that is not negative{AT_MOST}"),
-    "on_abandoned": _one_of(OnAbandoned),
+    "on_abandoned": (
+        lambda value: value in get_args(OnAbandoned) or (callable(value) and not isinstance(value, type)),
+        f"one of {', '.join(map(repr, get_args(OnAbandoned)))}, or a callable check(abandoned)",
+    ),
+    "doubt_kept_seconds": (_is_positive, f"a positive number{AT_MOST}"),
     "on_persistence_error": _one_of(OnPersistenceError),
     "stored_exceptions": (_is_tuple_of(_is_exception_type), "a tuple of subclasses of Exception"),
     "hooks": (_is_tuple_of(_is_hook), "a tuple of objects with a method on_event(event) that is not async"),

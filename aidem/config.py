@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from contextvars import Token
 
     from aidem._checks import OnAbandoned, OnPersistenceError
+    from aidem._rules.abandoned import Check
     from aidem._rules.record import DataRecord
     from aidem.hooks import IdempotencyHook
     from aidem.persistence import PersistenceLayer
@@ -65,7 +66,11 @@ class IdempotencyConfig:
             True.
         wait_timeout_seconds: Time for which a call waits for the result of a running execution. Default: 0.
         on_abandoned: What a call does if the owner of a claim vanished: `"run_again"` runs the function (at least
-            once), `"raise"` raises `IdempotencyInDoubtError` (at most once within the window). Default: `"run_again"`.
+            once), `"raise"` raises `IdempotencyInDoubtError` (at most once within `doubt_kept_seconds`). Or a check: a
+            function `check(abandoned)`, async or plain, that gets an `AbandonedExecution`, finds out whether its effect
+            happened, and returns `Happened(result)`, `DidNotHappen()` or `StillUnknown()`. Default: `"run_again"`.
+        doubt_kept_seconds: Time for which a claim in doubt is kept, under `on_abandoned="raise"` or a check, counted
+            from its last renewal; after that the function runs again. Default: 7 days.
         on_persistence_error: What a call does if the store cannot be reached before the function runs: `"raise"`, or
             `"run"` without idempotency. Default: `"raise"`.
         stored_exceptions: Exception types that are results: they are stored, and raised again on a replay. Default:
@@ -96,7 +101,8 @@ class IdempotencyConfig:
     lease_seconds: float | None = 30.0
     renew_lease: bool = True
     wait_timeout_seconds: float = 0.0
-    on_abandoned: OnAbandoned = "run_again"
+    on_abandoned: OnAbandoned | Check = field(default="run_again", hash=False)
+    doubt_kept_seconds: float = 7 * 86_400
     on_persistence_error: OnPersistenceError = "raise"
     stored_exceptions: tuple[type[Exception], ...] = ()
     max_clock_skew_seconds: float = 0.0

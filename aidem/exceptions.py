@@ -99,15 +99,20 @@ class IdempotencyAlreadyInProgressError(IdempotencyError):
 
 
 class IdempotencyInDoubtError(IdempotencyError):
-    """The owner of the claim vanished, and `on_abandoned="raise"` forbids running the function again."""
+    """The owner of the claim vanished, and nobody knows whether its effect happened: the function did not run.
+
+    So it is under `on_abandoned="raise"`, and where a check has not found out; what the check raised is the cause. The
+    record is the claim as it is stored now.
+    """
 
     key: str  # pyright: ignore[reportIncompatibleVariableOverride] - always there
     record: DataRecord  # pyright: ignore[reportIncompatibleVariableOverride] - always there
 
     _template = (
         "the execution with idempotency key {key!r} was abandoned and its effect may have "
-        "happened; find out, then call release(error.record) on the persistence layer to let it run again, "
-        "or complete(...) to record its result"
+        "happened; find out, then use `aidem resolve KEY --result JSON` or `aidem release KEY`, or from code: "
+        "aidem.operations.resolve(...) records its result, release(error.record) on the persistence layer lets it run "
+        "again"
     )
 
 

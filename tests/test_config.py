@@ -81,6 +81,7 @@ def test_the_defaults_are_those_of_the_table() -> None:
         "renew_lease": True,
         "wait_timeout_seconds": 0.0,
         "on_abandoned": "run_again",
+        "doubt_kept_seconds": 604_800,
         "on_persistence_error": "raise",
         "stored_exceptions": (),
         "max_clock_skew_seconds": 0.0,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import inspect
 import logging
 import warnings
@@ -12,6 +11,7 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar, cast
 
 from aidem._engine.call import Call, Phase, WhoseOutcome
+from aidem._rules.key import derived_key
 from aidem._rules.record import OutcomeKind
 from aidem.exceptions import (
     IdempotencyKeyError,
@@ -79,7 +79,7 @@ class Execution:
         if not self.key:
             message = "key_for() derives keys from the idempotency key of the call, and this call has none"
             raise IdempotencyKeyError(message)
-        return hashlib.sha256(f"{self.key}#{name}".encode()).hexdigest()
+        return derived_key(self.key, name)
 
     async def ensure_owned(self) -> None:
         """Renew the claim at the store: ask this right before an irreversible step.

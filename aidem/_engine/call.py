@@ -11,12 +11,14 @@ what is left to do after the body is to look whether that was committed: `confir
 from __future__ import annotations
 
 import asyncio
+import inspect
 import logging
 from enum import Enum, IntEnum, auto
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, cast
 
 from aidem._engine.claim import RELEASE_SECONDS, Claim, ask
+from aidem._engine.doubt import Doubt, Resolution
 from aidem._engine.failures import NOTHING_RUN, RUNNING
 from aidem._engine.shared import SingleFlight
 from aidem._engine.waiting import WaitBudget, winner
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
 
     from aidem._engine.plan import CallKey, Plan
     from aidem._engine.shared import Ending, PerLoop
+    from aidem._rules.abandoned import AbandonedExecution, Check
     from aidem._rules.record import DataRecord
 
 logger = logging.getLogger("aidem")
@@ -213,7 +216,8 @@ class Call:
         Raises:
             IdempotencyValidationError: The key was used with another payload.
             IdempotencyAlreadyInProgressError: Another execution did not end in time.
-            IdempotencyInDoubtError: The owner of the claim vanished, and it must not be taken over.
+            IdempotencyInDoubtError: The owner of the claim vanished, and it must not be taken over, or a check has
+                not found out whether its effect happened.
             IdempotencyPersistenceLayerError: The layer failed; nothing was run.
             IdempotencyUsageError: No asyncio event loop runs the call, or it has begun before.
         """
@@ -252,16 +256,22 @@ class Call:
                 self.replay(cached)
                 return
         flights = self._loop_state.flights
-        flight = self._flight = SingleFlight(flights, self.key)
+        self._flight = SingleFlight(flights, self.key)
         try:
             if config.wait_timeout_seconds > 0 and not self.is_durable_replay:
-                await self._follow_others(flight)
+                await self._follow_others(self._flight)
             while self.phase is Phase.NEW:  # ask until the key is ours, has an outcome, or the time is over
-                flights.setdefault(self.key.text, flight)  # it leads, unless another does: then it asks beside that one
-                await self._ask(flight)
+                # It leads, unless another does: then it asks beside that one.
+                flights.setdefault(self.key.text, self._flight)
+                await self._ask(self._flight)
         except BaseException as error:
             if self.phase is Phase.NEW:  # else the claim is held, and `fail` releases it
-                self._end(error if isinstance(error, IdempotencyPersistenceLayerError) else None)
+                ending: Ending = None
+                if isinstance(error, IdempotencyPersistenceLayerError) or (
+                    isinstance(error, IdempotencyInDoubtError) and self.plan.check is not None
+                ):
+                    ending = error
+                self._end(ending)
             raise
 
     async def _follow_others(self, flight: SingleFlight) -> None:
@@ -304,12 +314,37 @@ class Call:
                 raise IdempotencyValidationError(record=record)
             case _ if self.is_durable_replay:
                 await self._release_earlier_attempt(record, now=now)
-            case NextStep.IN_DOUBT:
+            case NextStep.IN_DOUBT if self.plan.check is None:
                 raise IdempotencyInDoubtError(record=record)
+            case NextStep.IN_DOUBT:
+                ahead = 0.0 if answer.now is None else answer.now - self.plan.clock()
+                await self._check(record, flight, ahead_seconds=ahead)
             case _:  # Step.WAIT
                 holds = lifecycle.blocks_for_seconds(record, now=now)
                 flight.publish(record, blocks_until=None if holds is None else self._loop_state.time() + holds)
                 await self._pause(record, flight, now=now)
+
+    async def _check(self, found: DataRecord, flight: SingleFlight, *, ahead_seconds: float) -> None:
+        """Ask the check about a claim in doubt, and act on its verdict."""
+        claim = Claim(self.plan, self.key, flight, self._loop_state, self.reporter)
+        doubt = Doubt(self.plan, self.key, claim, found, ahead_seconds=ahead_seconds)
+        resolution = await doubt.resolve(self.ask_check, has_body_ended=self.watch_body())
+        match resolution:
+            case Resolution.RUN:
+                self._claim = claim
+                self.record = claim.record
+                self.phase = Phase.CLAIMED
+            case Resolution.REPLAY:
+                self._end(claim.record)
+                self.replay(claim.record)
+            case _:  # ASK_AGAIN, beside the next caller in line, for the flight may be over
+                flight.end(None)
+                self._flight = SingleFlight(self._loop_state.flights, self.key)
+
+    async def ask_check(self, abandoned: AbandonedExecution) -> Any:
+        """Ask the check what has become of an execution; return whatever it answers."""
+        answer = cast("Check", self.plan.check)(abandoned)
+        return await answer if inspect.isawaitable(answer) else answer
 
     async def _is_held(self, record: DataRecord) -> bool:
         """Whether an open transaction holds a claim, or it has changed since."""
@@ -363,7 +398,9 @@ class Call:
         """
         if not self.takes("ensure_owned"):
             return
-        if not await self._claim.confirm():
+        with CancellationShield() as shield:
+            is_ours = await self._claim.confirm(shield, effect=RUNNING)
+        if not is_ours:
             reason = "another call owns it, or it was released by hand"
             raise IdempotencyLeaseLostError(key=self.key.text, record=None, reason=reason)
         self.record = self._claim.record

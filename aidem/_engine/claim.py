@@ -19,9 +19,18 @@ import time
 import weakref
 from contextvars import Context, copy_context
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar, cast
 
-from aidem._engine.failures import COMMIT_UNKNOWN, EFFECT_HAPPENED, FAILED, NOTHING_RUN, RUNNING, failure_of, told
+from aidem._engine.failures import (
+    COMMIT_UNKNOWN,
+    EFFECT_HAPPENED,
+    FAILED,
+    FOUND_HAPPENED,
+    NOTHING_RUN,
+    RUNNING,
+    failure_of,
+    told,
+)
 from aidem._rules import lifecycle
 from aidem._rules.lifecycle import Blocked, Claimed, Commitment
 from aidem._rules.record import OutcomeKind
@@ -48,6 +57,7 @@ if TYPE_CHECKING:
     from aidem._rules.record import DataRecord
     from aidem._runtime.cancellation import UncancellableFuture
     from aidem.hooks import Reporter
+    from aidem.persistence import SupportsTakeOver
 
 logger = logging.getLogger("aidem")
 
@@ -194,7 +204,7 @@ class Claim:
             elif not holds and not await self._renew_late(shield):
                 return None
         except IdempotencyError as failure:
-            if _may_be_claimed(failure):
+            if may_be_claimed(failure):
                 await self._release_unused(shield)
             raise
         return answer
@@ -222,7 +232,7 @@ class Claim:
 
     async def _release_unless_refused(self, acquisition: UncancellableFuture[Any] | None) -> None:
         failure = acquisition.exception() if acquisition is not None and acquisition.done() else None
-        if failure is None or _may_be_claimed(failure):
+        if failure is None or may_be_claimed(failure):
             await self._persist(self._release_once, effect=NOTHING_RUN)
 
     async def _release_unused(self, shield: CancellationShield) -> None:
@@ -238,6 +248,54 @@ class Claim:
         except IdempotencyError as failure:
             function = self._plan.function
             logger.warning("a claim of %s could not be released, it lapses with its lease: %s", function, failure)
+
+    # --- Taken over to be checked -----------------------------------------------------------------------------------
+
+    async def take_over(self, found: DataRecord, *, shield: CancellationShield) -> bool:
+        """Take the place of a claim in doubt, with its payload hash and its note; False: it is not there any more.
+
+        Raises:
+            IdempotencyPersistenceLayerError: The layer failed.
+        """
+        plan, skew = self._plan, self._plan.config.max_clock_skew_seconds
+        layer = cast("SupportsTakeOver", plan.layer)
+        proposed = self.record = self.record.replace(payload_hash=found.payload_hash, note=found.note)
+        taken = await ask(
+            lambda: layer.take_over(found, proposed, now=plan.clock(), max_clock_skew_seconds=skew),
+            shield=shield,
+            key=self._key,
+            effect=NOTHING_RUN,
+        )
+        if taken is not None:
+            self.record = taken
+        return taken is not None
+
+    async def put_back(
+        self, in_doubt: DataRecord, *, ahead_seconds: float, shield: CancellationShield
+    ) -> DataRecord | None:
+        """Put a claim in doubt in the place of ours; return it as stored, or None: ours is gone.
+
+        Args:
+            in_doubt: That claim, with its instants by the clock that judges.
+            ahead_seconds: How far that clock is ahead of ours.
+            shield: Bounds it.
+
+        Raises:
+            IdempotencyPersistenceLayerError: The layer failed.
+        """
+        plan, ours = self._plan, self.record
+        layer = cast("SupportsTakeOver", plan.layer)
+        if not ours.fence:  # the reply to the take-over was lost
+            find = partial(plan.layer.get, self._key)
+            found = await self._ask_persistently(find, shield=shield, effect=NOTHING_RUN)
+            if found is None or not lifecycle.is_held_by(found, ours.owner):
+                return None
+            ours = found
+        return await self._ask_persistently(
+            lambda: layer.take_over(ours, in_doubt, now=plan.clock() + ahead_seconds, force=True),
+            shield=shield,
+            effect=NOTHING_RUN,
+        )
 
     # --- Held -------------------------------------------------------------------------------------------------------
 
@@ -292,8 +350,8 @@ class Claim:
         self._publish()
         return True
 
-    async def confirm(self) -> bool:
-        """Renew at the store; False: it is not ours any more.
+    async def confirm(self, shield: CancellationShield, *, effect: str) -> bool:
+        """Renew at the store; False: it is not ours any more. `effect` tells an error the state of the function.
 
         Raises:
             IdempotencyPersistenceLayerError: The layer failed, or answers later than the lease lasts.
@@ -301,8 +359,7 @@ class Claim:
         self.check_process()
         for _ in range(2):
             asked = self._asking()
-            with CancellationShield() as shield:
-                record = await ask(self._renewed_record, shield=shield, key=self._key, effect=RUNNING)
+            record = await ask(self._renewed_record, shield=shield, key=self._key, effect=effect)
             if record is None:
                 self.note_loss()
                 return False
@@ -310,7 +367,7 @@ class Claim:
             self._publish()
             if not self.has_lapsed():  # the answer may come after the lease has passed
                 return True
-        message = f"the persistence layer answers later than the lease lasts; {RUNNING}"
+        message = f"the persistence layer answers later than the lease lasts; {effect}"
         raise IdempotencyPersistenceConnectionError(message, key=self._key)
 
     def _publish(self) -> None:
@@ -398,9 +455,11 @@ class Claim:
         return CancellationShield(deadline=max(self.lease_deadline, now + CLEANUP_SECONDS))
 
     async def complete(
-        self, text: str, outcome: OutcomeKind | None, *, shield: CancellationShield
+        self, text: str, outcome: OutcomeKind | None, *, shield: CancellationShield, effect: str = EFFECT_HAPPENED
     ) -> DataRecord | None:
         """Store the outcome, and try again while the lease is held; return the record, or None: the claim is lost.
+
+        `effect` tells an error the state of the function.
 
         Raises:
             IdempotencyPersistenceLayerError: It could not be stored.
@@ -408,16 +467,14 @@ class Claim:
         plan, now = self._plan, self._plan.clock()
         record = self.completed(text, outcome, now=now)
         try:
-            stored = self._ask_persistently(
-                lambda: plan.layer.complete(record, now=now), shield=shield, effect=EFFECT_HAPPENED
-            )
+            stored = self._ask_persistently(lambda: plan.layer.complete(record, now=now), shield=shield, effect=effect)
             is_stored: bool = stored.answer if isinstance(stored, Immediate) else await stored
         except IdempotencySerializationError as error:
             if outcome is OutcomeKind.UNAVAILABLE:
-                message = f"the layer finds even a mark too large; {EFFECT_HAPPENED}"
+                message = f"the layer finds even a mark too large; {effect}"
                 raise IdempotencyPersistenceLayerError(message, key=self._key) from error
             logger.error("the result of %s cannot be stored: %s", plan.function, error)  # noqa: TRY400 - no trace: it may show the result
-            return await self.complete(UNAVAILABLE_TEXT, OutcomeKind.UNAVAILABLE, shield=shield)
+            return await self.complete(UNAVAILABLE_TEXT, OutcomeKind.UNAVAILABLE, shield=shield, effect=effect)
         return record if is_stored else None
 
     def completed(self, text: str, outcome: OutcomeKind | None, *, now: float) -> DataRecord:
@@ -544,7 +601,7 @@ class Claim:
         return self._plan.layer.release(self.record)
 
 
-def _may_be_claimed(failure: BaseException) -> bool:
+def may_be_claimed(failure: BaseException) -> bool:
     """Whether an acquisition that failed may have been applied, and only its reply was lost."""
     if isinstance(failure, IdempotencyPersistenceLayerError):
         return failure.may_be_applied
@@ -694,7 +751,7 @@ async def _answered(
     try:
         return await shield.wait_for(operation, within_seconds=within_seconds)
     except Exception as error:
-        if isinstance(error, IdempotencySerializationError) and effect == EFFECT_HAPPENED:
+        if isinstance(error, IdempotencySerializationError) and effect in {EFFECT_HAPPENED, FOUND_HAPPENED}:
             raise  # the result does not fit; elsewhere it would be a fault of the layer
         if isinstance(error, IdempotencyUsageError):
             raise  # the caller has to change something, such as to end its transaction

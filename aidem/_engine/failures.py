@@ -20,6 +20,9 @@ EFFECT_HAPPENED: Final = "the function has run and its effect has happened, its 
 COMMIT_UNKNOWN: Final = (
     "the function has run, and whether the transaction that completes the call was committed is not known"
 )
+FOUND_HAPPENED: Final = (
+    "the function was not run; the check has found that its effect had happened, which may not be recorded"
+)
 LOST: Final = "the function has run and its effect has happened, but its claim was lost and no outcome is known"
 
 _ALL_ADDRESSES_FAILED: Final = "Multiple exceptions: [Errno"

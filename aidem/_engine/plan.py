@@ -11,7 +11,7 @@ import os
 import warnings
 from typing import TYPE_CHECKING, Any, ClassVar, Concatenate, Final, NamedTuple, ParamSpec
 
-from aidem._checks import refused
+from aidem._checks import kind_of, refused
 from aidem._engine.call import Call
 from aidem._engine.shared import shared_by
 from aidem._rules import key as _key
@@ -19,12 +19,13 @@ from aidem._rules.lifecycle import LeaseTerms
 from aidem._runtime.clock import wall_clock
 from aidem.config import default_persistence_store, defaults, registered_lambda_context
 from aidem.exceptions import IdempotencyKeyError, IdempotencyWarning
-from aidem.persistence import SupportsWaitForChange
+from aidem.persistence import SupportsTakeOver, SupportsWaitForChange
 from aidem.serialization import check_returns, resolve
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from aidem._rules.abandoned import Check
     from aidem.config import IdempotencyConfig
     from aidem.persistence import PersistenceLayer
     from aidem.serialization import ModelSerializer, OutputSerializer
@@ -51,11 +52,13 @@ class CallKey(NamedTuple):
         text: The idempotency key; `""`: there is none, and the call runs without idempotency.
         payload_hash: Hash of the validated part of the payload; `""`: not validated.
         note: What the config's `note` made of the payload.
+        payload: The payload, where a check may ask for it; else None.
     """
 
     text: str
     payload_hash: str = ""
     note: str | None = None
+    payload: Any = None
 
 
 class Arguments(dict[str, Any]):
@@ -70,6 +73,7 @@ class Plan:
     __slots__ = (
         "_lease",
         "_output_serializer",
+        "check",
         "clock",
         "config",
         "function",
@@ -95,6 +99,10 @@ class Plan:
         self.function = function
         self.prefix = prefix
         self.clock: Callable[[], float] = getattr(layer, "clock", wall_clock)
+        self.check: Check | None = config.on_abandoned if callable(config.on_abandoned) else None
+        if self.check is not None and not isinstance(layer, SupportsTakeOver):
+            allowed = "a layer with take_over() if on_abandoned is a check, see aidem.persistence.SupportsTakeOver"
+            raise refused("persistence_store", kind_of(layer), allowed)
         self.shared = shared_by(layer)
         self._lease = self._lease_of(config.lease_seconds)
         self.waits_for_change = layer if isinstance(layer, SupportsWaitForChange) else None
@@ -123,7 +131,7 @@ class Plan:
             return self._missing()
         validated = self.config.payload_validation_jmespath
         payload_hash = self._hash_of(prepared, validated) if validated else ""
-        return self._key_of(selected, payload_hash, note=self.note_of(payload))
+        return self._key_of(selected, payload_hash, payload=payload)
 
     def note_of(self, payload: Any) -> str | None:
         """Return the note that a claim for a payload carries: nothing that goes wrong with it stops a call."""
@@ -145,15 +153,14 @@ class Plan:
         selected = _key.prepare(key)
         if _key.is_missing(selected):
             return self._missing()
-        note = self.note_of(key if payload is ... else payload)
         if payload is ...:
-            return self._key_of(selected, note=note)
+            return self._key_of(selected, payload=key)
         payload_hash = self._hash_of(_key.prepare(payload), self.config.payload_validation_jmespath)
-        return self._key_of(selected, payload_hash, note=note)
+        return self._key_of(selected, payload_hash, payload=payload)
 
-    def _key_of(self, selected: Any, payload_hash: str = "", *, note: str | None = None) -> CallKey:
+    def _key_of(self, selected: Any, payload_hash: str = "", *, payload: Any) -> CallKey:
         text = _key.key_of(selected, prefix=self.prefix, hash_function=self.config.hash_function)
-        return CallKey(text, payload_hash, note)
+        return CallKey(text, payload_hash, self.note_of(payload), None if self.check is None else payload)
 
     def _hash_of(self, prepared: Any, expression: str) -> str:
         return _key.payload_digest(_select(expression, prepared, self.config), self.config.hash_function)
@@ -178,11 +185,13 @@ class Plan:
         return self._lease_of(max(remaining, MINIMUM_LAMBDA_LEASE_SECONDS)), False
 
     def _lease_of(self, lease_seconds: float | None) -> LeaseTerms:
+        config = self.config
+        may_be_taken_over = config.on_abandoned == "run_again"
         return LeaseTerms(
-            expires_after_seconds=self.config.expires_after_seconds,
+            expires_after_seconds=config.expires_after_seconds if may_be_taken_over else config.doubt_kept_seconds,
             lease_seconds=lease_seconds,
-            may_be_taken_over=self.config.on_abandoned == "run_again",
-            max_clock_skew_seconds=self.config.max_clock_skew_seconds,
+            may_be_taken_over=may_be_taken_over,
+            max_clock_skew_seconds=config.max_clock_skew_seconds,
         )
 
 

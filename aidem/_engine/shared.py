@@ -1,10 +1,10 @@
 """What calls share: per layer the local cache, and per event loop the single flights and the renewals.
 
 One caller of an event loop is at the store for a key; the others stand in line and need not ask. The first caller of a
-key *leads*: it talks to the store, and callers that may wait stand in line behind it. Its flight ends with the outcome
-or with an error of the store, which everybody in line gets. Or it ends with nothing, because the call failed: then the
-first in line leads, and only that one is woken. So a key whose calls all fail costs each caller one turn, however many
-there are.
+key *leads*: it talks to the store, and callers that may wait stand in line behind it. Its flight ends with the outcome,
+with an error of the store or with what a check has left in doubt, which everybody in line gets. Or it ends with
+nothing, because the call failed: then the first in line leads, and only that one is woken. So a key whose calls all
+fail costs each caller one turn, however many there are.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from aidem._runtime.fork import ForkSafeLock
 if TYPE_CHECKING:
     from aidem._engine.plan import CallKey
     from aidem._rules.record import DataRecord
-    from aidem.exceptions import IdempotencyPersistenceLayerError
+    from aidem.exceptions import IdempotencyInDoubtError, IdempotencyPersistenceLayerError
     from aidem.persistence import PersistenceLayer
 
-    Ending = DataRecord | IdempotencyPersistenceLayerError | None
+    Ending = DataRecord | IdempotencyPersistenceLayerError | IdempotencyInDoubtError | None
 
 
 class PerLoop:
@@ -159,8 +159,8 @@ class SingleFlight:
         """Stand in line until there is a record or an error for us.
 
         Returns:
-            The outcome, or a live record of another payload; the error of the store; or None: it is our turn to lead,
-            or the time is over.
+            The outcome, or a live record of another payload; the error of the store or of the check; or None: it is
+            our turn to lead, or the time is over.
         """
         if leader.line is None:
             leader.line = _Line()

@@ -15,6 +15,7 @@ from aidem._rules.lifecycle import NextStep
 from aidem._runtime.cancellation import CancellationShield
 from aidem.exceptions import (
     IdempotencyAlreadyInProgressError,
+    IdempotencyError,
     IdempotencyLeaseLostError,
     IdempotencyPersistenceConfigError,
     IdempotencyPersistenceLayerError,
@@ -66,6 +67,7 @@ class WaitBudget:
         Raises:
             IdempotencyValidationError: The other call has another payload.
             IdempotencyAlreadyInProgressError: It did not end in time.
+            IdempotencyInDoubtError: It asked a check, which has not found out.
             IdempotencyPersistenceLayerError: It could not ask the store.
         """
         differing = leader.differing_record(self._key.payload_hash, now=asyncio.get_running_loop().time())
@@ -76,7 +78,7 @@ class WaitBudget:
             raise self.in_progress(leader.record, now=self._plan.clock())
         self.has_waited = True
         ending = await flight.wait_behind(leader, timeout_seconds=remaining)
-        if isinstance(ending, IdempotencyPersistenceLayerError):
+        if isinstance(ending, IdempotencyError):
             raise _own(ending) from ending
         return ending
 
@@ -173,8 +175,8 @@ def _backoff_seconds(polls: int) -> float:
     return delay * random.uniform(1.0, 1.25)  # noqa: S311 - jitter, not a secret
 
 
-def _own(failure: IdempotencyPersistenceLayerError) -> IdempotencyPersistenceLayerError:
+def _own(error: IdempotencyError) -> IdempotencyError:
     """Return an error for one of many callers: each may add notes to its own."""
-    own = type(failure)(str(failure), key=failure.key)
-    own.may_be_applied = failure.may_be_applied
+    own = type(error)(str(error), key=error.key, record=error.record)
+    vars(own).update(vars(error))
     return own

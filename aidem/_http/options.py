@@ -176,6 +176,8 @@ class HttpOptions:
 
 
 def _check_config(config: IdempotencyConfig) -> None:
+    if callable(config.on_abandoned):
+        raise refused("on_abandoned", kind_of(config.on_abandoned), '"run_again" or "raise" here: no check is asked')
     defaults = {field.name: field.default for field in dataclasses.fields(IdempotencyConfig)}
     for setting, reason in _WITHOUT_MEANING.items():
         value = getattr(config, setting)

@@ -321,7 +321,7 @@ class LeaseTerms:
     """How long a claim of a call holds.
 
     Attributes:
-        expires_after_seconds: How long its outcome is kept.
+        expires_after_seconds: How long the claim is kept at least: as long as an outcome, or as long as doubt.
         lease_seconds: How long it holds without being renewed; None: until it expires.
         may_be_taken_over: Whether a lapsed claim goes to the next caller (at least once) or is in doubt.
         max_clock_skew_seconds: Time that other callers add to its lease before they take it over.

@@ -11,7 +11,9 @@ import atexit
 import contextlib
 import os
 import time
-from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
+from contextvars import ContextVar
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar, cast
 
 from aidem._runtime.cancellation import CLEANUP_SECONDS, writes
 from aidem._runtime.lambda_lifecycle import BeforeSnapshot
@@ -49,6 +51,15 @@ def run(start: Callable[[], Coroutine[Any, Any, T]], *, closed: str = CLOSED) ->
         step.abandon()
         raise
     return step.answer(closed)
+
+
+async def in_waiting_thread(function: Callable[[], T]) -> T:
+    """Call a function in the thread that waits for this coroutine, which is one that `run` runs.
+
+    An interrupt of the thread meanwhile cancels the coroutine. Another `BaseException` of the function is an interrupt.
+    """
+    answer: T = await _step.get().errand(function)
+    return answer
 
 
 def run_unattended(start: Callable[[], Coroutine[Any, Any, Any]]) -> None:
@@ -91,7 +102,7 @@ def close(*, is_exiting: bool = False) -> None:
 class BackgroundStep(Generic[T]):
     """One coroutine, which runs on the background loop while the thread that asked for it waits."""
 
-    __slots__ = ("_answer", "_error", "_finished", "_is_asked", "_is_over", "_loop", "_start", "_task")
+    __slots__ = ("_answer", "_errand", "_error", "_finished", "_is_asked", "_is_over", "_loop", "_start", "_task")
 
     _answer: T
     _loop: BackgroundLoop
@@ -102,6 +113,7 @@ class BackgroundStep(Generic[T]):
         self._task: asyncio.Task[None] | None = None
         self._error: BaseException | None = None
         self._is_over = False
+        self._errand: Callable[[], None] | None = None
         self._finished = held_lock()  # waiting for a lock is the cheapest way to be woken by another thread
 
     # --- In the thread that waits -----------------------------------------------------------------------------------
@@ -113,12 +125,22 @@ class BackgroundStep(Generic[T]):
         loop.call(self._begin)
 
     def wait(self) -> None:
-        """Wait until it is over."""
+        """Wait until it is over; meanwhile call what it wants to be called in this thread."""
         self._finished.acquire()
+        while self._errand is not None:
+            self._take_errand()()
+            self._finished.acquire()
+
+    def _take_errand(self) -> Callable[[], None]:
+        errand, self._errand = cast("Callable[[], None]", self._errand), None
+        self._finished = held_lock()  # a lock of greenlets is released once
+        return errand
 
     def abandon(self) -> None:
         """Cancel it, and wait for its clean-up, bounded; another interrupt does not cut that short."""
         deadline = time.monotonic() + INTERRUPTED_SECONDS
+        if self._errand is not None:  # the interrupt came before it was begun
+            self._take_errand()
         if not (self._is_asked and self._loop.call(self._cancel)):
             return
         while not self._is_over and (remaining := deadline - time.monotonic()) > 0:
@@ -152,7 +174,27 @@ class BackgroundStep(Generic[T]):
             # When it has begun: its writes then end, as in any cancelled call.
             self._task.get_loop().call_soon(self._task.cancel)
 
+    async def errand(self, function: Callable[[], Any]) -> Any:
+        """Let the thread that waits call a function; return what it returns, or raise the exception that it raises."""
+        answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+
+        def settle(set_answer: Callable[[Any], None], value: Any) -> None:
+            if not answer.done():
+                set_answer(value)
+
+        def call() -> None:
+            try:
+                value, set_answer = function(), answer.set_result
+            except Exception as error:  # noqa: BLE001 - it is the coroutine's
+                value, set_answer = error, answer.set_exception
+            self._loop.call(partial(settle, set_answer, value))
+
+        self._errand = call
+        self._wake()
+        return await answer
+
     async def _run(self) -> None:
+        _step.set(self)
         try:
             self._answer = await self._start()
         except BaseException as error:  # noqa: BLE001 - it is the thread's that waits, SystemExit too
@@ -164,7 +206,15 @@ class BackgroundStep(Generic[T]):
             self._loop.steps.discard(self._task)
         if not (self._is_over or self._loop.is_exiting):
             self._is_over = True
+            self._wake()
+
+    def _wake(self) -> None:
+        with contextlib.suppress(Exception):  # it was woken before, and an interrupt has kept it from noticing
             self._finished.release()
+
+
+_step: Final[ContextVar[BackgroundStep[Any]]] = ContextVar("aidem_background_step")
+"""The step whose task is running."""
 
 
 class BackgroundLoop:

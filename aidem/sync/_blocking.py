@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine
 
     from aidem._engine.plan import CallKey, Plan
+    from aidem._rules.abandoned import AbandonedExecution, Check
     from aidem._rules.record import DataRecord
     from aidem.config import IdempotencyConfig, ResponseHook
     from aidem.hooks import IdempotencyEvent
@@ -124,6 +125,14 @@ class BlockingCall(Call):
     def watch_body(self) -> Callable[[], bool]:
         """Return a function that tells whether the thread or greenlet that runs the body has ended."""
         return self._has_caller_ended
+
+    async def ask_check(self, abandoned: AbandonedExecution) -> Any:
+        """Ask the check: a plain one in the thread that makes the call, an async one on the background loop."""
+        check = cast("Check", self.plan.check)
+        if inspect.iscoroutinefunction(check):
+            return await check(abandoned)
+        answer = await background_loop.in_waiting_thread(partial(check, abandoned))
+        return await answer if inspect.isawaitable(answer) else answer
 
     async def _begin_completion(self) -> None:
         _wait_for(self, super()._begin_completion, RUNNING)

@@ -66,6 +66,9 @@ class Call:
         outcome: What its caller got: "value", "error", "cancelled" or "closed"; None: it has not ended.
         owners: The tokens of its claims, one for each attempt.
         owner: The token of the claim under which its body runs.
+        has_acted: Whether the effect of its body has happened.
+        is_fenced_off: Whether that cannot happen any more, since a check has asked.
+        has_found_effect: Whether its check has found that the effect of another call had happened.
         trap: While which operation is under way it is cancelled, or its process paused; None: no such thing.
         renewal_due_at: When it has to ask for its next renewal at the latest; None: not known.
         renewal_asked_at: When it asked for the renewal that is under way; None: none is.
@@ -96,6 +99,9 @@ class Call:
         self.body_error: BaseException | None = None
         self.body_began_at = self.body_ended_at = 0.0
         self.frozen_when_body_ended = 0.0
+        self.has_acted = False
+        self.is_fenced_off = False
+        self.has_found_effect = False
         self.confirms = False
         self.nests = False
         self.is_brief = False
@@ -116,7 +122,9 @@ class Call:
         self.front = rng.choice([Front.FUNCTION, *Front])
         self.wait = rng.choice([0.0, 0.0, 0.4, 3.0, 20.0, 90.0])
         self.way = Way.NONE if self.depth else rng.choice([Way.NONE] * 3 + list(Way))
-        self.trap: str | None = rng.choice([None, None, "acquire", "renew", "renew", "complete", "release"])
+        self.trap: str | None = rng.choice(
+            [None, None, "acquire", "renew", "renew", "complete", "release", "take_over"]
+        )
         self.is_paused_in_trap = rng.random() < 0.3
         if self.trap is not None and rng.random() < 0.4 and not self.depth:
             self.way = rng.choice(list(TASK_CANCELS))
@@ -290,6 +298,8 @@ class Call:
         if self.process.is_disposed:
             return
         self.is_running = False
+        might_have = end in {End.ODD, End.CANCELLED, End.CLOSED} and self.world.rng.random() < 0.5
+        self.has_acted = not self.is_fenced_off and (end in {End.VALUE, End.STORED} or might_have)
         self.body_end = end
         self.body_error = error
         self.body_ended_at = self.world.now

@@ -10,10 +10,10 @@ if TYPE_CHECKING:
     import random
     from collections.abc import Callable
 
-Policy = Literal["run_again", "raise"]
+Policy = Literal["run_again", "raise", "check"]
 Style = Literal["coroutine", "future", "mixed", "settled"]
 
-POLICIES: tuple[Policy, ...] = ("run_again", "run_again", "raise")
+POLICIES: tuple[Policy, ...] = ("run_again", "run_again", "raise", "check")
 STYLES: tuple[Style, ...] = ("coroutine", "future", "mixed", "mixed", "settled")
 EAGER_TASKS: Callable[..., asyncio.Future] | None = None
 if sys.version_info >= (3, 12):
@@ -36,7 +36,7 @@ class Conditions:
         # The configuration.
         self.policy: Policy = rng.choice(POLICIES)
         self.lease: float | None = rng.choice([0.5, 1.0, 2.0, 3.0, 6.0, 10.0])
-        if rng.random() < 0.04:
+        if rng.random() < 0.04 and self.policy != "check":
             self.lease = None
         self.renew = rng.random() < 0.92
         self.has_long_window = rng.random() < 0.75
@@ -65,6 +65,11 @@ class Conditions:
         """How many things a body does at most."""
         self.block_rate = rng.choice([0.05, 0.2])
         self.failure_rate = rng.choice([0.1, 0.1, 0.4, 0.7])
+
+    @property
+    def is_at_most_once(self) -> bool:
+        """Whether a claim that has lapsed is in doubt."""
+        return self.policy != "run_again"
 
     def lease_or(self, default: float) -> float:
         """Return the length of a lease; the default where claims have none."""

@@ -18,8 +18,10 @@ from tests.simulation.conditions import Conditions
 from tests.simulation.internals import (
     CancellationShield,
     Claim,
+    Doubt,
     EngineCall,
     LocalCache,
+    Resolution,
     SingleFlight,
     WaitBudget,
     ask,
@@ -185,10 +187,48 @@ def a_claim_is_renewed_after_its_body(patch: pytest.MonkeyPatch) -> None:
 
 @noticed_by(Rule.P2)
 def ensure_owned_guesses(patch: pytest.MonkeyPatch) -> None:
-    async def confirm(self: Claim) -> bool:
+    async def confirm(self: Claim, shield: CancellationShield, *, effect: str) -> bool:
         return True
 
     patch.setattr(Claim, "confirm", confirm)
+
+
+# --- Checks -----------------------------------------------------------------------------------------------------------
+
+
+def checks(conditions: Conditions) -> bool:
+    return conditions.policy == "check"
+
+
+@noticed_by(Rule.P2, Rule.P4, where=checks)
+def a_body_runs_after_its_check_without_confirmation(patch: pytest.MonkeyPatch) -> None:
+    async def confirm(self: Doubt, shield: CancellationShield) -> Resolution:
+        self._is_open = False
+        return Resolution.RUN
+
+    patch.setattr(Doubt, "_confirm", confirm)
+
+
+@noticed_by(Rule.H9, where=checks)
+def a_claim_whose_check_does_not_know_is_not_put_back(patch: pytest.MonkeyPatch) -> None:
+    async def put_back(self: Doubt, shield: CancellationShield) -> DataRecord:
+        self._claim.stop_renewal()
+        self._is_open = False
+        return self._claim.record
+
+    patch.setattr(Doubt, "_put_back", put_back)
+
+
+@store_noticed_by(Rule.P2, Rule.P4, where=checks)
+class TakesOverToCheckWhileTheLeaseIsHeld(Broken):
+    def take_over(
+        self, found: DataRecord, record: DataRecord, *, now: float, skew: float, force: bool
+    ) -> DataRecord | None:
+        stored = self.records.get(record.idempotency_key)
+        answer = super().take_over(found if stored is None else stored, record, now=now, skew=skew, force=True)
+        if answer is not None and stored is not None and not force and answer.owner != stored.owner:
+            self.world.judge.took_over(stored, answer, is_check=True)
+        return answer
 
 
 @noticed_by(Rule.H14)
@@ -275,8 +315,8 @@ def a_failed_release_replaces_the_error_of_the_body(patch: pytest.MonkeyPatch) -
 def a_loser_returns_its_own_result(patch: pytest.MonkeyPatch) -> None:
     complete = Claim.complete
 
-    async def always(self: Claim, text: str, outcome: Any, *, shield: CancellationShield) -> DataRecord:
-        return await complete(self, text, outcome, shield=shield) or self.record
+    async def always(self: Claim, text: str, outcome: Any, **options: Any) -> DataRecord:
+        return await complete(self, text, outcome, **options) or self.record
 
     patch.setattr(Claim, "complete", always)
 

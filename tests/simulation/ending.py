@@ -36,7 +36,7 @@ def judge_end(world: World) -> None:
     conditions = world.conditions
     world.is_calm = True
     world.run_until(world.now + max(conditions.longest_late, CLEANUP_SECONDS) + 1.0)
-    if conditions.policy == "raise":  # until the last lease has passed
+    if conditions.is_at_most_once:  # until the last lease has passed
         world.run_until(world.now + conditions.lease_or(0) + conditions.max_clock_skew + 2 * conditions.skew + 1.0)
     prober = Process(world, len(world.processes))
     world.processes.append(prober)
@@ -54,7 +54,7 @@ def _probe(world: World, prober: Process, key: int) -> None:
     has_other_payloads = any(call.amount != 1 for call in world.calls if call.key == key)
     call = Call(world, prober, key)
     call.way, call.front, call.wait, call.amount, call.is_brief = Way.NONE, Front.FUNCTION, 600.0, 1, True
-    if conditions.policy == "raise" or conditions.lease is None:
+    if conditions.is_at_most_once or conditions.lease is None:
         call.wait = 0.0
     task = prober.loop.create_task(call.run())
     limit = conditions.lease_or(30) + conditions.max_clock_skew + 2 * conditions.skew + 3.0

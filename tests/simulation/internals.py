@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from aidem._engine import claim
 from aidem._engine.call import Call as EngineCall
 from aidem._engine.claim import Claim, Renewal, ask
+from aidem._engine.doubt import Doubt, Resolution
 from aidem._engine.shared import LocalCache, SingleFlight, shared_by
 from aidem._engine.waiting import WaitBudget
 from aidem._rules import key as _key
@@ -27,8 +28,10 @@ __all__ = [
     "CLEANUP_SECONDS",
     "CancellationShield",
     "Claim",
+    "Doubt",
     "EngineCall",
     "LocalCache",
+    "Resolution",
     "SingleFlight",
     "WaitBudget",
     "ask",
@@ -54,7 +57,7 @@ def key_text(prefix: str, selected: str) -> str:
 
 def objects_of_calls() -> Counter[str]:
     """Count what calls are made of and should not outlive them."""
-    kinds = (Claim, EngineCall, SingleFlight, Renewal)
+    kinds = (Claim, Doubt, EngineCall, SingleFlight, Renewal)
     return Counter(type(found).__name__ for found in gc.get_objects() if type(found) in kinds)
 
 

@@ -107,20 +107,27 @@ class Judge:
                 world.happened["overlap"] += 1
             if conditions.policy == "run_again" or not conditions.has_long_window or other.owner in world.resolved:
                 continue
-            if other.body_end is not End.ORDINARY:
+            if other.body_end is not End.ORDINARY and not other.is_fenced_off:
                 world.violate(Rule.P4, f"the body of {call} begins after {other}, which is {other.body_end}")
 
     # --- Claims -------------------------------------------------------------------------------------------------------
 
-    def took_over(self, found: DataRecord, stored: DataRecord) -> None:
+    def took_over(self, found: DataRecord, stored: DataRecord, *, is_check: bool = False) -> None:
         world, conditions = self.world, self.world.conditions
-        world.happened["take-over"] += 1
+        world.happened["take-over to check" if is_check else "take-over"] += 1
         owner = world.by_owner.get(found.owner)
-        if conditions.policy == "raise":
+        if conditions.is_at_most_once and not (is_check and conditions.policy == "check"):
             world.violate(Rule.P4, f"the claim of {owner} was taken over")
-        if self.held_until(found.owner) > world.now + ROUNDING and found.owner not in world.resolved:
+        is_held = self.held_until(found.owner) > world.now + ROUNDING and not is_given_up(found)
+        if is_held and found.owner not in world.resolved:
             world.violate(Rule.P2, f"the claim of {owner} was taken over while its lease was held")
-        if owner is None or owner.is_crashed or owner.process.is_dead or owner.ended_at is not None:
+        if (
+            is_given_up(found)
+            or owner is None
+            or owner.is_crashed
+            or owner.process.is_dead
+            or owner.ended_at is not None
+        ):
             return
         if owner.owner != found.owner or not conditions.renew:  # nobody's, or of an attempt whose body has not begun
             return
@@ -139,7 +146,7 @@ class Judge:
         match request.operation:
             case "renew":
                 self._renewal_asked(request, call, record)
-            case "complete" if call.body_end not in {End.VALUE, End.STORED}:
+            case "complete" if call.body_end not in {End.VALUE, End.STORED} and not call.has_found_effect:
                 world.violate(Rule.H2, f"{call} is completed, and its body is {call.body_end}")
             case "release" if call.is_running and call.owner == record.owner and not call.is_closed:
                 world.violate(Rule.H2, f"{call} is released while its body runs")

@@ -54,6 +54,22 @@ class Client:
         store, skew = self.world.store, max_clock_skew_seconds
         return self._ask("acquire", record, lambda: store.acquire(record, now=now, skew=skew))
 
+    def take_over(
+        self,
+        found: DataRecord,
+        record: DataRecord,
+        *,
+        now: float,
+        max_clock_skew_seconds: float = 0.0,
+        force: bool = False,
+    ) -> Awaitable[DataRecord | None]:
+        call = CURRENT.get()
+        if call is not None and not force:  # else it is put back, and nobody's
+            call.owners.add(record.owner)
+            self.world.by_owner[record.owner] = call
+        store, skew = self.world.store, max_clock_skew_seconds
+        return self._ask("take_over", record, lambda: store.take_over(found, record, now=now, skew=skew, force=force))
+
     def complete(self, record: DataRecord, *, now: float) -> Awaitable[bool]:
         return self._ask("complete", record, lambda: self.world.store.complete(record, now=now))
 

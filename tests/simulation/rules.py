@@ -15,7 +15,8 @@ class Rule(StrEnum):
         "a live owner that renews and reaches the store is never taken over from"
     )
     P4 = (
-        'with on_abandoned="raise" no body begins after one that did not end with an ordinary exception; '
+        'with on_abandoned="raise" no body begins after one that did not end with an ordinary exception, and with a '
+        "check only after one that the check has found to have no effect; "
         "nothing is in doubt while its lease holds"
     )
     H0 = "the simulation itself does not fail"

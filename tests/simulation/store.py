@@ -39,6 +39,7 @@ class Store:
         self.records: dict[str, DataRecord] = {}
         self.owners: dict[tuple[str, int], str | None] = {}
         """Who got a fence of a key."""
+        self.earlier_owners: dict[str | None, frozenset[str | None]] = {}
         self.last_fence: dict[str, int] = {}
         self.completions: list[tuple[float, DataRecord]] = []
         self.reference: MemoryPersistenceLayer | None = None
@@ -66,6 +67,33 @@ class Store:
         if self.reference is not None:
             self._compare("acquire", answer, self.reference.acquire(record, now=now).answer)
         return answer
+
+    def take_over(
+        self, found: DataRecord, record: DataRecord, *, now: float, skew: float, force: bool
+    ) -> DataRecord | None:
+        key, judge = record.idempotency_key, self._judge(now)
+        stored = self._find(key, judge)
+        is_found = stored is not None and (stored.owner, stored.fence) == (found.owner, found.fence)
+        answer = None
+        theirs = None if self.reference is None else self.reference.get(key).answer
+        if stored is not None and stored.status is RecordStatus.INPROGRESS:
+            end = lease_end(stored)
+            has_passed = end is not None and int(end * 1000) < int((judge if self.own_clock else judge - skew) * 1000)
+            if stored.owner == record.owner:
+                answer = stored
+            elif is_found and (has_passed or force):
+                self.earlier_owners[record.owner] = self.owners_before(stored.owner)
+                answer = self._claim(record, now)
+                if not force:
+                    self.world.judge.took_over(stored, answer, is_check=True)
+        if self.reference is not None:
+            named = theirs if is_found and theirs is not None else found.replace(owner="nobody", fence=-1)
+            self._compare("take_over", answer, self.reference.take_over(named, record, now=now, force=force).answer)
+        return answer
+
+    def owners_before(self, owner: str | None) -> frozenset[str | None]:
+        """Return the owner of a claim, and those whose claims were taken over one after another to check them."""
+        return self.earlier_owners.get(owner, frozenset()) | {owner}
 
     def complete(self, record: DataRecord, *, now: float) -> bool:
         key = record.idempotency_key

@@ -17,13 +17,16 @@ SEEDS = 2400
 SEEDS_PER_TEST = 400
 MOST_SEEDS_OF_A_CONTROL = 1000
 
+ASKED = ("acquire", "renew", "complete", "release", "take_over")
+
 HAPPENS = {
     *(f"{fault}: acquire" for fault in Fault),
     *(f"body: {end}" for end in End),
     *(f"cancelled before the body: {way}" for way in Way if way not in {Way.NONE, Way.CLOSE}),
     *(f"event: {kind}" for kind in EventKind),
-    *(f"cancelled while asking to {operation}" for operation in ("acquire", "renew", "complete", "release")),
-    *(f"paused while asking to {operation}" for operation in ("acquire", "renew", "complete", "release")),
+    *(f"cancelled while asking to {operation}" for operation in ASKED),
+    *(f"paused while asking to {operation}" for operation in ASKED),
+    *(f"check: {said}" for said in ("happened", "did not happen", "still unknown", "None", "fails", "is cancelled")),
     "blocked loop",
     "cancelled, ended promptly",
     "closed at the store",
@@ -39,6 +42,7 @@ HAPPENS = {
     "store restart",
     "suspension",
     "take-over",
+    "take-over to check",
     "wait_for_change",
 }
 """What has to happen among so many seeds, or they prove nothing."""

@@ -98,7 +98,11 @@ class Verdict:
         origin = world.calls[int(text.split()[1])]
         if origin.key != call.key or origin.amount != call.amount:
             self._violate(Rule.P1, f"got the outcome of {origin}")
-        recorded = [(at, record) for at, record in self._completions() if record.owner == origin.owner]
+        recorded = [
+            (at, record)
+            for at, record in self._completions()
+            if record.owner == origin.owner or self._is_found(record, origin)
+        ]
         if not recorded:
             self._violate(Rule.P1, f"got {text}, which was never recorded")
         elif origin is not call and any(record.outcome is OutcomeKind.UNAVAILABLE for _, record in recorded):
@@ -108,6 +112,15 @@ class Verdict:
         if origin is not call:
             world.happened["outcome of another call"] += 1
             world.happened["loser gets the winner's outcome"] += call.body_end is End.VALUE
+
+    def _is_found(self, record: DataRecord, origin: Call) -> bool:
+        """Whether a check has found the effect of that call, and its caller has recorded it."""
+        recorder = self.world.by_owner.get(record.owner)
+        return (
+            recorder is not None
+            and recorder.has_found_effect
+            and record.response_data == f'{{"call": {origin.number}}}'
+        )
 
     def _agreement(self, text: str, recorded: list[tuple[float, DataRecord]]) -> None:
         """Look whether others got the same, or whether it was still to be had."""
@@ -227,9 +240,11 @@ class Verdict:
     def _in_doubt(self, error: IdempotencyInDoubtError) -> None:
         record = error.record
         end = record.lease_expiry_timestamp
-        if self.conditions.policy != "raise" or record.status is not RecordStatus.INPROGRESS or end is None:
+        if not self.conditions.is_at_most_once or record.status is not RecordStatus.INPROGRESS or end is None:
             self._violate(Rule.H3, f"is in doubt about {record}")
-        elif end / 1000 >= EPOCH + self.world.now + self.conditions.skew + 0.005:
+        elif (
+            record.owner not in self.call.owners and end / 1000 >= EPOCH + self.world.now + self.conditions.skew + 0.005
+        ):
             self._violate(Rule.P4, f"is in doubt about a lease that holds: {record}")
 
     # --- The store ----------------------------------------------------------------------------------------------------
@@ -262,7 +277,7 @@ class Verdict:
 
     def _still_claimed(self, found: DataRecord) -> None:
         call, world = self.call, self.world
-        is_abandoned = self.conditions.policy == "raise" and bool(call.bodies) and call.body_end is not End.ORDINARY
+        is_abandoned = self.conditions.is_at_most_once and bool(call.bodies) and call.body_end is not End.ORDINARY
         if not is_abandoned:
             self._violate(Rule.H9, f"has ended and holds its key: {found}")
         elif call.body_end is not End.STORED:

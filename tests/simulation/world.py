@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 from aidem import DataRecord, IdempotencyConfig
 from aidem.exceptions import IdempotencyInDoubtError
 from tests.simulation.call import PREFIX, Call, StoredError
+from tests.simulation.check import check
 from tests.simulation.conditions import Conditions
 from tests.simulation.ending import dispose, judge_end
 from tests.simulation.internals import key_text, objects_of_calls
@@ -140,7 +141,8 @@ class World:
                 lease_seconds=conditions.lease,
                 renew_lease=conditions.renew,
                 wait_timeout_seconds=wait,
-                on_abandoned=conditions.policy,
+                on_abandoned=check if conditions.policy == "check" else conditions.policy,
+                doubt_kept_seconds=conditions.kept,
                 on_persistence_error="run" if conditions.fail_open else "raise",
                 stored_exceptions=(StoredError,) if conditions.stores_exceptions else (),
                 max_clock_skew_seconds=conditions.max_clock_skew,
@@ -199,7 +201,7 @@ class World:
 
     async def _resolve(self, process: Process, record: DataRecord) -> None:
         """Do what an operator does about a key in doubt."""
-        self.resolved.add(record.owner)
+        self.resolved |= self.store.owners_before(record.owner)
         self.happened["resolved by hand"] += 1
         with contextlib.suppress(Exception):
             await process.layer.release(record)

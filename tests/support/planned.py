@@ -114,6 +114,11 @@ class PlannedLayer:
             "acquire", lambda: self.inner.acquire(record, now=now, max_clock_skew_seconds=max_clock_skew_seconds)
         )
 
+    async def take_over(self, found: DataRecord, record: DataRecord, *, now: float, **options: Any) -> Any:
+        options.pop("max_clock_skew_seconds", None)
+        operation = "put back" if options.get("force") else "take_over"
+        return await self._do(operation, lambda: self.inner.take_over(found, record, now=now, **options))
+
     async def complete(self, record: DataRecord, *, now: float) -> bool:
         return await self._do("complete", lambda: self.inner.complete(record, now=now))
 

@@ -12,11 +12,16 @@ from contextlib import AbstractAsyncContextManager
 from typing import Any, assert_type
 
 from aidem import (
+    AbandonedExecution,
     BlockExecution,
     DataRecord,
+    DidNotHappen,
     Execution,
+    Happened,
     IdempotencyConfig,
     RecordStatus,
+    StillUnknown,
+    Verdict,
     configure,
     current_execution,
     idempotency,
@@ -254,6 +259,22 @@ async def async_hook(response: Any, record: DataRecord) -> str:
 
 IdempotencyConfig(hooks=(Metrics(),), response_hook=hook, lambda_context=LambdaContext(), stored_exceptions=(OSError,))
 IdempotencyConfig(response_hook=async_hook, on_abandoned="raise", lease_seconds=None)
+
+
+async def was_charged(abandoned: AbandonedExecution) -> Verdict:
+    return Happened(abandoned.payload) if abandoned.key_for("charge") else StillUnknown()
+
+
+def was_not_charged(_: AbandonedExecution) -> DidNotHappen:
+    return DidNotHappen()
+
+
+def answers_nothing(_: AbandonedExecution) -> None: ...
+
+
+IdempotencyConfig(on_abandoned=was_charged, doubt_kept_seconds=86_400)
+IdempotencyConfig(on_abandoned=was_not_charged)
+IdempotencyConfig(on_abandoned=answers_nothing)  # type: ignore[arg-type]
 IdempotencyConfig("id")  # type: ignore[call-arg]
 IdempotencyConfig(hooks=(Metrics,))  # type: ignore[arg-type]
 IdempotencyConfig(on_abandoned="ignore")  # type: ignore[arg-type]
