@@ -407,7 +407,11 @@ class Claim:
         renewal = self._renewal
         self.stop_renewal()
         if renewal is not None:
-            await renewal.ended(within_seconds=SHORTEST_REQUEST_SECONDS)
+            try:
+                await renewal.ended(within_seconds=SHORTEST_REQUEST_SECONDS)
+            except asyncio.CancelledError:  # nothing is written, and the body may go on
+                self.resume_renewal()
+                raise
 
     def resume_renewal(self) -> None:
         """Renew again: if the transaction is rolled back, the body may try another one."""

@@ -499,6 +499,28 @@ async def test_a_renewal_under_way_is_waited_for_and_meets_no_transaction(layer:
     assert order == ["renewal begins", "renewal ends", "completion"]
 
 
+async def test_a_claim_is_renewed_on_when_its_completion_was_cancelled_before_it_was_written() -> None:
+    class Slow(TransactionalLayer):
+        async def renew(self, record: DataRecord, *, now: float) -> DataRecord | None:  # type: ignore[override]
+            await asyncio.sleep(0.5)
+            return await super().renew(record, now=now)
+
+    layer = Slow(clock=wall_clock)
+
+    async def give_up_and_go_on(transaction: MemoryTransaction) -> Any:
+        await asyncio.sleep(10.1)  # a renewal is under way, and the completion waits for it
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.1):
+                await complete(transaction)
+        await asyncio.sleep(100)
+        claim = claim_of(current_execution().key, now=wall_clock(), owner="theirs")
+        assert isinstance(await layer.acquire(claim, now=wall_clock()), Blocked)
+        return await commit(transaction)
+
+    assert await paying(layer, give_up_and_go_on, lease_seconds=30)() == RECEIPT
+    assert layer.rows == ["payment"]
+
+
 async def test_a_lease_without_end_needs_no_renewal(layer: TransactionalLayer) -> None:
     assert await paying(layer, commit, lease_seconds=None)() == RECEIPT
 
