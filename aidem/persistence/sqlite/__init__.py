@@ -40,8 +40,22 @@ T = TypeVar("T")
 RENEWAL_SECONDS: Final = 0.25
 """How long a renewal waits for the write lock of an application's file; a completion waits for a renewal under way."""
 
-_completed_in: ContextVar[tuple[Path, Transaction] | None] = ContextVar("aidem_sqlite_transaction", default=None)
-"""The file and the transaction in which this task or thread has completed a call last; it may still be open."""
+
+class _Completed:
+    """The file and the transaction in which a task or thread has completed a call last.
+
+    Attributes:
+        transaction: None: it was seen to have ended, and others may use its connection by now.
+    """
+
+    __slots__ = ("path", "transaction")
+
+    def __init__(self, path: Path, transaction: Transaction) -> None:
+        self.path = path
+        self.transaction: Transaction | None = transaction
+
+
+_completed: ContextVar[_Completed | None] = ContextVar("aidem_sqlite_completed", default=None)
 
 
 class SQLitePersistenceLayer(OpenedByAsyncWith):
@@ -141,6 +155,7 @@ class SQLitePersistenceLayer(OpenedByAsyncWith):
 
     def get(self, key: str) -> UncancellableFuture[DataRecord | None]:
         """Return the record of a key as it is stored now."""
+        self._is_inside_transaction()  # the look after a body: the transaction has ended, its connection is still ours
         return self._ask(lambda records: records.get(key), writes=False)
 
     def forget(self, key: str) -> UncancellableFuture[None]:
@@ -182,7 +197,7 @@ class SQLitePersistenceLayer(OpenedByAsyncWith):
             error.add_note("aidem: the call is not completed; roll back, and try the transaction again in its body")
             raise
         if is_stored:
-            _completed_in.set((self._file.path, opened))
+            _completed.set(_Completed(self._file.path, opened))
         return is_stored
 
     def is_free(self, record: DataRecord) -> UncancellableFuture[bool]:
@@ -223,8 +238,12 @@ class SQLitePersistenceLayer(OpenedByAsyncWith):
 
     def _is_inside_transaction(self) -> bool:
         """Whether the caller's own transaction has the write lock: waiting for its end would never end."""
-        completed = _completed_in.get() if self._file.is_of_application else None
-        return completed is not None and completed[0] == self._file.path and completed[1].is_open()
+        completed = _completed.get()
+        if completed is None or completed.transaction is None or completed.path != self._file.path:
+            return False
+        if not completed.transaction.is_open():
+            completed.transaction = None
+        return completed.transaction is not None
 
     def _ask(
         self,

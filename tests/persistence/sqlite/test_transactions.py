@@ -699,6 +699,25 @@ async def test_another_call_inside_a_transaction_that_has_completed_one_is_refus
     await claimed(layer, "another")
 
 
+async def test_a_connection_that_others_use_after_the_look_refuses_no_call(
+    layer: SQLitePersistenceLayer, path: Path
+) -> None:
+    opened = await begin_sqlite3(path)
+    record = await claimed_beside(layer, path, opened)
+    assert await complete_in(layer, opened.transaction, record)
+    await opened.commit()
+    await layer.get("key")
+    opened.transaction.execute("BEGIN IMMEDIATE")  # by another task, which has the connection from a pool
+    another = asyncio.ensure_future(claimed(layer, "another"))
+    await asyncio.sleep(0)
+    for _ in range(2):  # the second is answered after the claim was tried
+        await layer.get("key")
+    assert not another.done()
+    await opened.commit()
+    assert (await another).idempotency_key == "another"
+    await opened.close()
+
+
 async def test_another_task_waits_for_a_transaction_that_has_completed_a_call(
     layer: SQLitePersistenceLayer, path: Path
 ) -> None:
