@@ -46,12 +46,16 @@ class Transaction(Protocol):
         ...
 
 
-CLOSED: Final = "the connection is closed"
+CLOSED: Final = "the connection is closed, or was given back to its pool"
 NOT_BEGUN: Final = (
     "no transaction is open on it; begin one, write your rows in it, and call complete() as the last statement before "
     "the commit"
 )
 FAILED: Final = "its transaction has failed, so it can only be rolled back; begin another one inside the block"
+BUSY: Final = (
+    "a statement is under way on it, or it is in pipeline mode; wait until that has ended, and call complete() as the "
+    "last statement before the commit"
+)
 
 
 def recognised(transaction: object, *, database: str, blocking: bool | None = None) -> Transaction:
@@ -150,9 +154,12 @@ class _Asyncpg:
         self._connection = connection
 
     def fault(self) -> str | None:
-        if self._connection.is_closed():
+        try:
+            if self._connection.is_closed():
+                return CLOSED
+            return None if self._connection.is_in_transaction() else NOT_BEGUN
+        except Exception:  # noqa: BLE001 - InterfaceError of one that was given back to its pool
             return CLOSED
-        return None if self._connection.is_in_transaction() else NOT_BEGUN
 
     def is_open(self) -> bool:
         return self.fault() is None
@@ -175,8 +182,10 @@ class _Psycopg:
     def fault(self) -> str | None:
         if self._connection.closed:
             return CLOSED
-        status = self._connection.info.transaction_status.name
-        return {"IDLE": NOT_BEGUN, "INERROR": FAILED}.get(status)
+        info = self._connection.info
+        if info.pipeline_status.name != "OFF":
+            return BUSY  # how many rows a statement has changed is known too late
+        return {"IDLE": NOT_BEGUN, "ACTIVE": BUSY, "INERROR": FAILED}.get(info.transaction_status.name)
 
     def is_open(self) -> bool:
         return self.fault() is None

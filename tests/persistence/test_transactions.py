@@ -37,7 +37,9 @@ def asyncpg_connection(*, is_closed: bool = False, is_open: bool = True) -> Any:
     )
 
 
-def psycopg_connection(kind: type[Any] = psycopg.Connection, *, closed: bool = False, status: str = "INTRANS") -> Any:
+def psycopg_connection(
+    kind: type[Any] = psycopg.Connection, *, closed: bool = False, status: str = "INTRANS", pipeline: str = "OFF"
+) -> Any:
     async def later(cursor: Any) -> Any:
         return cursor
 
@@ -47,7 +49,9 @@ def psycopg_connection(kind: type[Any] = psycopg.Connection, *, closed: bool = F
         return cursor if kind is psycopg.Connection else later(cursor)
 
     executed = list[Any]()
-    info = SimpleNamespace(transaction_status=SimpleNamespace(name=status))
+    info = SimpleNamespace(
+        transaction_status=SimpleNamespace(name=status), pipeline_status=SimpleNamespace(name=pipeline)
+    )
     return disconnected(kind, closed=closed, info=info, execute=execute, executed=executed)
 
 
@@ -72,7 +76,6 @@ def test_an_open_transaction_is_told_from_one_that_has_ended() -> None:
     for connection, is_open in (
         (asyncpg_connection(), True),
         (psycopg_connection(), True),
-        (psycopg_connection(status="ACTIVE"), True),
     ):
         assert recognised(connection, database="postgresql").is_open() == is_open
 
@@ -85,8 +88,10 @@ def test_an_open_transaction_is_told_from_one_that_has_ended() -> None:
         (psycopg_connection(closed=True), "the connection is closed"),
         (psycopg_connection(status="IDLE"), "no transaction is open on it"),
         (psycopg_connection(status="INERROR"), "it can only be rolled back"),
+        (psycopg_connection(status="ACTIVE"), "a statement is under way on it"),
+        (psycopg_connection(pipeline="ON"), "it is in pipeline mode"),
     ],
-    ids=["closed asyncpg", "idle asyncpg", "closed psycopg", "idle psycopg", "failed psycopg"],
+    ids=["closed asyncpg", "idle asyncpg", "closed psycopg", "idle psycopg", "failed psycopg", "busy", "pipeline"],
 )
 def test_a_connection_that_cannot_be_used_is_refused(connection: Any, fault: str) -> None:
     with pytest.raises(IdempotencyUsageError, match=f"cannot be used: .*{fault}"):

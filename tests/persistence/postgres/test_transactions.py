@@ -238,6 +238,31 @@ async def test_a_connection_that_is_closed_is_refused(
             layer.check_transaction(opened.transaction, blocking=False)
 
 
+async def test_a_connection_that_was_given_back_to_its_pool_is_refused(
+    layer: PostgresPersistenceLayer, server: PostgresServer, client: Any
+) -> None:
+    async with asyncpg.create_pool(server.url, min_size=1) as pool:
+        async with pool.acquire() as connection:
+            pass
+        with pytest.raises(IdempotencyUsageError, match="given back to its pool"):
+            layer.check_transaction(connection, blocking=False)
+
+
+async def test_psycopg_without_a_transaction_is_refused_also_while_it_is_busy_or_in_pipeline_mode(
+    layer: PostgresPersistenceLayer, server: PostgresServer, client: Any
+) -> None:
+    async with await psycopg.AsyncConnection.connect(server.url, autocommit=True) as connection:
+        with pytest.raises(IdempotencyUsageError, match="no transaction is open on it"):
+            layer.check_transaction(connection, blocking=False)
+        async with connection.cursor() as cursor:
+            async for _ in cursor.stream("SELECT 1"):
+                with pytest.raises(IdempotencyUsageError, match="a statement is under way on it"):
+                    layer.check_transaction(connection, blocking=False)
+        async with connection.pipeline():
+            with pytest.raises(IdempotencyUsageError, match="it is in pipeline mode"):
+                layer.check_transaction(connection, blocking=False)
+
+
 async def test_a_transaction_that_has_failed_is_refused(
     layer: PostgresPersistenceLayer, server: PostgresServer, client: Any
 ) -> None:
