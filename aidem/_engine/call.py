@@ -434,7 +434,7 @@ class Call:
         try:
             is_stored = await layer.complete_in(transaction, self._claim.completed(text, None, now=now), now=now)
         except IdempotencyError:
-            self.phase = earlier  # the layer has refused it
+            self._undo_completion(earlier)  # the layer has refused it
             raise
         finally:
             await self._resume_renewal()
@@ -472,6 +472,10 @@ class Call:
         self.phase = Phase.COMPLETING
         self._claim.is_in_transaction = True
 
+    def _undo_completion(self, earlier: Phase) -> None:
+        self.phase = earlier
+        self._claim.is_in_transaction = earlier is Phase.COMPLETING
+
     async def _resume_renewal(self) -> None:
         self._claim.resume_renewal()
 
@@ -484,7 +488,7 @@ class Call:
         commitment = lifecycle.commitment(found, owner, is_free=earlier is Phase.CLAIMED)
         if commitment is Commitment.LOST:
             raise self._lease_lost(found)
-        self.phase = earlier
+        self._undo_completion(earlier)
         raise IdempotencyUsageError(_REFUSALS_IN_TRANSACTION[commitment], key=self.key.text)
 
     def _lease_lost(self, found: DataRecord | None) -> IdempotencyLeaseLostError:

@@ -245,6 +245,28 @@ async def test_a_transaction_on_another_database_is_refused_with_both_reasons(la
     assert await paying(layer, commit)() == RECEIPT
 
 
+@pytest.mark.parametrize("is_foreign", [True, False], ids=["another database", "too large"])
+async def test_a_lease_that_is_lost_after_a_refused_completion_is_reported(
+    layer: TransactionalLayer, listener: Listener, is_foreign: bool
+) -> None:
+    def refuse(*_: object, **__: object) -> Any:
+        if is_foreign:
+            return Immediate(False)
+        raise IdempotencySerializationError("too large")
+
+    async def go_on(transaction: MemoryTransaction) -> Any:
+        layer.complete_in = refuse  # type: ignore[method-assign]
+        with pytest.raises((IdempotencyUsageError, IdempotencySerializationError)):
+            await complete(transaction)
+        await take_over(layer)
+        await asyncio.sleep(11)  # a renewal comes
+        assert listener.kinds == [EventKind.LEASE_LOST]
+        raise DeclinedError
+
+    with pytest.raises(DeclinedError):
+        await paying(layer, go_on, hooks=(listener,), lease_seconds=30)()
+
+
 # --- Exceptions and cancellation ------------------------------------------------------------------------------------
 
 
