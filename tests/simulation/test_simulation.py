@@ -13,6 +13,8 @@ from tests.simulation.controls import CONTROLS, Control
 from tests.simulation.network import Fault
 from tests.simulation.runs import history_of, simulate
 
+pytestmark = pytest.mark.timeout(300)  # many runs of a second, beside other tests, with every line counted
+
 SEEDS = 2400
 SEEDS_PER_TEST = 400
 MOST_SEEDS_OF_A_CONTROL = 1000
