@@ -103,15 +103,12 @@ def _install(session: nox.Session, *groups: str) -> None:
 
 
 def _side_by_side(session: nox.Session, *arguments: str) -> list[str]:
-    """Return a command of pytest that shares out files between processes, those first that take longest.
-
-    There are two for each core: a test waits for processes and servers half of its time.
-    """
+    """Return a command of pytest that shares out files between processes, one for each core; the longest files first."""
     # Names of test cases hold sets, so all processes need one seed; it is printed, for who wants to set it again.
     seed = os.environ.get("PYTHONHASHSEED", str(secrets.randbelow(2**32)))
     session.log(f"PYTHONHASHSEED={seed}")
     session.env["PYTHONHASHSEED"] = seed
-    side_by_side = ["-n", str(min(2 * (os.cpu_count() or 1), 8)), "--dist", "loadfile", "--no-loadscope-reorder"]
+    side_by_side = ["-n", "auto", "--maxprocesses", "8", "--dist", "loadfile", "--no-loadscope-reorder"]
     return ["pytest", *side_by_side, *arguments, *session.posargs]
 
 
