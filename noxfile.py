@@ -103,7 +103,7 @@ def _install(session: nox.Session, *groups: str) -> None:
 
 
 def _side_by_side(session: nox.Session, *arguments: str) -> list[str]:
-    """Return a command of pytest that shares out files between processes, one for each core; the longest files first."""
+    """Return a command of pytest that shares out files between processes, one for each core, longest files first."""
     # Names of test cases hold sets, so all processes need one seed; it is printed, for who wants to set it again.
     seed = os.environ.get("PYTHONHASHSEED", str(secrets.randbelow(2**32)))
     session.log(f"PYTHONHASHSEED={seed}")
