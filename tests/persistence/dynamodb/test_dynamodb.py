@@ -243,6 +243,28 @@ async def test_the_next_fence_follows_the_one_found(
     assert (await claimed(layer)).fence == 9_007_199_254_740_994
 
 
+async def test_a_claim_of_another_library_is_taken_over_to_resolve_it(
+    layer: DynamoDBPersistenceLayer, database: Database, table: str
+) -> None:
+    lapsed = {
+        "id": {"S": "key"},
+        "status": {"S": "INPROGRESS"},
+        "expiration": {"N": str(int(NOW) + 100)},
+        "in_progress_expiration": {"N": str(int(NOW) * 1000 - 1)},
+    }
+    database.put(table, **lapsed)
+    found = await layer.get("key")
+    assert found is not None
+    assert (found.owner, found.fence) == (None, 0)
+    database.put(table, fence={"N": "7"}, **lapsed)
+    assert await layer.take_over(found, claim_of("key", now=NOW), now=NOW) is None
+    database.put(table, **lapsed)
+    taken = await layer.take_over(found, claim_of("key", now=NOW), now=NOW)
+    assert taken is not None
+    assert taken == await layer.get("key")
+    assert taken.fence == int(NOW) * 1000 + 1
+
+
 @pytest.mark.parametrize(
     "attributes",
     [
