@@ -35,11 +35,9 @@ POSTGRES_CLIENT = [f"tests/persistence/postgres/test_{part}.py" for part in ("po
 POSTGRES_POOLS = [f"tests/persistence/postgres/test_{part}.py" for part in ("pools", "conformance")]
 OPENTELEMETRY = ["tests/test_opentelemetry.py"]
 ONE_SERVER = ["-k", "not moto and not valkey"]
-# What is tested on the main interpreter alone, as it is the same on every other: documents, measurements, the model of
-# a layer, comparisons with Powertools, and what other programs make of the same HTTP answers.
+# What is tested on the main interpreter alone, as it is the same on every other, beside the documents: measurements,
+# the model of a layer, comparisons with Powertools, and what other programs make of the same HTTP answers.
 SAME_EVERYWHERE = [
-    "README.md",
-    "docs",
     "tests/differential",
     "tests/http/test_generated_client.py",
     "tests/http/test_schemathesis.py",
@@ -112,8 +110,10 @@ def _side_by_side(session: nox.Session, *arguments: str) -> list[str]:
     return ["pytest", *side_by_side, *arguments, *session.posargs]
 
 
-def _without(tests: list[str]) -> list[str]:
-    return ["-m", "not server", *(f"--deselect={test}" if "::" in test else f"--ignore={test}" for test in tests)]
+def _without(session: nox.Session, tests: list[str]) -> list[str]:
+    """Return arguments that leave out these tests, those with servers, and the examples of the documents."""
+    left_out = (f"--deselect={test}" if "::" in test else f"--ignore={test}" for test in tests)
+    return ["-m", "not server", *left_out, *([] if session.posargs else ["tests"])]
 
 
 @nox.session
@@ -167,7 +167,7 @@ def docs(session: nox.Session) -> None:
 def quick(session: nox.Session) -> None:
     """Run in a minute what needs no server and takes no time: for while you work."""
     _install(session, "test")
-    session.run(*_side_by_side(session, *_without([*SAME_EVERYWHERE, *SLOW])))
+    session.run(*_side_by_side(session, *_without(session, [*SAME_EVERYWHERE, *SLOW])))
 
 
 def _is_installed(file: str) -> bool:
@@ -204,7 +204,7 @@ def tests(session: nox.Session) -> None:
     """Run the suite: on the main interpreter all of it, with coverage; on the others what may differ there."""
     _install(session, "test")
     if session.python != MAIN:
-        session.run(*_side_by_side(session, *_without(SAME_EVERYWHERE)))
+        session.run(*_side_by_side(session, *_without(session, SAME_EVERYWHERE)))
         return
     for version in sorted({*SUPPORTED} - {*PRESENT}):
         session.warn(f"Python {version} is not on this machine: the suite does not run on it.")
