@@ -881,45 +881,47 @@ async def test_it_can_be_cancelled(case: Case) -> None:
         assert not thread.is_alive()
 
 
-async def test_what_a_task_factory_of_the_call_does_with_coroutines_is_its_own_affair(case: Case) -> None:
-    async def at_once() -> str:
-        case.bank.charge("o-1")
-        return "charged"
+if sys.version_info < (3, 13):  # whose event loop names what a factory returns
 
-    def eager(loop: asyncio.AbstractEventLoop, coroutine: Any, **options: Any) -> asyncio.Future[Any]:
-        """Do what tasks that start eagerly do, of Python 3.12 and newer."""
-        assert coroutine.cr_code
-        done = loop.create_future()
-        with pytest.raises(StopIteration, match="charged"):
-            coroutine.send(None)
-        done.set_result(None)
-        return done
+    async def test_what_a_task_factory_of_the_call_does_with_coroutines_is_its_own_affair(case: Case) -> None:
+        async def at_once() -> str:
+            case.bank.charge("o-1")
+            return "charged"
 
-    def closing(loop: asyncio.AbstractEventLoop, coroutine: Any, **options: Any) -> asyncio.Future[Any]:
-        coroutine.close()
-        done = loop.create_future()
-        done.set_result(None)
-        return done
+        def eager(loop: asyncio.AbstractEventLoop, coroutine: Any, **options: Any) -> asyncio.Future[Any]:
+            """Do what tasks that start eagerly do, of Python 3.12 and newer."""
+            assert coroutine.cr_code
+            done = loop.create_future()
+            with pytest.raises(StopIteration, match="charged"):
+                coroutine.send(None)
+            done.set_result(None)
+            return done
 
-    def wrapping(loop: asyncio.AbstractEventLoop, coroutine: Any, **options: Any) -> asyncio.Task[Any]:
-        async def wrapped() -> Any:
-            return await coroutine
+        def closing(loop: asyncio.AbstractEventLoop, coroutine: Any, **options: Any) -> asyncio.Future[Any]:
+            coroutine.close()
+            done = loop.create_future()
+            done.set_result(None)
+            return done
 
-        return asyncio.Task(wrapped(), loop=loop, **options)
+        def wrapping(loop: asyncio.AbstractEventLoop, coroutine: Any, **options: Any) -> asyncio.Task[Any]:
+            async def wrapped() -> Any:
+                return await coroutine
 
-    async def charge(factory: Any) -> None:
-        loop = asyncio.get_running_loop()
-        loop.set_task_factory(factory)
-        child = loop.create_task(at_once())
-        loop.set_task_factory(None)
-        await asyncio.sleep(0)
-        await child
+            return asyncio.Task(wrapped(), loop=loop, **options)
 
-    for factory, effects in ((eager, 2), (closing, 0), (wrapping, 2)):
-        report = await case.prove(lambda: charge(factory), ways=["cancel"])  # noqa: B023 - it is called at once
-        assert [(point.line, point.effects) for point in report.points if "sleep" in point.line] == [
-            ("await asyncio.sleep(0)", effects)
-        ]
+        async def charge(factory: Any) -> None:
+            loop = asyncio.get_running_loop()
+            loop.set_task_factory(factory)
+            child = loop.create_task(at_once())
+            loop.set_task_factory(None)
+            await asyncio.sleep(0)
+            await child
+
+        for factory, effects in ((eager, 2), (closing, 0), (wrapping, 2)):
+            report = await case.prove(lambda: charge(factory), ways=["cancel"])  # noqa: B023 - it is called at once
+            assert [(point.line, point.effects) for point in report.points if "sleep" in point.line] == [
+                ("await asyncio.sleep(0)", effects)
+            ]
 
 
 if sys.version_info >= (3, 12):
