@@ -75,7 +75,7 @@ def rows(effort: Effort) -> Iterator[Row]:
         )
         for what, lap in (("first calls", "first"), ("replays", "replay")):
             many, one = f"{what}, 32 tasks", f"{what}, one task"
-            yield result.rates(many, lap=f"{lap}/32", against=RAW, by="wall", target=at_least(1.6))
+            yield result.rates(many, lap=f"{lap}/32", against=RAW, by="wall", target=at_least(1.8))
             yield result.rates(many, lap=f"{lap}/32", against=IDEMKIT, by="wall")
             yield result.times(one, lap=f"{lap}/1", against=RAW, by="wall", target=at_most(1.25))
             yield result.times(one, lap=f"{lap}/1", against=POWERTOOLS, by="wall")
