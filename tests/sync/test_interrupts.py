@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import itertools
 import json
 import linecache
@@ -287,7 +288,8 @@ def test_an_interrupt_at_any_line_leaves_no_key_stuck(charge: Charge, body: Call
     for number in itertools.count(1):
         layer = PlannedLayer(inner=MemoryPersistenceLayer(), clock=real_now)
         with InterruptAt(number) as interrupt, contextlib.suppress(ValueError, KeyboardInterrupt):
-            charge(layer, body)
+            # An interrupt may strike before the execution is no longer the current one: that ends with this context.
+            contextvars.copy_context().run(charge, layer, body)
         if not interrupt.place:
             break
         places.append(interrupt.place)
