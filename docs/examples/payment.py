@@ -1,4 +1,4 @@
-"""A payment handler that receives the same event twice, and twice more in another process: it charges once."""
+"""A payment handler gets an event twice in each of two processes, and charges once."""
 
 import asyncio
 import sys
@@ -12,7 +12,8 @@ from aidem.persistence.sqlite import SQLitePersistenceLayer
 folder = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(tempfile.mkdtemp())
 config = IdempotencyConfig(event_key_jmespath="order.id", wait_timeout_seconds=5)
 layer = SQLitePersistenceLayer(folder / "aidem.sqlite3")
-bank = folder / "bank.log"  # stands for the payment service: every line in it is a charge
+# stands for the payment service: every line in it is a charge
+bank = folder / "bank.log"
 
 
 @idempotent(persistence_store=layer, config=config)
@@ -21,11 +22,14 @@ async def handler(event: dict[str, Any], _context: object) -> dict[str, Any]:
     await asyncio.sleep(0.1)  # the payment service takes its time
     with bank.open("a") as file:
         file.write(f"charged {event['order']['amount']} for {event['order']['id']}\n")
-    return {"charged": event["order"]["amount"], "bank_key": current_execution().key_for("bank")[:8]}
+    return {
+        "charged": event["order"]["amount"],
+        "bank_key": current_execution().key_for("bank")[:8],
+    }
 
 
 async def main(name: str) -> None:
-    """Deliver the same event twice at once, as a queue that delivers at least once may do."""
+    """Deliver the same event twice at once, as a queue may do."""
     event = {"order": {"id": "order-1", "amount": 42}}
     async with layer:
         for answer in await asyncio.gather(handler(event, None), handler(event, None)):
