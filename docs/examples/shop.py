@@ -1,10 +1,10 @@
-"""A shop on FastAPI and SQLAlchemy: a payment and its result are committed together.
+"""A shop on FastAPI and SQLAlchemy: a payment and the result of its request are committed together.
 
     python shop.py                     # creates the tables
     uvicorn shop:app --workers 4
 
-Everything is in one database: PostgreSQL, if DATABASE_URL names one
-(postgresql://user:password@host/shop), else the SQLite file shop.sqlite3.
+Everything is in one database: PostgreSQL, if DATABASE_URL names one (postgresql://user:password@host/shop), else the
+SQLite file shop.sqlite3.
 """
 
 import asyncio
@@ -20,26 +20,20 @@ from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_asyn
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from aidem import IdempotencyConfig, idempotency
-from aidem.exceptions import (
-    IdempotencyAlreadyInProgressError,
-    IdempotencyValidationError,
-)
+from aidem.exceptions import IdempotencyAlreadyInProgressError, IdempotencyValidationError
 from aidem.persistence.postgres import PostgresPersistenceLayer
 from aidem.persistence.sqlite import SQLitePersistenceLayer
 
 url = os.environ.get("DATABASE_URL", "")
 layer: PostgresPersistenceLayer | SQLitePersistenceLayer
 if url:
-    # on connections of its own, beside those of the engine
-    layer = PostgresPersistenceLayer(url)
+    layer = PostgresPersistenceLayer(url)  # on connections of its own, beside those of the engine
     engine = create_async_engine(url.replace("postgresql:", "postgresql+asyncpg:", 1))
 else:
     layer = SQLitePersistenceLayer("shop.sqlite3", in_application_database=True)
     engine = create_async_engine("sqlite+aiosqlite:///shop.sqlite3")
 sessions = async_sessionmaker(engine)
-config = IdempotencyConfig(
-    expires_after_seconds=24 * 3600, lease_seconds=5, wait_timeout_seconds=5
-)
+config = IdempotencyConfig(expires_after_seconds=24 * 3600, lease_seconds=5, wait_timeout_seconds=5)
 
 
 class Base(DeclarativeBase):
@@ -82,7 +76,7 @@ async def lifespan(_: FastAPI) -> AsyncIterator[None]:
 
 
 async def open_session() -> AsyncIterator[AsyncSession]:
-    """Give a route its session; it commits it, as FastAPI comes back here too late."""
+    """Give a route its session; the route commits it, because FastAPI comes back here after the response."""
     async with sessions() as session:
         yield session
 
@@ -92,17 +86,11 @@ app = FastAPI(title="Shop", lifespan=lifespan)
 
 @app.post("/payments", status_code=201)
 async def create_payment(
-    payment: Payment,
-    session: Annotated[AsyncSession, Depends(open_session)],
-    idempotency_key: Annotated[str, Header()],
+    payment: Payment, session: Annotated[AsyncSession, Depends(open_session)], idempotency_key: Annotated[str, Header()]
 ) -> Receipt:
     """Charge for an order, once for each key."""
     async with idempotency(
-        idempotency_key,
-        payload=payment,
-        key_prefix="payments",
-        persistence_store=layer,
-        config=config,
+        idempotency_key, payload=payment, key_prefix="payments", persistence_store=layer, config=config
     ) as execution:
         if not execution.replayed:
             row = PaymentRow(order_id=payment.order_id, cents=payment.cents)
@@ -116,9 +104,7 @@ async def create_payment(
 
 @app.exception_handler(IdempotencyAlreadyInProgressError)
 async def payment_in_progress(_request: Request, _error: Exception) -> JSONResponse:
-    return JSONResponse(
-        {"detail": "This payment is being made; ask again."}, 409, {"Retry-After": "1"}
-    )
+    return JSONResponse({"detail": "This payment is being made; ask again."}, 409, {"Retry-After": "1"})
 
 
 @app.exception_handler(IdempotencyValidationError)
