@@ -38,9 +38,9 @@ def url(tmp_path: Path) -> Iterator[str]:
         )
     try:
         deadline = time.monotonic() + DEADLINE_SECONDS
-        while (output := (tmp_path / "output.txt").read_text()).count("startup complete") < 2:
-            assert process.poll() is None, output
-            assert time.monotonic() < deadline, output
+        while (printed := (tmp_path / "output.txt").read_text()).count("startup complete") < 2:
+            assert process.poll() is None, printed
+            assert time.monotonic() < deadline, printed
             time.sleep(0.02)
         yield f"http://127.0.0.1:{port}"
     finally:
@@ -74,7 +74,7 @@ async def pay(url: str) -> tuple[httpx.Response, int]:
 
 async def test_a_worker_killed_while_it_waits_for_the_bank_leads_to_one_charge(url: str) -> None:
     first = asyncio.create_task(pay(url))
-    while not (state := await ask(url, "/state"))["charges"]:
+    while not (state := await ask(url, "/state"))["charges"]:  # noqa: ASYNC110 it is asked over HTTP
         await asyncio.sleep(0.01)
     [record] = state["records"]
     assert record["state"] == "running"
