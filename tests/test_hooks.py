@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from aidem import DidNotHappen, Happened, IdempotencyConfig, StillUnknown, idempotency, idempotent_function, sync
+from aidem.asgi import StoredResponse
 from aidem.exceptions import (
     IdempotencyInDoubtError,
     IdempotencyPersistenceConfigError,
@@ -491,6 +492,29 @@ async def test_a_claim_that_is_lost_while_it_is_checked_is_not_reported_but_the_
     lost = [EventKind.TAKEN_OVER, EventKind.CHECKED, EventKind.LEASE_LOST]
     assert listener.kinds == [*lost, CLAIMED, EXECUTED]
     ending_of(listener.events)
+
+
+@pytest.mark.parametrize(
+    ("answer", "then"),
+    [
+        (Happened(StoredResponse(201, [], b'{"paid": 42}')), [REPLAYED]),
+        (DidNotHappen(), [CLAIMED, EXECUTED]),
+        (StillUnknown(), [EventKind.CONFLICT]),
+    ],
+)
+async def test_a_check_of_a_request_is_reported_too(answer: Any, then: list[EventKind]) -> None:
+    layer, listener = PlannedLayer(), Listener()
+
+    async def hang(_scope: Any, _receive: Any, _send: Any) -> None:
+        await asyncio.Event().wait()
+
+    settings = {"on_abandoned": "raise", "renew_lease": False}
+    owner = asyncio.ensure_future(request(front_of(hang, layer=other_process(layer), settings=settings)))
+    await asyncio.sleep(31)
+    settings = {"on_abandoned": lambda _abandoned: answer, "hooks": (listener,)}
+    await request(front_of(Shop(), layer=layer, settings=settings))
+    assert listener.kinds == [EventKind.TAKEN_OVER, EventKind.CHECKED, *then]
+    owner.cancel()
 
 
 # --- How long the body ran --------------------------------------------------------------------------------------------
