@@ -9,7 +9,6 @@ import pytest
 
 from aidem import (
     DataRecord,
-    IdempotencyConfig,
     RecordStatus,
     idempotency_key,
     idempotent_function,

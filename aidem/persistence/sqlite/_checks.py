@@ -22,18 +22,19 @@ LOG_BYTES: Final = 64 * 1024 * 1024
 """Four times the size at which the log is written back to the file."""
 
 
-def diagnosis(cursor: sqlite3.Cursor, path: Path, *, found: Sequence[str]) -> Diagnosis:
+def diagnosis(cursor: sqlite3.Cursor, path: Path, *, found: Sequence[str], mounts: Path = MOUNTS) -> Diagnosis:
     """Return what a file is, and what endangers the records in it.
 
     Args:
         cursor: Of a connection to it.
         path: The file.
         found: What was noticed when it was opened.
+        mounts: See `file_system`.
     """
     (mode,) = cursor.execute("PRAGMA journal_mode").fetchone()
     log = path.with_name(f"{path.name}-wal")
     log_bytes = log.stat().st_size if log.exists() else 0
-    system = file_system(path)
+    system = file_system(path, mounts=mounts)
     problems = list(found)
     if system in NETWORK or system.startswith("fuse."):
         problems.append(
