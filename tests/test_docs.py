@@ -32,6 +32,7 @@ MODULES_WITH_PUBLIC_NAMES = (
     "aidem.persistence.postgres",
     "aidem.persistence.redis",
     "aidem.persistence.sqlite",
+    "aidem.prometheus",
     "aidem.serialization",
     "aidem.sync",
     "aidem.testing",
