@@ -14,7 +14,7 @@ except ModuleNotFoundError as missing:
     raise ImportError(message) from missing
 
 from aidem._runtime.fork import ForkSafeLock
-from aidem.exceptions import IdempotencyError
+from aidem.exceptions import IdempotencyAlreadyInProgressError, IdempotencyInDoubtError, IdempotencyValidationError
 from aidem.hooks import EventKind
 
 if TYPE_CHECKING:
@@ -24,8 +24,12 @@ if TYPE_CHECKING:
 
 __all__ = ["PrometheusHook"]
 
-MAX_FUNCTIONS: Final = 1000
+MAX_FUNCTIONS: Final = 200
 """The number of functions and key prefixes that have time series of their own; the others share those of `other`."""
+
+_CONFLICTS: Final = tuple(
+    kind.__name__ for kind in (IdempotencyAlreadyInProgressError, IdempotencyInDoubtError, IdempotencyValidationError)
+)
 
 _BUCKETS: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 
@@ -36,8 +40,8 @@ class PrometheusHook:
     Hooks on one registry share their metrics, so each config can have one of its own. No label contains a key, a
     payload or a result.
 
-    - `aidem_events_total`, a counter with the labels `event`, `function` and `error`: the class of an error of aidem,
-      `other` for any other exception, such as one of the body, and `""` without one.
+    - `aidem_events_total`, a counter with the labels `event`, `function` and `error`: the class of aidem's error, `""`
+      without one. Exceptions of bodies and checks are not told apart.
     - `aidem_body_duration_seconds`, a histogram with the label `function`.
     - `aidem_claims_held`, a gauge with the label `function`: calls whose body runs now.
 
@@ -89,7 +93,15 @@ class _Metrics:
             if len(self._functions) >= MAX_FUNCTIONS:
                 return "other"
             self._functions.add(name)
+            self._start_at_zero(name)
         return name
+
+    def _start_at_zero(self, function: str) -> None:
+        """Let the time series begin before their first event, or a server sees no increase when it comes."""
+        for kind in EventKind:
+            self.events.labels(kind.value, function, "")
+        for error in _CONFLICTS:
+            self.events.labels(EventKind.CONFLICT.value, function, error)
 
 
 _by_registry: Final[WeakKeyDictionary[CollectorRegistry, _Metrics]] = WeakKeyDictionary()
@@ -97,8 +109,5 @@ _registering: Final = ForkSafeLock()
 
 
 def _error_of(event: IdempotencyEvent) -> str:
-    error = event.error
-    if error is None:
-        return ""
-    kind = type(error)
-    return kind.__name__ if isinstance(error, IdempotencyError) and kind.__module__ == "aidem.exceptions" else "other"
+    kind = type(event.error)
+    return kind.__name__ if event.body_seconds is None and kind.__module__ == "aidem.exceptions" else ""

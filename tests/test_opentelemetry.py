@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import subprocess
 import sys
 import time
@@ -189,6 +190,22 @@ def test_a_replay_is_linked_across_event_loops_and_threads(collector: Collector,
     asyncio.run(async_charge("o-1"))
     execution, *replays = collector.spans
     assert [link.context for replay in replays for link in replay.links] == [context_of(execution)] * 2
+
+
+async def test_the_recipe_of_the_docs_links_a_replay_in_another_process_to_the_caller_of_the_execution(
+    collector: Collector,
+) -> None:
+    page = (ROOT / "docs" / "observing.md").read_text(encoding="utf-8")
+    [recipe] = [code for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "link_to_execution" in code]
+    scope: dict[str, Any] = {"IdempotencyConfig": IdempotencyConfig}
+    exec(recipe, scope)
+    store = MemoryPersistenceLayer()
+    for _ in range(2):  # a function has no state that the second could know the first by
+        with collector.tracer.start_as_current_span("caller"):
+            await idempotent_function(persistence_store=store, config=scope["config"])(charge)("o-1")
+    first, second = collector.all_spans
+    assert not first.links
+    assert [link.context.span_id for link in second.links] == [context_of(first).span_id]
 
 
 async def test_a_replay_of_what_was_executed_elsewhere_has_no_link(

@@ -132,13 +132,13 @@ async def test_a_scrape_has_events_times_in_bodies_and_the_claims_held_now(shop:
     counted = {
         (labels["event"], labels["error"]): count
         for (name, pairs), count in afterwards.items()
-        if name == "aidem_events_total" and (labels := dict(pairs))["function"] == of_layer["function"]
+        if count and name == "aidem_events_total" and (labels := dict(pairs))["function"] == of_layer["function"]
     }
     assert counted == {
         ("claimed", ""): 3,
         ("executed", ""): 2,
         ("replayed", ""): 1,
-        ("released", "other"): 1,
+        ("released", ""): 1,
         ("conflict", "IdempotencyAlreadyInProgressError"): 1,
     }
 
@@ -195,8 +195,8 @@ def test_every_event_is_counted_and_only_endings_are_measured(kind: EventKind) -
     ("error", "label"),
     [
         (IdempotencyInDoubtError("in doubt"), "IdempotencyInDoubtError"),
-        (ValueError("of the body"), "other"),
-        (type("Own", (IdempotencyInDoubtError,), {})("of the user"), "other"),
+        (ValueError("of a check"), ""),
+        (type("Own", (IdempotencyInDoubtError,), {})("of the user"), ""),
         (None, ""),
     ],
 )
@@ -207,6 +207,28 @@ def test_only_errors_of_aidem_have_labels_of_their_own(error: Exception | None, 
     assert value(samples_of(registry), "aidem_events_total", **of_event) == 1
 
 
+def test_an_ending_has_one_time_series_whatever_the_body_raised() -> None:
+    registry = CollectorRegistry()
+    for error in (None, ValueError("of the body"), IdempotencyInDoubtError("of a call in the body")):
+        PrometheusHook(registry=registry).on_event(event_of(EventKind.RELEASED, error=error))
+    of_event = {"event": "released", "function": "shop.charge", "error": ""}
+    assert value(samples_of(registry), "aidem_events_total", **of_event) == 3
+
+
+def test_what_alarms_ask_for_is_zero_before_it_happens() -> None:
+    registry = CollectorRegistry()
+    PrometheusHook(registry=registry).on_event(event_of(EventKind.CLAIMED))
+    counters = {
+        (labels["event"], labels["error"]): count
+        for (name, pairs), count in samples_of(registry).items()
+        if name == "aidem_events_total" and (labels := dict(pairs))
+    }
+    refusals = ("AlreadyInProgress", "InDoubt", "Validation")
+    expected = {(kind.value, ""): 0.0 for kind in EventKind}
+    expected |= {("conflict", f"Idempotency{refusal}Error"): 0.0 for refusal in refusals}
+    assert counters == expected | {("claimed", ""): 1.0}
+
+
 def test_prefixes_made_from_data_do_not_make_time_series_without_end() -> None:
     registry = CollectorRegistry()
     hook = PrometheusHook(registry=registry)
@@ -214,7 +236,8 @@ def test_prefixes_made_from_data_do_not_make_time_series_without_end() -> None:
         hook.on_event(event_of(EventKind.REPLAYED, function=f"the block 'user-{number}'"))
     hook.on_event(event_of(EventKind.REPLAYED, function="the block 'user-0'"))
     samples = samples_of(registry)
-    assert len(samples) == MAX_FUNCTIONS + 1
+    functions = {dict(labels).get("function") for _, labels in samples}
+    assert len(functions) == MAX_FUNCTIONS + 1
     assert value(samples, "aidem_events_total", event="replayed", function="other", error="") == 7
     assert value(samples, "aidem_events_total", event="replayed", function="block 'user-0'", error="") == 2
 
