@@ -177,7 +177,7 @@ def test_every_answer_of_the_http_layer_is_described() -> None:
     rows = re.findall(row, page("http.md"), re.MULTILINE)
     problems = [value for value in vars(answers).values() if isinstance(value, Problem)]
     described = {(int(status), bool(retry_after), name) for status, retry_after, name in rows}
-    assert described == {(answer.status, answer.is_temporary, answer.name) for answer in problems}
+    assert described == {(answer.status, answer.retry_after_seconds is not None, answer.name) for answer in problems}
 
 
 @pytest.mark.parametrize("module", MODULES_WITH_PUBLIC_NAMES)
