@@ -15,7 +15,7 @@ from selenium.webdriver import Chrome, ChromeOptions, ChromeService
 
 ROOT = Path(__file__).parents[2]
 SITE = ROOT / "site"
-BROWSERS = ("chromium", "google-chrome", "chromium-browser")
+BROWSERS = ("chromium", "google-chrome")
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):
