@@ -23,7 +23,8 @@ Looked: TypeAlias = dict[str, Any]
 LOOK = """
 const content = document.querySelector('.md-content');
 for (const folded of content.querySelectorAll('details')) folded.open = true;
-const shown = [...content.querySelectorAll('*')].filter((element) => element.offsetParent !== null);
+const holds = (element) => element.textContent.trim() !== '' || element.matches('img');
+const shown = [...content.querySelectorAll('*')].filter((element) => element.offsetParent !== null && holds(element));
 const blocks = shown.filter((element) => element.matches('pre, pre > code, table, .md-typeset__scrollwrap'));
 const named = (element) => element.tagName.toLowerCase() + ': ' + element.textContent.trim().slice(0, 60);
 const right = (element) => element.getBoundingClientRect().right;
