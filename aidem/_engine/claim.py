@@ -19,6 +19,7 @@ import time
 import weakref
 from contextvars import Context, copy_context
 from functools import partial
+from operator import methodcaller
 from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar, cast
 
 from aidem._engine.failures import (
@@ -76,10 +77,11 @@ RELEASE_SECONDS: Final = 1.0
 _SINCE_BOOT: Final = getattr(time, "CLOCK_BOOTTIME", getattr(time, "CLOCK_MONOTONIC", None))
 """A clock that goes on while the machine is suspended: on Linux CLOCK_BOOTTIME, on macOS CLOCK_MONOTONIC."""
 
-
-def seconds_since_boot() -> float:
-    """Return seconds that count time in suspension, too; event loops use a clock that may not."""
-    return time.monotonic() if _SINCE_BOOT is None else time.clock_gettime(_SINCE_BOOT)  # on Windows, monotonic does
+seconds_since_boot: Callable[[], float] = partial(
+    methodcaller("monotonic") if _SINCE_BOOT is None else methodcaller("clock_gettime", _SINCE_BOOT), time
+)
+"""Returns seconds that count time in suspension, too, as `time.monotonic` does on Windows. Event loops may use a clock
+that does not."""
 
 
 class _Process:
