@@ -60,8 +60,7 @@ class MemoryPersistenceLayer(OpenedByAsyncWith):
             answer = lifecycle.acquire(found, record, now=own_now, proposed_at=now, last_fence=self._last_fence)
             if isinstance(answer, Claimed):
                 claimed = self._records[key] = answer.record
-                if claimed.fence > self._last_fence:  # not if it was claimed before, and the reply was lost
-                    self._last_fence = claimed.fence
+                self._last_fence = max(self._last_fence, claimed.fence)
             self._acquires += 1
             if self._acquires % SWEEP_EVERY == 0:
                 self._sweep(own_now)

@@ -382,9 +382,10 @@ class _Block(block.Block):
         if call is not None and call.holds_claim:
             background_loop.run_unattended(partial(call.fail, KeyboardInterrupt()))
 
-    def config(self) -> IdempotencyConfig:
-        """Return the settings of a call that starts now."""
-        return with_blocking_hook(super().config())
+    @staticmethod
+    def settled(config: IdempotencyConfig) -> IdempotencyConfig:
+        """Return the settings with a response hook that can be called in the thread."""
+        return with_blocking_hook(config)
 
 
 # --- The background loop ----------------------------------------------------------------------------------------------

@@ -159,9 +159,10 @@ class BlockingCalls(CallFactory):
     __slots__ = ()
     call_type: ClassVar[type[Call]] = BlockingCall
 
-    def config(self) -> IdempotencyConfig:
-        """Return the settings of a call that starts now."""
-        return with_blocking_hook(super().config())
+    @staticmethod
+    def settled(config: IdempotencyConfig) -> IdempotencyConfig:
+        """Return the settings with a response hook that can be called in the thread."""
+        return with_blocking_hook(config)
 
 
 class Execution(execution.Execution):
