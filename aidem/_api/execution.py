@@ -35,6 +35,9 @@ logger = logging.getLogger("aidem")
 T = TypeVar("T")
 ExecutionT = TypeVar("ExecutionT", bound="Execution")
 
+# Members that every call needs: to look one up on its enum costs as much as a call.
+_REPLAYED, _BYPASSED, _COMPLETING = Phase.REPLAYED, Phase.BYPASSED, Phase.COMPLETING
+_WINNERS, _UNAVAILABLE = WhoseOutcome.WINNERS, OutcomeKind.UNAVAILABLE
 _NOTHING: Final = object()
 
 
@@ -191,13 +194,13 @@ async def execute(
     """Run a function under a call, or replay its outcome."""
     try:
         await call.begin()
-        if call.phase is Phase.REPLAYED:
+        if call.phase is _REPLAYED:
             return await replayed_value(call)
         with running(Execution(call)) as execution:
             result = await function(*args, **kwargs)
-        if call.phase is Phase.BYPASSED:
+        if call.phase is _BYPASSED:
             return execution.completed_or(result)
-        if call.phase is Phase.COMPLETING:
+        if call.phase is _COMPLETING:
             await call.confirm_commit()
             return outcome_of(call, call.plan.serializer)
         recording = EncodedResult.of(result, call.plan.serializer, function=call.plan.function)
@@ -208,7 +211,7 @@ async def execute(
     whose = await call.complete(recording.text, recording.kind)
     if recording.interruption is not None:
         raise recording.interruption
-    if whose is WhoseOutcome.WINNERS:
+    if whose is _WINNERS:
         return await replayed_value(call)
     recording.warn_if_unavailable(call)
     return recording.value
@@ -248,10 +251,10 @@ def value_of(record: DataRecord, config: IdempotencyConfig, serializer: OutputSe
     """
     text = record.response_data
     try:
+        if record.outcome is None:
+            return None if text is None else result_from_text(text, serializer)
         if record.outcome is OutcomeKind.EXCEPTION and text is not None:
             error = exception_from_text(text, config.stored_exceptions)
-        elif record.outcome is None:
-            return None if text is None else result_from_text(text, serializer)
         else:
             raise IdempotencyResultUnavailableError(record=record, reason="its result could not be stored")
     except IdempotencySerializationError as exc:
@@ -307,7 +310,7 @@ class EncodedResult:
     def warn_if_unavailable(call: Call) -> None:
         """Say that later callers will not get the result."""
         record = call.record
-        if record is not None and record.outcome is OutcomeKind.UNAVAILABLE:
+        if record is not None and record.outcome is _UNAVAILABLE:
             call.reporter.report(EventKind.RESULT_UNAVAILABLE, fence=record.fence)
             message = (
                 f"the result of {call.plan.function} could not be stored; its effect will not be repeated, "

@@ -170,7 +170,7 @@ class Claim:
 
     # --- Acquired ---------------------------------------------------------------------------------------------------
 
-    async def acquire(self) -> Claimed | Blocked | None:
+    def acquire(self) -> Awaitable[Claimed | Blocked | None]:
         """Acquire the key; an interrupted acquisition leaves no claim behind if the layer answers.
 
         Returns:
@@ -179,23 +179,27 @@ class Claim:
         Raises:
             IdempotencyPersistenceLayerError: The layer failed, or answers later than the lease lasts.
         """
-        shield: CancellationShield | None = None
         try:
             operation = _started(self._acquisition)
-            if isinstance(operation, Immediate):
-                answer: Claimed | Blocked = operation.answer
-                if self._holds(answer):
-                    return answer
-            with CancellationShield() as shield:
-                return await self._acquired(operation, shield)
+            if isinstance(operation, Immediate) and self._holds(operation.answer):
+                return operation
+        except BaseException:  # a signal handler raised
+            in_background(partial(self._release_unless_refused, None))
+            raise
+        return self._acquired(operation)
+
+    async def _acquired(self, operation: Awaitable[Claimed | Blocked]) -> Claimed | Blocked | None:
+        shield = CancellationShield()
+        try:
+            with shield:
+                return await self._granted(operation, shield)
         except (IdempotencyError, asyncio.CancelledError):  # raised when the claim was released
             raise
         except BaseException:  # a signal handler raised, or the coroutine is closed: nothing may be awaited any more
-            acquisition = None if shield is None else shield.operation
-            in_background(partial(self._release_unless_refused, acquisition), after=acquisition)
+            in_background(partial(self._release_unless_refused, shield.operation), after=shield.operation)
             raise
 
-    async def _acquired(
+    async def _granted(
         self, operation: Awaitable[Claimed | Blocked], shield: CancellationShield
     ) -> Claimed | Blocked | None:
         try:

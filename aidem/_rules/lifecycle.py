@@ -215,7 +215,7 @@ def commitment(found: DataRecord | None, owner: str | None, *, is_free: bool) ->
 
 def complete(found: DataRecord | None, record: DataRecord, *, now: float) -> Completion:
     """Decide a completion: it must not change a foreign record, nor another outcome of ours."""
-    if found is None or is_expired(found, now=now) or is_held_by(found, record.owner):
+    if found is None or is_held_by(found, record.owner) or is_expired(found, now=now):
         return _STORE
     if record.owner is not None and found.owner == record.owner and _same_outcome(found, record):
         return Completion.ALREADY_STORED  # our own write, whose reply was lost

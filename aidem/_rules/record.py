@@ -49,8 +49,8 @@ class DataRecord(NamedTuple):
         note: Text for operators, made from the payload and stored in clear; None: there is none.
     """
 
-    # A tuple, since a call makes three: a frozen dataclass takes three times as long. `lifecycle` calls `__new__`, which
-    # takes less than half as long again: to call a class with names makes a dict of them first.
+    # A tuple, since a call makes three: a frozen dataclass takes three times as long. `lifecycle` calls `__new__`, since
+    # the class would make a dict of the arguments first, which takes longer than all the rest.
     idempotency_key: str
     status: RecordStatus
     expiry_timestamp: int | None = None
