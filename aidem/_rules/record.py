@@ -49,7 +49,7 @@ class DataRecord(NamedTuple):
         note: Text for operators, made from the payload and stored in clear; None: there is none.
     """
 
-    # A tuple, since a call makes three: a frozen dataclass takes three times as long. `lifecycle` calls `__new__`, since
+    # A tuple, since a call makes three: a frozen dataclass takes three times as long. `lifecycle` calls `__new__`:
     # the class would make a dict of the arguments first, which takes longer than all the rest.
     idempotency_key: str
     status: RecordStatus
