@@ -161,7 +161,7 @@ class Plan:
 
     def _key_of(self, selected: Any, payload_hash: str = "", *, payload: Any) -> CallKey:
         config = self.config
-        text = _key.idempotency_key(self.prefix, _key.payload_digest(selected, config.hash_function))
+        text = _key.key_of(selected, prefix=self.prefix, hash_function=config.hash_function)
         note = None if config.note is None else self.note_of(payload)
         return CallKey(text, payload_hash, note, None if self.check is None else payload)
 

@@ -138,3 +138,12 @@ def idempotency_key(prefix: str, digest: str) -> str:
 def derived_key(key: str, name: str) -> str:
     """Return the key for a downstream service that an idempotency key and a name make."""
     return hashlib.sha256(f"{key}#{name}".encode()).hexdigest()
+
+
+def key_of(selected: Any, *, prefix: str, hash_function: str) -> str:
+    """Return the key under which the record of a value is stored.
+
+    Raises:
+        IdempotencyKeyError: The value cannot be encoded.
+    """
+    return idempotency_key(prefix, payload_digest(selected, hash_function))
