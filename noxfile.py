@@ -42,6 +42,7 @@ SAME_EVERYWHERE = [
     "tests/http/test_generated_client.py",
     "tests/http/test_schemathesis.py",
     "tests/migration",
+    "tests/recipes",
     "tests/simulation/test_simulation.py::test_a_broken_promise_is_noticed",
     "tests/simulation/test_simulation.py::test_no_rule_is_broken_in_many_more_runs",
     "tests/stateful",
@@ -63,6 +64,7 @@ SLOW = [
 ]
 # Debian's packages of what is tested against, and a file of each.
 SERVERS = {
+    "garagemq": "garagemq",
     "faketime": f"/usr/lib/{platform.machine()}-linux-gnu/faketime/libfaketime.so.1",
     "openssl": "openssl",
     "pgbouncer": "pgbouncer",
@@ -129,7 +131,7 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def typing(session: nox.Session) -> None:
     """Check types with mypy and pyright, both strict."""
-    _install(session, "test", "typing")
+    _install(session, "test", "recipes", "typing")
     session.run("mypy")
     session.run("pyright")
 
@@ -179,8 +181,12 @@ def _is_installed(file: str) -> bool:
 
 @nox.session
 def servers(session: nox.Session) -> None:
-    """Install the servers of the tests: ministack into this session's environment, others by apt-get, as root."""
-    session.install("ministack>=1.5")
+    """Install the servers of the tests: others than these by apt-get, as root.
+
+    Into this session's environment comes what pins clients to versions other than ours: ministack, and arq, whose
+    workers need aidem beside them.
+    """
+    session.install("ministack>=1.5", "arq>=0.28", "-e", ".[redis]")
     missing = [package for package, file in SERVERS.items() if not _is_installed(file)]
     if not missing:
         return
@@ -204,7 +210,7 @@ def servers(session: nox.Session) -> None:
 @nox.session(python=PRESENT)
 def tests(session: nox.Session) -> None:
     """Run the suite: on the main interpreter all of it, with coverage; on the others what may differ there."""
-    _install(session, "test")
+    _install(session, "test", *(["recipes"] if session.python == MAIN else []))
     if session.python != MAIN:
         session.run(*_side_by_side(session, *_without(session, SAME_EVERYWHERE)))
         return
