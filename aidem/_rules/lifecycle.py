@@ -221,8 +221,7 @@ def complete(found: DataRecord | None, record: DataRecord, *, now: float) -> Com
     """Decide a completion: it must not change a foreign record, nor another outcome of ours."""
     if found is None or is_expired(found, now=now) or is_held_by(found, record.owner):
         return Completion.STORE
-    ours = record.owner, RecordStatus.COMPLETED, record.response_data, record.outcome
-    if record.owner is not None and (found.owner, found.status, found.response_data, found.outcome) == ours:
+    if record.owner is not None and found.owner == record.owner and _same_outcome(found, record):
         return Completion.ALREADY_STORED  # our own write, whose reply was lost
     return Completion.REFUSED
 
@@ -303,6 +302,14 @@ def _fenced(proposed: DataRecord, found: DataRecord | None, *, now: float, last_
         owner=proposed.owner,
         fence=max(fence, last_fence + 1),
         note=proposed.note,
+    )
+
+
+def _same_outcome(found: DataRecord, record: DataRecord) -> bool:
+    return (
+        found.status is RecordStatus.COMPLETED
+        and found.response_data == record.response_data
+        and found.outcome == record.outcome
     )
 
 
