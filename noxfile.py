@@ -145,16 +145,17 @@ def demo(session: nox.Session) -> None:
 def package(session: nox.Session) -> None:
     """Build what would be published, check its page for the index, and run the demo on the wheel alone."""
     session.install(*nox.project.dependency_groups(PROJECT, "package"))
-    built = Path(session.create_tmp()) / "dist"
+    built = Path("dist")
     shutil.rmtree(built, ignore_errors=True)
     session.run("uv", "build", "--quiet", "--out-dir", str(built))
-    files = [str(path) for path in built.glob("aidem*")]
-    session.run("twine", "check", "--strict", *files)
-    [wheel] = built.glob("*.whl")
-    session.run("uv", "venv", "--quiet", str(built / "venv"))
-    session.run("uv", "pip", "install", "--quiet", "--python", str(built / "venv"), str(wheel))
-    demo = shutil.copy("docs/examples/payment.py", built)  # beside it there is no checkout to import from
-    session.run("uv", "run", "--quiet", "--no-project", "--python", str(built / "venv"), demo)
+    session.run("twine", "check", "--strict", *map(str, built.glob("aidem*")))
+    elsewhere = Path(session.create_tmp()) / "wheel"  # beside it there is no checkout to import from
+    shutil.rmtree(elsewhere, ignore_errors=True)
+    for wheel in built.glob("*.whl"):
+        session.run("uv", "venv", "--quiet", str(elsewhere))
+        session.run("uv", "pip", "install", "--quiet", "--python", str(elsewhere), str(wheel))
+    demo = shutil.copy("docs/examples/payment.py", elsewhere)
+    session.run("uv", "run", "--quiet", "--no-project", "--python", str(elsewhere), demo)
 
 
 @nox.session

@@ -6,7 +6,7 @@ from typing import Final
 
 DISTRIBUTION: Final = "aidem-idempotency"  # as in pyproject.toml
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 """The version of the installed package."""
 
 

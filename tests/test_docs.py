@@ -42,6 +42,16 @@ def page(name: str) -> str:
     return (DOCS / name).read_text(encoding="utf-8")
 
 
+def lines_of_code(path: Path) -> Iterator[str]:
+    """Yield the lines of a page's blocks of code."""
+    is_code = False
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if line.lstrip().startswith("```"):
+            is_code = not is_code
+        elif is_code:
+            yield line
+
+
 def pages_in(navigation: Any) -> Iterator[str]:
     """Yield the pages of a navigation, however deep its sections are."""
     if isinstance(navigation, str):
@@ -136,6 +146,12 @@ def test_every_window_says_what_happens_what_aidem_does_and_what_the_user_can_do
             assert f"**{part}**" in window, window.splitlines()[0]
 
 
+def test_no_line_of_code_is_wider_than_the_column_of_text() -> None:
+    """Wider lines are cut in a browser, and can be read only by scrolling to the side."""
+    wide = {f"{path.name}: {line}" for path in DOCS.rglob("*.md") for line in lines_of_code(path) if len(line) > 88}
+    assert wide == set()
+
+
 @pytest.mark.parametrize("setting", dataclasses.fields(IdempotencyConfig), ids=lambda setting: setting.name)
 def test_every_setting_is_described_with_its_default(setting: dataclasses.Field[Any]) -> None:
     sections = {
@@ -160,7 +176,7 @@ def test_every_answer_of_the_http_layer_is_described() -> None:
     rows = re.findall(row, page("http.md"), re.MULTILINE)
     problems = [value for value in vars(answers).values() if isinstance(value, Problem)]
     described = {(int(status), bool(retry_after), name) for status, retry_after, name in rows}
-    assert described == {(answer.status, answer.is_temporary, answer.name) for answer in problems}
+    assert described == {(answer.status, answer.retry_after_seconds is not None, answer.name) for answer in problems}
 
 
 @pytest.mark.parametrize("module", MODULES_WITH_PUBLIC_NAMES)

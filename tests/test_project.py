@@ -26,6 +26,7 @@ def test_every_session_that_is_named_exists() -> None:
     named = {*listed.split(", "), *re.findall(r"\{session: (\w+)", workflow)}
     named |= {session.strip("`") for row in in_table for session in row.split(", ")}
     assert named >= {"quick", "lint", "tests", "bench"}
+    workflow += text(".github/workflows/release.yml")
     pages = workflow + text("CONTRIBUTING.md") + text("README.md") + text("CHANGELOG.md")
     named |= set(re.findall(r"nox -s (\w+)", pages))
     assert named - sessions() == set()

@@ -142,7 +142,9 @@ class Doubt:
         return self._failed(IdempotencyUsageError(message, key=self._key.text))
 
     def _failed(self, error: Exception) -> tuple[Verdict, Exception]:
-        logger.error("the check of %s failed: %s", self._plan.function, type(error).__name__)
+        # Only messages of ours: others may show what is in the payload.
+        reason = error if isinstance(error, IdempotencyError) else type(error).__name__
+        logger.error("the check of %s failed: %s", self._plan.function, reason)
         return StillUnknown(), error
 
     async def _act_on(self, verdict: Verdict, failure: Exception | None, shield: CancellationShield) -> Resolution:

@@ -36,7 +36,8 @@ MAX_KEY_CHARACTERS: Final = 255
 MEDIA_TYPE: Final = "application/problem+json"
 RETRY_AFTER_SECONDS: Final = 1
 """A request that runs may end at any moment, and a store that is down may come back."""
-
+RETRY_CHECK_SECONDS: Final = 10
+"""A retry of a request in doubt asks the check again, which learns more once requests of the owner have timed out."""
 
 KEY_MISSING: Final = Problem(
     name="key-missing",
@@ -70,7 +71,7 @@ IN_PROGRESS: Final = Problem(
     status=409,
     title="A request with this Idempotency-Key is in progress",
     detail="Retry later with the same Idempotency-Key to get its response.",
-    is_temporary=True,
+    retry_after_seconds=RETRY_AFTER_SECONDS,
 )
 NOT_KEPT: Final = Problem(
     name="response-not-kept",
@@ -86,6 +87,14 @@ IN_DOUBT: Final = Problem(
         "An earlier attempt was interrupted. The request will not be processed again under this Idempotency-Key; "
         "check whether it took effect."
     ),
+)
+IN_DOUBT_UNDER_CHECK: Final = replace(
+    IN_DOUBT,
+    detail=(
+        "An earlier attempt was interrupted, and it could not be found out yet whether it took effect. "
+        "Retry later with the same Idempotency-Key to get its response."
+    ),
+    retry_after_seconds=RETRY_CHECK_SECONDS,
 )
 BODY_TOO_LARGE: Final = Problem(
     name="body-too-large",
@@ -104,7 +113,7 @@ STORE_DOWN: Final = Problem(
     status=503,
     title="Idempotency cannot be guaranteed at the moment",
     detail="The request was not processed. Retry later with the same Idempotency-Key.",
-    is_temporary=True,
+    retry_after_seconds=RETRY_AFTER_SECONDS,
 )
 NOT_RECORDED: Final = Problem(
     name="not-recorded",
@@ -117,7 +126,7 @@ OUTCOME_UNKNOWN: Final = Problem(
     status=503,
     title="The outcome of the request is not known",
     detail="Another attempt took over. Retry later with the same Idempotency-Key to get its response.",
-    is_temporary=True,
+    retry_after_seconds=RETRY_AFTER_SECONDS,
 )
 HTTP_EXCEPTION: Final = "refused"
 """The name of the problem for an `HTTPException` that a scope function raises; its texts are that one's."""
@@ -154,9 +163,10 @@ class RefusedError(Exception):
         self.headers = headers or []
 
     @classmethod
-    def by(cls, error: IdempotencyError) -> RefusedError:
-        """Return the refusal for one of `ANSWERED_ERRORS`."""
-        return cls(next(problem for kind, problem in _PROBLEMS_OF_ERRORS if isinstance(error, kind)))
+    def by(cls, error: IdempotencyError, *, has_check: bool) -> RefusedError:
+        """Return the refusal for one of `ANSWERED_ERRORS`; `has_check`: a retry of a request in doubt asks a check."""
+        problem = next(problem for kind, problem in _PROBLEMS_OF_ERRORS if isinstance(error, kind))
+        return cls(IN_DOUBT_UNDER_CHECK if problem is IN_DOUBT and has_check else problem)
 
     @classmethod
     def by_http_exception(cls, error: Any) -> RefusedError:
@@ -193,8 +203,8 @@ async def send_problem(
             problem = replace(problem, type=f"{url}{'' if url.endswith(('/', '#')) else '#'}{problem.name}")
     body, content_type = _body_of(problem, options, scope)
     own = [(b"content-type", content_type), (b"content-length", str(len(body)).encode())]
-    if problem.is_temporary:
-        own.append((b"retry-after", str(RETRY_AFTER_SECONDS).encode()))
+    if problem.retry_after_seconds is not None:
+        own.append((b"retry-after", str(problem.retry_after_seconds).encode()))
     await _respond(send, problem.status, [*own, *headers], body)
 
 

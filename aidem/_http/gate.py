@@ -21,11 +21,13 @@ from aidem._http.answers import (
 )
 from aidem._http.exchange import Exchange, RequestExecution
 from aidem._http.request import Request, chosen_digest, lookup_key, parse_key, request_parts
+from aidem._http.response import StoredResponses
 from aidem.exceptions import IdempotencyPersistenceLayerError, IdempotencyUsageError
 from aidem.hooks import EventKind, Reporter
 
 if TYPE_CHECKING:
     from aidem._engine.call import Call
+    from aidem._engine.plan import Plan
     from aidem._http.options import HttpOptions
     from aidem._http.types import ASGIApp, Receive, Scope, Send
 
@@ -35,8 +37,11 @@ _REPLAYED, _CLAIMED = Phase.REPLAYED, Phase.CLAIMED  # to look a member up on it
 _REQUEST: Final = "aidem.request"
 """Where a scope, and every copy of it, says which request it is of."""
 
-_served: Final[ContextVar[tuple[tuple[object, CallKey], ...]]] = ContextVar("aidem_served", default=())
-"""The requests that layers further out serve, with their keys. A scope cannot tell, as it may be used twice at once."""
+_served: Final[ContextVar[tuple[tuple[object, str, str], ...]]] = ContextVar("aidem_served", default=())
+"""The requests that layers further out serve, with key and payload hash.
+
+A scope cannot tell, as it may be used twice at once.
+"""
 
 
 class Gate:
@@ -59,6 +64,7 @@ class Gate:
             prefix=lambda: options.key_prefix,
             layer=options.persistence_store,
             config=options.settings,
+            output_serializer=StoredResponses(max_body_bytes=options.max_response_bytes),
         )
 
     async def serve(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
@@ -111,15 +117,15 @@ class Gate:
             self._note_unknown_caller()
             return None
         key = self._lookup_key(name, space, await self._payload_hash(scope, request))
-        if (scope.setdefault(_REQUEST, object()), key) in _served.get():
+        if (scope.setdefault(_REQUEST, object()), key.text, key.payload_hash) in _served.get():
             return None  # a layer further out, with the same prefix, serves it under this key
-        call = self.calls.make(lambda plan: key if plan.config.note is None else key._replace(note=plan.note_of(scope)))
+        call = self.calls.make(_told_of, key, scope)
         try:
             await call.begin()
         except ANSWERED_ERRORS as error:
             if isinstance(error, IdempotencyPersistenceLayerError):
                 logger.error("%s refuses a request: %s", self.function, error)  # noqa: TRY400 - the trace has nothing of the user's
-            raise RefusedError.by(error) from error
+            raise RefusedError.by(error, has_check=call.plan.check is not None) from error
         except BaseException as error:
             await call.fail(error)  # of a hook, when the key was claimed already
             raise
@@ -192,8 +198,7 @@ class Gate:
 
     async def _run(self, call: Call, app: ASGIApp, scope: Scope, request: Request, send: Send) -> None:
         """Run the app, under the claim or bypassed. Layers further in that make the same key let this request pass."""
-        key = call.key if call.key.note is None else call.key._replace(note=None)  # layers may make other notes of it
-        token = _served.set((*_served.get(), (scope.get(_REQUEST), key)))
+        token = _served.set((*_served.get(), (scope.get(_REQUEST), call.key.text, call.key.payload_hash)))
         try:
             if call.phase is _CLAIMED:
                 await Exchange(call, request, self.options, scope, send).run(app)
@@ -205,3 +210,10 @@ class Gate:
                 _served.reset(token)
             except ValueError:
                 pass  # closed from another context, where it never was set
+
+
+def _told_of(plan: Plan, key: CallKey, scope: Scope) -> CallKey:
+    """Return the key of a request with what functions of the config make of its scope, or are to be told of it."""
+    if plan.config.note is None and plan.check is None:
+        return key
+    return key._replace(note=plan.note_of(scope), payload=None if plan.check is None else scope)

@@ -93,7 +93,7 @@ def responses(
         # Only the service knows what its own format is.
         if options.problem_body is None and str(status) not in specified:
             response["content"] = {answers.MEDIA_TYPE: {"schema": schema}}
-        if any(problem.is_temporary for problem in problems):
+        if any(problem.retry_after_seconds is not None for problem in problems):
             response.setdefault("headers", {})["Retry-After"] = _RETRY_AFTER
         if str(status) not in described:
             response["description"] = description(options, status, validates=validates)

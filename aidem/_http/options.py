@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, Required, TypedDict, TypeGuard
 
 from aidem._checks import kind_of, refused
 from aidem._http.request import HeaderLines, parts
-from aidem._http.response import store_by_default
+from aidem._http.response import ResponseCheck, store_by_default
 from aidem.config import IdempotencyConfig, check_call_options
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ class HttpOptions:
     """The options of a middleware or a route class, checked and with their defaults; see `IdempotencyOptions`.
 
     Attributes:
-        settings: The config of every call.
+        settings: The config of every call, in which a check of the user's is a `ResponseCheck`.
         key_header: The name of the header that holds the key, as ASGI writes it.
         replay_mark: The name of the header that marks a replay.
 
@@ -166,23 +166,23 @@ class HttpOptions:
                 raise refused(option, kind_of(value) if callable(value) else repr(value), allowed)
         derived = {
             "methods": frozenset(method.upper() for method in self.methods),
-            "settings": self.config or DEFAULT_CONFIG,
+            "settings": self._settings(self.config or DEFAULT_CONFIG),
             "key_header": self.header_name.lower().encode("ascii"),
             "replay_mark": self.replayed_header.lower().encode("ascii"),
         }
         for option, value in derived.items():
             object.__setattr__(self, option, value)
-        _check_config(self.settings)
 
-
-def _check_config(config: IdempotencyConfig) -> None:
-    if callable(config.on_abandoned):
-        raise refused("on_abandoned", kind_of(config.on_abandoned), '"run_again" or "raise" here: no check is asked')
-    defaults = {field.name: field.default for field in dataclasses.fields(IdempotencyConfig)}
-    for setting, reason in _WITHOUT_MEANING.items():
-        value = getattr(config, setting)
-        if value != defaults[setting]:
-            raise refused(setting, repr(value), f"left out here: {reason}")
+    def _settings(self, config: IdempotencyConfig) -> IdempotencyConfig:
+        defaults = {field.name: field.default for field in dataclasses.fields(IdempotencyConfig)}
+        for setting, reason in _WITHOUT_MEANING.items():
+            value = getattr(config, setting)
+            if value != defaults[setting]:
+                raise refused(setting, repr(value), f"left out here: {reason}")
+        if not callable(config.on_abandoned):
+            return config
+        check = ResponseCheck(config.on_abandoned, store_set_cookie=self.store_set_cookie)
+        return dataclasses.replace(config, on_abandoned=check)
 
 
 def _are_methods(value: object) -> bool:

@@ -8,15 +8,20 @@ every other body is kept as base64, in `base64` instead of `body`.
 from __future__ import annotations
 
 import base64
+import inspect
 import json
 import re
+import sys
 from json.encoder import encode_basestring_ascii as _quoted
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from aidem._http.states import Event
+from aidem._rules.abandoned import Happened
+from aidem.exceptions import IdempotencySerializationError, IdempotencyUsageError
 
 if TYPE_CHECKING:
     from aidem._http.types import Headers, Message, Scope
+    from aidem._rules.abandoned import AbandonedExecution, Check
 
 # 307 and 308 ask for the same request elsewhere, 421 on another connection, 426 by another protocol, and 428 with a
 # condition: with the same key, which the request that was redirected must not find taken. 423 ends with a lock.
@@ -162,7 +167,10 @@ class ResponseCopy:
 
 
 class StoredResponse(NamedTuple):
-    """A response that can be sent again: status, header pairs in their order, and body."""
+    """A response that can be sent again: status, header pairs in their order, and body.
+
+    Names and values of headers are bytes, and so is the body: `StoredResponse(201, [(b"location", b"/7")], b"")`.
+    """
 
     status: int
     headers: Headers
@@ -186,8 +194,17 @@ def text_of(response: StoredResponse) -> str:
 class StoredResponses:
     """The `OutputSerializer` of responses: `from_dict` reads what `text_of` writes."""
 
+    def __init__(self, *, max_body_bytes: int = sys.maxsize) -> None:
+        self._max_body_bytes = max_body_bytes
+
     def to_dict(self, data: Any) -> Any:
-        """Return the stored form of a response."""
+        """Return the stored form of a response.
+
+        Raises:
+            IdempotencySerializationError: Its body is larger than allowed.
+        """
+        if len(data.body) > self._max_body_bytes:
+            raise IdempotencySerializationError("the body of the response is larger than max_response_bytes")
         return json.loads(text_of(data))
 
     def from_dict(self, data: Any) -> StoredResponse:
@@ -212,3 +229,53 @@ class StoredResponses:
 
 
 RESPONSES: Final = StoredResponses()
+
+
+# --- What a check says ------------------------------------------------------------------------------------------------
+
+
+class ResponseCheck:
+    """A check of the user's, with whose verdict the engine can act: what happened is a response as it is recorded."""
+
+    __slots__ = ("_check", "_store_set_cookie")
+
+    def __init__(self, check: Check, *, store_set_cookie: bool) -> None:
+        self._check = check
+        self._store_set_cookie = store_set_cookie
+
+    async def __call__(self, abandoned: AbandonedExecution) -> Any:
+        """Ask the check; return its verdict.
+
+        Raises:
+            IdempotencyUsageError: What it says happened is no response that can be recorded.
+            Exception: What the check raises.
+        """
+        verdict = self._check(abandoned)
+        if inspect.isawaitable(verdict):
+            verdict = await verdict
+        return Happened(self._as_recorded(verdict.result)) if isinstance(verdict, Happened) else verdict
+
+    def _as_recorded(self, result: Any) -> StoredResponse:
+        if not isinstance(result, StoredResponse):
+            result = _of_starlette(result)
+        status, headers, body = result
+        try:
+            copy = ResponseCopy({"status": status, "headers": headers}, limit=sys.maxsize)
+            copy.add({"body": body})
+            return RESPONSES.from_dict(json.loads(copy.text(store_set_cookie=self._store_set_cookie)))
+        except (TypeError, ValueError) as error:
+            message = "Happened(response): this response cannot be sent; look at its status, headers and length"
+            raise IdempotencyUsageError(message) from error
+
+
+def _of_starlette(result: Any) -> StoredResponse:
+    """Return the parts of a response of Starlette, which code that makes one has imported."""
+    framework = sys.modules.get("starlette.responses")
+    if framework is None or not isinstance(result, framework.Response) or not hasattr(result, "body"):
+        raise IdempotencyUsageError(
+            f"Happened({type(result).__name__}): over HTTP this must be a Response of Starlette that has its body, "
+            "such as JSONResponse, or aidem.asgi.StoredResponse(status, headers, body)"
+        )
+    if getattr(result, "background", None) is not None:
+        raise IdempotencyUsageError("Happened(response): the response has a background task, which would never run")
+    return StoredResponse(result.status_code, result.raw_headers, result.body)

@@ -24,7 +24,8 @@ class Problem:
         title: The kind of problem in a few words.
         detail: What the client can do. For an `HTTPException` raised by a scope function: its detail, unchanged.
         type: A URI for the kind of problem: the name below `documentation_url`, or `about:blank` without one.
-        is_temporary: Whether the same request may succeed later. The answer then has a `Retry-After` header.
+        retry_after_seconds: The value of the `Retry-After` header, where the same request may succeed later. None: it
+            would get the same answer, and there is no such header.
     """
 
     name: str
@@ -32,7 +33,7 @@ class Problem:
     title: str
     detail: Any
     type: str = "about:blank"
-    is_temporary: bool = False
+    retry_after_seconds: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -20,7 +20,7 @@ class AbandonedExecution:
     Attributes:
         key: The idempotency key.
         payload: What the key of the asking call was made from: the event, the named parameter, all arguments by name,
-            or the payload of the block, else its key.
+            or the payload of the block, else its key. Over HTTP the ASGI scope of the request.
         record: The claim that was found, perhaps that of an earlier check.
         fence: The new fence, under which the function runs after `DidNotHappen()`. A downstream system that checks
             fences refuses the vanished owner once it has seen this one.
@@ -41,7 +41,8 @@ class Happened:
     """The effect happened: the result is recorded, and this and later callers get it.
 
     Attributes:
-        result: What the function would have returned. Default: None.
+        result: What the function would have returned. Default: None. Over HTTP a Starlette `Response` that has its
+            body, or an `aidem.asgi.StoredResponse`.
     """
 
     result: Any = field(default=None, repr=False)

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from aidem import (
-    AbandonedExecution,
     DidNotHappen,
     Happened,
     IdempotencyConfig,
@@ -34,11 +33,13 @@ from aidem.hooks import EventKind
 from aidem.persistence.memory import MemoryPersistenceLayer
 from tests.support.planned import (
     VIRTUAL_TIME,
+    Bank,
     Fault,
     Listener,
     PlannedLayer,
     Till,
     closed_when,
+    is_same_doubt,
     made_idempotent,
     only_record,
     other_process,
@@ -51,23 +52,6 @@ DOWN = IdempotencyPersistenceConnectionError("down")
 @pytest.fixture
 def anyio_backend() -> Any:
     return VIRTUAL_TIME
-
-
-class Bank:
-    """Answers a check as a test says, after some time; remembers who asked."""
-
-    def __init__(self, *answers: Any, seconds: float = 0.0) -> None:
-        self.answers = list(answers)
-        self.seconds = seconds
-        self.asked: list[AbandonedExecution] = []
-
-    async def was_charged(self, abandoned: AbandonedExecution) -> Any:
-        self.asked.append(abandoned)
-        await asyncio.sleep(self.seconds)
-        answer = self.answers.pop(0)
-        if isinstance(answer, BaseException):
-            raise answer
-        return answer
 
 
 def charge_with(bank: Bank, layer: PlannedLayer, till: Till, **options: Any) -> Callable[[Any], Awaitable[Any]]:
@@ -91,18 +75,6 @@ async def left_in_doubt(layer: PlannedLayer, **options: Any) -> Any:
     layer.calls.clear()
     layer.owner = owner  # type: ignore[attr-defined] # or it would be collected
     return found
-
-
-def is_same_doubt(record: Any, found: Any, *, within_seconds: float = 0.0) -> bool:
-    """Whether a claim is in doubt as one that was found, but for its owner, and for how long the store was asked."""
-    late = record.lease_expiry_timestamp - found.lease_expiry_timestamp
-    as_found = record.replace(
-        owner=found.owner,
-        fence=found.fence,
-        expiry_timestamp=record.expiry_timestamp - -(-late // 1000),
-        lease_expiry_timestamp=found.lease_expiry_timestamp,
-    )
-    return bool(as_found == found and 0 <= late <= 1000 * within_seconds)
 
 
 # --- Verdicts ---------------------------------------------------------------------------------------------------------

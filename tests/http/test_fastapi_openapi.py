@@ -182,7 +182,7 @@ def test_a_document_that_is_made_twice_is_the_same() -> None:
 
 def test_every_answer_of_the_layer_is_described_by_what_it_means() -> None:
     problems = [each for each in vars(answers).values() if isinstance(each, Problem)]
-    assert len(problems) == 12
+    assert len(problems) == 13
     app = app_of(required=True)
     app.post("/payments")(create_payment)
     responses = operation_of(app)["responses"]
@@ -192,7 +192,7 @@ def test_every_answer_of_the_layer_is_described_by_what_it_means() -> None:
     for problem in problems:
         response = responses[str(problem.status)]
         assert problem.title in response["description"]
-        if problem.is_temporary:
+        if problem.retry_after_seconds is not None:
             assert response["headers"]["Retry-After"]["schema"]["type"] == "integer"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import pathlib
 import sys
@@ -14,7 +15,7 @@ from fastapi import APIRouter, BackgroundTasks, Depends, FastAPI, Header, HTTPEx
 from fastapi.responses import JSONResponse, StreamingResponse
 from fastapi.routing import APIRoute
 
-from aidem import IdempotencyConfig, current_execution
+from aidem import AbandonedExecution, DidNotHappen, Happened, IdempotencyConfig, Verdict, current_execution
 from aidem.exceptions import IdempotencyConfigError
 from aidem.fastapi import IdempotentRoute, by_header
 from aidem.persistence.memory import MemoryPersistenceLayer
@@ -516,3 +517,38 @@ def test_without_fastapi_one_sentence_names_the_extra(monkeypatch: pytest.Monkey
     monkeypatch.setitem(sys.modules, "fastapi.routing", None)
     with pytest.raises(ImportError, match=r"needs FastAPI: install aidem-idempotency\[fastapi\],"):
         import aidem.fastapi  # noqa: F401
+
+
+# --- A check ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("has_happened", [True, False])
+async def test_a_check_is_told_the_path_parameters_and_says_what_the_route_would_have_answered(
+    layer: MemoryPersistenceLayer, bank: Bank, has_happened: bool
+) -> None:
+    told: list[Any] = []
+
+    def was_charged(abandoned: AbandonedExecution) -> Verdict:
+        told.append(abandoned.payload["path_params"])
+        return Happened(JSONResponse({"number": 9}, 201)) if has_happened else DidNotHappen()
+
+    app = FastAPI()
+    app.router.route_class = IdempotentRoute.configure(
+        key_prefix="shop", scope=None, persistence_store=layer, config=IdempotencyConfig(on_abandoned=was_charged)
+    )
+
+    @app.post("/shops/{shop}/payments", status_code=201)
+    async def pay(shop: str, order: Order) -> PublicReceipt:
+        if not told:
+            raise asyncio.CancelledError(shop)
+        return bank.charge(order)
+
+    async with served(app) as client:
+        with pytest.raises(asyncio.CancelledError):
+            await client.post("/shops/a/payments", json=ORDER, headers=KEY)
+        first, second = [await client.post("/shops/a/payments", json=ORDER, headers=KEY) for _ in range(2)]
+    assert told == [{"shop": "a"}]
+    assert (first.status_code, first.json()["number"]) == (201, 9 if has_happened else 1)
+    assert (first.headers.get(REPLAYED), second.headers[REPLAYED]) == ("true" if has_happened else None, "true")
+    assert (second.status_code, second.content) == (first.status_code, first.content)
+    assert len(bank.charges) == (not has_happened)

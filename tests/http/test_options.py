@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from aidem import IdempotencyConfig, StillUnknown
+from aidem import IdempotencyConfig
 from aidem._http.options import HttpOptions
 from aidem.asgi import IdempotencyMiddleware, IdempotencyOptions, by_header
 from aidem.exceptions import IdempotencyConfigError
@@ -154,9 +154,3 @@ def test_by_header_keeps_no_credential() -> None:
 @pytest.mark.parametrize("values", [(), (b"",)])
 def test_by_header_has_no_scope_for_a_request_without_the_header(values: tuple[bytes, ...]) -> None:
     assert by_header("authorization")(scope_with(*values)) is None
-
-
-def test_a_check_is_refused() -> None:
-    config = IdempotencyConfig(on_abandoned=lambda _: StillUnknown())
-    with pytest.raises(IdempotencyConfigError, match=r"on_abandoned=.*no check is asked"):
-        HttpOptions(key_prefix="payments", scope=None, config=config)

@@ -17,7 +17,7 @@ from aidem.persistence.memory import MemoryPersistenceLayer
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine
 
-    from aidem import DataRecord
+    from aidem import AbandonedExecution, DataRecord
     from aidem.hooks import EventKind, IdempotencyEvent
     from aidem.persistence import Blocked, Claimed
 
@@ -203,6 +203,35 @@ class Till:
         """Charge, as a handler that takes its time."""
         await asyncio.sleep(100)
         return await self.charge(event)
+
+
+class Bank:
+    """Answers a check as a test says, after some time; remembers who asked."""
+
+    def __init__(self, *answers: Any, seconds: float = 0.0) -> None:
+        self.answers = list(answers)
+        self.seconds = seconds
+        self.asked: list[AbandonedExecution] = []
+
+    async def was_charged(self, abandoned: AbandonedExecution) -> Any:
+        self.asked.append(abandoned)
+        await asyncio.sleep(self.seconds)
+        answer = self.answers.pop(0)
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer
+
+
+def is_same_doubt(record: Any, found: Any, *, within_seconds: float = 0.0) -> bool:
+    """Whether a claim is in doubt as one that was found, but for its owner, and for how long the store was asked."""
+    late = record.lease_expiry_timestamp - found.lease_expiry_timestamp
+    as_found = record.replace(
+        owner=found.owner,
+        fence=found.fence,
+        expiry_timestamp=record.expiry_timestamp - -(-late // 1000),
+        lease_expiry_timestamp=found.lease_expiry_timestamp,
+    )
+    return bool(as_found == found and 0 <= late <= 1000 * within_seconds)
 
 
 async def closed_when(coroutine: Coroutine[Any, Any, Any], is_time: Callable[[], object]) -> None:

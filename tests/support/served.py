@@ -58,6 +58,7 @@ class Service:
             "lease_seconds": LEASE_SECONDS,
             "wait_timeout_seconds": WAIT_SECONDS,
             "max_response_bytes": 1024 * 1024,
+            "has_check": False,
         } | self.settings
         command = [
             sys.executable,

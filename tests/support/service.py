@@ -21,7 +21,7 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from aidem import IdempotencyConfig
+from aidem import AbandonedExecution, DidNotHappen, Happened, IdempotencyConfig, StillUnknown, Verdict
 from aidem.asgi import IdempotencyMiddleware
 from aidem.persistence import open_persistence_layer
 from tests.support.processes.worker import Log
@@ -134,6 +134,20 @@ async def large(request: Request) -> Response:
     return JSONResponse(done | {"padding": "x" * SETTINGS["max_response_bytes"]})
 
 
+async def find_out(abandoned: AbandonedExecution) -> Verdict:
+    """Answer what the header `x-verdict` says, once the other requests that are to wait for it have arrived."""
+    request = Request(abandoned.payload)
+    name = request.headers["x-name"]
+    log.write("asked", name)
+    await _arrived(request, 0)
+    verdicts: dict[str, Verdict] = {
+        "happened": Happened(JSONResponse({"effect": "found", "name": name}, status_code=201)),
+        "did not happen": DidNotHappen(),
+        "unknown": StillUnknown(),
+    }
+    return verdicts[request.headers["x-verdict"]]
+
+
 class Named:
     """Says which worker answers, on replays too; it edits the headers that it gets, as many a middleware does."""
 
@@ -146,6 +160,8 @@ class Named:
                 message["headers"].append((b"x-pid", str(os.getpid()).encode()))
             await send(message)
 
+        if scope["type"] == "http" and "x-verdict" in (headers := Request(scope).headers):
+            log.write("arrived", headers["x-name"])
         await self.app(scope, receive, named if scope["type"] == "http" else send)
 
 
@@ -163,7 +179,9 @@ named = Named(
         inner,
         persistence_store=open_persistence_layer(SETTINGS["store"]),
         config=IdempotencyConfig(
-            lease_seconds=SETTINGS["lease_seconds"], wait_timeout_seconds=SETTINGS["wait_timeout_seconds"]
+            lease_seconds=SETTINGS["lease_seconds"],
+            wait_timeout_seconds=SETTINGS["wait_timeout_seconds"],
+            on_abandoned=find_out if SETTINGS["has_check"] else "run_again",
         ),
         key_prefix="service",
         scope=lambda scope: next(

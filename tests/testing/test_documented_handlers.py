@@ -211,17 +211,15 @@ async def test_the_payment_handler(clock: FakeClock, tmp_path: Path, monkeypatch
     monkeypatch.setattr("sys.argv", ["payment.py", str(tmp_path)])
     payment = example("payment")
     payment.layer.clock = clock
-    event = {"order": {"id": "order-1", "amount": 42}}
-    bank = tmp_path / "bank.log"
-    bank.touch()
+    bank = tmp_path / "bank.jsonl"
     async with payment.layer:
         report = await crash_everywhere(
-            lambda: payment.handler(event, None),
+            lambda: payment.charge("order-1", 4200),
             clock=clock,
             reset=lambda: bank.write_text(""),
-            effects=lambda: len(bank.read_text().splitlines()),
+            effects=lambda: len(payment.charges()),
         )
-    assert where_twice(report) == UNRECORDED
+    report.check()
 
 
 async def test_the_payment_service(clock: FakeClock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

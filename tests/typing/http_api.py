@@ -14,7 +14,7 @@ from aidem.fastapi import IdempotentRoute
 
 def problem_body(problem: Problem, scope: object) -> tuple[bytes, str]:
     assert_type(problem.status, int)
-    assert_type(problem.is_temporary, bool)
+    assert_type(problem.retry_after_seconds, int | None)
     return problem.title.encode(), "text/plain"
 
 

@@ -31,6 +31,7 @@ class Orders:
         tasks: How many calls it makes at a time.
         body_seconds: How long a body takes, at least and at most.
         factory: `module:function`, which makes the layer.
+        asks_after_calls: If not 0, calls have a check, which answers when the log has so many of its key.
     """
 
     argument: str
@@ -43,6 +44,7 @@ class Orders:
     shuffled: bool = False
     seed: int = 0
     factory: str = "aidem.persistence:open_persistence_layer"
+    asks_after_calls: int = 0
 
 
 @dataclass

@@ -14,9 +14,10 @@ import os
 import random
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
-from aidem import IdempotencyConfig, current_execution, idempotent_function
+from aidem import AbandonedExecution, Happened, IdempotencyConfig, current_execution, idempotent_function
 from aidem.exceptions import IdempotencyError
 
 
@@ -24,16 +25,36 @@ class Log:
     """Appends events; monotonic time is the same clock in all processes of the machine."""
 
     def __init__(self, path: str) -> None:
+        self._path = Path(path)
         self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
 
     def write(self, kind: str, key: str, **facts: Any) -> None:
         event = {"kind": kind, "key": key, "pid": os.getpid(), "at": time.monotonic(), "wall": time.time()} | facts
         os.write(self._file, json.dumps(event).encode() + b"\n")
 
+    def count(self, kind: str, key: str) -> int:
+        """Return how many events of a kind all processes have written about a key."""
+        start = json.dumps({"kind": kind, "key": key}).encode().rstrip(b"}") + b","
+        return sum(line.startswith(start) for line in self._path.read_bytes().splitlines())
+
 
 def layer_of(factory: str, argument: str) -> Any:
     module, _, name = factory.partition(":")
     return getattr(importlib.import_module(module), name)(argument)
+
+
+def check_of(orders: dict[str, Any], log: Log) -> Any:
+    if not orders["asks_after_calls"]:
+        return "run_again"
+
+    async def find_out(abandoned: AbandonedExecution) -> Happened:
+        key = abandoned.payload["key"]
+        log.write("asked", key)
+        while log.count("call", key) < orders["asks_after_calls"]:  # noqa: ASYNC110 - other processes write it
+            await asyncio.sleep(0.01)
+        return Happened({"effect": "found"})
+
+    return find_out
 
 
 async def work(orders: dict[str, Any]) -> None:
@@ -43,6 +64,7 @@ async def work(orders: dict[str, Any]) -> None:
         event_key_jmespath="key",
         lease_seconds=orders["lease_seconds"],
         wait_timeout_seconds=orders["wait_timeout_seconds"],
+        on_abandoned=check_of(orders, log),
     )
     keys = list(orders["keys"])
     if orders["shuffled"]:
