@@ -21,6 +21,7 @@ from aidem.persistence.sqlite import SQLitePersistenceLayer
 from aidem.testing import claim_of, completed_of
 from tests.support import aws_servers, postgres
 from tests.support.aws_servers import EMULATORS, Database
+from tests.support.records import put
 from tests.support.servers import started
 
 WORKER = """
@@ -335,7 +336,7 @@ async def abandoned(layer: Any) -> None:
     now = layer.clock() - 10
     await layer.forget(KEY)
     await layer.acquire(claim_of(KEY, now=now, kept_seconds=1000), now=layer.clock())
-    layer._records[KEY] = layer._records[KEY].replace(in_progress_expiry_timestamp=1)
+    put(layer, layer.records()[KEY].replace(in_progress_expiry_timestamp=1))
 
 
 def test_create_table_makes_a_file(path: Path, capsys: pytest.CaptureFixture[str]) -> None:

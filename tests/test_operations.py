@@ -16,6 +16,7 @@ from aidem.exceptions import (
 from aidem.operations import OperationRefusedError, RecordState, find, forget, look, purge, release, resolve
 from aidem.persistence.memory import MemoryPersistenceLayer
 from aidem.testing import FakeClock, claim_of, completed_of
+from tests.support.records import clear, put
 
 KEY = "shop#1"
 IN_DOUBT, LAPSED = "in doubt", "lapsed"
@@ -207,19 +208,19 @@ class Racing(MemoryPersistenceLayer):
 
 
 def renewed(layer: MemoryPersistenceLayer) -> None:
-    layer._records[KEY] = layer._records[KEY].replace(lease_expiry_timestamp=int(layer.clock() + 60) * 1000)
+    put(layer, layer.records()[KEY].replace(lease_expiry_timestamp=int(layer.clock() + 60) * 1000))
 
 
 def completed(layer: MemoryPersistenceLayer) -> None:
-    layer._records[KEY] = completed_of(layer._records[KEY], now=layer.clock())
+    put(layer, completed_of(layer.records()[KEY], now=layer.clock()))
 
 
 def dropped(layer: MemoryPersistenceLayer) -> None:
-    layer._records.clear()
+    clear(layer)
 
 
 def taken(layer: MemoryPersistenceLayer) -> None:
-    layer._records[KEY] = layer._records[KEY].replace(owner="another operator")
+    put(layer, layer.records()[KEY].replace(owner="another operator"))
 
 
 @pytest.mark.parametrize(
