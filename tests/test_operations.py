@@ -254,7 +254,7 @@ async def test_a_running_claim_is_refused_and_force_does_it(
 
 async def test_a_claim_that_holds_for_ever_is_refused(layer: MemoryPersistenceLayer) -> None:
     record = await claimed(layer, lease_seconds=None)
-    layer._records[KEY] = record.replace(expiry_timestamp=None)
+    put(layer, record.replace(expiry_timestamp=None))
     await refusals(layer, "is running: its lease holds for ever, or")
 
 
@@ -301,7 +301,7 @@ async def test_forget_drops_an_expired_record_and_not_the_claim_of_a_call_that_c
 
     await claimed(layer)
     clock.advance(100)
-    layer.before_acquire = lambda layer: layer._records.update({KEY: claim_of(KEY, now=clock(), owner="a call")})
+    layer.before_acquire = lambda layer: put(layer, claim_of(KEY, now=clock(), owner="a call"))
     with pytest.raises(OperationRefusedError, match="is running"):
         await forget(layer, KEY)
     found = await layer.get(KEY)
