@@ -228,7 +228,8 @@ def _refused(found: Found | None, *, key: str = "") -> OperationRefusedError:
         RecordState.COMPLETED: "has an outcome; drop it with forget if its function shall run again",
         RecordState.EXPIRED: "has expired: its function runs at the next call",
     }
-    reason = reasons.get(state, "was changed by somebody else meanwhile, or its lease has hardly passed; look again")
+    otherwise = "was changed by somebody else, its lease has hardly passed, or an open transaction holds it; look again"
+    reason = reasons.get(state, otherwise)
     return OperationRefusedError(f"{record.idempotency_key} {reason}", record=record)
 
 

@@ -26,6 +26,7 @@ from aidem.testing import (
     completed_of,
 )
 from tests.support.postgres import PgBouncer, PostgresServer, claimed, connected, make_database
+from tests.support.transactional import ask_about_a_held_claim
 
 pytestmark = pytest.mark.server
 
@@ -429,3 +430,18 @@ def test_an_ordinary_function_completes_in_a_transaction_of_psycopg(server: Post
                     assert execution.complete(1, transaction=connection) == 1
         assert execution.result == 1
     sync.close()
+
+
+@pytest.mark.parametrize("commits", [True, False])
+async def test_no_check_is_asked_about_a_claim_that_an_open_transaction_holds(
+    server: PostgresServer, client: Any, commits: bool
+) -> None:
+    layer = PostgresPersistenceLayer(server.url, clock=FakeClock())
+    opened = await begin_asyncpg(server.url)
+
+    async def begin() -> Opened:
+        return opened
+
+    await ask_about_a_held_claim(layer, begin, commits=commits)
+    await opened.close()
+    await layer.aclose()
