@@ -342,7 +342,7 @@ async def test_a_session_whose_transaction_has_failed_is_refused(layer: SQLitePe
 def test_anything_else_is_refused_with_what_to_pass(path: Path, other: object, blocking: bool) -> None:
     layer = SQLitePersistenceLayer(path, in_application_database=True)
     takes = "a sqlite3 connection, or" if blocking else "an aiosqlite or sqlite3 connection, or"
-    with pytest.raises(IdempotencyUsageError, match=rf"transaction= takes {takes}.*; not a builtins|pathlib"):
+    with pytest.raises(IdempotencyUsageError, match=rf"transaction= takes {takes}.*; not an? "):
         layer.check_transaction(other, blocking=blocking)
 
 
