@@ -42,8 +42,13 @@ async def post_once(
         is_last = attempt == attempts - 1
         pause = random.uniform(0, min(0.2 * 2**attempt, LONGEST_PAUSE_SECONDS))  # so that clients do not come in step
         try:
-            response = await client.post(url, json=json, headers={"Idempotency-Key": f'"{key}"'})
-        except httpx.TransportError:  # whether it was done is not known: that is what the key is for
+            response = await client.post(
+                url,
+                json=json,
+                headers={"Idempotency-Key": f'"{key}"'},
+            )
+        except httpx.TransportError:
+            # whether it was done is not known: that is what the key is for
             if is_last:
                 raise
         else:

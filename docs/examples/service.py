@@ -78,7 +78,10 @@ payments = APIRouter(
         key_prefix="payments",
         scope=customer_of,
         persistence_store=layer,
-        config=IdempotencyConfig(expires_after_seconds=24 * 3600, wait_timeout_seconds=10),
+        config=IdempotencyConfig(
+            expires_after_seconds=24 * 3600,
+            wait_timeout_seconds=10,
+        ),
         required=True,
     )
 )

@@ -2,9 +2,16 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-from aws_lambda_powertools.utilities.idempotency import IdempotencyConfig, idempotent_function
-from aws_lambda_powertools.utilities.idempotency.persistence.cache import CachePersistenceLayer
-from aws_lambda_powertools.utilities.idempotency.serialization.dataclass import DataclassSerializer
+from aws_lambda_powertools.utilities.idempotency import (
+    IdempotencyConfig,
+    idempotent_function,
+)
+from aws_lambda_powertools.utilities.idempotency.persistence.cache import (
+    CachePersistenceLayer,
+)
+from aws_lambda_powertools.utilities.idempotency.serialization.dataclass import (
+    DataclassSerializer,
+)
 
 layer = CachePersistenceLayer(url=os.environ["REDIS_URL"])
 config = IdempotencyConfig(event_key_jmespath="id", expires_after_seconds=86_400)
@@ -17,7 +24,10 @@ class Receipt:
 
 
 @idempotent_function(
-    data_keyword_argument="order", persistence_store=layer, config=config, output_serializer=DataclassSerializer
+    data_keyword_argument="order",
+    persistence_store=layer,
+    config=config,
+    output_serializer=DataclassSerializer,
 )
 def charge(order: dict[str, Any]) -> Receipt:
     charges.append(order["id"])

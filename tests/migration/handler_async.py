@@ -8,7 +8,10 @@ from aidem.awslambda import lambda_handler
 from aidem.persistence.dynamodb import DynamoDBPersistenceLayer
 
 session = aioboto3.Session(region_name="eu-central-1")
-layer = DynamoDBPersistenceLayer(table_name=os.environ["IDEMPOTENCY_TABLE"], session=session)
+layer = DynamoDBPersistenceLayer(
+    table_name=os.environ["IDEMPOTENCY_TABLE"],
+    session=session,
+)
 config = IdempotencyConfig(event_key_jmespath="order_id", hash_function="md5")
 charges: list[str] = []  # stands for a bank
 

@@ -2,10 +2,17 @@ import os
 from typing import Any
 
 import boto3
-from aws_lambda_powertools.utilities.idempotency import DynamoDBPersistenceLayer, IdempotencyConfig, idempotent
+from aws_lambda_powertools.utilities.idempotency import (
+    DynamoDBPersistenceLayer,
+    IdempotencyConfig,
+    idempotent,
+)
 
 session = boto3.Session(region_name="eu-central-1")
-layer = DynamoDBPersistenceLayer(table_name=os.environ["IDEMPOTENCY_TABLE"], boto3_session=session)
+layer = DynamoDBPersistenceLayer(
+    table_name=os.environ["IDEMPOTENCY_TABLE"],
+    boto3_session=session,
+)
 config = IdempotencyConfig(event_key_jmespath="order_id")
 charges: list[str] = []  # stands for a bank
 
