@@ -337,7 +337,8 @@ def _refused(found: Found, *, force: bool = False) -> OperationRefusedError:
             "passed, or force it, and then its effect may come twice"
         )
     else:
-        reason = _REASONS.get(state, "was changed by somebody else, or its lease has hardly passed; look again")
+        otherwise = "was changed by somebody else, has hardly lapsed, or an open transaction holds it; look again"
+        reason = _REASONS.get(state, otherwise)
     return OperationRefusedError(f"{record.idempotency_key} {reason}", record=record)
 
 
