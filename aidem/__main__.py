@@ -46,7 +46,6 @@ class OutputError(Exception):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Do what the arguments say; return the exit code."""
-    _prepare_output()
     try:
         return _run(sys.argv[1:] if arguments is None else list(arguments))
     except OutputError as error:
@@ -63,16 +62,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _failed(STORE_FAILED if is_of_store else WRONG_USAGE, error)
 
 
-def _prepare_output() -> None:
+def _run(arguments: list[str]) -> int:
     for name in ("stdout", "stderr"):
         stream: Any = getattr(sys, name)
         if stream is None:  # closed by the shell: the next file that is opened must not take its place
             setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115 - until the process ends
         elif hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a note that the terminal has no letters for
-
-
-def _run(arguments: list[str]) -> int:
     parser = _parser()
     try:
         if not all(map(_is_text, arguments)):
@@ -128,8 +124,7 @@ def _parser() -> Parser:
         )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_looking(commands, store)
-    _add_resolving(commands, store)
-    _add_dropping(commands, store)
+    _add_changing(commands, store)
     return parser
 
 
@@ -161,7 +156,7 @@ def _add_looking(commands: Any, store: Parser) -> None:
     doctor.set_defaults(run=_with_layer(_doctor))
 
 
-def _add_resolving(commands: Any, store: Parser) -> None:
+def _add_changing(commands: Any, store: Parser) -> None:
     claim = Parser(add_help=False)
     claim.add_argument("key", metavar="KEY", type=_not_empty)
     claim.add_argument("--force", action="store_true", help="also a claim that may be running")
@@ -190,8 +185,6 @@ def _add_resolving(commands: Any, store: Parser) -> None:
     )
     releasing.set_defaults(run=_with_layer(_release))
 
-
-def _add_dropping(commands: Any, store: Parser) -> None:
     forgetting = commands.add_parser("forget", parents=[store], help="drop records, outcomes too")
     which = forgetting.add_mutually_exclusive_group(required=True)
     which.add_argument("key", metavar="KEY", type=_not_empty, nargs="?")
