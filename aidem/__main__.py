@@ -509,7 +509,7 @@ class _Progress:
 async def _progress() -> AsyncIterator[_Progress]:
     """Show the progress of a scan that takes long, where a person reads stderr."""
     progress = _Progress()
-    if not sys.stderr.isatty():
+    if not sys.stderr.isatty() or os.environ.get("TERM", "dumb") == "dumb":  # which cannot erase a line
         yield progress
         return
     task = asyncio.ensure_future(progress.show())
