@@ -28,7 +28,7 @@ from aidem.operations import Found, OperationRefusedError, RecordState
 from aidem.persistence import PersistenceLayer, open_persistence_layer
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+    from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Sequence
 
     from aidem._rules.record import DataRecord
 
@@ -303,9 +303,11 @@ def _key(options: Options) -> int:
     function, arguments = _imported(options.function), options.args
     if not isinstance(arguments, dict | list):
         raise IdempotencyUsageError("--args must be an array or an object")
-    args, kwargs = ([], arguments) if isinstance(arguments, dict) else (arguments, {})
     try:
-        key = idempotency_key(function, *args, **kwargs)
+        if isinstance(arguments, dict):
+            key = idempotency_key(function, **arguments)
+        else:
+            key = idempotency_key(function, *arguments)
     except IdempotencyError:
         raise
     except Exception as error:
@@ -452,7 +454,7 @@ def _counted(number: int, noun: str) -> str:
 
 
 @contextlib.contextmanager
-def _writing() -> Iterator[None]:
+def _writing() -> Generator[None]:
     try:
         yield
     except OSError as error:
@@ -506,7 +508,7 @@ class _Progress:
 
 
 @contextlib.asynccontextmanager
-async def _progress() -> AsyncIterator[_Progress]:
+async def _progress() -> AsyncGenerator[_Progress]:
     """Show the progress of a scan that takes long, where a person reads stderr."""
     progress = _Progress()
     if not sys.stderr.isatty() or os.environ.get("TERM", "dumb") == "dumb":  # which cannot erase a line

@@ -146,7 +146,7 @@ async def resolve(
             RESPONSES.from_dict(json.loads(text))
         else:
             text = encode(result)
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise IdempotencySerializationError(f"this result cannot be stored: {error}", key=key) from error
     taken = await _taken_over(
         layer,
