@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import importlib
 import os
+import pkgutil
+import sys
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +17,10 @@ from sybil import Sybil
 from sybil.integration.pytest import SybilItem
 from sybil.parsers.markdown import PythonCodeBlockParser, SkipParser
 
+import aidem
+
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Generator, Iterator
 
 
 ROOT = Path(__file__).parent
@@ -44,6 +51,77 @@ LONGEST = [
     "tests/persistence/redis/test_sentinel.py",
     "tests/sync/test_interrupts.py",
 ]
+# Coverage doubles the time of a test. It is not measured in these, which execute no line that no other test executes.
+UNMEASURED = [
+    "tests/differential",
+    "tests/http/test_examples.py",
+    "tests/http/test_generated_client.py",
+    "tests/http/test_schemathesis.py",
+    "tests/http/test_uvicorn.py",
+    "tests/migration",
+    "tests/persistence/dynamodb/test_processes.py",
+    "tests/persistence/dynamodb/test_torture.py",
+    "tests/persistence/postgres/test_torture.py",
+    "tests/persistence/sqlite/test_torture.py",
+    "tests/processes",
+    "tests/simulation",
+    "tests/stateful",
+    "tests/sync/test_greenlets.py",
+    "tests/test_benchmarks.py",
+    "tests/test_docs.py",
+    "tests/testing/test_conformance_catches_broken_layers.py",
+    "tests/testing/test_conformance_catches_broken_transactions.py",
+    "tests/testing/test_crash_databases.py",
+    "tests/testing/test_crash_servers.py",
+    "tests/testing/test_documented_handlers.py",
+    "tests/testing/test_scan_conformance_catches_broken_layers.py",
+    "tests/testing/test_take_over_conformance_catches_broken_layers.py",
+]
+SECOND_SERVERS = {"moto", "valkey"}
+"""Parameters of tests that run on another server, too."""
+IS_MEASURED = "COVERAGE_PROCESS_CONFIG" in os.environ
+
+
+@contextlib.contextmanager
+def _without_coverage() -> Iterator[None]:
+    """Trace neither this thread nor new threads and processes."""
+    trace, trace_of_threads = sys.gettrace(), threading.gettrace()
+    configuration = os.environ.pop("COVERAGE_PROCESS_CONFIG")
+    sys.settrace(None)
+    threading.settrace(None)
+    try:
+        yield
+    finally:
+        os.environ["COVERAGE_PROCESS_CONFIG"] = configuration
+        threading.settrace(trace_of_threads)
+        sys.settrace(trace)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, Any, Any]:
+    """Import aidem with coverage, and the tests, which takes several times as long, without."""
+    if not IS_MEASURED:
+        return (yield)
+    for module in pkgutil.walk_packages(aidem.__path__, "aidem."):
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
+    with _without_coverage():
+        return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, Any, Any]:
+    """Run a test with coverage, if it may execute a line that no other does."""
+    if not (IS_MEASURED and _is_unmeasured(item)):
+        return (yield)
+    with _without_coverage():
+        return (yield)
+
+
+def _is_unmeasured(item: pytest.Item) -> bool:
+    parameters = item.name.partition("[")[2].removesuffix("]").split("-")
+    is_listed = any(item.path.is_relative_to(ROOT / listed) for listed in UNMEASURED)
+    return is_listed or not SECOND_SERVERS.isdisjoint(parameters)
 
 
 @pytest.fixture(scope="module")
