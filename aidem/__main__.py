@@ -8,12 +8,12 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import datetime
 import importlib
 import json
 import logging
 import os
 import sys
+import time
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -28,7 +28,7 @@ from aidem.operations import Found, OperationRefusedError, RecordState
 from aidem.persistence import PersistenceLayer, open_persistence_layer
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Sequence
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 
     from aidem._rules.record import DataRecord
 
@@ -36,56 +36,105 @@ DONE, REFUSED, WRONG_USAGE, STORE_FAILED = 0, 1, 2, 3
 INTERRUPTED: Final = 130
 
 MILLISECONDS: Final = 1000
-CLOCKS_AGREE_SECONDS: Final = 2
+PROGRESS_SECONDS: Final = 1.0
+"""How long a scan takes before its progress is shown, and how often it is shown then."""
+
+
+class OutputError(Exception):
+    """The output cannot be written; its cause says why."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Do what the arguments say; return the exit code."""
-    options = _parser().parse_args(arguments)
+    _prepare_output()
     try:
-        code: int = options.run(options)
-        sys.stdout.flush()
-    except BrokenPipeError:  # what read the output has ended, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return DONE
+        return _run(sys.argv[1:] if arguments is None else list(arguments))
+    except OutputError as error:
+        _drop(sys.stdout)
+        if isinstance(error.__cause__, BrokenPipeError):  # what read the output has ended, as `head` does
+            return DONE
+        return _failed(REFUSED, error)
     except KeyboardInterrupt:
         return INTERRUPTED
-    except OperationRefusedError as error:
-        return _failed(REFUSED, error)
-    except (IdempotencyPersistenceLayerError, ImportError) as error:
-        return _failed(STORE_FAILED, error)
-    except IdempotencyError as error:
-        return _failed(WRONG_USAGE, error)
+    except (IdempotencyError, ImportError) as error:
+        if isinstance(error, OperationRefusedError):
+            return _failed(REFUSED, error)
+        is_of_store = isinstance(error, IdempotencyPersistenceLayerError | ImportError)
+        return _failed(STORE_FAILED if is_of_store else WRONG_USAGE, error)
+
+
+def _prepare_output() -> None:
+    for name in ("stdout", "stderr"):
+        stream: Any = getattr(sys, name)
+        if stream is None:  # closed by the shell: the next file that is opened must not take its place
+            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115 - until the process ends
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a note that the terminal has no letters for
+
+
+def _run(arguments: list[str]) -> int:
+    parser = _parser()
+    try:
+        if not all(map(_is_text, arguments)):
+            parser.error("an argument is not text in the encoding of this terminal")
+        options = parser.parse_args(arguments)
+    except SystemExit as left:
+        with _writing():
+            sys.stdout.flush()  # what --help prints
+        return int(str(left.code or DONE))
+    code: int = options.run(options)
     return code
+
+
+def _is_text(argument: str) -> bool:
+    return not any("\ud800" <= character <= "\udfff" for character in argument)
 
 
 def _failed(code: int, error: Exception) -> int:
-    sys.stderr.write(f"aidem: {_shown(str(error))}\n")
+    """Say why nothing was done, on stderr; return the exit code."""
+    try:
+        sys.stderr.write("".join(f"{_shown(line)}\n" for line in f"aidem: {error}".splitlines()))
+        sys.stderr.flush()
+    except OSError:
+        _drop(sys.stderr)
     return code
+
+
+def _drop(stream: Any) -> None:
+    """Have what is left in the buffer of a stream, which cannot be written, go nowhere when the process ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 # --- The command line -------------------------------------------------------------------------------------------------
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="aidem", description="Look at idempotency keys, and resolve them.")
+class Parser(argparse.ArgumentParser):
+    """Takes options by their full names: `--show` is not a way to write `--show-results`."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="aidem", description="Look at idempotency keys, and resolve them.")
     parser.add_argument("--version", action="version", version=f"aidem {__version__}")
+    store = Parser(add_help=False)
+    for place, default in ((parser, os.environ.get("AIDEM_PERSISTENCE", "")), (store, argparse.SUPPRESS)):
+        place.add_argument(
+            "--store",
+            metavar="STORE",
+            default=default,
+            help="URL of the persistence layer, or module:name of one. Default: AIDEM_PERSISTENCE",
+        )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    store = argparse.ArgumentParser(add_help=False)
-    store.add_argument(
-        "--store",
-        metavar="STORE",
-        default=os.environ.get("AIDEM_PERSISTENCE", ""),
-        help="URL of the persistence layer, or module:name of one. Default: AIDEM_PERSISTENCE",
-    )
     _add_looking(commands, store)
     _add_resolving(commands, store)
     _add_dropping(commands, store)
     return parser
 
 
-def _add_looking(commands: Any, store: argparse.ArgumentParser) -> None:
-    shown = argparse.ArgumentParser(add_help=False)
+def _add_looking(commands: Any, store: Parser) -> None:
+    shown = Parser(add_help=False)
     shown.add_argument("--json", action="store_true", help="one JSON object a line")
     shown.add_argument("--show-results", action="store_true", help="also show what the functions returned")
 
@@ -99,7 +148,7 @@ def _add_looking(commands: Any, store: argparse.ArgumentParser) -> None:
     listing.set_defaults(run=_with_layer(_list))
 
     showing = commands.add_parser("show", parents=[store, shown], help="show the record of a key")
-    showing.add_argument("key", metavar="KEY")
+    showing.add_argument("key", metavar="KEY", type=_not_empty)
     showing.set_defaults(run=_with_layer(_show))
 
     making = commands.add_parser("key", help="print the key of a call, without calling")
@@ -112,16 +161,16 @@ def _add_looking(commands: Any, store: argparse.ArgumentParser) -> None:
     doctor.set_defaults(run=_with_layer(_doctor))
 
 
-def _add_resolving(commands: Any, store: argparse.ArgumentParser) -> None:
-    claim = argparse.ArgumentParser(add_help=False)
-    claim.add_argument("key", metavar="KEY")
+def _add_resolving(commands: Any, store: Parser) -> None:
+    claim = Parser(add_help=False)
+    claim.add_argument("key", metavar="KEY", type=_not_empty)
     claim.add_argument("--force", action="store_true", help="also a claim that may be running")
     claim.add_argument(
         "--max-clock-skew",
         type=float,
         default=0.0,
         metavar="SECONDS",
-        help="added to a lease before it has passed; DynamoDB has no clock of its own. Default: 0",
+        help="added to a lease, if clocks of callers may be behind; for DynamoDB. Default: 0",
     )
 
     resolving = commands.add_parser(
@@ -142,11 +191,11 @@ def _add_resolving(commands: Any, store: argparse.ArgumentParser) -> None:
     releasing.set_defaults(run=_with_layer(_release))
 
 
-def _add_dropping(commands: Any, store: argparse.ArgumentParser) -> None:
+def _add_dropping(commands: Any, store: Parser) -> None:
     forgetting = commands.add_parser("forget", parents=[store], help="drop records, outcomes too")
     which = forgetting.add_mutually_exclusive_group(required=True)
-    which.add_argument("key", metavar="KEY", nargs="?")
-    which.add_argument("--prefix", help="all records whose keys begin so")
+    which.add_argument("key", metavar="KEY", type=_not_empty, nargs="?")
+    which.add_argument("--prefix", type=_not_empty, help="all records whose keys begin so")
     forgetting.add_argument("--yes", action="store_true", help="do not only say how many records there are")
     forgetting.add_argument("--force", action="store_true", help="also a claim that may be running")
     forgetting.set_defaults(run=_with_layer(_forget))
@@ -158,9 +207,12 @@ def _add_dropping(commands: Any, store: argparse.ArgumentParser) -> None:
 
 
 def _json(text: str) -> Any:
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is not in JSON")
+
     try:
-        return json.loads(text)
-    except ValueError as error:
+        return json.loads(text, parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
         raise argparse.ArgumentTypeError(f"is no JSON: {error}") from error
 
 
@@ -168,7 +220,17 @@ def _header(text: str) -> tuple[bytes, bytes]:
     name, colon, value = text.partition(":")
     if not colon:
         raise argparse.ArgumentTypeError("is no header; write NAME: VALUE")
-    return name.strip().encode("latin-1"), value.strip().encode("latin-1")
+    try:
+        return name.strip().encode("ascii"), value.strip().encode("latin-1")
+    except UnicodeEncodeError as error:
+        raise argparse.ArgumentTypeError("is no header: it has letters that headers cannot have") from error
+
+
+def _not_empty(text: str) -> str:
+    """Refuse what a variable without a value leaves: an empty prefix is that of every record."""
+    if not text:
+        raise argparse.ArgumentTypeError("must not be empty")
+    return text
 
 
 # --- The store --------------------------------------------------------------------------------------------------------
@@ -182,6 +244,12 @@ def _with_layer(
     async def run(layer: PersistenceLayer, options: Options) -> int:
         try:
             return await command(layer, options)
+        except (IdempotencyError, OutputError):
+            raise
+        except Exception as error:
+            raise IdempotencyPersistenceLayerError(
+                f"{type(layer).__name__} raised {type(error).__name__}: {error}"
+            ) from error
         finally:
             await layer.aclose()
 
@@ -191,14 +259,15 @@ def _with_layer(
 def _layer(store: str, *, makes: bool) -> PersistenceLayer:
     if not store:
         raise IdempotencyUsageError("no store is named; give --store, or set AIDEM_PERSISTENCE")
-    if store == "memory://":
+    if store.partition("?")[0] == "memory://":
         raise IdempotencyUsageError("memory:// is the memory of another process, which cannot be looked into")
     layer = open_persistence_layer(store) if "://" in store else _imported(store)
     if not isinstance(layer, PersistenceLayer):
         raise IdempotencyUsageError(f"{store} is no persistence layer")
-    path: Path | None = getattr(layer, "path", None)
-    if path is not None and not makes and not path.exists():
-        raise IdempotencyPersistenceLayerError(f"{path} does not exist; make it with `aidem create-table`")
+    file: Any = layer if hasattr(layer, "holds_records") else None
+    if file is not None and not makes and not file.holds_records():
+        lack = "has no tables of records" if file.path.exists() else "does not exist"
+        raise IdempotencyPersistenceLayerError(f"{file.path} {lack}; make it with `aidem create-table`")
     return layer
 
 
@@ -211,8 +280,8 @@ def _imported(name: str) -> Any:
         found: Any = importlib.import_module(module)
         for attribute in attributes.split("."):
             found = getattr(found, attribute)
-    except (ImportError, AttributeError) as error:
-        raise IdempotencyUsageError(f"{name} cannot be imported: {error}") from error
+    except (Exception, SystemExit) as error:
+        raise IdempotencyUsageError(f"{name} cannot be imported: {type(error).__name__}: {error}") from error
     return found
 
 
@@ -220,8 +289,12 @@ def _imported(name: str) -> Any:
 
 
 async def _list(layer: PersistenceLayer, options: Options) -> int:
-    async for found in operations.find(layer, prefix=options.prefix, state=options.state, limit=options.limit):
-        _print(found, options)
+    async with _progress() as progress:
+        async for found in operations.find(
+            layer, prefix=options.prefix, state=options.state, limit=options.limit, seen=progress.read
+        ):
+            progress.erase()
+            _print(found, options)
     return DONE
 
 
@@ -235,12 +308,15 @@ async def _show(layer: PersistenceLayer, options: Options) -> int:
 
 def _key(options: Options) -> int:
     function, arguments = _imported(options.function), options.args
-    if isinstance(arguments, dict):
-        key = idempotency_key(function, **arguments)
-    elif isinstance(arguments, list):
-        key = idempotency_key(function, *arguments)
-    else:
+    if not isinstance(arguments, dict | list):
         raise IdempotencyUsageError("--args must be an array or an object")
+    args, kwargs = ([], arguments) if isinstance(arguments, dict) else (arguments, {})
+    try:
+        key = idempotency_key(function, *args, **kwargs)
+    except IdempotencyError:
+        raise
+    except Exception as error:
+        raise IdempotencyUsageError(f"these arguments have no key: {type(error).__name__}: {error}") from error
     if options.key_prefix is not None:
         key = f"{options.key_prefix}#{key.rpartition('#')[2]}"
     _write(key)
@@ -285,23 +361,27 @@ async def _forget(layer: PersistenceLayer, options: Options) -> int:
         await forget(layer, options.key)
         _write("forgotten: the next call runs")
         return DONE
-    keys = [found.record.idempotency_key async for found in operations.find(layer, prefix=options.prefix)]
+    async with _progress() as progress:
+        found = operations.find(layer, prefix=options.prefix, seen=progress.read)
+        keys = [each.record.idempotency_key async for each in found]
     if not options.yes:
-        _write(f"{len(keys)} records begin with this prefix; add --yes to drop them")
+        _write(f"{_counted(len(keys), 'record')} with this prefix; add --yes to drop what is not running")
         return REFUSED
-    refused = 0
+    forgotten = refused = 0
     for key in keys:
         try:
             await forget(layer, key)
+            forgotten += 1
         except OperationRefusedError as error:
-            refused += 1
-            _failed(REFUSED, error)
-    _write(f"{len(keys) - refused} records forgotten")
+            if await layer.get(key) is not None:  # else somebody else has dropped it
+                refused += 1
+                _failed(REFUSED, error)
+    _write(f"{_counted(forgotten, 'record')} forgotten")
     return REFUSED if refused else DONE
 
 
 async def _purge(layer: PersistenceLayer, _options: Options) -> int:
-    _write(f"{await operations.purge(layer)} expired records removed")
+    _write(f"{_counted(await operations.purge(layer), 'expired record')} removed")
     return DONE
 
 
@@ -313,22 +393,14 @@ async def _create_table(layer: PersistenceLayer, _options: Options) -> int:
 
 
 async def _doctor(layer: PersistenceLayer, _options: Options) -> int:
-    problems = list[str]()
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: problems.append(record.getMessage())  # type: ignore[method-assign]
-    logger = logging.getLogger("aidem")
-    logger.addHandler(handler)
-    try:
-        await layer.open()
-    finally:
-        logger.removeHandler(handler)
+    logging.getLogger("aidem").addHandler(logging.NullHandler())  # what layers log when they are opened is in it
+    diagnosis = await operations.diagnose(layer)
     _write(f"aidem {__version__}, {type(layer).__name__}: it can be reached and used")
-    ahead_seconds = await _ahead_seconds(layer)
-    if ahead_seconds > CLOCKS_AGREE_SECONDS:
-        problems.append(f"the clock of this machine is about {ahead_seconds:.0f} s ahead of the store's")
-    for problem in problems:
+    for name, fact in diagnosis.facts.items():
+        _write(f"    {name}: {fact}")
+    for problem in diagnosis.problems:
         _write(f"problem: {problem}")
-    return REFUSED if problems else DONE
+    return REFUSED if diagnosis.problems else DONE
 
 
 # --- Output -----------------------------------------------------------------------------------------------------------
@@ -336,13 +408,16 @@ async def _doctor(layer: PersistenceLayer, _options: Options) -> int:
 
 def _print(found: Found, options: Options) -> None:
     record, state = found
-    result = {"result": record.response_data} if options.show_results else {}
-    facts = _facts(record, state) | result
+    facts = _facts(record, state)
+    if options.show_results:
+        facts["result"] = record.response_data
     if options.json:
         _write(json.dumps(facts))
         return
     _write(record.idempotency_key)
     _write("    " + _sentence(state, facts))
+    if operations.is_of_request(record):
+        _write("    an HTTP request")
     for name in ("note", "outcome", "result"):
         if facts.get(name) is not None:
             _write(f"    {name}: {facts[name]}")
@@ -350,15 +425,17 @@ def _print(found: Found, options: Options) -> None:
 
 def _facts(record: DataRecord, state: RecordState) -> dict[str, Any]:
     end = lease_end(record)
+    lease_ends_at = operations.instant(end / MILLISECONDS) if end else None  # 0 stands for a claim that was given up
+    expiry = record.expiry_timestamp
     return {
         "key": record.idempotency_key,
         "state": state.value,
         "status": record.status.value,
         "fence": record.fence,
         "owner": record.owner,
-        "in_doubt_since": _instant(end, MILLISECONDS) if state is RecordState.IN_DOUBT else None,
-        "lease_ends_at": _instant(end, MILLISECONDS),
-        "expires_at": _instant(record.expiry_timestamp, 1),
+        "in_doubt_since": lease_ends_at if state is RecordState.IN_DOUBT else None,
+        "lease_ends_at": lease_ends_at,
+        "expires_at": None if expiry is None else operations.instant(expiry),
         "outcome": None if record.outcome is None else record.outcome.value,
         "payload_hash": record.payload_hash,
         "note": record.note,
@@ -377,23 +454,77 @@ def _sentence(state: RecordState, facts: dict[str, Any]) -> str:
     return f"{state.value}, kept until {expiry}"
 
 
-def _instant(number: int | None, unit: int) -> str | None:
-    """Return an instant in UTC; None: there is none, or 0, which stands for a claim that was given up."""
-    if not number:
-        return None
-    with contextlib.suppress(OverflowError, ValueError, OSError):
-        instant = datetime.datetime.fromtimestamp(number // unit, tz=datetime.UTC)
-        return instant.isoformat().replace("+00:00", "Z")
-    return str(number)
+def _counted(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+@contextlib.contextmanager
+def _writing() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(f"the output cannot be written: {error.strerror}") from error
 
 
 def _write(text: str) -> None:
-    sys.stdout.write(f"{_shown(text)}\n")
+    with _writing():
+        sys.stdout.write(f"{_shown(text)}\n")
+        sys.stdout.flush()  # somebody may read it line by line
 
 
 def _shown(text: str) -> str:
     """Return a text without what a terminal would take for a command."""
     return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)
+
+
+# --- Progress ---------------------------------------------------------------------------------------------------------
+
+
+class _Progress:
+    """A line on stderr that says how far a scan is; erased before anything else is written."""
+
+    def __init__(self) -> None:
+        self._began_at = time.monotonic()
+        self._count = 0
+        self._is_shown = False
+
+    def read(self, _record: DataRecord) -> None:
+        """Count a record."""
+        self._count += 1
+
+    async def show(self) -> None:
+        """Show it again and again, until this is cancelled."""
+        while True:
+            await asyncio.sleep(PROGRESS_SECONDS)
+            seconds = time.monotonic() - self._began_at
+            self._is_shown = True
+            self._draw(f"\r{_counted(self._count, 'record')} read in {seconds:.0f} s\x1b[K")
+
+    def erase(self) -> None:
+        """Take the line away."""
+        if self._is_shown:
+            self._is_shown = False
+            self._draw("\r\x1b[K")
+
+    def _draw(self, text: str) -> None:
+        with contextlib.suppress(OSError):  # the terminal has gone; the command need not
+            sys.stderr.write(text)
+            sys.stderr.flush()
+
+
+@contextlib.asynccontextmanager
+async def _progress() -> AsyncIterator[_Progress]:
+    """Show the progress of a scan that takes long, where a person reads stderr."""
+    progress = _Progress()
+    if not sys.stderr.isatty():
+        yield progress
+        return
+    task = asyncio.ensure_future(progress.show())
+    try:
+        yield progress
+    finally:
+        task.cancel()
+        progress.erase()
 
 
 if __name__ == "__main__":

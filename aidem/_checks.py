@@ -122,6 +122,15 @@ def _is_lambda_context(value: object) -> bool:
     return callable(getattr(value, "get_remaining_time_in_millis", None))
 
 
+def _is_duration(value: object) -> bool:
+    """Whether a value is a number of seconds that fits every clock, store and time-out; NaN is not."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= MAX_SECONDS
+
+
+def _is_positive(value: object) -> bool:
+    return _is_duration(value) and value != 0
+
+
 _OPTIONS: Final[dict[str, tuple[Check, str | Callable[[Any], str]]]] = {
     "persistence_store": (_is_layer, _what_a_layer_needs),
     "warm": (_are_layers, _what_layers_need),
@@ -136,6 +145,9 @@ _OPTIONS: Final[dict[str, tuple[Check, str | Callable[[Any], str]]]] = {
         "a callable that is not async, takes the arguments of the function and returns the payload",
     ),
     "lambda_context": (_is_lambda_context, A_LAMBDA_CONTEXT),
+    "limit": (lambda value: isinstance(value, int) and value >= 0, "a whole number that is not negative"),
+    "kept_seconds": (_is_positive, f"a positive number{AT_MOST}"),
+    "max_clock_skew_seconds": (_is_duration, f"a number that is not negative{AT_MOST}"),
 }
 
 
@@ -207,15 +219,6 @@ def _one_of(literal: Any) -> tuple[Check, str]:
 
 def _is_bool(value: object) -> bool:
     return isinstance(value, bool)
-
-
-def _is_duration(value: object) -> bool:
-    """Whether a value is a number of seconds that fits every clock, store and time-out; NaN is not."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= MAX_SECONDS
-
-
-def _is_positive(value: object) -> bool:
-    return _is_duration(value) and value != 0
 
 
 def _is_count(value: object) -> bool:

@@ -247,6 +247,10 @@ class Call:
             raise
         if self._wait_budget is not None and self._wait_budget.has_waited:
             self.report(EventKind.WAITED)
+        if self.reporter is not SILENT and self.phase is Phase.CLAIMED:
+            runs_again = self.plan.config.on_abandoned == "run_again"
+            unless_ended = EventKind.ABANDONED if runs_again else EventKind.IN_DOUBT
+            self.reporter.report_claim(fence=self.fence, unless_ended=unless_ended, loop=loop)
 
     async def _find(self) -> None:
         config = self.plan.config
@@ -327,7 +331,7 @@ class Call:
     async def _check(self, found: DataRecord, flight: SingleFlight, *, ahead_seconds: float) -> None:
         """Ask the check about a claim in doubt, and act on its verdict."""
         claim = Claim(self.plan, self.key, flight, self._loop_state, self.reporter)
-        doubt = Doubt(self.plan, self.key, claim, found, ahead_seconds=ahead_seconds)
+        doubt = Doubt(self.plan, self.key, claim, found, self.reporter, ahead_seconds=ahead_seconds)
         resolution = await doubt.resolve(self.ask_check, has_body_ended=self.watch_body())
         match resolution:
             case Resolution.RUN:
@@ -506,13 +510,16 @@ class Call:
             IdempotencyPersistenceLayerError: The layer failed to answer, so that is not known.
         """
         self.takes("confirm_commit")
+        self.reporter.end_body()
         try:
             with self._claim.completion_shield() as shield:
                 commitment, found = await self._look(shield)
                 if commitment is Commitment.ROLLED_BACK:
                     await self._claim.release(is_failure=False, shield=shield)
-        finally:
-            self._end(None)
+        except BaseException as error:
+            self._end(None, error)
+            raise
+        self._end(None)
         if commitment is Commitment.LOST:
             raise self._lease_lost(found)
         if commitment is not Commitment.COMMITTED:
@@ -525,6 +532,7 @@ class Call:
         claim.is_in_transaction = commitment is Commitment.OPEN
         if commitment is Commitment.LOST:
             claim.note_loss()
+            self.report(EventKind.ABANDONED)
         elif commitment is Commitment.COMMITTED and found is not None:
             self._count(found, EventKind.EXECUTED)
         return commitment, found
@@ -538,6 +546,8 @@ class Call:
         """
         self.takes("complete")
         claim = self._claim
+        if self.reporter is not SILENT:
+            self.reporter.end_body()
         try:
             with claim.completion_shield() as shield:
                 ours = await claim.complete(text, outcome, shield=shield)
@@ -545,9 +555,10 @@ class Call:
                     self._count(ours, EventKind.EXECUTED)
             if ours is None:
                 claim.note_loss()
+                self.report(EventKind.ABANDONED)
                 self._count(await winner(self.plan, self.key), EventKind.REPLAYED)
-        except BaseException:
-            self._end(None)
+        except BaseException as error:
+            self._end(None, error)
             raise
         return WhoseOutcome.WINNERS if ours is None else WhoseOutcome.OURS
 
@@ -566,12 +577,14 @@ class Call:
         if not self.takes("fail"):
             return WhoseOutcome.OURS
         claim = self._claim
+        self.reporter.end_body(error)
         try:
             claim.stop_renewal()
             if not claim.is_of_this_process():
                 return WhoseOutcome.OURS
             if isinstance(error, GeneratorExit):  # nothing may be awaited any more
                 claim.release_in_background()
+                self.phase = Phase.ENDED  # and the claim reports its ending
                 return WhoseOutcome.OURS
             is_outcome = self.phase is Phase.CLAIMED and type(error) in self.plan.config.stored_exceptions
             if is_outcome and isinstance(error, Exception):
@@ -622,10 +635,13 @@ class Call:
         self._cache(record)
         self.report(kind)
 
-    def _end(self, ending: Ending) -> None:
-        if self.holds_claim:
+    def _end(self, ending: Ending, error: BaseException | None = None) -> None:
+        holds_claim = self.holds_claim
+        if holds_claim:
             self.phase = Phase.ENDED
         self._flight.end(ending)
+        if holds_claim:
+            self.reporter.report_end(error=error)
 
     def _cache(self, record: DataRecord) -> None:
         if self.plan.config.use_local_cache:

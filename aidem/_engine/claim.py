@@ -500,14 +500,16 @@ class Claim:
         try:
             if is_failure or self._lease.may_be_taken_over:
                 is_ours = await self._release_persistently(shield)
-                if is_ours:
-                    self._reporter.report(EventKind.RELEASED, fence=self.record.fence)
+                ending = EventKind.RELEASED
             else:
                 is_ours = await self._ask_persistently(self._abandon, shield=shield, effect=FAILED) is not None
+                ending = EventKind.IN_DOUBT
         except IdempotencyHeldByTransactionError:
             return
         if not is_ours:
             self.note_loss()
+            ending = EventKind.ABANDONED
+        self._reporter.report(ending)
 
     def release_in_background(self) -> None:
         """Release it without waiting, for a body that is being closed."""
@@ -516,7 +518,10 @@ class Claim:
     async def _release_unattended(self) -> None:
         shield = CancellationShield()
         shield.bound(CLEANUP_SECONDS)
-        await self.release(is_failure=False, shield=shield)
+        try:
+            await self.release(is_failure=False, shield=shield)
+        finally:
+            self._reporter.report_end()  # for want of another
 
     # --- Operations of the layer ------------------------------------------------------------------------------------
 

@@ -19,7 +19,7 @@ import asyncio
 import logging
 import os
 from enum import Enum, auto
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from aidem._engine.claim import RELEASE_SECONDS, may_be_claimed
 from aidem._engine.failures import FOUND_HAPPENED, NOTHING_RUN
@@ -33,6 +33,7 @@ from aidem.exceptions import (
     IdempotencySerializationError,
     IdempotencyUsageError,
 )
+from aidem.hooks import EventKind
 from aidem.serialization import UNAVAILABLE_TEXT, round_trip
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from aidem._engine.plan import CallKey, Plan
     from aidem._rules.abandoned import Verdict
     from aidem._rules.record import DataRecord
+    from aidem.hooks import Reporter
 
 logger = logging.getLogger("aidem")
 
@@ -60,14 +62,24 @@ class Resolution(Enum):
 class Doubt:
     """A claim in doubt that a call has found, and the claim of the call that takes its place."""
 
-    __slots__ = ("_ahead_seconds", "_claim", "_found", "_in_doubt", "_is_open", "_key", "_plan", "_shield")
+    __slots__ = ("_ahead_seconds", "_claim", "_found", "_in_doubt", "_is_open", "_key", "_plan", "_reporter", "_shield")
 
-    def __init__(self, plan: Plan, key: CallKey, claim: Claim, found: DataRecord, *, ahead_seconds: float) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        key: CallKey,
+        claim: Claim,
+        found: DataRecord,
+        reporter: Reporter,
+        *,
+        ahead_seconds: float,
+    ) -> None:
         self._plan = plan
         self._key = key
         self._claim = claim
         self._found = found
         self._in_doubt = found.replace(owner=os.urandom(16).hex())
+        self._reporter = reporter
         self._ahead_seconds = ahead_seconds
         self._is_open = True  # whether our claim may be at the store and has to be put back
         self._shield = CancellationShield()
@@ -93,6 +105,7 @@ class Doubt:
                 return Resolution.ASK_AGAIN
             self._claim.hold(taken_over=True, has_body_ended=has_body_ended)
             verdict, failure = await self._verdict(ask_check)
+            self._report(verdict, failure)
             self._shield = self._claim.completion_shield() if isinstance(verdict, Happened) else CancellationShield()
             with self._shield as shield:
                 return await self._act_on(verdict, failure, shield)
@@ -140,6 +153,16 @@ class Doubt:
             "StillUnknown()"
         )
         return self._failed(IdempotencyUsageError(message, key=self._key.text))
+
+    def _report(self, verdict: Verdict, failure: Exception | None) -> None:
+        match verdict:
+            case Happened():
+                told: Literal["happened", "did_not_happen", "still_unknown"] = "happened"
+            case DidNotHappen():
+                told = "did_not_happen"
+            case StillUnknown():
+                told = "still_unknown"
+        self._reporter.report(EventKind.CHECKED, fence=self._claim.record.fence, error=failure, verdict=told)
 
     def _failed(self, error: Exception) -> tuple[Verdict, Exception]:
         # Only messages of ours: others may show what is in the payload.

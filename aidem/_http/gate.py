@@ -20,7 +20,7 @@ from aidem._http.answers import (
     send_replay,
 )
 from aidem._http.exchange import Exchange, RequestExecution
-from aidem._http.request import Request, chosen_digest, lookup_key, parse_key, request_parts
+from aidem._http.request import OF_A_REQUEST, Request, chosen_digest, lookup_key, parse_key, request_parts
 from aidem._http.response import StoredResponses
 from aidem.exceptions import IdempotencyPersistenceLayerError, IdempotencyUsageError
 from aidem.hooks import EventKind, Reporter
@@ -116,7 +116,7 @@ class Gate:
                 raise RefusedError(CALLER_UNKNOWN)
             self._note_unknown_caller()
             return None
-        key = self._lookup_key(name, space, await self._payload_hash(scope, request))
+        key = self._lookup_key(name, space, OF_A_REQUEST + await self._payload_hash(scope, request))
         if (scope.setdefault(_REQUEST, object()), key.text, key.payload_hash) in _served.get():
             return None  # a layer further out, with the same prefix, serves it under this key
         call = self.calls.make(_told_of, key, scope)

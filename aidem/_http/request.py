@@ -35,6 +35,9 @@ MULTIPART: Final = b"multipart/"
 PIECE_BYTES: Final = 64 * 1024
 """Smaller chunks are joined up to this: each is a message, and a client that sends single bytes must cost no more."""
 
+OF_A_REQUEST: Final = "http:"
+"""What the payload hash of a request begins with: it tells operators that the outcome is a response."""
+
 _length: Final = struct.Struct(">Q").pack
 _QUOTED: Final = re.compile(rb'"([ !#-\[\]-~]*(?:\\["\\][ !#-\[\]-~]*)*)"')
 _BARE: Final = re.compile(rb"[!#-+\--:<-~]+")  # visible ASCII without `"`, `,` and `;`

@@ -5,8 +5,8 @@ A layer stores and compares. It never decides, sleeps, retries or hashes; the en
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Collection  # noqa: TC003 - a user's tools resolve the protocol's annotations
-from typing import TYPE_CHECKING, Any, Final, Protocol, Self, cast, runtime_checkable
+from collections.abc import AsyncIterator, Awaitable, Collection, Mapping, Sequence  # noqa: TC003 - a user's tools resolve the protocol's annotations
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol, Self, cast, runtime_checkable
 
 from aidem._rules.lifecycle import Blocked, Claimed
 from aidem._rules.record import OutcomeKind
@@ -21,11 +21,13 @@ if TYPE_CHECKING:
 __all__ = [
     "Blocked",
     "Claimed",
+    "Diagnosis",
     "Immediate",
     "OutcomeKind",
     "PersistenceLayer",
     "SupportsCompletionInTransaction",
     "SupportsCompletionItem",
+    "SupportsDiagnosis",
     "SupportsPurge",
     "SupportsScan",
     "SupportsTakeOver",
@@ -278,6 +280,31 @@ class SupportsPurge(Protocol):
 
     def purge(self) -> Awaitable[int]:
         """Remove all records that have expired, a few at a time; return how many."""
+        ...
+
+
+class Diagnosis(NamedTuple):
+    """What a layer has found out about its store, for operators.
+
+    Attributes:
+        facts: Versions, settings and sizes, by name.
+        problems: What endangers records or keeps the layer from working; each says what to do.
+    """
+
+    facts: Mapping[str, str]
+    problems: Sequence[str]
+
+
+@runtime_checkable
+class SupportsDiagnosis(Protocol):
+    """A layer that can say what its store is, and what endangers the records in it."""
+
+    def diagnose(self) -> Awaitable[Diagnosis]:
+        """Connect and look, as far as the layer's rights allow; nothing is changed.
+
+        Raises:
+            IdempotencyPersistenceLayerError: The store cannot be reached or used.
+        """
         ...
 
 

@@ -148,7 +148,7 @@ def test_validator_below_refuses_an_event_that_has_a_key_and_gives_it_back() -> 
     handler = orders.decorated("below", validator(inbound_schema=WITH_ORDER), hooks=(listener,))
     with pytest.raises(SchemaValidationError):
         handler({"order_id": 1})
-    assert (listener.kinds, orders.events) == ([EventKind.RELEASED], [])
+    assert (listener.kinds, orders.events) == ([EventKind.CLAIMED, EventKind.RELEASED], [])
 
 
 @above
@@ -183,9 +183,9 @@ class LoggingHook:
     def on_event(self, event: IdempotencyEvent) -> None:
         self.logger.info(event.kind)
 
-    def lines(self) -> list[tuple[str, str]]:
+    def lines(self) -> list[tuple[str, str | None]]:
         lines = [json.loads(line) for line in self.stream.getvalue().splitlines()]
-        return [(line["message"], line["function_request_id"]) for line in lines]
+        return [(line["message"], line.get("function_request_id")) for line in lines]
 
 
 @above
@@ -194,7 +194,7 @@ def test_inject_lambda_context_above_logs_a_replay_with_its_own_request(how: str
     handler = Orders().decorated(how, hook.logger.inject_lambda_context, hooks=(hook,))
     handler(EVENT)
     handler(EVENT)
-    assert hook.lines() == [("executed", "request-1"), ("replayed", "request-2")]
+    assert hook.lines() == [("claimed", "request-1"), ("executed", "request-1"), ("replayed", "request-2")]
 
 
 def test_inject_lambda_context_below_logs_a_replay_with_the_request_of_another_invocation() -> None:
@@ -202,7 +202,7 @@ def test_inject_lambda_context_below_logs_a_replay_with_the_request_of_another_i
     handler = Orders().decorated("below", hook.logger.inject_lambda_context, hooks=(hook,))
     handler(EVENT)
     handler(EVENT)
-    assert hook.lines() == [("executed", "request-1"), ("replayed", "request-1")]
+    assert hook.lines() == [("claimed", None), ("executed", "request-1"), ("replayed", "request-1")]
 
 
 # --- Metrics ----------------------------------------------------------------------------------------------------------
@@ -231,7 +231,7 @@ def test_log_metrics_above_flushes_what_a_replay_has_counted(how: str, capsys: p
     hook = CountingHook()
     handler = Orders().decorated(how, hook.metrics.log_metrics, hooks=(hook,))
     handler(EVENT)
-    assert flushed(capsys) == [{"executed": [1.0]}]
+    assert flushed(capsys) == [{"claimed": [1.0], "executed": [1.0]}]
     handler(EVENT)
     assert flushed(capsys) == [{"replayed": [1.0]}]
 
@@ -242,9 +242,9 @@ def test_log_metrics_below_is_one_invocation_late(capsys: pytest.CaptureFixture[
     handler = Orders().decorated("below", hook.metrics.log_metrics, hooks=(hook,))
     handler(EVENT)
     handler(EVENT)
-    assert flushed(capsys) == []
+    assert flushed(capsys) == [{"claimed": [1.0]}]
     handler({"order_id": "o-2"})
-    assert flushed(capsys) == [{"executed": [1.0], "replayed": [1.0]}]
+    assert flushed(capsys) == [{"claimed": [1.0], "executed": [1.0], "replayed": [1.0]}]
     hook.metrics.clear_metrics()
 
 

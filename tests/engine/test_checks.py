@@ -88,7 +88,12 @@ async def test_what_happened_is_recorded_and_replayed_to_the_asker_and_to_later_
     assert await charge(ORDER) == {"receipt": 9, "hooked": 1}
     assert await charge(ORDER) == {"receipt": 9, "hooked": 1}
     assert not till.charges
-    assert listener.kinds == [EventKind.TAKEN_OVER, EventKind.REPLAYED, EventKind.REPLAYED]
+    assert listener.kinds == [
+        EventKind.TAKEN_OVER,
+        EventKind.CHECKED,
+        EventKind.REPLAYED,
+        EventKind.REPLAYED,
+    ]
     [abandoned] = bank.asked
     assert (abandoned.key, abandoned.payload, abandoned.record) == (found.idempotency_key, ORDER, found)
     assert abandoned.fence == only_record(layer).fence > found.fence

@@ -100,7 +100,7 @@ async def test_a_completion_that_fails_is_tried_again_while_the_lease_is_held(ap
     assert await made_idempotent(till.charge, layer, hooks=(listener,))(ORDER) == {"receipt": 1}
     assert layer.calls == ["acquire"] + ["complete"] * 5
     assert only_record(layer).status is RecordStatus.COMPLETED
-    assert listener.kinds == [EventKind.PERSISTENCE_ERROR] * 4 + [EventKind.EXECUTED]
+    assert listener.kinds == [EventKind.CLAIMED, *[EventKind.PERSISTENCE_ERROR] * 4, EventKind.EXECUTED]
     assert len(till.charges) == 1
 
 
@@ -160,7 +160,9 @@ async def test_the_users_exception_wins_over_a_failure_to_give_the_key_back(capl
     assert "could not release the claim of idempotency key" in note
     assert "OSError" in note
     assert "could not be released" in caplog.text
-    assert set(listener.kinds) == {EventKind.PERSISTENCE_ERROR}
+    assert set(listener.kinds[1:-1]) == {EventKind.PERSISTENCE_ERROR}
+    assert (listener.kinds[0], listener.kinds[-1]) == (EventKind.CLAIMED, EventKind.ABANDONED)
+    assert listener.events[-1].error is till.error
     assert asyncio.get_running_loop().time() - began <= RELEASE_SECONDS
 
 
@@ -171,7 +173,8 @@ async def test_the_users_exception_propagates_unchanged() -> None:
         await made_idempotent(till.charge, layer, hooks=(listener,))(ORDER)
     assert caught.value is till.error
     assert not hasattr(caught.value, "__notes__")
-    assert listener.kinds == [EventKind.RELEASED]
+    assert listener.kinds == [EventKind.CLAIMED, EventKind.RELEASED]
+    assert listener.events[-1].error is till.error
     assert not layer.inner.records()
 
 
@@ -204,7 +207,7 @@ async def test_a_coroutine_that_is_closed_gives_its_key_back_in_the_background()
     await asyncio.sleep(0.1)
     assert layer.calls == ["acquire", "release"]
     assert not layer.inner.records()
-    assert listener.kinds == [EventKind.RELEASED]
+    assert listener.kinds == [EventKind.CLAIMED, EventKind.RELEASED]
 
 
 async def test_a_block_that_is_closed_with_its_generator_tells_that_its_key_was_released_or_lost() -> None:
@@ -216,14 +219,15 @@ async def test_a_block_that_is_closed_with_its_generator_tells_that_its_key_was_
             if not execution.replayed:
                 yield "charging"
 
-    for told in (EventKind.RELEASED, EventKind.LEASE_LOST):
+    for told in ([EventKind.RELEASED], [EventKind.LEASE_LOST, EventKind.ABANDONED]):
         generator = steps("order-1")
         assert await anext(generator) == "charging"
-        if told is EventKind.LEASE_LOST:
+        if EventKind.LEASE_LOST in told:
             layer.inner._records.clear()
         await generator.aclose()
         await asyncio.sleep(0.1)
-        assert listener.kinds.pop() == told
+        assert listener.kinds == [EventKind.CLAIMED, *told]
+        listener.events.clear()
     assert layer.calls == ["acquire", "release"] * 2
 
 
@@ -234,7 +238,7 @@ async def test_a_failing_hook_is_logged_and_changes_nothing(caplog: Any) -> None
 
     layer, till, listener = PlannedLayer(), Till(), Listener()
     assert await made_idempotent(till.charge, layer, hooks=(Broken(), listener))(ORDER) == {"receipt": 1}
-    assert listener.kinds == [EventKind.EXECUTED]
+    assert listener.kinds == [EventKind.CLAIMED, EventKind.EXECUTED]
     assert "a hook failed on the event executed" in caplog.text
 
 
@@ -243,10 +247,10 @@ async def test_events_say_what_happened_to_which_key_and_how_long_it_took() -> N
     charge = made_idempotent(till.charge, layer, hooks=(listener,))
     await charge(ORDER)
     await charge(ORDER)
-    executed, replayed = listener.events
-    assert (executed.kind, replayed.kind) == (EventKind.EXECUTED, EventKind.REPLAYED)
-    assert executed.key == replayed.key == only_record(layer).idempotency_key
-    assert executed.fence == replayed.fence == only_record(layer).fence > 0
+    claimed, executed, replayed = listener.events
+    assert listener.kinds == [EventKind.CLAIMED, EventKind.EXECUTED, EventKind.REPLAYED]
+    assert claimed.key == executed.key == replayed.key == only_record(layer).idempotency_key
+    assert claimed.fence == executed.fence == replayed.fence == only_record(layer).fence > 0
     assert executed.function == "tests.support.planned.Till.charge"
     assert 0 <= executed.duration_seconds < 60
 
@@ -331,7 +335,7 @@ async def test_a_layer_that_finds_a_claim_too_large_has_failed() -> None:
         expected = IdempotencyPersistenceLayerError if operation == "acquire" else ValueError
         with pytest.raises(expected):
             await made_idempotent(till.charge, layer, hooks=(listener,))(ORDER)
-        assert listener.kinds[0] is EventKind.PERSISTENCE_ERROR
+        assert next(kind for kind in listener.kinds if kind is not EventKind.CLAIMED) is EventKind.PERSISTENCE_ERROR
         assert not layer.inner.records()
 
 

@@ -189,7 +189,12 @@ async def test_a_loser_hands_out_the_winners_outcome_and_changes_nothing(caplog:
     stored = only_record(layer)
     assert await task == {"receipt": 2}
     assert only_record(layer) == stored
-    assert listener.kinds == [EventKind.LEASE_LOST, EventKind.REPLAYED]
+    assert listener.kinds == [
+        EventKind.CLAIMED,
+        EventKind.LEASE_LOST,
+        EventKind.ABANDONED,
+        EventKind.REPLAYED,
+    ]
     assert [record.levelno for record in caplog.records] == [logging.WARNING]
 
 
@@ -252,12 +257,12 @@ async def test_a_lost_lease_is_told_at_once_and_the_body_is_left_to_finish(caplo
     await asyncio.sleep(5)
     await layer.inner.forget(only_record(layer).idempotency_key)
     await asyncio.sleep(6)
-    assert listener.kinds == [EventKind.LEASE_LOST]
+    assert listener.kinds == [EventKind.CLAIMED, EventKind.LEASE_LOST]
     assert "has lost its lease" in caplog.text
     assert layer.calls.count("renew") == 1
     assert not task.done()
     assert await task == {"receipt": 1}
-    assert listener.kinds == [EventKind.LEASE_LOST, EventKind.EXECUTED]
+    assert listener.kinds == [EventKind.CLAIMED, EventKind.LEASE_LOST, EventKind.EXECUTED]
 
 
 async def test_a_renewal_that_fails_is_tried_again_before_the_lease_passes() -> None:
@@ -469,7 +474,7 @@ async def test_a_request_that_hangs_does_not_use_up_the_lease() -> None:
         layer, till, listener = PlannedLayer().plan(operation, Fault(gate=asyncio.Event())), Till(), Listener()
         till.seconds = 60
         assert await made_idempotent(till.charge, layer, hooks=(listener,))(ORDER) == {"receipt": 1}
-        assert listener.kinds == [EventKind.PERSISTENCE_ERROR, EventKind.EXECUTED]
+        assert listener.kinds == [EventKind.CLAIMED, EventKind.PERSISTENCE_ERROR, EventKind.EXECUTED]
 
 
 async def test_a_claim_does_not_expire_while_others_still_hold_its_lease_for_held() -> None:
@@ -971,7 +976,7 @@ async def test_what_interrupts_the_late_confirmation_leaves_no_claim(fault: str)
     else:
         layer.inner._records.clear()
         assert await task == {"receipt": 1}
-        assert listener.kinds == [EventKind.EXECUTED]
+        assert listener.kinds == [EventKind.CLAIMED, EventKind.EXECUTED]
     assert len(till.charges) == (fault == "lost")
     assert [record.status for record in layer.inner.records().values()] == [RecordStatus.COMPLETED] * len(till.charges)
 
@@ -1036,7 +1041,7 @@ async def test_a_release_of_a_claim_that_is_not_ours_any_more_is_a_loss() -> Non
 
     with pytest.raises(ValueError, match="declined"):
         await made_idempotent(body, layer, hooks=(listener,))(ORDER)
-    assert listener.kinds == [EventKind.LEASE_LOST]
+    assert listener.kinds == [EventKind.CLAIMED, EventKind.LEASE_LOST, EventKind.ABANDONED]
 
 
 async def test_a_release_that_finds_another_claim_after_the_lease_has_lost_it() -> None:

@@ -51,7 +51,7 @@ async def test_a_cached_replay_asks_no_store(layer: PlannedLayer) -> None:
     charge = charger(layer, till, hooks=(listener,))
     assert [await charge({"id": 1}) for _ in range(3)] == [{"receipt": 1}] * 3
     assert layer.calls == ["acquire", "complete"]
-    assert listener.kinds == [EventKind.EXECUTED, EventKind.REPLAYED, EventKind.REPLAYED]
+    assert listener.kinds == [EventKind.CLAIMED, EventKind.EXECUTED, EventKind.REPLAYED, EventKind.REPLAYED]
 
 
 async def test_without_the_setting_every_replay_asks_the_store(layer: PlannedLayer) -> None:

@@ -83,7 +83,7 @@ async def test_rows_and_outcome_are_committed_together(layer: TransactionalLayer
     assert await paying(layer, commit, hooks=(listener,))() == RECEIPT
     assert await paying(layer, never, hooks=(listener,))() == RECEIPT
     assert layer.rows == ["payment"]
-    assert listener.kinds == [EventKind.EXECUTED, EventKind.REPLAYED]
+    assert listener.kinds == [EventKind.CLAIMED, EventKind.EXECUTED, EventKind.REPLAYED]
 
 
 async def test_the_result_is_what_complete_answered_whatever_the_function_returns(layer: TransactionalLayer) -> None:
@@ -152,10 +152,11 @@ async def test_a_transaction_that_was_rolled_back_is_an_error_and_the_key_is_rel
     with pytest.raises(IdempotencyUsageError, match="not committed but rolled back, or its savepoint was"):
         await paying(layer, roll_back, on_abandoned=on_abandoned, hooks=(listener,))()
     if on_abandoned == "raise":
+        assert listener.kinds == [EventKind.CLAIMED, EventKind.IN_DOUBT]
         with pytest.raises(IdempotencyInDoubtError):
             await paying(layer, never, on_abandoned=on_abandoned)()
     else:
-        assert listener.kinds == [EventKind.RELEASED]
+        assert listener.kinds == [EventKind.CLAIMED, EventKind.RELEASED]
         assert await paying(layer, commit)() == RECEIPT
         assert layer.rows == ["payment"]
 
@@ -209,7 +210,7 @@ async def test_a_lost_lease_is_raised_inside_the_transaction_so_that_it_rolls_ba
     with pytest.raises(IdempotencyLeaseLostError, match=r"another call took it over.*roll the transaction back"):
         await paying(layer, lose, hooks=(listener,))()
     assert layer.rows == []
-    assert listener.kinds == [EventKind.LEASE_LOST]
+    assert listener.kinds == [EventKind.CLAIMED, EventKind.LEASE_LOST, EventKind.ABANDONED]
     assert [record.owner for record in layer._records.values()] == ["theirs"]
 
 
@@ -260,7 +261,7 @@ async def test_a_lease_that_is_lost_after_a_refused_completion_is_reported(
             await complete(transaction)
         await take_over(layer)
         await asyncio.sleep(11)  # a renewal comes
-        assert listener.kinds == [EventKind.LEASE_LOST]
+        assert listener.kinds == [EventKind.CLAIMED, EventKind.LEASE_LOST]
         raise DeclinedError
 
     with pytest.raises(DeclinedError):
@@ -301,7 +302,7 @@ async def test_an_exception_after_the_commit_propagates_and_leaves_the_outcome(
     with pytest.raises(error):
         await paying(layer, fail, hooks=(listener,), **options)()
     assert await paying(layer, never, **options)() == RECEIPT
-    assert listener.kinds == [EventKind.EXECUTED]
+    assert listener.kinds == [EventKind.CLAIMED, EventKind.EXECUTED]
 
 
 @pytest.mark.parametrize("error", [DeclinedError, asyncio.CancelledError])
@@ -317,7 +318,7 @@ async def test_an_exception_while_the_transaction_is_open_leaves_the_claim_to_it
     assert getattr(raised.value, "__notes__", []) == []
     await layer.transactions[0].commit()
     assert await paying(layer, never)() == RECEIPT
-    assert listener.kinds == []
+    assert listener.kinds == [EventKind.CLAIMED, EventKind.ABANDONED]
     assert caplog.records == []
 
 
@@ -495,7 +496,7 @@ async def test_a_claim_that_a_transaction_holds_is_not_lost_and_is_renewed_after
     held, renewed = [(record.in_progress_expiry_timestamp or 0) / 1000 - wall_clock() for record in seen]
     assert held < -100
     assert renewed > 0
-    assert listener.kinds == [EventKind.EXECUTED]
+    assert listener.kinds == [EventKind.CLAIMED, EventKind.EXECUTED]
     assert caplog.records == []
 
 
@@ -732,7 +733,7 @@ async def test_an_item_and_the_rows_of_its_request_are_written_together(items: I
     for _ in range(2):
         assert await sending(items, send, hooks=(listener,))() == RECEIPT
     assert items.rows == 1
-    assert listener.kinds == [EventKind.EXECUTED, EventKind.REPLAYED]
+    assert listener.kinds == [EventKind.CLAIMED, EventKind.EXECUTED, EventKind.REPLAYED]
 
 
 async def test_a_block_is_completed_by_an_item(items: ItemsOf) -> None:

@@ -460,7 +460,7 @@ async def test_a_follower_that_then_runs_itself_has_waited() -> None:
     leader = asyncio.ensure_future(made_idempotent(till.charge, layer)(ORDER))
     await asyncio.sleep(0.1)
     await made_idempotent(Till().charge, layer, wait_timeout_seconds=9, hooks=(listener,))(ORDER)
-    assert listener.kinds == [EventKind.WAITED, EventKind.EXECUTED]
+    assert listener.kinds == [EventKind.WAITED, EventKind.CLAIMED, EventKind.EXECUTED]
     with pytest.raises(ValueError, match="declined"):
         await leader
 

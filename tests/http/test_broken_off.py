@@ -86,7 +86,7 @@ async def test_an_exception_before_the_start_has_gone_out_gives_the_key_back(mes
         assert connection.messages == []
         assert not hasattr(caught.value, "__notes__")
     assert app.runs == 2
-    assert front.listener.kinds == [EventKind.RELEASED, EventKind.RELEASED]
+    assert front.listener.kinds == [EventKind.CLAIMED, EventKind.RELEASED] * 2
 
 
 async def test_a_cancellation_before_the_start_has_gone_out_gives_the_key_back() -> None:
@@ -161,7 +161,7 @@ async def test_an_exception_after_the_start_has_gone_out_never_gives_the_key_bac
         await request(front)
     assert await is_done_and_not_kept(front)
     assert app.runs == 1
-    assert front.listener.kinds[:2] == [EventKind.EXECUTED, EventKind.RESULT_UNAVAILABLE]
+    assert front.listener.kinds[:3] == [EventKind.CLAIMED, EventKind.EXECUTED, EventKind.RESULT_UNAVAILABLE]
 
 
 async def test_a_cancellation_after_the_start_has_gone_out_never_gives_the_key_back() -> None:
@@ -275,7 +275,7 @@ async def test_a_failure_to_record_before_the_start_went_out_is_503_done_not_rec
     assert response.problem["title"] == "The request was processed, but this could not be recorded"
     assert response.header(b"retry-after") is None  # it may run again
     assert response.is_complete
-    assert front.listener.kinds == [EventKind.PERSISTENCE_ERROR]
+    assert front.listener.kinds == [EventKind.CLAIMED, EventKind.ABANDONED, EventKind.PERSISTENCE_ERROR]
     assert "a response of the HTTP layer 'shop' was not recorded: denied" in caplog.text
     assert "paid" not in caplog.text
 
@@ -295,7 +295,7 @@ async def test_a_failure_to_record_after_the_start_went_out_lets_the_rest_go_out
     front = front_of(shop, layer=PlannedLayer().plan("complete", Fault(DENIED)))
     response = await request(front)
     assert (response.status, response.body, response.is_complete) == (201, b"onetwo", True)
-    assert front.listener.kinds == [EventKind.PERSISTENCE_ERROR]
+    assert front.listener.kinds == [EventKind.CLAIMED, EventKind.ABANDONED, EventKind.PERSISTENCE_ERROR]
     assert "was not recorded: denied" in caplog.text
 
 

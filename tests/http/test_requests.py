@@ -45,7 +45,7 @@ async def test_a_request_with_a_key_runs_once_and_its_response_is_replayed() -> 
     assert second.is_replay
     assert first.status == second.status == 201
     assert first.body == second.body == b'{"paid": 42}'
-    assert front.listener.kinds == [EventKind.EXECUTED, EventKind.REPLAYED]
+    assert front.listener.kinds == [EventKind.CLAIMED, EventKind.EXECUTED, EventKind.REPLAYED]
 
 
 @pytest.mark.parametrize("method", ["GET", "HEAD", "OPTIONS", "PUT", "DELETE"])

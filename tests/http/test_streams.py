@@ -132,7 +132,7 @@ async def test_a_larger_response_goes_out_and_is_done_and_not_kept(chunks: list[
         assert again.header(b"retry-after") is None
         assert again.problem["title"] == "The request was processed, but its response was not stored"
     assert shop.runs == 1
-    assert front.listener.kinds[:2] == [EventKind.EXECUTED, EventKind.RESULT_UNAVAILABLE]
+    assert front.listener.kinds[:3] == [EventKind.CLAIMED, EventKind.EXECUTED, EventKind.RESULT_UNAVAILABLE]
 
 
 async def test_an_endless_response_is_done_when_it_has_outgrown_the_copy() -> None:

@@ -321,8 +321,8 @@ async def test_a_result_that_cannot_be_kept_reaches_the_first_caller_and_nothing
     assert record.response_data is not None
     with pytest.raises(ValueError, match="Expecting value"):
         json.loads(record.response_data)  # AWS Powertools must not take it for a result
-    assert listener.kinds[:2] == [EventKind.EXECUTED, EventKind.RESULT_UNAVAILABLE]
-    assert sorted(listener.kinds[2:]) == sorted([EventKind.REPLAYED, EventKind.RESULT_UNAVAILABLE] * 2)
+    assert listener.kinds[:3] == [EventKind.CLAIMED, EventKind.EXECUTED, EventKind.RESULT_UNAVAILABLE]
+    assert sorted(listener.kinds[3:]) == sorted([EventKind.REPLAYED, EventKind.RESULT_UNAVAILABLE] * 2)
 
 
 async def test_the_log_of_a_result_that_cannot_be_kept_names_the_function_and_the_place(

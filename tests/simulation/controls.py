@@ -20,7 +20,9 @@ from tests.simulation.internals import (
     Claim,
     Doubt,
     EngineCall,
+    EventKind,
     LocalCache,
+    Reporter,
     Resolution,
     SingleFlight,
     WaitBudget,
@@ -368,3 +370,29 @@ def followers_do_not_learn_of_the_end(patch: pytest.MonkeyPatch) -> None:
 @noticed_by(Rule.H7, Rule.H8)
 def flights_are_kept(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(SingleFlight, "end", lambda self, ending: None)
+
+
+@noticed_by(Rule.H15)
+def what_is_neither_completed_nor_released_has_no_ending(patch: pytest.MonkeyPatch) -> None:
+    report_end = Reporter.report_end
+
+    def report(self: Reporter, kind: EventKind | None = None, **facts: Any) -> None:
+        if kind is None:
+            self._claim = None
+        else:
+            report_end(self, kind, **facts)
+
+    patch.setattr(Reporter, "report_end", report)
+
+
+@noticed_by(Rule.H15)
+def a_claim_can_end_twice(patch: pytest.MonkeyPatch) -> None:
+    report_end = Reporter.report_end
+
+    def report(self: Reporter, kind: EventKind | None = None, **facts: Any) -> None:
+        claim = self._claim
+        report_end(self, kind, **facts)
+        if kind is not None:
+            self._claim = claim
+
+    patch.setattr(Reporter, "report_end", report)

@@ -43,6 +43,7 @@ def judge_end(world: World) -> None:
     for key in range(conditions.keys):
         _probe(world, prober, key)
     world.run_until(world.now + 30.0)
+    world.judge.claims_have_ended()
     for process in world.processes:
         if not process.is_dead:
             _judge_leftovers(world, process)

@@ -17,6 +17,7 @@ from aidem._rules import key as _key
 from aidem._rules import lifecycle
 from aidem._runtime import cancellation
 from aidem._runtime.cancellation import CLEANUP_SECONDS, CancellationShield, writes
+from aidem.hooks import EventKind, Reporter
 
 if TYPE_CHECKING:
     import asyncio
@@ -30,7 +31,9 @@ __all__ = [
     "Claim",
     "Doubt",
     "EngineCall",
+    "EventKind",
     "LocalCache",
+    "Reporter",
     "Resolution",
     "SingleFlight",
     "WaitBudget",

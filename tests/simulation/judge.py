@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING, Any, Final
 
 from aidem import DataRecord, Execution, RecordStatus
-from aidem.hooks import EventKind
+from aidem.hooks import ENDINGS, EventKind
 from aidem.persistence import Claimed
 from tests.simulation.call import End
 from tests.simulation.network import CURRENT
@@ -34,14 +35,35 @@ class Judge:
         self.returned: dict[int, list[tuple[Call, str]]] = {}
         self._held_until: dict[str | None, float] = {}
         self._last_fence: dict[int, int] = {}
+        self._open_claims: Counter[tuple[str, int]] = Counter()
 
     def on_event(self, event: IdempotencyEvent) -> None:
         """Note, as a hook, what aidem says of itself."""
         self.world.happened[f"event: {event.kind}"] += 1
-        if event.kind is EventKind.LEASE_LOST:
-            owner = self.world.store.owners.get((event.key, event.fence))
-            if (call := self.world.by_owner.get(owner)) is not None:
-                call.has_lost_lease = True
+        if event.kind is EventKind.LEASE_LOST and (call := self._call_of(event.key, event.fence)) is not None:
+            call.has_lost_lease = True
+        self._count_claims(event)
+
+    def _count_claims(self, event: IdempotencyEvent) -> None:
+        claim = event.key, event.fence
+        if event.kind is EventKind.CLAIMED:
+            self._open_claims[claim] += 1
+        elif event.kind in ENDINGS:
+            self._open_claims[claim] -= 1
+            if self._open_claims[claim] < 0:
+                self.world.violate(Rule.H15, f"one more {event.kind} than claims with fence {event.fence}")
+        if (event.body_seconds is None) is (event.kind in ENDINGS):
+            self.world.violate(Rule.H15, f"{event.kind} comes with {event.body_seconds} seconds of a body")
+
+    def claims_have_ended(self) -> None:
+        """Judge, when all is over, that every claim has had its ending."""
+        for (key, fence), count in self._open_claims.items():
+            call = self._call_of(key, fence)
+            if count and not (call is not None and (call.is_crashed or call.process.is_dead)):
+                self.world.violate(Rule.H15, f"the claim of {call} with fence {fence} has no ending")
+
+    def _call_of(self, key: str, fence: int) -> Call | None:
+        return self.world.by_owner.get(self.world.store.owners.get((key, fence)))
 
     def call_ends(self, call: Call) -> None:
         """Judge what a caller got."""

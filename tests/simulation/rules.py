@@ -39,6 +39,7 @@ class Rule(StrEnum):
     H14 = (
         "a lease counts from before the request: it is renewed a third after that, and its loss is told when it passes"
     )
+    H15 = "a claim that hooks are told of has one ending, unless its process crashes; what has none was not told of"
 
 
 @dataclass(frozen=True)

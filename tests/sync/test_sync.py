@@ -642,7 +642,8 @@ def test_serializers_key_functions_and_hooks_run_in_the_calling_thread(layer: Me
     thread.start()
     thread.join(PATIENCE_SECONDS)
     assert len(calling) == 6  # twice the key; to and from the text; from the text and through the response hook
-    assert hook.events == [(EventKind.EXECUTED, thread), (EventKind.REPLAYED, thread)]
+    kinds = (EventKind.CLAIMED, EventKind.EXECUTED, EventKind.REPLAYED)
+    assert hook.events == [(kind, thread) for kind in kinds]
     assert set(calling) == {thread}
 
 
@@ -653,7 +654,7 @@ def test_hooks_are_told_of_conflicts_before_the_caller_is(layer: MemoryPersisten
     def charge() -> None:
         with pytest.raises(IdempotencyAlreadyInProgressError):
             charge()
-        assert hook.events == [(EventKind.CONFLICT, threading.main_thread())]
+        assert hook.events == [(kind, threading.main_thread()) for kind in (EventKind.CLAIMED, EventKind.CONFLICT)]
 
     charge()
 
@@ -726,9 +727,8 @@ def test_a_replay_from_the_local_cache_needs_no_background_loop(layer: MemoryPer
     assert background_threads() == []
     with pytest.raises(IdempotencyValidationError):
         charge({"id": 1, "sum": 2})
-    assert hook.events == [
-        (kind, threading.main_thread()) for kind in (EventKind.EXECUTED, EventKind.REPLAYED, EventKind.CONFLICT)
-    ]
+    kinds = (EventKind.CLAIMED, EventKind.EXECUTED, EventKind.REPLAYED, EventKind.CONFLICT)
+    assert hook.events == [(kind, threading.main_thread()) for kind in kinds]
 
 
 def test_a_call_that_is_switched_off_needs_no_background_loop(

@@ -79,7 +79,7 @@ def test_rows_and_outcome_are_committed_together(layer: SQLitePersistenceLayer, 
     assert paying(layer, pay, hooks=(listener,))() == RECEIPT
     assert paying(layer, never)() == RECEIPT
     assert payments(connection) == 1
-    assert listener.kinds == [EventKind.EXECUTED]
+    assert listener.kinds == [EventKind.CLAIMED, EventKind.EXECUTED]
 
 
 def test_a_block_is_completed_in_a_session_of_sqlalchemy(

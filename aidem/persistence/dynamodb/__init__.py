@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable
 
     from aidem._rules.record import RecordStatus
+    from aidem.persistence import Diagnosis
     from aidem.persistence.dynamodb._client import Action
     from aidem.persistence.dynamodb._items import Item
     from aidem.persistence.dynamodb._requests import Request
@@ -272,9 +273,24 @@ class DynamoDBPersistenceLayer(OpenedByAsyncWith):
 
         Operators add it to leases, as a clock that is ahead takes them for passed too early.
         """
+        return max(0.0, await self._clock_difference_seconds())
+
+    async def _clock_difference_seconds(self) -> float:
         answer = await self._send("get_item", self._requests.get("aidem:clock"))
         date = parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"])
-        return max(0.0, self.clock() - date.timestamp())
+        return self.clock() - date.timestamp()
+
+    async def diagnose(self) -> Diagnosis:
+        """Look at the table, its TTL and its replicas, as far as the role may; compare clocks.
+
+        Raises:
+            IdempotencyPersistenceLayerError: The table cannot be reached or used.
+        """
+        ahead_seconds = await self._clock_difference_seconds()
+        diagnosis: Diagnosis = await self._ask(
+            lambda client: _table.diagnosis(client, self._requests, ahead_seconds=ahead_seconds)
+        )
+        return diagnosis
 
     async def open(self) -> None:
         """Connect, and look at the table's keys if the role may describe it.

@@ -97,7 +97,7 @@ _BY_CODE: Final[tuple[tuple[frozenset[str], _Meaning], ...]] = (
         _Meaning(
             IdempotencyPersistenceConfigError,
             "DynamoDB table {table} does not exist, or not in this region and account; create it, for development with "
-            "`await layer.create_table()`, or check its name and AWS_REGION",
+            "`aidem create-table` or `await layer.create_table()`, or check its name and AWS_REGION",
         ),
     ),
     (

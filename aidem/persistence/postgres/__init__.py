@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 
     from aidem._rules.record import DataRecord, RecordStatus
+    from aidem.persistence import Diagnosis
     from aidem.persistence.postgres._connections import OwnConnections
     from aidem.persistence.postgres._questions import MaybeAgain, Reply
 
@@ -324,13 +325,27 @@ class PostgresPersistenceLayer(OpenedByAsyncWith):
                 make it.
             IdempotencyPersistenceLayerError: The server cannot be reached or used, or is a replica.
         """
-        dangers = await self._ask(
-            _checks.CHECK, (self._table.quoted,), lambda reply: _checks.dangers(reply.row, self._table)
-        )
+        dangers = await self._dangers()
         if not self._is_checked:
             self._is_checked = True
             for danger in dangers:
                 logger.warning("PostgreSQL: %s", danger)
+
+    async def diagnose(self) -> Diagnosis:
+        """Look at the server, its settings for this user, and the table.
+
+        Raises:
+            IdempotencyPersistenceLayerError: As of `open`.
+        """
+        found = await self._dangers()
+        return await self._ask(
+            _checks.LOOK, (self._table.quoted,), lambda reply: _checks.diagnosis(reply.row, self._table, found=found)
+        )
+
+    async def _dangers(self) -> list[str]:
+        return await self._ask(
+            _checks.CHECK, (self._table.quoted,), lambda reply: _checks.dangers(reply.row, self._table)
+        )
 
     async def create_table(self) -> None:
         """Create the table and its index; those that exist are left as they are.

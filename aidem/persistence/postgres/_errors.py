@@ -172,7 +172,7 @@ def _meaning(state: str, table: Table) -> IdempotencyPersistenceLayerError:
         return unfit(
             table,
             f"does not exist in this database, or not with the columns that aidem needs (SQLSTATE {state}); create it "
-            "with `await layer.create_table()`, or by a migration with",
+            "with `aidem create-table` or `await layer.create_table()`, or by a migration with",
             table.ddl(),
         )
     for kind, meanings in (

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
     from redis.asyncio import Redis, RedisCluster
 
+    from aidem.persistence import Diagnosis
+
 __all__ = ["RedisCachePersistenceLayer", "RedisPersistenceLayer"]
 
 logger = logging.getLogger("aidem")
@@ -259,6 +261,14 @@ class RedisPersistenceLayer(OpenedByAsyncWith):
             self._is_checked = True
             for problem in problems:
                 logger.warning("Redis: %s", problem)
+
+    async def diagnose(self) -> Diagnosis:
+        """Look at the settings of every primary, as far as the ACL shows them.
+
+        Raises:
+            IdempotencyPersistenceLayerError: A server cannot be reached or used.
+        """
+        return await _checks.diagnosis(await self._connections.here().line.nodes(), mode=self._mode)
 
     async def aclose(self) -> None:
         """Wait for the operations of this event loop that have begun, then close its connections."""

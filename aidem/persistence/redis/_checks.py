@@ -5,16 +5,21 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any, Final
 
+from aidem._runtime.clock import wall_clock
 from aidem.exceptions import IdempotencyPersistenceConfigError, IdempotencyPersistenceLayerError
+from aidem.persistence import Diagnosis
+from aidem.persistence._diagnosis import clock_fact, clock_problems, joined
 from aidem.persistence.redis._errors import ReplyError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Sequence
 
     from aidem._runtime.cancellation import UncancellableFuture
     from aidem.persistence.redis._line import Line
 
 OLDEST_VERSION: Final = (6, 2)
+SETTINGS: Final = ("maxmemory-policy", "appendonly", "appendfsync", "save", "min-replicas-to-write")
+NOT_SHOWN: Final = "not shown by its ACL"
 
 
 async def problems(nodes: Iterable[Line], *, mode: str) -> list[str]:
@@ -35,6 +40,42 @@ async def problems(nodes: Iterable[Line], *, mode: str) -> list[str]:
         _, save = await _if_allowed(node.query("CONFIG", "GET", "save")) or (b"save", b"unknown")
         found |= dict.fromkeys(_problems(info, save=save.decode(), mode=mode))
     return list(found)
+
+
+async def diagnosis(nodes: Sequence[Line], *, mode: str) -> Diagnosis:
+    """Return what servers are, and all that endangers records in them; see `problems`."""
+    found = dict.fromkeys(await problems(nodes, mode=mode))
+    facts: dict[str, list[str]] = {}
+    for node in nodes:
+        info = _info(await _if_allowed(node.query("INFO")) or b"")
+        settings = {name: await _setting(node, name) for name in SETTINGS}
+        ahead_seconds = await _clock_ahead_seconds(node)
+        software = "Valkey" if "valkey_version" in info else "Redis"
+        version = info.get("valkey_version") or info.get("redis_version") or "of a version that its ACL does not show"
+        for name, fact in {
+            "server": f"{software} {version}",
+            "mode": mode if len(nodes) == 1 else f"{mode}, {len(nodes)} primaries",
+            "role": {"master": "primary", "slave": "replica"}.get(info.get("role", ""), NOT_SHOWN),
+            "replicas": info.get("connected_slaves", NOT_SHOWN),
+            "memory": f"{info.get('used_memory_human', NOT_SHOWN)} of {info.get('maxmemory_human', NOT_SHOWN)}",
+            **settings,
+            "clock of this machine": clock_fact(ahead_seconds),
+        }.items():
+            facts.setdefault(name, []).append(fact)
+        found |= dict.fromkeys(_more_problems(info, settings, mode=mode))
+        found |= dict.fromkeys(clock_problems(ahead_seconds, danger="`aidem list` judges states by it"))
+    return Diagnosis({name: joined(each) for name, each in facts.items()}, tuple(found))
+
+
+async def _setting(node: Line, name: str) -> str:
+    reply = await _if_allowed(node.query("CONFIG", "GET", name))
+    return (reply[1].decode() or '""') if reply else NOT_SHOWN
+
+
+async def _clock_ahead_seconds(node: Line) -> float:
+    reply = await _if_allowed(node.query("TIME"))
+    now = wall_clock()
+    return now - int(reply[0]) - int(reply[1]) / 1e6 if reply else 0.0
 
 
 async def _if_allowed(reply: UncancellableFuture[Any]) -> Any:
@@ -78,3 +119,20 @@ def _problems(info: dict[str, str], *, save: str, mode: str) -> Iterator[str]:
             "min-replicas-to-write is 0: a primary that is cut off while another takes its place goes on acknowledging "
             "records that are then gone, and calls may run twice; set it to 1 or more"
         )
+
+
+def _more_problems(info: dict[str, str], settings: dict[str, str], *, mode: str) -> Iterator[str]:
+    """Yield what is too usual, or too much of the moment, to be logged by every process that connects."""
+    if info.get("role") == "slave":
+        yield "this server is a replica, which takes no writes; connect to its primary, or by redis+sentinel://"
+    if info.get("cluster_enabled") == "1" and mode != "cluster":
+        yield "this server is a node of a cluster, which has only some of the keys; connect by redis+cluster://"
+    if info.get("aof_enabled") == "1" and settings["appendfsync"] not in {"always", NOT_SHOWN}:
+        lost = "a second" if settings["appendfsync"] == "everysec" else "half a minute"
+        yield (
+            f"appendfsync is {settings['appendfsync']}: a power failure loses up to {lost} of records, and calls may "
+            "run twice; set it to always, or accept that"
+        )
+    for name, setting in (("rdb_last_bgsave_status", "save"), ("aof_last_write_status", "appendonly")):
+        if info.get(name, "ok") != "ok":
+            yield f"the last write for {setting} failed ({name} is {info[name]}); see the log and the disk of Redis"

@@ -19,7 +19,7 @@ from aidem.exceptions import (
 from aidem.persistence._context import OpenedByAsyncWith
 from aidem.persistence._scan import RECORDS_PER_PAGE, selected
 from aidem.persistence._transactions import recognised
-from aidem.persistence.sqlite import _thread
+from aidem.persistence.sqlite import _checks, _thread
 from aidem.persistence.sqlite._file import DatabaseFile
 from aidem.persistence.sqlite._thread import ApplicationThread, Job, RecordThread
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from aidem._rules.record import DataRecord, RecordStatus
-    from aidem.persistence import Blocked, Claimed
+    from aidem.persistence import Blocked, Claimed, Diagnosis
     from aidem.persistence._transactions import Transaction
     from aidem.persistence.sqlite._records import Records
 
@@ -108,6 +108,10 @@ class SQLitePersistenceLayer(OpenedByAsyncWith):
     def path(self) -> Path:
         """The file."""
         return self._file.path
+
+    def holds_records(self) -> bool:
+        """Whether the file is there, and was made for records; it is not made or changed, unlike at every other use."""
+        return self._file.holds_records()
 
     def acquire(
         self,
@@ -214,6 +218,17 @@ class SQLitePersistenceLayer(OpenedByAsyncWith):
             IdempotencyPersistenceConfigError: The file cannot be used.
         """
         await self._ask(lambda _records: None, writes=False)
+
+    async def diagnose(self) -> Diagnosis:
+        """Look at the file, its log, and the file system that it is on.
+
+        Raises:
+            IdempotencyPersistenceLayerError: The file cannot be used.
+        """
+        return await self._ask(
+            lambda records: _checks.diagnosis(records.cursor, self.path, found=sorted(self._file.warnings)),
+            writes=False,
+        )
 
     async def aclose(self) -> None:
         """Finish what was asked so far, then close the file and end the thread."""

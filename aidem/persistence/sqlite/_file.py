@@ -112,6 +112,7 @@ class DatabaseFile:
         busy_timeout_seconds: How long to wait while another connection writes.
         is_of_application: Whether it is the database of an application, in which the records are guests.
         tables: Where in it the records are.
+        warnings: What was noticed about it when it was opened, and logged.
     """
 
     def __init__(
@@ -127,7 +128,19 @@ class DatabaseFile:
         self.is_of_application = is_of_application
         self.tables = Tables(APPLICATION_PREFIX if is_of_application else "")
         self._identity: tuple[int, int] | None = None
-        self._warnings = set[str]()
+        self.warnings = set[str]()
+
+    def holds_records(self) -> bool:
+        """Whether records can be in the file; who wants to know does not want it to be made or changed."""
+        if not self.path.exists() or self.path.stat().st_size == 0:
+            return False
+        if not self.is_of_application:
+            return True  # or a file that is not ours, which `connect` refuses
+        try:
+            with contextlib.closing(sqlite3.connect(f"{self.path.as_uri()}?mode=rw", uri=True)) as connection:
+                return connection.execute(_HAS_SCHEMA).fetchone() is not None
+        except sqlite3.Error:
+            return True  # `connect` says what is wrong with it
 
     def connect(self) -> sqlite3.Connection:
         """Open the file, made if it is not there, without touching one that is not ours.
@@ -289,8 +302,8 @@ class DatabaseFile:
                 status.st_uid not in {0, _user()}
             ),
         }
-        for problem in [problem for problem, found in problems.items() if found and problem not in self._warnings]:
-            self._warnings.add(problem)
+        for problem in [problem for problem, found in problems.items() if found and problem not in self.warnings]:
+            self.warnings.add(problem)
             logger.warning("SQLite: %s", problem)
 
     def _prepare(self, connection: sqlite3.Connection) -> None:

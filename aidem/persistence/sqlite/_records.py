@@ -130,6 +130,11 @@ class Records:
         self._last_fence: int = self._stored_fence
 
     @property
+    def cursor(self) -> sqlite3.Cursor:
+        """What they are read with."""
+        return self._cursor
+
+    @property
     def in_transaction(self) -> bool:
         """Whether the transaction still stands."""
         return self._cursor.connection.in_transaction

@@ -5,6 +5,7 @@ from typing import Any
 from urllib.parse import urlencode
 
 import pytest
+from botocore.exceptions import ClientError
 
 from aidem import IdempotencyConfig, current_execution, idempotent_function
 from aidem._rules.lifecycle import Blocked, Claimed
@@ -504,3 +505,78 @@ async def test_a_clock_that_is_ahead_of_the_service_is_noticed(
     layer = DynamoDBPersistenceLayer(table, clock=lambda: time.time() + ahead_seconds)
     async with layer:
         assert await layer.clock_ahead_seconds() == pytest.approx(expected, abs=5)
+
+
+async def test_a_diagnosis_tells_what_the_table_is(database: Database) -> None:
+    table = database.create_table("pk", "sk")
+    options: dict[str, Any] = {"key_attr": "pk", "sort_key_attr": "sk", "expiry_attr": "until"}
+    async with DynamoDBPersistenceLayer(table, **options) as layer:
+        facts, problems = await layer.diagnose()
+        assert facts["table"] == f"{table}, ACTIVE"
+        assert facts["keys"] == "HASH 'pk' (S), RANGE 'sk' (S)"
+        assert facts["billing"] == "PAY_PER_REQUEST"
+        assert facts["clock of this machine"] == "as the store's"
+        assert [problem.partition(";")[0] for problem in problems] == [
+            "TTL is off: expired records are never removed, and the table grows"
+        ]
+        for attribute in ("until", "lease"):
+            specification = {"Enabled": True, "AttributeName": attribute}
+            database.client.update_time_to_live(TableName=table, TimeToLiveSpecification=specification)
+            facts, problems = await layer.diagnose()
+            assert facts["TTL"] == f"ENABLED on {attribute}"
+            if attribute == "until":
+                assert problems == ()
+                database.client.update_time_to_live(
+                    TableName=table, TimeToLiveSpecification=specification | {"Enabled": False}
+                )
+        [problem] = problems
+        assert "TTL is on 'lease', and records expire by 'until': they are removed too early or never" in problem
+
+
+class Described:
+    """A client of a table in a bad state, of which another region has a replica, and whose role may not see its TTL."""
+
+    exceptions: Any = None
+
+    def __init__(self, **description: Any) -> None:
+        self._description = {
+            "TableStatus": "ARCHIVED",
+            "KeySchema": [{"AttributeName": "id", "KeyType": "HASH"}],
+            "AttributeDefinitions": [{"AttributeName": "id", "AttributeType": "S"}],
+            "Replicas": [{"RegionName": "eu-west-1"}],
+        } | description
+
+    async def get_item(self, **_request: Any) -> Any:
+        return {"ResponseMetadata": {"HTTPHeaders": {"date": "Thu, 01 Jan 1970 00:00:10 GMT"}}}
+
+    async def describe_table(self, **_request: Any) -> Any:
+        return {"Table": self._description}
+
+    async def describe_time_to_live(self, **_request: Any) -> Any:
+        raise ClientError({"Error": {"Code": "AccessDeniedException"}}, "DescribeTimeToLive")
+
+    async def describe_continuous_backups(self, **_request: Any) -> Any:
+        raise TypeError("a fault of the client")
+
+
+async def test_a_diagnosis_tells_what_endangers_records_and_what_the_role_may_not_see() -> None:
+    client = Described()
+    layer = DynamoDBPersistenceLayer("records", client=client, clock=lambda: 100)
+    with pytest.raises(TypeError, match="a fault of the client"):
+        await layer.diagnose()
+    client.describe_continuous_backups = client.describe_time_to_live  # type: ignore[method-assign]
+    facts, problems = await layer.diagnose()
+    assert facts["TTL"] == facts["point-in-time recovery"] == "not shown to this role"
+    assert facts["billing"] == "PROVISIONED"
+    assert [problem.partition(":")[0] for problem in problems] == [
+        "the clock of this machine is 90 s ahead of the store's",
+        "the table is ARCHIVED",
+        "the table has replicas in eu-west-1, which agree only after a while",
+    ]
+    client = Described(TableStatus="ACTIVE", MultiRegionConsistency="STRONG")
+    client.describe_continuous_backups = client.describe_time_to_live  # type: ignore[method-assign]
+    assert (await DynamoDBPersistenceLayer("records", client=client, clock=lambda: 10).diagnose()).problems == ()
+    client.describe_table = client.describe_time_to_live  # type: ignore[method-assign]
+    facts, problems = await DynamoDBPersistenceLayer("records", client=client, clock=lambda: 10).diagnose()
+    assert {facts["table"], facts["keys"]} == {"records, not shown to this role", "not shown to this role"}
+    assert problems == ()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
 from typing import Any
@@ -212,6 +213,36 @@ async def test_what_endangers_records_is_logged_once(
         "PostgreSQL: fsync is off: a crash of its machine loses what was stored",  # as tests want it
         "PostgreSQL: synchronous_commit is off: a crash loses what was stored in the last moments",
     ]
+
+
+async def test_a_diagnosis_tells_what_endangers_records(
+    make_layer: MakeLayer, empty: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await make_layer().create_table()
+    facts, problems = await make_layer().diagnose()
+    assert facts["server"].startswith("PostgreSQL 1")
+    assert facts["table"].startswith("aidem_records, ")
+    assert facts["replicas"] == "0, none synchronous"
+    assert facts["default_transaction_isolation"] == "read committed"
+    as_tests_want_it = ["fsync is off", "full_page_writes is off", "autovacuum is off"]
+    assert [problem.partition(":")[0] for problem in problems] == as_tests_want_it
+
+    await empty.execute("ALTER TABLE aidem_records SET UNLOGGED")
+    await empty.execute("ALTER TABLE aidem_records SET (autovacuum_enabled = false)")
+    await empty.execute("ALTER DATABASE empty SET default_transaction_isolation = serializable")
+    await empty.execute("ALTER DATABASE empty SET default_transaction_read_only = on")
+    await empty.execute("ALTER DATABASE empty SET synchronous_commit = off")
+    monkeypatch.setattr(time, "time", lambda: 0.0)
+    facts, problems = await make_layer().diagnose()
+    assert facts["default_transaction_isolation"] == "serializable"
+    assert "autovacuum_enabled=false" in facts["options of the table"]
+    expected = (
+        *("is not an ordinary one", "fsync is off", "synchronous_commit is off", "behind the store's"),
+        *("full_page_writes is off", "default_transaction_read_only is on"),
+    )
+    assert len(problems) == len(expected) + 1
+    assert all(part in problem for part, problem in zip(expected, problems, strict=False))
+    assert 'ALTER TABLE "aidem_records" RESET (autovacuum_enabled)' in problems[-1]
 
 
 async def test_a_replica_is_refused_whether_opened_or_not() -> None:

@@ -4,6 +4,7 @@ import asyncio
 import logging
 import ssl
 import subprocess
+import time
 from collections.abc import AsyncGenerator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -164,6 +165,62 @@ async def test_settings_that_endanger_records_are_logged_once(
     warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert len(warnings) == len(warned_of)
     assert all(what in warning for what, warning in zip(warned_of, warnings, strict=True))
+
+
+def diagnosed_as(*, save: str = "3600 1", appendfsync: str = "always", behind_seconds: float = 0, **info: str) -> Any:
+    """Return what a server answers whose settings, clock and INFO are these."""
+    settings = {"save": save, "appendfsync": appendfsync, "maxmemory-policy": "noeviction", "appendonly": "yes"}
+    tell = about(**{"redis_version": "7.0.0", "role": "master", "connected_slaves": "1"} | info)
+
+    def answer(command: list[bytes]) -> bytes:
+        if command[0] == b"TIME":
+            return f"*2\r\n$10\r\n{int(time.time() - behind_seconds)}\r\n$1\r\n0\r\n".encode()
+        if command[0] == b"CONFIG":
+            name = command[2].decode()
+            value = settings.get(name, "0")
+            return f"*2\r\n${len(name)}\r\n{name}\r\n${len(value)}\r\n{value}\r\n".encode()
+        reply: bytes = tell(command)
+        return reply
+
+    return answer
+
+
+@pytest.mark.parametrize(
+    ("server", "problems"),
+    [
+        ({}, []),
+        ({"aof_enabled": "1"}, []),
+        ({"role": "slave"}, ["this server is a replica, which takes no writes; connect to its primary"]),
+        ({"cluster_enabled": "1"}, ["this server is a node of a cluster, which has only some of the keys; connect by"]),
+        (
+            {"aof_enabled": "1", "appendfsync": "everysec"},
+            ["appendfsync is everysec: a power failure loses up to a sec"],
+        ),
+        ({"aof_enabled": "1", "appendfsync": "no"}, ["appendfsync is no: a power failure loses up to half a minute"]),
+        ({"aof_enabled": "0", "save": ""}, ["appendonly is no and save is empty"]),
+        ({"rdb_last_bgsave_status": "err"}, ["the last write for save failed (rdb_last_bgsave_status is err)"]),
+        ({"aof_last_write_status": "err"}, ["the last write for appendonly failed (aof_last_write_status is err)"]),
+        ({"behind_seconds": 100}, ["s ahead of the store's: `aidem list` judges states by it; set it by NTP"]),
+        ({"behind_seconds": -100}, ["s behind the store's: `aidem list` judges"]),
+    ],
+)
+async def test_a_diagnosis_tells_what_endangers_records(
+    fake: FakeServer, layer: RedisPersistenceLayer, server: dict[str, Any], problems: list[str]
+) -> None:
+    fake.answer = diagnosed_as(**server)
+    facts, found = await layer.diagnose()
+    assert len(found) == len(problems)
+    assert all(problem in text for problem, text in zip(problems, found, strict=True))
+    assert facts["server"] == "Redis 7.0.0"
+    assert facts["replicas"] == "1"
+    assert facts["maxmemory-policy"] == "noeviction"
+
+
+async def test_a_diagnosis_tells_what_the_acl_does_not_show(fake: FakeServer, layer: RedisPersistenceLayer) -> None:
+    fake.answer = lambda _command: b"-NOPERM no\r\n"
+    facts, problems = await layer.diagnose()
+    assert facts["role"] == facts["appendonly"] == facts["replicas"] == "not shown by its ACL"
+    assert problems == ()
 
 
 @pytest.mark.parametrize("reply", [b"-NOPERM no\r\n", b"-ERR unknown command 'INFO'\r\n", b"*0\r\n"])
