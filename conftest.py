@@ -64,6 +64,7 @@ UNMEASURED = [
     "tests/persistence/postgres/test_torture.py",
     "tests/persistence/sqlite/test_torture.py",
     "tests/processes",
+    "tests/runtime/test_cancellation.py",
     "tests/simulation",
     "tests/stateful",
     "tests/sync/test_greenlets.py",
