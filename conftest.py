@@ -76,6 +76,7 @@ UNMEASURED = [
     "tests/persistence/postgres/test_torture.py",
     "tests/persistence/sqlite/test_torture.py",
     "tests/processes",
+    "tests/recipes",
     "tests/runtime/test_cancellation.py",
     "tests/simulation",
     "tests/stateful",

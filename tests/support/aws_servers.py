@@ -111,7 +111,7 @@ def moto_url() -> Iterator[str]:
 @pytest.fixture(scope="session")
 def ministack_url() -> Iterator[str]:
     port = free_port()
-    python = python_with_ministack()
+    python = python_beside_servers()
     environment = {"BIND_HOST": "127.0.0.1", "GATEWAY_PORT": str(port)}
     with started([python, "-m", "ministack"], port, environment) as url:
         yield url
@@ -164,8 +164,8 @@ def wait_until_it_answers(url: str, server: subprocess.Popen[bytes]) -> None:
     pytest.fail(f"{server.args!r} did not start; run it by hand to see why")
 
 
-def python_with_ministack() -> str:
-    """Return an interpreter that has ministack, which pins a botocore of its own and so needs its own environment."""
+def python_beside_servers() -> str:
+    """Return an interpreter that has what cannot be installed beside the rest: ministack and arq, which pin clients."""
     python = ENVIRONMENTS / "servers" / "bin" / "python"
-    assert python.exists(), "these tests need ministack, a DynamoDB emulator: run `nox -s servers`"
+    assert python.exists(), "these tests need an environment of their own: run `nox -s servers`"
     return str(python)

@@ -83,6 +83,12 @@ class RedisServer:
         new.write_text(f"{instant:%Y-%m-%d %H:%M:%S}.{int(seconds * 1000) % 1000:03d}\n")
         new.rename(self.directory / "clock")
 
+    def shift_clock(self, seconds: float) -> None:
+        """Let the clock of a server that was started with `movable_clock` go on, this far ahead of the real time."""
+        new = self.directory / "clock.new"
+        new.write_text(f"+{seconds}\n")
+        new.rename(self.directory / "clock")
+
     def _accepts_connections(self) -> bool:
         with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), timeout=1):
             return True
