@@ -9,6 +9,7 @@ import os
 import pkgutil
 import sys
 import threading
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,12 +81,10 @@ UNMEASURED = [
     "tests/runtime/test_cancellation.py",
     "tests/simulation",
     "tests/stateful",
-    "tests/sync/test_greenlets.py",
     "tests/test_benchmarks.py",
     "tests/test_docs.py",
     "tests/testing/test_conformance_catches_broken_layers.py",
     "tests/testing/test_conformance_catches_broken_transactions.py",
-    "tests/testing/test_crash_databases.py",
     "tests/testing/test_crash_servers.py",
     "tests/testing/test_documented_handlers.py",
     "tests/testing/test_scan_conformance_catches_broken_layers.py",
@@ -117,8 +116,7 @@ def pytest_collection() -> Generator[None, Any, Any]:
     if not IS_MEASURED:
         return (yield)
     for module in pkgutil.walk_packages(aidem.__path__, "aidem."):
-        if not module.name.endswith("__main__"):
-            importlib.import_module(module.name)
+        importlib.import_module(module.name)
     with _without_coverage():
         return (yield)
 
@@ -126,16 +124,22 @@ def pytest_collection() -> Generator[None, Any, Any]:
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, Any, Any]:
     """Run a test with coverage, if it may execute a line that no other does."""
-    if not (IS_MEASURED and _is_unmeasured(item)):
+    if not _is_unmeasured(item):
         return (yield)
     with _without_coverage():
         return (yield)
 
 
 def _is_unmeasured(item: pytest.Item) -> bool:
+    if not IS_MEASURED:
+        return False
     parameters = item.name.partition("[")[2].removesuffix("]").split("-")
-    is_listed = any(item.path.is_relative_to(ROOT / listed) for listed in UNMEASURED)
-    return is_listed or not SECOND_SERVERS.isdisjoint(parameters)
+    return not SECOND_SERVERS.isdisjoint(parameters) or _is_listed(item.path)
+
+
+@cache
+def _is_listed(path: Path) -> bool:
+    return any(path.is_relative_to(ROOT / listed) for listed in UNMEASURED)
 
 
 @pytest.fixture(scope="module")
@@ -163,11 +167,14 @@ pytest_collect_file: Any = Sybil(
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep the examples of a document in their order, whatever is shuffled; begin with the files that take longest."""
+    """Keep the examples of a document in their order, whatever is shuffled; begin with the files that take longest.
+
+    What is not measured comes last, as a line that a process executes only once is to be executed with coverage.
+    """
     places = [place for place, item in enumerate(items) if isinstance(item, SybilItem)]
     examples = [item for item in items if isinstance(item, SybilItem)]
     examples.sort(key=lambda item: (item.example.path, item.example.line))
     for place, example in zip(places, examples, strict=True):
         items[place] = example
     places_of_files = {ROOT / file: place for place, file in enumerate(LONGEST)}
-    items.sort(key=lambda item: places_of_files.get(item.path, len(LONGEST)))
+    items.sort(key=lambda item: (_is_unmeasured(item), places_of_files.get(item.path, len(LONGEST))))
