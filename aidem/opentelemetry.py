@@ -90,7 +90,10 @@ class OpenTelemetryHook:
         if isinstance(event.error, Exception):  # nothing is wrong with a call that is cancelled
             span.set_status(trace.StatusCode.ERROR)  # without its message, which may show the key or data
             if event.kind in ENDINGS and span.is_recording():
-                _add_exception(span, event.error, timestamp=ended_at)
+                # Where the body failed. `Span.record_exception` would add the message, which may show data.
+                frames = "".join(traceback.format_tb(event.error.__traceback__))
+                details = {"exception.type": _type_of(event.error), "exception.stacktrace": frames}
+                span.add_event("exception", details, ended_at)
         span.end(ended_at)
         return span
 
@@ -113,12 +116,6 @@ class _Executions:
         """Return the span of the execution whose outcome this is, if it is remembered."""
         with self._guard.lock:
             return self._spans.get((event.key, event.fence))
-
-
-def _add_exception(span: trace.Span, error: Exception, *, timestamp: int) -> None:
-    """Record where the body failed. `Span.record_exception` would add the message, which may show data."""
-    frames = "".join(traceback.format_tb(error.__traceback__))
-    span.add_event("exception", {"exception.type": _type_of(error), "exception.stacktrace": frames}, timestamp)
 
 
 def _attributes_of(event: IdempotencyEvent) -> dict[str, str]:

@@ -60,7 +60,9 @@ class PrometheusHook:
         """Count the event."""
         metrics = self._metrics
         function = metrics.label_of(event.function)
-        metrics.events.labels(event.kind.value, function, _error_of(event)).inc()
+        error = type(event.error)
+        is_ours = event.body_seconds is None and error.__module__ == "aidem.exceptions"
+        metrics.events.labels(event.kind.value, function, error.__name__ if is_ours else "").inc()
         if event.kind is EventKind.CLAIMED:
             metrics.claims.labels(function).inc()
         elif event.body_seconds is not None:  # an ending
@@ -89,25 +91,18 @@ class _Metrics:
     def label_of(self, function: str) -> str:
         """Return the label of a function. There are only so many, as each is a time series for as long as it runs."""
         name = function.removeprefix("the ")
-        if name not in self._functions:
-            if len(self._functions) >= MAX_FUNCTIONS:
-                return "other"
-            self._functions.add(name)
-            self._start_at_zero(name)
-        return name
-
-    def _start_at_zero(self, function: str) -> None:
-        """Let the time series begin before their first event, or a server sees no increase when it comes."""
+        if name in self._functions:
+            return name
+        if len(self._functions) >= MAX_FUNCTIONS:
+            return "other"
+        self._functions.add(name)
+        # The time series begin before their first event, or a server sees no increase when it comes.
         for kind in EventKind:
-            self.events.labels(kind.value, function, "")
+            self.events.labels(kind.value, name, "")
         for error in _CONFLICTS:
-            self.events.labels(EventKind.CONFLICT.value, function, error)
+            self.events.labels(EventKind.CONFLICT.value, name, error)
+        return name
 
 
 _by_registry: Final[WeakKeyDictionary[CollectorRegistry, _Metrics]] = WeakKeyDictionary()
 _registering: Final = ForkSafeLock()
-
-
-def _error_of(event: IdempotencyEvent) -> str:
-    kind = type(event.error)
-    return kind.__name__ if event.body_seconds is None and kind.__module__ == "aidem.exceptions" else ""
