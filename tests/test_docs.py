@@ -72,6 +72,31 @@ def test_the_first_page_leads_to_every_other() -> None:
     assert pages == set(re.findall(r"\]\(([\w/-]+\.md)\)", page("index.md")))
 
 
+@pytest.mark.parametrize(
+    "name", ["persistence.md", "redis.md", "dynamodb.md", "postgres.md", "http.md", "guarantees.md", "tutorial.md"]
+)
+def test_the_runbook_is_found_from_every_page_of_a_layer_and_every_page_of_errors(name: str) -> None:
+    assert re.search(r"\]\(operations\.md[)#]", page(name))
+
+
+def test_the_first_page_has_the_words_that_an_operator_looks_for() -> None:
+    assert {"runbook", "rename", "gdpr"} <= set(re.findall(r"\w+", page("index.md").lower()))
+
+
+def test_every_link_to_a_section_of_a_page_leads_to_one() -> None:
+    def anchors(text: str) -> set[str]:
+        titles = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+        return {re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-") for title in titles}
+
+    for target in ("operations.md", "personal-data.md"):
+        known = anchors(page(target))
+        for path in DOCS.glob("*.md"):
+            pattern = rf"\]\({target}#([\w-]+)\)" + (r"|\]\(#([\w-]+)\)" if path.name == target else "")
+            for found in re.findall(pattern, path.read_text(encoding="utf-8")):
+                name = found if isinstance(found, str) else "".join(found)
+                assert name in known, (path.name, name)
+
+
 @pytest.mark.parametrize("front", [ROOT / "README.md", DOCS / "index.md"], ids=lambda path: path.name)
 def test_every_extra_is_named_where_a_user_begins(front: Path) -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]

@@ -57,7 +57,8 @@ async def diagnosis(nodes: Sequence[Line], *, mode: str) -> Diagnosis:
             "mode": mode if len(nodes) == 1 else f"{mode}, {len(nodes)} primaries",
             "role": {"master": "primary", "slave": "replica"}.get(info.get("role", ""), NOT_SHOWN),
             "replicas": info.get("connected_slaves", NOT_SHOWN),
-            "memory": f"{info.get('used_memory_human', NOT_SHOWN)} of {info.get('maxmemory_human', NOT_SHOWN)}",
+            "used_memory": info.get("used_memory_human", NOT_SHOWN),
+            "maxmemory": "no limit" if info.get("maxmemory") == "0" else info.get("maxmemory_human", NOT_SHOWN),
             **settings,
             "clock of this machine": clock_fact(ahead_seconds),
         }.items():
