@@ -19,6 +19,7 @@ return links(document).filter((link) => link.getRootNode() !== document).map((li
 @pytest.mark.parametrize(
     ("words", "page"),
     [
+        ("prometheus", "/observing/#prometheus"),
         ("postgres", "/postgres/"),
         ("rename", "/changing-keys/"),
         ("sqs partial batch", "/lambda/#batches"),
