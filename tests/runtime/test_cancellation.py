@@ -506,7 +506,7 @@ async def test_an_interrupt_while_a_layer_answers_at_once_leaves_no_claim() -> N
     assert not till.charges
 
 
-@pytest.mark.parametrize("kind", [EventKind.TAKEN_OVER, EventKind.WAITED])
+@pytest.mark.parametrize("kind", [EventKind.TAKEN_OVER, EventKind.WAITED, EventKind.CLAIMED])
 @pytest.mark.parametrize("form", ["function", "block"])
 async def test_an_observer_that_ends_the_program_leaves_no_claim(kind: EventKind, form: str) -> None:
     class Ending:
