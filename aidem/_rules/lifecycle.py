@@ -35,6 +35,10 @@ from aidem._rules.record import COMPLETED, INPROGRESS, DataRecord, OutcomeKind, 
 GIVEN_UP: Final = 0
 """The lease expiry of a claim that its owner left in doubt; no lease that merely passed ends then."""
 
+HALF_A_SECOND: Final = 500
+"""A taken-over claim expires at the nearest second by the layer's clock: the next one would be later at each check that
+puts a claim back, and so doubt would never expire."""
+
 # --- What layers answer ---------------------------------------------------------------------------------------------
 
 
@@ -280,7 +284,11 @@ def taken_over(
     if not (has_passed or force):
         return None
     if proposed_at is not None:
+        expiry = proposed.expiry_timestamp
         proposed = shifted(proposed, seconds=now - proposed_at)
+        if expiry is not None:
+            seconds = (milliseconds(now) - milliseconds(proposed_at) + HALF_A_SECOND) // 1000
+            proposed = proposed.replace(expiry_timestamp=expiry + seconds)
     return _fenced(proposed, stored, now=now, last_fence=last_fence)
 
 
