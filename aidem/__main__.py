@@ -12,6 +12,7 @@ import importlib
 import json
 import logging
 import os
+import re
 import sys
 import time
 from functools import partial
@@ -265,9 +266,9 @@ def _layer(store: str, *, makes: bool) -> PersistenceLayer:
 
 
 def _imported(name: str) -> Any:
-    module, colon, attributes = name.partition(":")
-    if not (module and colon and attributes):
-        raise IdempotencyUsageError(f"{name!r} names nothing to import; write module:name")
+    if not re.fullmatch(r"[\w.]+:[\w.]+", name):  # it may be a URL with a slip in it, and with a password
+        raise IdempotencyUsageError("this is no URL, which has ://, and names nothing to import; write module:name")
+    module, _, attributes = name.partition(":")
     sys.path.insert(0, str(Path.cwd()))
     try:
         found: Any = importlib.import_module(module)
