@@ -237,15 +237,14 @@ def _with_layer(
 ) -> Callable[[Options], int]:
     async def run(layer: PersistenceLayer, options: Options) -> int:
         try:
-            return await command(layer, options)
+            async with contextlib.aclosing(layer):
+                return await command(layer, options)
         except (IdempotencyError, OutputError):
             raise
         except Exception as error:
             raise IdempotencyPersistenceLayerError(
                 f"{type(layer).__name__} raised {type(error).__name__}: {error}"
             ) from error
-        finally:
-            await layer.aclose()
 
     return lambda options: asyncio.run(run(_layer(options.store, makes=makes), options))
 

@@ -584,6 +584,15 @@ def test_a_pipe_of_the_store_that_closes_is_a_failure_of_the_store(
     assert told == "aidem: Failing raised BrokenPipeError: of the store\n"
 
 
+def test_a_layer_that_cannot_be_closed_is_a_failure_of_the_store(
+    path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = FAILING.replace("def get(self, key)", "async def aclose(self)").replace("FAILURE", "OSError('still in use')")
+    (path.parent / "unclosed_layer.py").write_text(text)
+    told = typed(capsys, "list", "--store", "unclosed_layer:layer", code=3)
+    assert told == "aidem: Failing raised OSError: still in use\n"
+
+
 FAILING = """
 from aidem.persistence.memory import MemoryPersistenceLayer
 
