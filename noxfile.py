@@ -33,7 +33,7 @@ HTTP = [
 ]
 POSTGRES_CLIENT = [f"tests/persistence/postgres/test_{part}.py" for part in ("postgres", "connections", "errors")]
 POSTGRES_POOLS = [f"tests/persistence/postgres/test_{part}.py" for part in ("pools", "conformance")]
-OPENTELEMETRY = ["tests/test_opentelemetry.py"]
+OBSERVERS = ["tests/test_opentelemetry.py", "tests/test_prometheus.py"]
 ONE_SERVER = ["-k", "not moto and not valkey"]
 # What is tested on the main interpreter alone, as it is the same on every other, beside the documents: measurements,
 # the model of a layer, comparisons with Powertools, and what other programs make of the same HTTP answers.
@@ -251,7 +251,7 @@ def lowest(session: nox.Session) -> None:
     session.run("python", "docs/examples/payment.py")  # pytest's plugin is anyio's, and takes a newer one
     extras = [needed for extra in project["optional-dependencies"].values() for needed in extra]
     session.install("-e", ".[all]", *_floors(extras), *nox.project.dependency_groups(PROJECT, "test"))
-    files = [*DYNAMODB_CLIENT, *REDIS_CLIENT, *POSTGRES_CLIENT, *POSTGRES_POOLS, *PYDANTIC, *HTTP, *OPENTELEMETRY]
+    files = [*DYNAMODB_CLIENT, *REDIS_CLIENT, *POSTGRES_CLIENT, *POSTGRES_POOLS, *PYDANTIC, *HTTP, *OBSERVERS]
     session.run(*_side_by_side(session, *ONE_SERVER, *files))
 
 

@@ -102,8 +102,7 @@ class IdempotencyInDoubtError(IdempotencyError):
     """The owner of the claim vanished, and nobody knows whether its effect happened: the function did not run.
 
     So it is under `on_abandoned="raise"`, and where a check has not found out; what the check raised is the cause. The
-    record is the claim as it is stored now. The page "Keys in doubt" of the documentation is the runbook for
-    whoever is on call.
+    record is the claim as it is stored now. The page "Keys in doubt" of the documentation says what to do.
     """
 
     key: str  # pyright: ignore[reportIncompatibleVariableOverride] - always there

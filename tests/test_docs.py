@@ -32,6 +32,7 @@ MODULES_WITH_PUBLIC_NAMES = (
     "aidem.persistence.postgres",
     "aidem.persistence.redis",
     "aidem.persistence.sqlite",
+    "aidem.prometheus",
     "aidem.serialization",
     "aidem.sync",
     "aidem.testing",
@@ -194,7 +195,8 @@ def test_no_setting_is_described_that_does_not_exist() -> None:
 
 
 def test_every_kind_of_event_is_described() -> None:
-    assert sorted(re.findall(r"^\| `(\w+)` \|", page("observing.md"), re.MULTILINE)) == sorted(EventKind)
+    [events] = re.findall(r"^## Events$(.*?)^## ", page("observing.md"), re.MULTILINE | re.DOTALL)
+    assert sorted(re.findall(r"^\| `(\w+)` \|", events, re.MULTILINE)) == sorted(EventKind)
 
 
 def test_every_answer_of_the_http_layer_is_described() -> None:

@@ -71,11 +71,8 @@ def recognised(transaction: object, *, database: str, blocking: bool | None = No
             what to pass.
     """
     known = _known(transaction)
-    suits = known is not None and (
-        blocking in {None, known.is_blocking}
-        or (known.is_blocking and known.database == "sqlite")  # an async function has nothing to wait for in sqlite3
-    )
-    if known is None or known.database != database or not suits:
+    is_for_either = blocking is None or (database == "sqlite" and not blocking)  # sqlite3 has nothing to wait for
+    if known is None or known.database != database or not (is_for_either or known.is_blocking is blocking):
         what = _named(transaction) if known is None else f"{_named(transaction)} on {known.database}"
         caller = "an ordinary function" if blocking else "an async function"
         raise IdempotencyUsageError(

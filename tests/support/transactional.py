@@ -21,6 +21,7 @@ from aidem.exceptions import (
 )
 from aidem.operations import OperationRefusedError
 from aidem.persistence.memory import MemoryPersistenceLayer
+from tests.support.records import put
 
 AT_ONCE_SECONDS = 5.0
 """Within this a call that does not wait has ended, however slow the machine is."""
@@ -59,7 +60,8 @@ class TransactionalLayer(MemoryPersistenceLayer):
         return self.transactions[-1]
 
     def apply(self, outcomes: dict[str, DataRecord]) -> None:
-        self._records |= outcomes
+        for outcome in outcomes.values():
+            put(self, outcome)
 
     def is_held(self, key: str) -> bool:
         return any(key in one.outcomes for one in self.transactions if one.is_open)
@@ -69,7 +71,7 @@ class TransactionalLayer(MemoryPersistenceLayer):
             raise IdempotencyUsageError("pass an open transaction of layer.begin()")
 
     def complete_in(self, transaction: MemoryTransaction, record: DataRecord, *, now: float) -> Immediate[bool]:
-        found = self._records.get(record.idempotency_key)
+        found = self.records().get(record.idempotency_key)
         is_ours = lifecycle.is_held_by(found, record.owner)
         if is_ours and self.is_held(record.idempotency_key):
             if record.idempotency_key not in transaction.outcomes:
@@ -81,11 +83,11 @@ class TransactionalLayer(MemoryPersistenceLayer):
         return Immediate(is_ours)
 
     def is_free(self, record: DataRecord) -> Immediate[bool]:
-        found = self._records.get(record.idempotency_key)
+        found = self.records().get(record.idempotency_key)
         return Immediate(lifecycle.is_held_by(found, record.owner) and not self.is_held(record.idempotency_key))
 
     def acquire(self, record: DataRecord, *, now: float, **options: Any) -> Immediate[Claimed | Blocked]:
-        found = self._records.get(record.idempotency_key)
+        found = self.records().get(record.idempotency_key)
         held = lifecycle.acquire_held(found) if self.is_held(record.idempotency_key) else None
         return super().acquire(record, now=now, **options) if held is None else Immediate(held)
 
@@ -110,9 +112,9 @@ class ItemLayer(MemoryPersistenceLayer):
 
     async def send(self, item: dict[str, Any]) -> bool:
         record: DataRecord = item["outcome"]
-        is_ours = lifecycle.is_held_by(self._records.get(record.idempotency_key), record.owner)
+        is_ours = lifecycle.is_held_by(self.records().get(record.idempotency_key), record.owner)
         if is_ours:
-            self._records[record.idempotency_key] = record
+            put(self, record)
         return is_ours
 
 

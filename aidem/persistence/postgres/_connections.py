@@ -251,9 +251,7 @@ class OwnConnections:
             return
         if isinstance(error, TimeoutError):
             error = _errors.timed_out(self._timeout_seconds)
-        elif not isinstance(error, IdempotencyError):
-            error = _errors.translated(error, self._table)
-        job.future.fail(error)
+        job.future.fail(error if isinstance(error, IdempotencyError) else _errors.translated(error, self._table))
 
     def _ask_again(self, job: _Job[Any]) -> bool:
         """Ask once more, after a pause; False: there is no time for that."""
