@@ -25,6 +25,8 @@ LONGEST = [
     "tests/persistence/postgres/test_torture.py",
     "tests/persistence/dynamodb/test_torture.py",
     "tests/persistence/redis/test_cluster.py",
+    "tests/test_command.py",
+    "tests/test_runbook.py",
     "tests/http/test_uvicorn.py",
     "tests/http/test_uvicorn_ends.py",
     "tests/persistence/redis/test_connection.py",

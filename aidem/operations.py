@@ -139,8 +139,14 @@ async def resolve(
     """
     check_options(kept_seconds=kept_seconds, max_clock_skew_seconds=max_clock_skew_seconds)
     try:
-        text = UNAVAILABLE_TEXT if unavailable else _text(result)
-    except (ValueError, RecursionError) as error:
+        if unavailable:
+            text = UNAVAILABLE_TEXT
+        elif isinstance(result, StoredResponse):
+            text = text_of(result)
+            RESPONSES.from_dict(json.loads(text))
+        else:
+            text = encode(result)
+    except ValueError as error:
         raise IdempotencySerializationError(f"this result cannot be stored: {error}", key=key) from error
     taken = await _taken_over(
         layer,
@@ -257,14 +263,6 @@ _KINDS: Final = {
     True: ("an HTTP request", "its response: --status, --header and --body, or an aidem.asgi.StoredResponse"),
     False: ("a function or a block, not of an HTTP request", "--result, what it would have returned, as JSON values"),
 }
-
-
-def _text(result: Any) -> str:
-    if not isinstance(result, StoredResponse):
-        return encode(result)
-    text = text_of(result)
-    RESPONSES.from_dict(json.loads(text))
-    return text
 
 
 def _now(layer: PersistenceLayer) -> float:

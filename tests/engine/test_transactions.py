@@ -393,6 +393,7 @@ async def test_a_release_of_what_a_transaction_holds_is_asked_for_once(layer: Tr
 
     async def hang(transaction: MemoryTransaction) -> Any:
         await complete(transaction)
+        asked.clear()  # by the completion
         await asyncio.get_running_loop().create_future()
 
     coroutine: Any = paying(Held(clock=wall_clock), hang, lease_seconds=None)()
