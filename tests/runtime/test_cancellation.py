@@ -274,7 +274,7 @@ async def test_a_waiter_that_is_cancelled_leaves_the_owner_and_other_waiters_alo
 
     for cycle in range(CYCLES):
         layer, till = new_layer(kind), Till()
-        till.seconds = 0.3
+        till.seconds = 0.05
         owner = asyncio.ensure_future(decorated(layer, till, waiting)())
         await asyncio.sleep(0.01)
         other = asyncio.ensure_future(decorated(layer, till, waiting)())
@@ -506,7 +506,7 @@ async def test_an_interrupt_while_a_layer_answers_at_once_leaves_no_claim() -> N
     assert not till.charges
 
 
-@pytest.mark.parametrize("kind", [EventKind.TAKEN_OVER, EventKind.WAITED])
+@pytest.mark.parametrize("kind", [EventKind.TAKEN_OVER, EventKind.WAITED, EventKind.CLAIMED])
 @pytest.mark.parametrize("form", ["function", "block"])
 async def test_an_observer_that_ends_the_program_leaves_no_claim(kind: EventKind, form: str) -> None:
     class Ending:
