@@ -64,8 +64,8 @@ SLOW = [
 ]
 # Debian's packages of what is tested against, and a file of each.
 SERVERS = {
-    "garagemq": "garagemq",
     "faketime": f"/usr/lib/{platform.machine()}-linux-gnu/faketime/libfaketime.so.1",
+    "garagemq": "garagemq",
     "openssl": "openssl",
     "pgbouncer": "pgbouncer",
     "postgresql": "/usr/lib/postgresql/*/bin/initdb",
