@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import TYPE_CHECKING, Any, ClassVar, ParamSpec, TypeVar, cast
 
-from aidem._api.execution import EncodedResult, Execution, hooked, outcome_of, running
+from aidem._api.execution import EncodedResult, Execution, enter, hooked, leave, outcome_of
 from aidem._engine.call import Phase, WhoseOutcome
 from aidem._engine.plan import CallFactory, Plan
 from aidem.config import check_call_options
@@ -356,7 +356,7 @@ class Block(CallFactory):
 
     execution_type: ClassVar[type[BlockExecution]] = BlockExecution
 
-    __slots__ = ("_call", "_is_entered", "_key", "_payload", "_result", "_running")
+    __slots__ = ("_call", "_execution", "_is_entered", "_key", "_payload", "_result", "_token")
 
     def __init__(
         self,
@@ -389,10 +389,9 @@ class Block(CallFactory):
     def started(self) -> BlockExecution:
         """Return the execution of the call, which has begun; it is the current one until the block ends."""
         self._result = BlockResult(self._call)
-        execution = self.execution_type(self._call, self._result)
-        self._running = running(execution)
-        self._running.__enter__()
-        return execution
+        self._execution = self.execution_type(self._call, self._result)
+        self._token = enter(self._execution)
+        return self._execution
 
 
 class _AsyncBlock(Block):
@@ -412,7 +411,7 @@ class _AsyncBlock(Block):
     async def __aexit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._running.__exit__()
+        leave(self._token)
         call, result = self._call, self._result
         if exc is not None and not result.was_interrupted_by(exc):
             if await call.fail(exc) is WhoseOutcome.WINNERS:

@@ -237,11 +237,12 @@ def _named(signature: inspect.Signature, name: str, target: Target) -> FindPaylo
         raise IdempotencyConfigError(message)
     position = list(signature.parameters).index(name)
     is_positional = parameter.kind in {parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD}
+    is_named = parameter.kind is not parameter.POSITIONAL_ONLY
 
     def find_payload(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if is_positional and len(args) > position:
             return args[position]
-        if parameter.kind is not parameter.POSITIONAL_ONLY and name in kwargs:
+        if is_named and name in kwargs:
             return kwargs[name]
         if parameter.default is not parameter.empty:
             return parameter.default

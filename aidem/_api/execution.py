@@ -8,7 +8,7 @@ import logging
 import warnings
 import weakref
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 
 from aidem._engine.call import Call, Phase, WhoseOutcome
 from aidem._rules.key import derived_key
@@ -25,6 +25,7 @@ from aidem.serialization import UNAVAILABLE_TEXT, exception_from_text, result_fr
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
+    from contextvars import Token
 
     from aidem._rules.record import DataRecord
     from aidem.config import IdempotencyConfig
@@ -33,8 +34,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger("aidem")
 
 T = TypeVar("T")
-ExecutionT = TypeVar("ExecutionT", bound="Execution")
 
+# Members that every call needs: to look one up on its enum costs as much as a call.
+_REPLAYED, _BYPASSED, _COMPLETING = Phase.REPLAYED, Phase.BYPASSED, Phase.COMPLETING
+_WINNERS, _UNAVAILABLE = WhoseOutcome.WINNERS, OutcomeKind.UNAVAILABLE
 _NOTHING: Final = object()
 
 
@@ -166,23 +169,17 @@ def current_execution() -> Execution:
     return execution
 
 
-class running(Generic[ExecutionT]):  # noqa: N801 - used like a function; a generator would cost four times as much
-    """Make an execution the current one within a `with` block."""
+def enter(execution: Execution) -> Token[weakref.ref[Execution] | None]:
+    """Make an execution the current one, until `leave` gets the token. It must be kept alive so long."""
+    return _current.set(weakref.ref(execution))
 
-    __slots__ = ("_execution", "_token")
 
-    def __init__(self, execution: ExecutionT) -> None:
-        self._execution = execution
-
-    def __enter__(self) -> ExecutionT:
-        self._token = _current.set(weakref.ref(self._execution))
-        return self._execution
-
-    def __exit__(self, *_: object) -> None:
-        try:  # noqa: SIM105 - cheaper than contextlib.suppress, for every call
-            _current.reset(self._token)
-        except ValueError:
-            pass  # a coroutine that is closed from another context never changed the variable there
+def leave(token: Token[weakref.ref[Execution] | None]) -> None:
+    """Make the execution the current one that was so before."""
+    try:  # noqa: SIM105 - cheaper than contextlib.suppress, for every call
+        _current.reset(token)
+    except ValueError:
+        pass  # a coroutine that is closed from another context never changed the variable there
 
 
 async def execute(
@@ -191,13 +188,17 @@ async def execute(
     """Run a function under a call, or replay its outcome."""
     try:
         await call.begin()
-        if call.phase is Phase.REPLAYED:
+        if call.phase is _REPLAYED:
             return await replayed_value(call)
-        with running(Execution(call)) as execution:
+        execution = Execution(call)
+        token = enter(execution)
+        try:
             result = await function(*args, **kwargs)
-        if call.phase is Phase.BYPASSED:
+        finally:
+            leave(token)
+        if call.phase is _BYPASSED:
             return execution.completed_or(result)
-        if call.phase is Phase.COMPLETING:
+        if call.phase is _COMPLETING:
             await call.confirm_commit()
             return outcome_of(call, call.plan.serializer)
         recording = EncodedResult.of(result, call.plan.serializer, function=call.plan.function)
@@ -208,7 +209,7 @@ async def execute(
     whose = await call.complete(recording.text, recording.kind)
     if recording.interruption is not None:
         raise recording.interruption
-    if whose is WhoseOutcome.WINNERS:
+    if whose is _WINNERS:
         return await replayed_value(call)
     recording.warn_if_unavailable(call)
     return recording.value
@@ -248,10 +249,10 @@ def value_of(record: DataRecord, config: IdempotencyConfig, serializer: OutputSe
     """
     text = record.response_data
     try:
+        if record.outcome is None:
+            return None if text is None else result_from_text(text, serializer)
         if record.outcome is OutcomeKind.EXCEPTION and text is not None:
             error = exception_from_text(text, config.stored_exceptions)
-        elif record.outcome is None:
-            return None if text is None else result_from_text(text, serializer)
         else:
             raise IdempotencyResultUnavailableError(record=record, reason="its result could not be stored")
     except IdempotencySerializationError as exc:
@@ -285,7 +286,7 @@ class EncodedResult:
     def of(cls, result: Any, serializer: OutputSerializer, *, function: str) -> EncodedResult:
         """Turn a result into text and back; if that fails, its text says that the result is unavailable."""
         interruption, reason = None, ""
-        for _ in range(2):  # what interrupts does so once
+        for _ in (1, 2):  # what interrupts does so once
             try:
                 text, value = round_trip(result, serializer)
                 return cls(text, None, value, interruption)
@@ -307,7 +308,7 @@ class EncodedResult:
     def warn_if_unavailable(call: Call) -> None:
         """Say that later callers will not get the result."""
         record = call.record
-        if record is not None and record.outcome is OutcomeKind.UNAVAILABLE:
+        if record is not None and record.outcome is _UNAVAILABLE:
             call.reporter.report(EventKind.RESULT_UNAVAILABLE, fence=record.fence)
             message = (
                 f"the result of {call.plan.function} could not be stored; its effect will not be repeated, "

@@ -25,7 +25,7 @@ from aidem._engine.waiting import WaitBudget, winner
 from aidem._rules import lifecycle
 from aidem._rules.lifecycle import Blocked, Commitment, NextStep
 from aidem._rules.record import OutcomeKind
-from aidem._runtime.cancellation import CLEANUP_SECONDS, CancellationShield
+from aidem._runtime.cancellation import CLEANUP_SECONDS, CancellationShield, Immediate
 from aidem.exceptions import (
     IdempotencyError,
     IdempotencyInDoubtError,
@@ -71,6 +71,8 @@ class Answer(Enum):
 
 
 _TAKEN, _IGNORED, _REFUSED = Answer
+_NEW, _CLAIMED, _COMPLETING, _REPLAYED, _BYPASSED, _ENDED = Phase  # to look a member up costs as much as a call
+_REPLAY: Final = NextStep.REPLAY
 
 # fmt: off
 STEPS: Final = {
@@ -130,6 +132,9 @@ class WhoseOutcome(Enum):
     WINNERS = auto()  # our claim was lost, and the call that took it over has an outcome
 
 
+_OURS, _WINNERS = WhoseOutcome
+
+
 class Call:
     """One idempotent call.
 
@@ -164,7 +169,7 @@ class Call:
     def __init__(self, plan: Plan, key: CallKey, *, bypassed: bool = False) -> None:
         self.plan = plan
         self.key = key
-        self.phase = Phase.BYPASSED if bypassed or not key.text else Phase.NEW
+        self.phase = _BYPASSED if bypassed or not key.text else _NEW
         self.record: DataRecord | None = None
         self.reporter = SILENT
         if plan.config.hooks:
@@ -180,7 +185,7 @@ class Call:
     @property
     def holds_claim(self) -> bool:
         """Whether it has claimed its key and not ended."""
-        return self.phase is Phase.CLAIMED or self.phase is Phase.COMPLETING
+        return self.phase is _CLAIMED or self.phase is _COMPLETING
 
     @property
     def fence(self) -> int:
@@ -190,7 +195,9 @@ class Call:
     def held_record(self) -> DataRecord:
         """Return the record, of a call that claimed, found or completed one."""
         self.takes("held_record")
-        return cast("DataRecord", self.record)  # every phase that takes this step has one
+        record: Any = self.record
+        held: DataRecord = record  # every phase that takes this step has one
+        return held
 
     def takes(self, step: str) -> bool:
         """Whether the call takes a step in its phase; False: it does nothing.
@@ -222,7 +229,7 @@ class Call:
             IdempotencyUsageError: No asyncio event loop runs the call, or it has begun before.
         """
         self.takes("begin")
-        if self.phase is Phase.BYPASSED:
+        if self.phase is _BYPASSED:
             self.report(EventKind.BYPASSED)
             return
         try:
@@ -239,7 +246,7 @@ class Call:
             if not (is_outage and self.plan.config.on_persistence_error == "run"):
                 raise
             logger.warning("%s runs without idempotency: %s", self.plan.function, failure)
-            self.phase = Phase.BYPASSED
+            self.phase = _BYPASSED
             self.record = None
             self.report(EventKind.BYPASSED, failure)
         except IdempotencyError as conflict:
@@ -247,7 +254,7 @@ class Call:
             raise
         if self._wait_budget is not None and self._wait_budget.has_waited:
             self.report(EventKind.WAITED)
-        if self.reporter is not SILENT and self.phase is Phase.CLAIMED:
+        if self.reporter is not SILENT and self.phase is _CLAIMED:
             runs_again = self.plan.config.on_abandoned == "run_again"
             unless_ended = EventKind.ABANDONED if runs_again else EventKind.IN_DOUBT
             self.reporter.report_claim(fence=self.fence, unless_ended=unless_ended, loop=loop)
@@ -264,12 +271,12 @@ class Call:
         try:
             if config.wait_timeout_seconds > 0 and not self.is_durable_replay:
                 await self._follow_others(self._flight)
-            while self.phase is Phase.NEW:  # ask until the key is ours, has an outcome, or the time is over
+            while self.phase is _NEW:  # ask until the key is ours, has an outcome, or the time is over
                 # It leads, unless another does: then it asks beside that one.
                 flights.setdefault(self.key.text, self._flight)
                 await self._ask(self._flight)
         except BaseException as error:
-            if self.phase is Phase.NEW:  # else the claim is held, and `fail` releases it
+            if self.phase is _NEW:  # else the claim is held, and `fail` releases it
                 ending: Ending = None
                 if isinstance(error, IdempotencyPersistenceLayerError) or (
                     isinstance(error, IdempotencyInDoubtError) and self.plan.check is not None
@@ -280,7 +287,7 @@ class Call:
 
     async def _follow_others(self, flight: SingleFlight) -> None:
         """Wait while other calls of this loop are at the store: for an outcome, or until it is our turn."""
-        while self.phase is Phase.NEW and (leader := flight.leader) is not None and leader is not flight:
+        while self.phase is _NEW and (leader := flight.leader) is not None and leader is not flight:
             outcome = await self._waiting().follow(leader, flight)
             if outcome is not None and not lifecycle.is_expired(outcome, now=self.plan.clock()):
                 self.replay(outcome)
@@ -288,7 +295,8 @@ class Call:
     async def _ask(self, flight: SingleFlight) -> None:
         claim = Claim(self.plan, self.key, flight, self._loop_state, self.reporter)
         try:
-            answer = await claim.acquire()
+            acquisition = claim.acquire()
+            answer = acquisition.answer if isinstance(acquisition, Immediate) else await acquisition
         except IdempotencyPersistenceConnectionError:
             if flight.record is None or self._waiting().remaining_seconds() <= 0:
                 raise
@@ -299,7 +307,7 @@ class Call:
         elif answer is not None:
             self._claim = claim
             self.record = claim.record
-            self.phase = Phase.CLAIMED
+            self.phase = _CLAIMED
             claim.hold(taken_over=answer.taken_over, has_body_ended=self.watch_body())
 
     async def _consider(self, answer: Blocked, flight: SingleFlight) -> None:
@@ -308,12 +316,13 @@ class Call:
         if now is None:  # it was judged by this caller's clock, and the clock of its writer may be behind
             now = self.plan.clock() - self.plan.config.max_clock_skew_seconds
         step = lifecycle.next_step(record, payload_hash=self.key.payload_hash, now=now)
+        if step is _REPLAY:
+            self._end(record)
+            self.replay(record)
+            return
         if step is NextStep.IN_DOUBT and await self._is_held(record):
             step = NextStep.WAIT  # a transaction may yet complete it
         match step:
-            case NextStep.REPLAY:
-                self._end(record)
-                self.replay(record)
             case NextStep.MISMATCH:
                 raise IdempotencyValidationError(record=record)
             case _ if self.is_durable_replay:
@@ -337,7 +346,7 @@ class Call:
             case Resolution.RUN:
                 self._claim = claim
                 self.record = claim.record
-                self.phase = Phase.CLAIMED
+                self.phase = _CLAIMED
             case Resolution.REPLAY:
                 self._end(claim.record)
                 self.replay(claim.record)
@@ -386,9 +395,11 @@ class Call:
         if lifecycle.differs(record, self.key.payload_hash):
             raise IdempotencyValidationError(record=record)
         self.record = record
-        self.phase = Phase.REPLAYED
-        self._cache(record)
-        self.report(EventKind.REPLAYED)
+        self.phase = _REPLAYED
+        if self.plan.config.use_local_cache:
+            self._cache(record)
+        if self.reporter is not SILENT:
+            self.report(EventKind.REPLAYED)
 
     # --- While the body runs ----------------------------------------------------------------------------------------
 
@@ -411,7 +422,7 @@ class Call:
 
     def holds_lease(self, *, for_seconds: float) -> bool:
         """Whether, by this process's clock, no other call can take over for so long; also after the call has ended."""
-        was_claimed = self.holds_claim or self.phase is Phase.ENDED
+        was_claimed = self.holds_claim or self.phase is _ENDED
         return was_claimed and not self._claim.has_lapsed(in_seconds=for_seconds)
 
     async def complete_in(self, transaction: object, text: str) -> None:
@@ -473,12 +484,12 @@ class Call:
         """Let nothing of ours meet the body's transaction, or its request."""
         self._claim.check_process()
         await self._claim.pause_renewal()
-        self.phase = Phase.COMPLETING
+        self.phase = _COMPLETING
         self._claim.is_in_transaction = True
 
     def _undo_completion(self, earlier: Phase) -> None:
         self.phase = earlier
-        self._claim.is_in_transaction = earlier is Phase.COMPLETING
+        self._claim.is_in_transaction = earlier is _COMPLETING
 
     async def _resume_renewal(self) -> None:
         self._claim.resume_renewal()
@@ -489,7 +500,7 @@ class Call:
         with CancellationShield() as shield:
             find = partial(self.plan.layer.get, self.key.text)
             found = await ask(find, shield=shield, key=self.key.text, effect=RUNNING)
-        commitment = lifecycle.commitment(found, owner, is_free=earlier is Phase.CLAIMED)
+        commitment = lifecycle.commitment(found, owner, is_free=earlier is _CLAIMED)
         if commitment is Commitment.LOST:
             raise self._lease_lost(found)
         self._undo_completion(earlier)
@@ -560,7 +571,7 @@ class Call:
         except BaseException as error:
             self._end(None, error)
             raise
-        return WhoseOutcome.WINNERS if ours is None else WhoseOutcome.OURS
+        return _WINNERS if ours is None else _OURS
 
     async def fail(self, error: BaseException) -> WhoseOutcome:
         """Release the claim, or store the exception if it is an outcome.
@@ -575,22 +586,22 @@ class Call:
             IdempotencyLeaseLostError: The same, but the winner has no outcome.
         """
         if not self.takes("fail"):
-            return WhoseOutcome.OURS
+            return _OURS
         claim = self._claim
         self.reporter.end_body(error)
         try:
             claim.stop_renewal()
             if not claim.is_of_this_process():
-                return WhoseOutcome.OURS
+                return _OURS
             if isinstance(error, GeneratorExit):  # nothing may be awaited any more
                 claim.release_in_background()
-                self.phase = Phase.ENDED  # and the claim reports its ending
-                return WhoseOutcome.OURS
-            is_outcome = self.phase is Phase.CLAIMED and type(error) in self.plan.config.stored_exceptions
+                self.phase = _ENDED  # and the claim reports its ending
+                return _OURS
+            is_outcome = self.phase is _CLAIMED and type(error) in self.plan.config.stored_exceptions
             if is_outcome and isinstance(error, Exception):
                 return await self._complete_with(error)
             await self._release(error, claim)
-            return WhoseOutcome.OURS
+            return _OURS
         finally:
             self._end(None)
 
@@ -605,14 +616,14 @@ class Call:
             return await self.complete(text, outcome)
         except IdempotencyPersistenceLayerError as failure:
             self.note_failure(error, failure)
-            return WhoseOutcome.OURS
+            return _OURS
 
     async def _release(self, error: BaseException, claim: Claim) -> None:
         shield = CancellationShield()
         shield.bound(CLEANUP_SECONDS if isinstance(error, asyncio.CancelledError) else RELEASE_SECONDS)
         try:
             commitment = Commitment.ROLLED_BACK
-            if self.phase is Phase.COMPLETING:
+            if self.phase is _COMPLETING:
                 commitment, _ = await self._look(shield)
             if commitment is Commitment.ROLLED_BACK:
                 await claim.release(is_failure=isinstance(error, Exception), shield=shield)
@@ -630,19 +641,20 @@ class Call:
     def _count(self, record: DataRecord, kind: EventKind) -> None:
         """Take the record as the outcome of the call."""
         self.record = record
-        self.phase = Phase.ENDED
+        self.phase = _ENDED
         self._flight.end(record)
-        self._cache(record)
-        self.report(kind)
+        if self.plan.config.use_local_cache:
+            self._cache(record)
+        if self.reporter is not SILENT:
+            self.report(kind)
 
     def _end(self, ending: Ending, error: BaseException | None = None) -> None:
         holds_claim = self.holds_claim
         if holds_claim:
-            self.phase = Phase.ENDED
+            self.phase = _ENDED
         self._flight.end(ending)
         if holds_claim:
             self.reporter.report_end(error=error)
 
     def _cache(self, record: DataRecord) -> None:
-        if self.plan.config.use_local_cache:
-            self.plan.shared.cache.put(record, max_items=self.plan.config.local_cache_max_items)
+        self.plan.shared.cache.put(record, max_items=self.plan.config.local_cache_max_items)

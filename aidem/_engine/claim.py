@@ -19,6 +19,7 @@ import time
 import weakref
 from contextvars import Context, copy_context
 from functools import partial
+from operator import methodcaller
 from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar, cast
 
 from aidem._engine.failures import (
@@ -76,10 +77,11 @@ RELEASE_SECONDS: Final = 1.0
 _SINCE_BOOT: Final = getattr(time, "CLOCK_BOOTTIME", getattr(time, "CLOCK_MONOTONIC", None))
 """A clock that goes on while the machine is suspended: on Linux CLOCK_BOOTTIME, on macOS CLOCK_MONOTONIC."""
 
-
-def seconds_since_boot() -> float:
-    """Return seconds that count time in suspension, too; event loops use a clock that may not."""
-    return time.monotonic() if _SINCE_BOOT is None else time.clock_gettime(_SINCE_BOOT)  # on Windows, monotonic does
+seconds_since_boot: Callable[[], float] = partial(
+    methodcaller("monotonic") if _SINCE_BOOT is None else methodcaller("clock_gettime", _SINCE_BOOT), time
+)
+"""Returns seconds that count time in suspension, too, as `time.monotonic` does on Windows. Event loops may use a clock
+that does not."""
 
 
 class _Process:
@@ -168,7 +170,7 @@ class Claim:
 
     # --- Acquired ---------------------------------------------------------------------------------------------------
 
-    async def acquire(self) -> Claimed | Blocked | None:
+    def acquire(self) -> Awaitable[Claimed | Blocked | None]:
         """Acquire the key; an interrupted acquisition leaves no claim behind if the layer answers.
 
         Returns:
@@ -177,23 +179,27 @@ class Claim:
         Raises:
             IdempotencyPersistenceLayerError: The layer failed, or answers later than the lease lasts.
         """
-        shield: CancellationShield | None = None
         try:
             operation = _started(self._acquisition)
-            if isinstance(operation, Immediate):
-                answer: Claimed | Blocked = operation.answer
-                if self._holds(answer):
-                    return answer
-            with CancellationShield() as shield:
-                return await self._acquired(operation, shield)
+            if isinstance(operation, Immediate) and self._holds(operation.answer):
+                return operation
+        except BaseException:  # a signal handler raised
+            in_background(partial(self._release_unless_refused, None))
+            raise
+        return self._acquired(operation)
+
+    async def _acquired(self, operation: Awaitable[Claimed | Blocked]) -> Claimed | Blocked | None:
+        shield = CancellationShield()
+        try:
+            with shield:
+                return await self._granted(operation, shield)
         except (IdempotencyError, asyncio.CancelledError):  # raised when the claim was released
             raise
         except BaseException:  # a signal handler raised, or the coroutine is closed: nothing may be awaited any more
-            acquisition = None if shield is None else shield.operation
-            in_background(partial(self._release_unless_refused, acquisition), after=acquisition)
+            in_background(partial(self._release_unless_refused, shield.operation), after=shield.operation)
             raise
 
-    async def _acquired(
+    async def _granted(
         self, operation: Awaitable[Claimed | Blocked], shield: CancellationShield
     ) -> Claimed | Blocked | None:
         try:

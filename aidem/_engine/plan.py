@@ -9,7 +9,7 @@ import dataclasses
 import logging
 import os
 import warnings
-from typing import TYPE_CHECKING, Any, ClassVar, Concatenate, Final, NamedTuple, ParamSpec
+from typing import TYPE_CHECKING, Any, ClassVar, Final, NamedTuple, TypeVarTuple
 
 from aidem._checks import kind_of, refused
 from aidem._engine.call import Call
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     FindPayload = Callable[[tuple[Any, ...], dict[str, Any]], Any]
 
-P = ParamSpec("P")
+Ts = TypeVarTuple("Ts")
 
 SWITCHES: Final = ("AIDEM_IDEMPOTENCY_DISABLED", "POWERTOOLS_IDEMPOTENCY_DISABLED")
 TRUE: Final = ("true", "1", "t", "yes", "y", "on")
@@ -71,7 +71,7 @@ class Plan:
     """Layer, config, serializer and key prefix of one function or block, and what the process shares per layer."""
 
     __slots__ = (
-        "_lease",
+        "_lease_and_renews",
         "_output_serializer",
         "check",
         "clock",
@@ -104,7 +104,8 @@ class Plan:
             allowed = "a layer with take_over() if on_abandoned is a check, see aidem.persistence.SupportsTakeOver"
             raise refused("persistence_store", kind_of(layer), allowed)
         self.shared = shared_by(layer)
-        self._lease = self._lease_of(config.lease_seconds)
+        renews = config.renew_lease and config.lease_seconds is not None
+        self._lease_and_renews = self._lease_of(config.lease_seconds), renews
         self.waits_for_change = layer if isinstance(layer, SupportsWaitForChange) else None
         self._output_serializer = output_serializer
         self.serializer = resolve(output_serializer, returns)
@@ -159,8 +160,10 @@ class Plan:
         return self._key_of(selected, payload_hash, payload=payload)
 
     def _key_of(self, selected: Any, payload_hash: str = "", *, payload: Any) -> CallKey:
-        text = _key.key_of(selected, prefix=self.prefix, hash_function=self.config.hash_function)
-        return CallKey(text, payload_hash, self.note_of(payload), None if self.check is None else payload)
+        config = self.config
+        text = _key.key_of(selected, prefix=self.prefix, hash_function=config.hash_function)
+        note = None if config.note is None else self.note_of(payload)
+        return CallKey(text, payload_hash, note, None if self.check is None else payload)
 
     def _hash_of(self, prepared: Any, expression: str) -> str:
         return _key.payload_digest(_select(expression, prepared, self.config), self.config.hash_function)
@@ -180,7 +183,7 @@ class Plan:
         if context is None:  # as `current_lambda_context` does, for less
             context = self.config.lambda_context
         if context is None:
-            return self._lease, self.config.renew_lease and self.config.lease_seconds is not None
+            return self._lease_and_renews
         remaining = context.get_remaining_time_in_millis() / 1000
         return self._lease_of(max(remaining, MINIMUM_LAMBDA_LEASE_SECONDS)), False
 
@@ -217,7 +220,7 @@ class CallFactory:
 
     call_type: ClassVar[type[Call]] = Call
 
-    __slots__ = ("_config", "_layer", "_output_serializer", "_plan", "_prefix", "_returns", "function")
+    __slots__ = ("_config", "_layer", "_output_serializer", "_planned", "_prefix", "_returns", "function")
 
     def __init__(
         self,
@@ -235,15 +238,16 @@ class CallFactory:
         self._config = config
         self._output_serializer = output_serializer
         self._returns = returns
-        self._plan: Plan | None = None
+        self._planned: tuple[PersistenceLayer, IdempotencyConfig, Plan] | None = None  # and for what it was made
         if returns is not None and output_serializer is None:
             check_returns(returns)
 
-    def config(self) -> IdempotencyConfig:
-        """Return the settings of a call that starts now."""
-        return self._config or defaults.config
+    @staticmethod
+    def settled(config: IdempotencyConfig) -> IdempotencyConfig:
+        """Return the settings that calls have in place of those that are configured."""
+        return config
 
-    def make(self, find_key: Callable[Concatenate[Plan, P], CallKey], *args: P.args, **kwargs: P.kwargs) -> Call:
+    def make(self, find_key: Callable[[Plan, *Ts], CallKey], *args: *Ts) -> Call:
         """Return a call, bypassed while a switch is on; its key is what `find_key` returns now.
 
         Raises:
@@ -251,15 +255,19 @@ class CallFactory:
             IdempotencyKeyError: There is no key and the config demands one, or the payload cannot be one.
         """
         if is_bypassed(self.function):
-            return self.bypassed(find_key, *args, **kwargs)
-        plan = self._planned()
-        return self.call_type(plan, find_key(plan, *args, **kwargs))
+            return self.bypassed(find_key, *args)
+        layer = default_persistence_store() if self._layer is None else self._layer
+        config, planned = self._config or defaults.config, self._planned
+        if planned is None or planned[0] is not layer or planned[1] is not config:
+            planned = self._planned = layer, config, self._plan_for(layer, config)
+        plan = planned[2]
+        return self.call_type(plan, find_key(plan, *args))
 
-    def bypassed(self, find_key: Callable[Concatenate[Plan, P], CallKey], *args: P.args, **kwargs: P.kwargs) -> Call:
+    def bypassed(self, find_key: Callable[[Plan, *Ts], CallKey], *args: *Ts) -> Call:
         """Return a call that asks no layer; its key is only there for `key_for`, if there is one."""
         plan = self._plan_without_layer()
         try:
-            key = find_key(plan, *args, **kwargs)
+            key = find_key(plan, *args)
         except Exception:  # noqa: BLE001 - a call that is not made idempotent needs no key, so nothing is wrong with it
             key = CallKey("")
         return self.call_type(plan, key, bypassed=True)
@@ -281,25 +289,23 @@ class CallFactory:
         """Return a plan that makes keys and nothing else; a missing key is an error, and notes are not made."""
         from aidem.persistence.memory import MemoryPersistenceLayer  # few processes need it
 
-        config = dataclasses.replace(self.config(), raise_on_no_idempotency_key=True, note=None)
-        prefix = self._prefix() if self._plan is None else self._plan.prefix
-        return Plan(layer=MemoryPersistenceLayer(), config=config, function=self.function, prefix=prefix)
+        config = self.settled(self._config or defaults.config)
+        config = dataclasses.replace(config, raise_on_no_idempotency_key=True, note=None)
+        return Plan(layer=MemoryPersistenceLayer(), config=config, function=self.function, prefix=self._prefix_now())
 
-    def _planned(self) -> Plan:
-        """Return the plan, for the layer and the settings of now."""
-        layer = default_persistence_store() if self._layer is None else self._layer
-        config = self.config()
-        plan = self._plan
-        if plan is None or plan.layer is not layer or plan.config is not config:
-            plan = self._plan = Plan(
-                layer=layer,
-                config=config,
-                function=self.function,
-                prefix=self._prefix() if plan is None else plan.prefix,  # read at the first call
-                output_serializer=self._output_serializer,
-                returns=self._returns,
-            )
-        return plan
+    def _plan_for(self, layer: PersistenceLayer, config: IdempotencyConfig) -> Plan:
+        return Plan(
+            layer=layer,
+            config=self.settled(config),
+            function=self.function,
+            prefix=self._prefix_now(),
+            output_serializer=self._output_serializer,
+            returns=self._returns,
+        )
+
+    def _prefix_now(self) -> str:
+        """Return the key prefix, which the first call fixes."""
+        return self._prefix() if self._planned is None else self._planned[2].prefix
 
 
 def is_bypassed(function: str) -> bool:

@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary
 
 from aidem._engine.claim import Renewals
 from aidem._rules import lifecycle
-from aidem._rules.record import RecordStatus
+from aidem._rules.record import COMPLETED
 from aidem._runtime.fork import ForkSafeLock
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ class LocalCache:
 
     def put(self, record: DataRecord, *, max_items: int) -> None:
         """Keep a completed record, and drop the least recently used ones beyond `max_items`."""
-        if record.status is not RecordStatus.COMPLETED:
+        if record.status is not COMPLETED:
             return
         with self._guard.lock:
             self._records[record.idempotency_key] = record

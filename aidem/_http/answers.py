@@ -232,7 +232,8 @@ async def send_replay(call: Call, options: HttpOptions, scope: Scope, send: Send
     else:
         mark = options.replay_mark
         headers = [pair for pair in response.headers if pair[0].lower() != mark]
-        await _respond(send, response.status, [*headers, (mark, b"true")], response.body)
+        headers.append((mark, b"true"))
+        await _respond(send, response.status, headers, response.body)
 
 
 async def _respond(send: Send, status: int, headers: Headers, body: bytes) -> None:

@@ -9,7 +9,7 @@ import math
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
-from aidem._api.execution import Execution, running
+from aidem._api.execution import Execution, enter, leave
 from aidem._engine.call import WhoseOutcome
 from aidem._http.answers import NOT_RECORDED, OUTCOME_UNKNOWN, send_problem, send_replay
 from aidem._http.response import ResponseCopy, is_of_no_route, store_by_default
@@ -109,12 +109,16 @@ class Exchange:
 
     async def run(self, app: ASGIApp) -> None:
         """Run the app to its end, and end the claim if its response has not."""
+        execution = RequestExecution(self._call)
         try:
-            with running(RequestExecution(self._call)):
+            token = enter(execution)
+            try:
                 if _TAKEN_OUT.isdisjoint(self._scope.get("extensions") or ()):
                     await app(self._scope, self.receive, self.send)
                 else:
                     await self._run_without_extensions(app)
+            finally:
+                leave(token)
         except BaseException as error:
             await self._break_off(error)
             raise

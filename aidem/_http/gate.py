@@ -7,7 +7,7 @@ import logging
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Final
 
-from aidem._api.execution import running
+from aidem._api.execution import enter, leave
 from aidem._engine.call import Phase
 from aidem._engine.plan import CallFactory, CallKey, is_bypassed
 from aidem._http.answers import (
@@ -105,10 +105,7 @@ class Gate:
         """
         options = self.options
         if is_bypassed(self.function):
-            key = await self._key_while_bypassed(scope, values)
-            call = self.calls.bypassed(lambda _plan: key)
-            await call.begin()
-            return call
+            return await self._bypassed_call(scope, values)
         name = parse_key(values, strict=options.strict)
         space = await self._space(scope)
         if space == "":
@@ -116,7 +113,8 @@ class Gate:
                 raise RefusedError(CALLER_UNKNOWN)
             self._note_unknown_caller()
             return None
-        key = self._lookup_key(name, space, OF_A_REQUEST + await self._payload_hash(scope, request))
+        payload_hash = await request.read(limit=options.max_request_bytes, hash_function=options.settings.hash_function)
+        key = self._lookup_key(name, space, OF_A_REQUEST + (self._chosen_hash(scope, request) or payload_hash))
         if (scope.setdefault(_REQUEST, object()), key.text, key.payload_hash) in _served.get():
             return None  # a layer further out, with the same prefix, serves it under this key
         call = self.calls.make(_told_of, key, scope)
@@ -131,17 +129,21 @@ class Gate:
             raise
         return call
 
-    async def _key_while_bypassed(self, scope: Scope, values: list[bytes]) -> CallKey:
-        """Return the key for `current_execution().key_for()`, if there is one. Without idempotency none is needed."""
+    async def _bypassed_call(self, scope: Scope, values: list[bytes]) -> Call:
+        """Begin a call without idempotency. It has a key for `current_execution().key_for()` if the request has one."""
+        key = CallKey("")
         try:
             name = parse_key(values, strict=self.options.strict)
             space = await self._space(scope)
+            if space != "":
+                key = self._lookup_key(name, space)
         except Exception as error:
             cause = error.__cause__ if isinstance(error, RefusedError) else error
             if isinstance(cause, Exception) and is_http_exception(cause):  # it may be all that checks the caller
                 raise
-            return CallKey("")
-        return CallKey("") if space == "" else self._lookup_key(name, space)
+        call = self.calls.bypassed(lambda _plan: key)
+        await call.begin()
+        return call
 
     async def _space(self, scope: Scope) -> str | None:
         """Return the caller to whom the key belongs; None: all callers share their keys; `""`: no caller was found.
@@ -178,23 +180,22 @@ class Gate:
         hash_function = options.settings.hash_function
         return CallKey(lookup_key(options.key_prefix, space=space, key=name, hash_function=hash_function), payload_hash)
 
-    async def _payload_hash(self, scope: Scope, request: Request) -> str:
-        """Read the body; return the hash of what must not change under the key."""
-        options, hash_function = self.options, self.options.settings.hash_function
-        payload_hash = await request.read(limit=options.max_request_bytes, hash_function=hash_function)
-        if options.fingerprint is not None:
-            parts = request_parts(scope, request.whole)
-            try:
-                chosen = options.fingerprint(parts)
-            except Exception as error:  # noqa: BLE001 - whatever a function of the user's raises for what a client sent
-                # No trace: it may show what is in the request.
-                logger.error("fingerprint of %s raised %s; the default is used", self.function, type(error).__name__)  # noqa: TRY400
-                chosen = None
-            if chosen is not None:
-                if not isinstance(chosen, bytes):  # pyright: ignore[reportUnnecessaryIsInstance] - of whatever type it is
-                    raise IdempotencyUsageError("fingerprint(request) must return bytes, or None for the default")
-                return chosen_digest(parts, chosen, hash_function)
-        return payload_hash
+    def _chosen_hash(self, scope: Scope, request: Request) -> str | None:
+        """Return the hash of what the option `fingerprint` chooses; None: that of the whole request counts."""
+        if self.options.fingerprint is None:
+            return None
+        parts = request_parts(scope, request.whole)
+        try:
+            chosen = self.options.fingerprint(parts)
+        except Exception as error:  # noqa: BLE001 - whatever a function of the user's raises for what a client sent
+            # No trace: it may show what is in the request.
+            logger.error("fingerprint of %s raised %s; the default is used", self.function, type(error).__name__)  # noqa: TRY400
+            return None
+        if chosen is None:
+            return None
+        if not isinstance(chosen, bytes):  # pyright: ignore[reportUnnecessaryIsInstance] - of whatever type it is
+            raise IdempotencyUsageError("fingerprint(request) must return bytes, or None for the default")
+        return chosen_digest(parts, chosen, self.options.settings.hash_function)
 
     async def _run(self, call: Call, app: ASGIApp, scope: Scope, request: Request, send: Send) -> None:
         """Run the app, under the claim or bypassed. Layers further in that make the same key let this request pass."""
@@ -203,8 +204,12 @@ class Gate:
             if call.phase is _CLAIMED:
                 await Exchange(call, request, self.options, scope, send).run(app)
             else:  # handlers have an execution all the same, for `key_for`
-                with running(RequestExecution(call)):
+                execution = RequestExecution(call)
+                outer = enter(execution)
+                try:
                     await app(scope, request.rest, send)
+                finally:
+                    leave(outer)
         finally:  # code further out may try again with the same scope
             try:  # noqa: SIM105 - cheaper than contextlib.suppress, for every request
                 _served.reset(token)

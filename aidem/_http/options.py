@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Required, TypedDict, TypeGuard
 
 from aidem._checks import kind_of, refused
-from aidem._http.request import HeaderLines, parts
+from aidem._http.request import parts
 from aidem._http.response import ResponseCheck, store_by_default
 from aidem.config import IdempotencyConfig, check_call_options
 
@@ -59,8 +59,8 @@ def by_header(name: str, *more: str) -> ScopeFunction:
     wanted = [each.lower().encode("ascii") for each in (name, *more)]
 
     def scope_of(scope: Scope) -> str | None:
-        lines = HeaderLines(scope)
-        found = [lines.values(each) for each in wanted]
+        lines = scope["headers"]
+        found = [[value for name, value in lines if name == each] for each in wanted]
         if not all(map(any, found)):
             return None
         # One header's values are hashed as they always were, so that its records are still found.

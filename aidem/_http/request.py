@@ -49,19 +49,18 @@ _UNSAFE: Final = re.compile(rb"[\0\r\n]")  # not allowed in a boundary: a delimi
 class HeaderLines:
     """The header lines of a request by name. Most requests send each header once, and are read without a search."""
 
-    __slots__ = ("_last", "_lines")
+    __slots__ = ("_are_distinct", "_last", "_lines")
 
     def __init__(self, scope: Scope) -> None:
         self._lines = scope["headers"]
         self._last: dict[bytes, bytes] = dict(self._lines)
+        self._are_distinct = len(self._last) == len(self._lines)
 
     def values(self, name: bytes) -> list[bytes]:
         """Return the value of every line of a header; ASGI writes names in lower case."""
         if name not in self._last:
             return []
-        if len(self._last) == len(self._lines):
-            return [self._last[name]]
-        return [value for found, value in self._lines if found == name]
+        return [self._last[name]] if self._are_distinct else [value for found, value in self._lines if found == name]
 
 
 # --- The key ----------------------------------------------------------------------------------------------------------
@@ -81,23 +80,19 @@ def parse_key(values: Sequence[bytes], *, strict: bool) -> str:
         raise RefusedError(KEY_MISSING)
     if len(values) > 1:
         raise RefusedError(KEY_MALFORMED, "The header was sent more than once.")
-    key = _unquoted(values[0].strip(b" \t"), strict=strict)
+    key = values[0].strip(b" \t")
+    if quoted := _QUOTED.fullmatch(key):
+        key = _ESCAPED.sub(rb"\1", quoted[1]) if b"\\" in quoted[1] else quoted[1]
+    elif key and strict:
+        raise RefusedError(KEY_MALFORMED, 'The value is not a quoted string; quote it: "...".')
+    elif key and not _BARE.fullmatch(key):
+        reason = "The value is neither one quoted string nor visible ASCII characters without quotes, commas and"
+        raise RefusedError(KEY_MALFORMED, f"{reason} semicolons.")
     if not key:
         raise RefusedError(KEY_MALFORMED, "The key is empty.")
     if len(key) > MAX_KEY_CHARACTERS:
         raise RefusedError(KEY_MALFORMED, f"The key is longer than {MAX_KEY_CHARACTERS} characters.")
     return key.decode("ascii")
-
-
-def _unquoted(value: bytes, *, strict: bool) -> bytes:
-    if quoted := _QUOTED.fullmatch(value):
-        return _ESCAPED.sub(rb"\1", quoted[1]) if b"\\" in quoted[1] else quoted[1]
-    if value and strict:
-        raise RefusedError(KEY_MALFORMED, 'The value is not a quoted string; quote it: "...".')
-    if value and not _BARE.fullmatch(value):
-        reason = "The value is neither one quoted string nor visible ASCII characters without quotes, commas and"
-        raise RefusedError(KEY_MALFORMED, f"{reason} semicolons.")
-    return value
 
 
 def lookup_key(prefix: str, *, space: str | None, key: str, hash_function: str) -> str:
@@ -118,19 +113,19 @@ def lookup_key(prefix: str, *, space: str | None, key: str, hash_function: str) 
 
 
 class Request:
-    """A request. Its body is read and hashed before the key is claimed, then handed on to the app."""
+    """A request. Its body is read and hashed before the key is claimed, then handed on to the app.
 
-    __slots__ = ("_lines", "_pieces", "_receive", "_scope")
+    Attributes:
+        values: Returns the values of a header, whose name is given in lower case.
+    """
+
+    __slots__ = ("_pieces", "_receive", "_scope", "values")
 
     def __init__(self, scope: Scope, receive: Receive) -> None:
         self._scope = scope
         self._receive = receive
-        self._lines = HeaderLines(scope)
         self._pieces: deque[bytes | bytearray] = deque()
-
-    def values(self, name: bytes) -> list[bytes]:
-        """Return the values of a header, whose name is given in lower case."""
-        return self._lines.values(name)
+        self.values = HeaderLines(scope).values
 
     async def read(self, *, limit: int, hash_function: str) -> str:
         """Read the body into memory; return the hash of the request.
@@ -142,10 +137,10 @@ class Request:
         Raises:
             RefusedError: The body is too large, or the client went before all of it had come.
         """
-        declared = self._lines.values(b"content-length")
+        declared = self.values(b"content-length")
         if declared and (length_in(declared) or 0) > limit:
             raise RefusedError(BODY_TOO_LARGE)  # before the client is told to go on sending
-        digest = request_digest(self._scope, self._lines.values(b"content-type"), hash_function)
+        digest = request_digest(self._scope, self.values(b"content-type"), hash_function)
         received = 0
         more_body = True
         while more_body:

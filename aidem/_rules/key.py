@@ -84,7 +84,7 @@ def _is_nothing(value: Any) -> bool:
 
 
 def payload_digest(selected: Any, hash_function: str) -> str:
-    """Return the digest of the canonical text of a value.
+    """Return the lower-case hex digest of the canonical text of a value.
 
     Raises:
         IdempotencyKeyError: The value cannot be encoded; the message names the path to the fault.
@@ -93,17 +93,12 @@ def payload_digest(selected: Any, hash_function: str) -> str:
         text = encode(selected)
     except NotEncodableError as error:
         raise _refused(error) from error
-    return hash_text(text, hash_function)
+    digest: str = hash_constructor(hash_function)(text.encode(), usedforsecurity=False).hexdigest()
+    return digest
 
 
 def _refused(error: NotEncodableError) -> IdempotencyKeyError:
     return IdempotencyKeyError(f"the payload cannot be a key: {error}; allowed are {ENCODABLE}; {_WAYS_OUT}")
-
-
-def hash_text(text: str, hash_function: str) -> str:
-    """Return the lower-case hex digest of a text in UTF-8."""
-    digest: str = hash_constructor(hash_function)(text.encode(), usedforsecurity=False).hexdigest()
-    return digest
 
 
 @cache

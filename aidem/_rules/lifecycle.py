@@ -30,7 +30,7 @@ from enum import Enum, StrEnum, auto
 from math import ceil, inf
 from typing import Final, NamedTuple
 
-from aidem._rules.record import DataRecord, OutcomeKind, RecordStatus
+from aidem._rules.record import COMPLETED, INPROGRESS, DataRecord, OutcomeKind, RecordStatus
 
 GIVEN_UP: Final = 0
 """The lease expiry of a claim that its owner left in doubt; no lease that merely passed ends then."""
@@ -79,6 +79,8 @@ class Completion(Enum):
     REFUSED = auto()
 
 
+_STORE: Final = Completion.STORE
+
 # --- What a record means at an instant ------------------------------------------------------------------------------
 
 
@@ -90,18 +92,12 @@ def is_expired(record: DataRecord, *, now: float) -> bool:
 def is_lapsed(record: DataRecord, *, now: float, max_clock_skew_seconds: float = 0.0) -> bool:
     """Whether the record is a claim that another caller may take over."""
     end = record.in_progress_expiry_timestamp
-    return (
-        record.status is RecordStatus.INPROGRESS
-        and end is not None
-        and end < milliseconds(now - max_clock_skew_seconds)
-    )
+    return record.status is INPROGRESS and end is not None and end < milliseconds(now - max_clock_skew_seconds)
 
 
 def is_held_by(record: DataRecord | None, owner: str | None) -> bool:
     """Whether the record is a claim of that owner, so that the owner may renew, release or complete it."""
-    return (
-        record is not None and owner is not None and record.owner == owner and record.status is RecordStatus.INPROGRESS
-    )
+    return record is not None and owner is not None and record.owner == owner and record.status is INPROGRESS
 
 
 def status_of(record: DataRecord, *, now: float) -> RecordStatus:
@@ -123,7 +119,7 @@ def state_of(record: DataRecord, *, now: float) -> RecordState:
     """Return the state of a record: a lapsed claim runs at the next call, one in doubt has to be resolved."""
     if is_expired(record, now=now):
         return RecordState.EXPIRED
-    if record.status is RecordStatus.COMPLETED:
+    if record.status is COMPLETED:
         return RecordState.COMPLETED
     if is_lapsed(record, now=now):
         return RecordState.LAPSED
@@ -199,7 +195,7 @@ def acquire_held(found: DataRecord | None) -> Blocked | None:
 
     A claim counts as running then, lapsed or expired: the transaction may yet complete it.
     """
-    is_claim = found is not None and found.status is RecordStatus.INPROGRESS
+    is_claim = found is not None and found.status is INPROGRESS
     return Blocked(found) if found is not None and is_claim else None
 
 
@@ -219,8 +215,8 @@ def commitment(found: DataRecord | None, owner: str | None, *, is_free: bool) ->
 
 def complete(found: DataRecord | None, record: DataRecord, *, now: float) -> Completion:
     """Decide a completion: it must not change a foreign record, nor another outcome of ours."""
-    if found is None or is_expired(found, now=now) or is_held_by(found, record.owner):
-        return Completion.STORE
+    if found is None or is_held_by(found, record.owner) or is_expired(found, now=now):
+        return _STORE
     if record.owner is not None and found.owner == record.owner and _same_outcome(found, record):
         return Completion.ALREADY_STORED  # our own write, whose reply was lost
     return Completion.REFUSED
@@ -272,7 +268,7 @@ def taken_over(
         force: Whether to take over a claim whose lease has not passed.
         last_fence: See `acquire`.
     """
-    if stored is None or stored.status is not RecordStatus.INPROGRESS or is_expired(stored, now=now):
+    if stored is None or stored.status is not INPROGRESS or is_expired(stored, now=now):
         return None
     if is_held_by(stored, proposed.owner):
         return stored  # our own write, whose reply was lost
@@ -291,7 +287,8 @@ def _fenced(proposed: DataRecord, found: DataRecord | None, *, now: float, last_
     fence = milliseconds(now)
     if found is not None:
         fence = (found.fence or fence) + 1
-    return DataRecord(
+    return DataRecord.__new__(
+        DataRecord,
         idempotency_key=proposed.idempotency_key,
         status=proposed.status,
         expiry_timestamp=proposed.expiry_timestamp,
@@ -306,11 +303,7 @@ def _fenced(proposed: DataRecord, found: DataRecord | None, *, now: float, last_
 
 
 def _same_outcome(found: DataRecord, record: DataRecord) -> bool:
-    return (
-        found.status is RecordStatus.COMPLETED
-        and found.response_data == record.response_data
-        and found.outcome == record.outcome
-    )
+    return found.status is COMPLETED and found.response_data == record.response_data and found.outcome == record.outcome
 
 
 # --- The records a call proposes ------------------------------------------------------------------------------------
@@ -351,9 +344,10 @@ def claim(
 ) -> DataRecord:
     """Return the claim to propose to a layer."""
     expiry, in_progress_expiry, lease_expiry = lease.instants(now=now)
-    return DataRecord(
+    return DataRecord.__new__(
+        DataRecord,
         idempotency_key=key,
-        status=RecordStatus.INPROGRESS,
+        status=INPROGRESS,
         expiry_timestamp=expiry,
         in_progress_expiry_timestamp=in_progress_expiry,
         lease_expiry_timestamp=lease_expiry,
@@ -400,9 +394,10 @@ def completed(
     now: float,
 ) -> DataRecord:
     """Return the completed record of a claim; the window counts from now."""
-    return DataRecord(
+    return DataRecord.__new__(
+        DataRecord,
         idempotency_key=claimed.idempotency_key,
-        status=RecordStatus.COMPLETED,
+        status=COMPLETED,
         expiry_timestamp=int(now + expires_after_seconds),
         response_data=response_data,
         outcome=outcome,
@@ -452,12 +447,15 @@ class NextStep(Enum):
     MISMATCH = auto()
 
 
+_REPLAY: Final = NextStep.REPLAY
+
+
 def next_step(record: DataRecord, *, payload_hash: str, now: float) -> NextStep:
     """Decide what a call does about a live record: the hash first, also while it is INPROGRESS."""
     if differs(record, payload_hash):
         return NextStep.MISMATCH
-    if record.status is RecordStatus.COMPLETED:
-        return NextStep.REPLAY
+    if record.status is COMPLETED:
+        return _REPLAY
     if is_in_doubt(record, now=now):
         return NextStep.IN_DOUBT
     return NextStep.WAIT
@@ -471,7 +469,7 @@ def differs(record: DataRecord, payload_hash: str) -> bool:
 def is_in_doubt(record: DataRecord, *, now: float) -> bool:
     """Whether the record is a claim whose owner vanished and that must not be taken over."""
     return (
-        record.status is RecordStatus.INPROGRESS
+        record.status is INPROGRESS
         and record.in_progress_expiry_timestamp is None
         and record.lease_expiry_timestamp is not None
         and record.lease_expiry_timestamp < milliseconds(now)

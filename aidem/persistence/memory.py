@@ -23,6 +23,8 @@ SWEEP_EVERY: Final = 64
 SWEPT_AT_ONCE: Final = 2 * SWEEP_EVERY
 """How many are checked: two for each claim asked for, so that no more than about half of all records have expired."""
 
+_STORE, _REFUSED = Completion.STORE, Completion.REFUSED  # to look a member up on its enum costs as much as a call
+
 
 class MemoryPersistenceLayer(OpenedByAsyncWith):
     """Keeps records in memory, for as long as the process lives; threads and event loops can share an instance.
@@ -57,8 +59,8 @@ class MemoryPersistenceLayer(OpenedByAsyncWith):
             found = self._records.get(key)
             answer = lifecycle.acquire(found, record, now=own_now, proposed_at=now, last_fence=self._last_fence)
             if isinstance(answer, Claimed):
-                self._records[key] = answer.record
-                self._last_fence = max(self._last_fence, answer.record.fence)
+                claimed = self._records[key] = answer.record
+                self._last_fence = max(self._last_fence, claimed.fence)
             self._acquires += 1
             if self._acquires % SWEEP_EVERY == 0:
                 self._sweep(own_now)
@@ -92,9 +94,9 @@ class MemoryPersistenceLayer(OpenedByAsyncWith):
         with self._guard.lock:
             own_now = self.clock()
             decision = lifecycle.complete(self._records.get(key), record, now=own_now)
-            if decision is Completion.STORE:
+            if decision is _STORE:
                 self._records[key] = lifecycle.shifted(record, seconds=own_now - now)
-        return Immediate(decision is not Completion.REFUSED)
+        return Immediate(decision is not _REFUSED)
 
     def renew(self, record: DataRecord, *, now: float) -> Immediate[DataRecord | None]:
         """Move the instants of the claim."""

@@ -41,6 +41,7 @@ logger = logging.getLogger("aidem")
 UNAVAILABLE_TEXT: Final = "aidem:unavailable"
 _EXCEPTION_PREFIX: Final = "aidem:exception:"
 _NONE_TEXT: Final = "null"
+_BY_ANNOTATION: Final = (PydanticSerializer, AnnotationSerializer)  # not `… | …`, which is made anew for each result
 
 
 class OutputSerializer(Protocol):
@@ -149,10 +150,6 @@ def _deduced(function: Callable[..., Any] | None) -> OutputSerializer:
         return PydanticSerializer(annotation)
     if any(map(dataclasses.is_dataclass, classes)):
         return DataclassSerializer(annotation)
-    return _of_standard_types(annotation, function)
-
-
-def _of_standard_types(annotation: Any, function: Any) -> OutputSerializer:
     try:
         rebuild = lenient_rebuilder(annotation)
     except IdempotencyModelTypeError as error:
@@ -209,7 +206,7 @@ def round_trip(result: Any, serializer: OutputSerializer) -> tuple[str, Any]:
     """
     text = result_text(result, serializer)
     replayed = result_from_text(text, serializer)
-    if isinstance(serializer, PydanticSerializer | AnnotationSerializer):
+    if isinstance(serializer, _BY_ANNOTATION):
         path = lost(result, replayed, serializer.declared)
         if path is not None and not are_equal(
             result, decode(text)

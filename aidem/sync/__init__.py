@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Concatenate, ParamSpec, TypeVar
 
 from aidem._api import block, keys
 from aidem._api.decorators import payload_finder
+from aidem._api.execution import leave
 from aidem._api.signature import Target, check_takes_event
 from aidem._checks import check_options
 from aidem._engine.call import Phase, WhoseOutcome
@@ -351,7 +352,7 @@ class _Block(block.Block):
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
         try:
-            self._running.__exit__()
+            leave(self._token)
             self._end(exc)
         except BaseException as error:
             fail(self._call, error)  # does nothing unless the claim is still held
@@ -382,9 +383,10 @@ class _Block(block.Block):
         if call is not None and call.holds_claim:
             background_loop.run_unattended(partial(call.fail, KeyboardInterrupt()))
 
-    def config(self) -> IdempotencyConfig:
-        """Return the settings of a call that starts now."""
-        return with_blocking_hook(super().config())
+    @staticmethod
+    def settled(config: IdempotencyConfig) -> IdempotencyConfig:
+        """Return the settings with a response hook that can be called in the thread."""
+        return with_blocking_hook(config)
 
 
 # --- The background loop ----------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, TypeVar, cast
 
 from aidem._api import execution
-from aidem._api.execution import EncodedResult, hooked, outcome_of, running
+from aidem._api.execution import EncodedResult, enter, hooked, leave, outcome_of
 from aidem._engine.call import Call, Phase, WhoseOutcome
 from aidem._engine.failures import COMMIT_UNKNOWN, EFFECT_HAPPENED, FAILED, NOTHING_RUN, RUNNING
 from aidem._engine.plan import CallFactory
@@ -159,9 +159,10 @@ class BlockingCalls(CallFactory):
     __slots__ = ()
     call_type: ClassVar[type[Call]] = BlockingCall
 
-    def config(self) -> IdempotencyConfig:
-        """Return the settings of a call that starts now."""
-        return with_blocking_hook(super().config())
+    @staticmethod
+    def settled(config: IdempotencyConfig) -> IdempotencyConfig:
+        """Return the settings with a response hook that can be called in the thread."""
+        return with_blocking_hook(config)
 
 
 class Execution(execution.Execution):
@@ -196,8 +197,12 @@ def _run(call: Call, function: Callable[..., Any], args: tuple[Any, ...], kwargs
     if call.phase is Phase.REPLAYED:
         return _replayed(call)
     try:
-        with running(Execution(call)) as execution_:
+        execution_ = Execution(call)
+        token = enter(execution_)
+        try:
             result = function(*args, **kwargs)
+        finally:
+            leave(token)
         if inspect.iscoroutine(result):
             refuse_awaitable(result, call)
         if call.phase is Phase.BYPASSED:
