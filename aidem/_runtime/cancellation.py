@@ -165,10 +165,12 @@ class CancellationShield:
             operation if isinstance(operation, UncancellableFuture) else _as_task(operation)
         )
         self.operation = future
-        if self.deadline is not None:
-            future.give_up_at(self.deadline)
+        deadline = self.deadline
         if within_seconds is not None:
-            future.give_up_at(asyncio.get_running_loop().time() + within_seconds)
+            soon = future.get_loop().time() + within_seconds
+            deadline = soon if deadline is None else min(deadline, soon)
+        if deadline is not None:
+            future.give_up_at(deadline)
         if not future.done():
             try:
                 await future.waiter()
