@@ -461,6 +461,18 @@ async def test_a_future_that_is_done_already_is_an_answer() -> None:
         assert await shield.wait_for(future) == 1
 
 
+@pytest.mark.parametrize(("deadline", "within_seconds"), [(2.0, 5.0), (5.0, 2.0), (None, 2.0), (2.0, None)])
+async def test_an_operation_that_does_not_answer_fails_at_the_earlier_of_its_limits(
+    deadline: float | None, within_seconds: float | None
+) -> None:
+    loop = asyncio.get_running_loop()
+    start, silent = loop.time(), UncancellableFuture[int](loop=loop)
+    shield = CancellationShield(deadline=None if deadline is None else start + deadline)
+    with pytest.raises(IdempotencyPersistenceConnectionError), shield:
+        await shield.wait_for(silent, within_seconds=within_seconds)
+    assert loop.time() - start == pytest.approx(2.0)
+
+
 # --- Ended otherwise --------------------------------------------------------------------------------------------------
 
 
