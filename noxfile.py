@@ -16,7 +16,7 @@ nox.needs_version = ">=2025.5.1"
 nox.options.default_venv_backend = "uv|virtualenv"
 nox.options.download_python = "never"
 nox.options.reuse_existing_virtualenvs = True
-nox.options.sessions = ["lint", "demo", "package", "docs", "typing", "servers", "tests", "aiobotocore", "lowest"]
+nox.options.sessions = ["lint", "demo", "package", "typing", "servers", "docs", "tests", "aiobotocore", "lowest"]
 
 SUPPORTED = ("3.11", "3.12", "3.13")
 MAIN = f"{sys.version_info.major}.{sys.version_info.minor}"
@@ -33,7 +33,7 @@ HTTP = [
 ]
 POSTGRES_CLIENT = [f"tests/persistence/postgres/test_{part}.py" for part in ("postgres", "connections", "errors")]
 POSTGRES_POOLS = [f"tests/persistence/postgres/test_{part}.py" for part in ("pools", "conformance")]
-OPENTELEMETRY = ["tests/test_opentelemetry.py"]
+OBSERVERS = ["tests/test_opentelemetry.py", "tests/test_prometheus.py"]
 ONE_SERVER = ["-k", "not moto and not valkey"]
 # What is tested on the main interpreter alone, as it is the same on every other, beside the documents: measurements,
 # the model of a layer, comparisons with Powertools, and what other programs make of the same HTTP answers.
@@ -45,6 +45,7 @@ SAME_EVERYWHERE = [
     "tests/recipes",
     "tests/simulation/test_simulation.py::test_a_broken_promise_is_noticed",
     "tests/simulation/test_simulation.py::test_no_rule_is_broken_in_many_more_runs",
+    "tests/site",
     "tests/stateful",
     "tests/testing/test_documented_handlers.py",  # on 3.13 aiosqlite leaves a connection open when it is cancelled
     "tests/test_benchmarks.py",
@@ -62,8 +63,10 @@ SLOW = [
     "tests/sync/test_processes.py",
     "tests/testing/test_testing.py",
 ]
-# Debian's packages of what is tested against, and a file of each.
+# Debian's packages of what is tested against, and a file of each, or one of several; the browser is for the docs.
 SERVERS = {
+    "chromium": "chromium|google-chrome",
+    "chromium-driver": "chromedriver",
     "garagemq": "garagemq",
     "faketime": f"/usr/lib/{platform.machine()}-linux-gnu/faketime/libfaketime.so.1",
     "openssl": "openssl",
@@ -162,9 +165,17 @@ def package(session: nox.Session) -> None:
 
 @nox.session
 def docs(session: nox.Session) -> None:
-    """Build the documentation into `site`; a broken link, or a name that does not exist, is an error."""
-    session.install(*nox.project.dependency_groups(PROJECT, "docs"))
+    """Build the documentation into `site`, where a broken link is an error, and look at every page in a browser."""
+    _install(session, "docs")
     session.run("zensical", "build", "--clean", "--strict")
+    session.run("pytest", "tests/site", *session.posargs)
+
+
+@nox.session
+def diagrams(session: nox.Session) -> None:
+    """Draw the diagrams of the documentation from their text."""
+    session.install(*nox.project.dependency_groups(PROJECT, "docs"))
+    session.run("python", "docs/diagrams/draw.py")
 
 
 @nox.session
@@ -175,8 +186,10 @@ def quick(session: nox.Session) -> None:
 
 
 def _is_installed(file: str) -> bool:
-    """Whether a program is there, or a file; in its path a star stands for any name."""
-    return shutil.which(file) is not None or (file.startswith("/") and any(Path("/").glob(file.lstrip("/"))))
+    """Whether a program is there, or one of several, or a file; in its path a star stands for any name."""
+    if file.startswith("/"):
+        return any(Path("/").glob(file.lstrip("/")))
+    return any(shutil.which(program) is not None for program in file.split("|"))
 
 
 @nox.session
@@ -217,7 +230,7 @@ def tests(session: nox.Session) -> None:
     for version in sorted({*SUPPORTED} - {*PRESENT}):
         session.warn(f"Python {version} is not on this machine: the suite does not run on it.")
     session.run("coverage", "erase")
-    session.run("coverage", "run", "-m", *_side_by_side(session))
+    session.run("coverage", "run", "-m", *_side_by_side(session, "--ignore=tests/site"))  # that is for `docs`
     session.run("coverage", "combine", "--quiet")
     if not session.posargs:
         session.run("coverage", "report")
@@ -238,7 +251,7 @@ def lowest(session: nox.Session) -> None:
     session.run("python", "docs/examples/payment.py")  # pytest's plugin is anyio's, and takes a newer one
     extras = [needed for extra in project["optional-dependencies"].values() for needed in extra]
     session.install("-e", ".[all]", *_floors(extras), *nox.project.dependency_groups(PROJECT, "test"))
-    files = [*DYNAMODB_CLIENT, *REDIS_CLIENT, *POSTGRES_CLIENT, *POSTGRES_POOLS, *PYDANTIC, *HTTP, *OPENTELEMETRY]
+    files = [*DYNAMODB_CLIENT, *REDIS_CLIENT, *POSTGRES_CLIENT, *POSTGRES_POOLS, *PYDANTIC, *HTTP, *OBSERVERS]
     session.run(*_side_by_side(session, *ONE_SERVER, *files))
 
 

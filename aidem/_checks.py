@@ -166,10 +166,8 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     for setting, (is_allowed, allowed) in _SETTINGS.items():
         if not is_allowed(settings[setting]):
             raise refused(setting, repr(settings[setting]), allowed)
-    jmespath_options, hash_function = settings["jmespath_options"], settings["hash_function"]
-    _check_jmespath_options(jmespath_options)
-    for setting in ("event_key_jmespath", "payload_validation_jmespath"):
-        _check_expression(setting, settings[setting], jmespath_options)
+    _check_jmespath(settings)
+    hash_function = settings["hash_function"]
     try:
         _key.check_hash_function(hash_function)
     except ValueError as exc:
@@ -183,20 +181,9 @@ def check_settings(settings: Mapping[str, Any]) -> None:
         raise refused("lease_seconds", repr(None), allowed)
 
 
-def _check_expression(setting: str, expression: str, options: Mapping[str, Any] | None) -> None:
-    if expression:
-        from aidem._rules.expressions import (  # jmespath is imported only by those who use it
-            check_calls,
-            compile_expression,
-        )
-
-        try:
-            check_calls(compile_expression(expression), options)
-        except ValueError as exc:
-            raise refused(setting, repr(expression), f"a valid JMESPath expression ({exc})") from exc
-
-
-def _check_jmespath_options(options: Mapping[str, Any] | None) -> None:
+def _check_jmespath(settings: Mapping[str, Any]) -> None:
+    """Check expressions and their options; jmespath is imported only by those who use it."""
+    options: dict[str, Any] | None = settings["jmespath_options"]
     if options is not None:
         from jmespath import Options
         from jmespath.functions import Functions
@@ -210,6 +197,14 @@ def _check_jmespath_options(options: Mapping[str, Any] | None) -> None:
             raise refused("jmespath_options", repr(options), "with an instance of jmespath.functions.Functions")
         if not (dict_cls is None or (isinstance(dict_cls, type) and issubclass(dict_cls, dict))):
             raise refused("jmespath_options", repr(options), "with a subclass of dict as dict_cls")
+    for setting in ("event_key_jmespath", "payload_validation_jmespath"):
+        if settings[setting]:
+            from aidem._rules.expressions import check_calls, compile_expression
+
+            try:
+                check_calls(compile_expression(settings[setting]), options)
+            except ValueError as exc:
+                raise refused(setting, repr(settings[setting]), f"a valid JMESPath expression ({exc})") from exc
 
 
 def _one_of(literal: Any) -> tuple[Check, str]:

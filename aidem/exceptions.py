@@ -2,21 +2,21 @@
 
     IdempotencyError
     ├── IdempotencyUsageError                       aidem is used in a way that cannot work
-    │   └── IdempotencyConfigError                  an option has a value that cannot work; also a ValueError
+    │   └── IdempotencyConfigError                  an option's value; also a ValueError
     ├── IdempotencyKeyError                         the payload holds no key, or cannot be one
     ├── IdempotencyValidationError                  the same key with another payload
     ├── IdempotencyAlreadyInProgressError           another execution of the key is running
-    ├── IdempotencyInDoubtError                     the owner vanished, and its effect may have happened
-    ├── IdempotencyLeaseLostError                   the claim was taken over while the function ran
-    ├── IdempotencyResultUnavailableError           the effect happened, its result cannot be replayed
-    ├── IdempotencySerializationError               a result cannot be turned into text or back
+    ├── IdempotencyInDoubtError                     the owner vanished; the effect is unknown
+    ├── IdempotencyLeaseLostError                   the claim was taken over meanwhile
+    ├── IdempotencyResultUnavailableError           it happened; the result is not stored
+    ├── IdempotencySerializationError               a result does not become text, or back
     │   ├── IdempotencyModelTypeError               the model does not suit the serializer
-    │   └── IdempotencyNoSerializationModelError    the serializer needs a model and found none
+    │   └── IdempotencyNoSerializationModelError    the serializer found no model
     └── IdempotencyPersistenceLayerError            the persistence layer failed
-        ├── IdempotencyPersistenceConfigError       … because of its settings: table, schema, rights, file
-        ├── IdempotencyPersistenceConnectionError   … unreachable, timed out, throttled: a retry may help
-        ├── IdempotencyHeldByTransactionError       … cannot change a record that an open transaction holds
-        └── IdempotencyInvalidStatusError           … a record has a status that aidem does not know
+        ├── IdempotencyPersistenceConfigError       … by its settings: table, rights, file
+        ├── IdempotencyPersistenceConnectionError   … unreachable: a retry may help
+        ├── IdempotencyHeldByTransactionError       … a transaction holds the record
+        └── IdempotencyInvalidStatusError           … a record's status is unknown
 
 An error has its facts as attributes. Its message says what to do, and never shows a payload or a result.
 """
@@ -102,7 +102,7 @@ class IdempotencyInDoubtError(IdempotencyError):
     """The owner of the claim vanished, and nobody knows whether its effect happened: the function did not run.
 
     So it is under `on_abandoned="raise"`, and where a check has not found out; what the check raised is the cause. The
-    record is the claim as it is stored now.
+    record is the claim as it is stored now. The page "Keys in doubt" of the documentation says what to do.
     """
 
     key: str  # pyright: ignore[reportIncompatibleVariableOverride] - always there

@@ -1,4 +1,4 @@
-"""A hook for OpenTelemetry: a counter of events, spans of calls, and links from replays to executions.
+"""A hook for OpenTelemetry: counts events, measures bodies, makes spans of calls, and links replays to executions.
 
 Names follow the semantic conventions: https://opentelemetry.io/docs/specs/semconv/
 """
@@ -6,6 +6,7 @@ Names follow the semantic conventions: https://opentelemetry.io/docs/specs/semco
 from __future__ import annotations
 
 import time
+import traceback
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Final
 
@@ -18,7 +19,7 @@ except ModuleNotFoundError as missing:
     raise ImportError(message) from missing
 
 from aidem._runtime.fork import ForkSafeLock
-from aidem.hooks import EventKind
+from aidem.hooks import ENDINGS, EventKind
 
 if TYPE_CHECKING:
     from aidem.hooks import IdempotencyEvent
@@ -31,18 +32,21 @@ SCHEMA_URL: Final = "https://opentelemetry.io/schemas/1.33.0"
 LINKED_EXECUTIONS: Final = 4096
 """The number of executions whose spans are kept, for links from their replays."""
 
-_ENDINGS: Final = frozenset({EventKind.EXECUTED, EventKind.REPLAYED, EventKind.CONFLICT, EventKind.RELEASED})
+_WITH_SPAN: Final = ENDINGS | {EventKind.REPLAYED, EventKind.CONFLICT}
+
+# Those of the semantic conventions for requests, which last as long as many bodies, and some more.
+_BUCKETS: Final = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 30.0, 60.0, 300.0)
 
 
 class OpenTelemetryHook:
-    """Counts every event, and makes a span for each call that executes, replays, is refused or releases its key.
+    """Counts every event, measures bodies, and makes a span of each claim that has ended, each replay and each refusal.
 
     A replay is linked to the span of the execution if that ran in this process with the same hook, so use one hook for
-    all configs. No attribute contains a key, payload or result.
+    all configs. No attribute contains a key, payload, result or message of an exception.
 
     Args:
         tracer_provider: Makes the spans. Default: the global one.
-        meter_provider: Makes the counter. Default: the global one.
+        meter_provider: Makes the counter and the histogram. Default: the global one.
     """
 
     def __init__(
@@ -54,13 +58,21 @@ class OpenTelemetryHook:
         self._tracer = trace.get_tracer("aidem", __version__, tracer_provider, SCHEMA_URL)
         meter = metrics.get_meter("aidem", __version__, meter_provider, SCHEMA_URL)
         self._events = meter.create_counter("aidem.events", unit="{event}", description="What happened to calls.")
+        self._bodies = meter.create_histogram(
+            "aidem.body.duration",
+            unit="s",
+            description="Time in bodies.",
+            explicit_bucket_boundaries_advisory=_BUCKETS,
+        )
         self._executions = _Executions()
 
     def on_event(self, event: IdempotencyEvent, /) -> None:
-        """Count the event, and make the span of a call that ends with it."""
+        """Count the event, measure the body, and make the span of a call that ends with it."""
         attributes = _attributes_of(event)
         self._events.add(1, attributes)
-        if event.kind in _ENDINGS:
+        if event.body_seconds is not None:
+            self._bodies.record(event.body_seconds, attributes)
+        if event.kind in _WITH_SPAN:
             span = self._span_of(event, attributes)
             if event.kind is EventKind.EXECUTED:
                 self._executions.remember(event, span.get_span_context())
@@ -75,8 +87,13 @@ class OpenTelemetryHook:
             links=() if original is None else (trace.Link(original),),
             start_time=ended_at - round(event.duration_seconds * 1e9),
         )
-        if event.error is not None:
-            span.set_status(trace.StatusCode.ERROR)  # without its message, which has the key
+        if isinstance(event.error, Exception):  # nothing is wrong with a call that is cancelled
+            span.set_status(trace.StatusCode.ERROR)  # without its message, which may show the key or data
+            if event.kind in ENDINGS and span.is_recording():
+                # Where the body failed. `Span.record_exception` would add the message, which may show data.
+                frames = "".join(traceback.format_tb(event.error.__traceback__))
+                details = {"exception.type": _type_of(event.error), "exception.stacktrace": frames}
+                span.add_event("exception", details, ended_at)
         span.end(ended_at)
         return span
 
@@ -109,9 +126,12 @@ def _attributes_of(event: IdempotencyEvent) -> dict[str, str]:
         "code.function.name" if is_function else "aidem.operation": _name_of(event),
     }
     if event.error is not None:
-        kind = type(event.error)
-        attributes["error.type"] = f"{kind.__module__}.{kind.__qualname__}"
+        attributes["error.type"] = _type_of(event.error)
     return attributes
+
+
+def _type_of(error: BaseException) -> str:
+    return f"{type(error).__module__}.{type(error).__qualname__}"
 
 
 def _name_of(event: IdempotencyEvent) -> str:

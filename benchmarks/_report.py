@@ -1,14 +1,12 @@
-"""The table, the JSON file, and the place in the docs where the table stands."""
+"""The table of a run, and the JSON file."""
 
 from __future__ import annotations
 
 import datetime
 import os
 import platform
-import re
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -16,8 +14,6 @@ if TYPE_CHECKING:
 
     from benchmarks._rows import Row
 
-DOCS_PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
-BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
 HEADINGS = ("subject", "what", "against", "ours", "theirs", "ratio", "by", "other clock", "target", "met")
 PACKAGES = (
     "aidem-idempotency",
@@ -25,6 +21,7 @@ PACKAGES = (
     "aiobotocore",
     "aiosqlite",
     "anyio",
+    "asyncpg",
     "aws-lambda-powertools",
     "boto3",
     "fastapi",
@@ -65,13 +62,16 @@ def _figure(value: float) -> str:
 
 def as_json(rows: Mapping[str, Iterable[Row]], *, quick: bool) -> dict[str, Any]:
     """Return everything there is to know about a run."""
-    return {
-        "measured": datetime.datetime.now(tz=datetime.UTC).date().isoformat(),
+    return facts() | {
         "quick": quick,
-        "machine": machine(),
-        "versions": versions(),
         "rows": [{"subject": subject} | row.as_json() for subject, of_it in rows.items() for row in of_it],
     }
+
+
+def facts() -> dict[str, Any]:
+    """Return when and on what it is measured."""
+    measured = datetime.datetime.now(tz=datetime.UTC).date().isoformat()
+    return {"measured": measured, "machine": machine(), "versions": versions()}
 
 
 def machine() -> dict[str, str | int]:
@@ -91,22 +91,3 @@ def versions() -> dict[str, str]:
         with suppress(PackageNotFoundError):
             found[name] = version(name)
     return found
-
-
-def caption() -> str:
-    """Return the sentence that stands above the table in the docs."""
-    facts = machine()
-    packages = ", ".join(f"{name} {version}" for name, version in versions().items())
-    return (
-        f"Measured on {datetime.datetime.now(tz=datetime.UTC).date()}: {facts['python']}, {facts['system']} on "
-        f"{facts['architecture']}, {facts['cores']} cores; {packages}."
-    )
-
-
-def write_docs(rows: Mapping[str, Iterable[Row]], *, page: Path = DOCS_PAGE) -> None:
-    """Put the table into the page, in place of the one before."""
-    between = re.compile(f"(?<={re.escape(BEGIN)}\n).*?(?={re.escape(END)})", re.DOTALL)
-    text, found = between.subn(lambda _: f"\n{caption()}\n\n{table(rows)}\n\n", page.read_text(encoding="utf-8"))
-    if found != 1:
-        raise SystemExit(f"{page.name} must have the lines {BEGIN} and {END} once, one after the other")
-    page.write_text(text, encoding="utf-8")

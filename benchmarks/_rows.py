@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+A_THOUSAND = "a thousand records"
+"""The other side of rows about growth: the same layer with few records."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +71,20 @@ class Row:
     def is_met(self) -> bool | None:
         """Whether the target is met; None: there is none."""
         return None if self.target is None else self.target.is_met(self.ours if self.ratio is None else self.ratio)
+
+    @property
+    def is_growth(self) -> bool:
+        """Whether aidem is compared with itself, with fewer records."""
+        return self.against == A_THOUSAND
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Row:
+        """Return the row that `as_json` gave."""
+        fields = {name: value for name, value in values.items() if name != "is_met"}
+        if fields["target"] is not None:
+            relation, bound = fields["target"].split()
+            fields["target"] = Target(relation, float(bound))
+        return cls(**fields)
 
     def as_json(self) -> dict[str, Any]:
         """Return the row as JSON values."""

@@ -18,7 +18,7 @@ from aidem.persistence.memory import MemoryPersistenceLayer
 from aidem.testing import claim_of, completed_of
 from benchmarks._measure import Lap, Stopwatch, fresh_keys, race
 from benchmarks._powertools import DictPersistenceLayer
-from benchmarks._rows import at_most
+from benchmarks._rows import A_THOUSAND, at_most
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from benchmarks._measure import Effort, Race
     from benchmarks._rows import Row
 
-POWERTOOLS, THOUSAND = "Powertools on a dict", "a thousand records"
+POWERTOOLS = "Powertools on a dict"
+SIZES = (10_000, 100_000, 1_000_000)
 
 warnings.filterwarnings("ignore", message="Couldn't determine the remaining time left")
 
@@ -37,10 +38,11 @@ def rows(effort: Effort) -> Iterator[Row]:
     yield result.times("replay", lap="replay", against=POWERTOOLS, by="cpu", target=at_most(0.55))
     result = _against_powertools(effort, uses_cache=True)
     yield result.times("local-cache hit", lap="replay", against=POWERTOOLS, by="cpu", target=at_most(0.3))
-    large = effort.calls(1_000_000)
-    result = _growth(effort, large)
-    for lap, what in (("first", "first call"), ("replay", "replay")):
-        yield result.times(f"{what} among {large:,} records", lap=lap, against=THOUSAND, by="cpu", target=at_most(1.3))
+    for size in map(effort.calls, SIZES):
+        result = _growth(effort, size)
+        for lap, what in (("first", "first call"), ("replay", "replay")):
+            grown = f"{what} among {size:,} records"
+            yield result.times(grown, lap=lap, against=A_THOUSAND, by="cpu", target=at_most(1.3))
 
 
 # --- Against Powertools -----------------------------------------------------------------------------------------------
@@ -101,7 +103,7 @@ def _growth(effort: Effort, large: int) -> Race:
             stack.enter_context(process)
             return lambda stopwatch: stopwatch.laps.update(process.submit(_Filled.laps, effort.calls(1000)).result())
 
-        return race({"aidem": contender(large), THOUSAND: contender(1000)}, rounds=effort.rounds(15))
+        return race({"aidem": contender(large), A_THOUSAND: contender(1000)}, rounds=effort.rounds(15))
 
 
 class _Filled:

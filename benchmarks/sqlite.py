@@ -14,7 +14,7 @@ import aiosqlite
 from aidem import idempotent_function
 from aidem.persistence.sqlite import SQLitePersistenceLayer, _records
 from benchmarks._measure import first_and_replay, one_after_another, race
-from benchmarks._rows import at_least, at_most
+from benchmarks._rows import A_THOUSAND, at_least, at_most
 from benchmarks._servers import directory_on_disk
 
 if TYPE_CHECKING:
@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from benchmarks._measure import Call, Effort, Stopwatch
     from benchmarks._rows import Row
 
-AIOSQLITE, BARE, THOUSAND = "aiosqlite", "sqlite3, blocking", "a thousand records"
+AIOSQLITE, BARE = "aiosqlite", "sqlite3, blocking"
+SIZES = (10_000, 100_000, 1_000_000)
 SCHEMA = tuple(statement for step in _records.Tables("").schema_steps for statement in step)
 DURABLE = ("PRAGMA journal_mode = WAL", "PRAGMA synchronous = FULL")
 
@@ -132,7 +133,7 @@ def _outcome(key: str) -> tuple[str | int, ...]:
 
 
 def _growth(directory: Path, effort: Effort) -> Iterator[Row]:
-    large, calls = effort.calls(1_000_000), effort.calls(5000)
+    sizes, calls = [effort.calls(size) for size in SIZES], effort.calls(5000)
     with asyncio.Runner() as runner, ExitStack() as cleanup:
         stack = AsyncExitStack()
         cleanup.callback(lambda: runner.run(stack.aclose()))
@@ -148,10 +149,12 @@ def _growth(directory: Path, effort: Effort) -> Iterator[Row]:
 
             return take_laps
 
-        result = race({"aidem": contender(large), THOUSAND: contender(1000)}, rounds=effort.rounds(9))
-    for lap, what in (("first/32", "first calls"), ("replay/32", "replays")):
-        grown = f"{what} among {large:,} records, 32 tasks"
-        yield result.times(grown, lap=lap, against=THOUSAND, by="wall", target=at_most(1.3))
+        few = contender(1000)
+        results = {size: race({"aidem": contender(size), A_THOUSAND: few}, rounds=effort.rounds(9)) for size in sizes}
+    for size, result in results.items():
+        for lap, what in (("first/32", "first calls"), ("replay/32", "replays")):
+            grown = f"{what} among {size:,} records, 32 tasks"
+            yield result.times(grown, lap=lap, against=A_THOUSAND, by="wall", target=at_most(1.3))
 
 
 def _fill(path: Path, size: int) -> None:

@@ -135,24 +135,10 @@ def test_the_file_holds_the_rows_the_versions_and_no_path() -> None:
     assert "/" not in text
 
 
-def test_the_table_replaces_the_one_before_in_the_docs(tmp_path: Path) -> None:
-    page = tmp_path / "benchmarks.md"
-    page.write_text(DOCS_PAGE.read_text(encoding="utf-8"), encoding="utf-8")
-    for what in ("the old call", "the new call"):
-        _report.write_docs({"memory": [Row(what=what, ours=1, unit="µs")]}, page=page)
-    text = page.read_text(encoding="utf-8")
-    assert "the new call" in text
-    assert "the old call" not in text
-    outside = re.compile(f"{_report.BEGIN}.*{_report.END}", re.DOTALL)
-    assert outside.sub("", text) == outside.sub("", DOCS_PAGE.read_text(encoding="utf-8"))
-
-
-def test_a_page_without_a_place_for_the_table_is_left_alone(tmp_path: Path) -> None:
-    page = tmp_path / "benchmarks.md"
-    page.write_text("nothing", encoding="utf-8")
-    with pytest.raises(SystemExit, match="must have the lines"):
-        _report.write_docs({}, page=page)
-    assert page.read_text(encoding="utf-8") == "nothing"
+def test_a_row_is_the_same_after_it_was_kept() -> None:
+    for target in (at_most(0.6), exactly(2), None):
+        row = Row(what="call", against="x", ours=1, theirs=2, unit="µs", ratio=0.5, target=target, clock="cpu")
+        assert Row.from_json(json.loads(json.dumps(row.as_json()))) == row
 
 
 def test_a_subject_that_fails_does_not_cost_the_others_their_rows(capsys: pytest.CaptureFixture[str]) -> None:

@@ -26,6 +26,7 @@ from aidem.persistence.sqlite import SQLitePersistenceLayer
 from aidem.testing import claim_of, completed_of
 from tests.support import aws_servers, postgres
 from tests.support.aws_servers import EMULATORS, Database
+from tests.support.records import put
 from tests.support.redis_clusters import cluster
 from tests.support.servers import started
 
@@ -416,7 +417,7 @@ async def abandoned(layer: Any, key: str = KEY) -> None:
     now = layer.clock() - 10
     await layer.forget(key)
     await layer.acquire(claim_of(key, now=now, kept_seconds=1000), now=layer.clock())
-    layer._records[key] = layer._records[key].replace(in_progress_expiry_timestamp=1)
+    put(layer, layer.records()[key].replace(in_progress_expiry_timestamp=1))
 
 
 def test_create_table_makes_a_file(path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -32,6 +32,7 @@ MODULES_WITH_PUBLIC_NAMES = (
     "aidem.persistence.postgres",
     "aidem.persistence.redis",
     "aidem.persistence.sqlite",
+    "aidem.prometheus",
     "aidem.serialization",
     "aidem.sync",
     "aidem.testing",
@@ -63,12 +64,38 @@ def pages_in(navigation: Any) -> Iterator[str]:
 
 def test_every_page_is_in_the_navigation() -> None:
     config = tomllib.loads((ROOT / "zensical.toml").read_text(encoding="utf-8"))
-    assert sorted(pages_in(config["project"]["nav"])) == sorted(path.name for path in DOCS.glob("*.md"))
+    pages = sorted(path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md"))
+    assert sorted(pages_in(config["project"]["nav"])) == pages
 
 
 def test_the_first_page_leads_to_every_other() -> None:
-    pages = {path.name for path in DOCS.glob("*.md")} - {"index.md"}
-    assert pages == set(re.findall(r"\]\(([\w-]+\.md)\)", page("index.md")))
+    pages = {path.name for path in DOCS.glob("*.md")} - {"index.md"} | {"reference/index.md"}
+    assert pages == set(re.findall(r"\]\(([\w/-]+\.md)\)", page("index.md")))
+
+
+@pytest.mark.parametrize(
+    "name", ["persistence.md", "redis.md", "dynamodb.md", "postgres.md", "http.md", "guarantees.md", "tutorial.md"]
+)
+def test_the_runbook_is_found_from_every_page_of_a_layer_and_every_page_of_errors(name: str) -> None:
+    assert re.search(r"\]\(operations\.md[)#]", page(name))
+
+
+def test_the_first_page_has_the_words_that_an_operator_looks_for() -> None:
+    assert {"runbook", "rename", "gdpr"} <= set(re.findall(r"\w+", page("index.md").lower()))
+
+
+def test_every_link_to_a_section_of_a_page_leads_to_one() -> None:
+    def anchors(text: str) -> set[str]:
+        titles = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+        return {re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-") for title in titles}
+
+    for target in ("operations.md", "personal-data.md"):
+        known = anchors(page(target))
+        for path in DOCS.glob("*.md"):
+            pattern = rf"\]\({target}#([\w-]+)\)" + (r"|\]\(#([\w-]+)\)" if path.name == target else "")
+            for found in re.findall(pattern, path.read_text(encoding="utf-8")):
+                name = found if isinstance(found, str) else "".join(found)
+                assert name in known, (path.name, name)
 
 
 @pytest.mark.parametrize("front", [ROOT / "README.md", DOCS / "index.md"], ids=lambda path: path.name)
@@ -168,7 +195,8 @@ def test_no_setting_is_described_that_does_not_exist() -> None:
 
 
 def test_every_kind_of_event_is_described() -> None:
-    assert sorted(re.findall(r"^\| `(\w+)` \|", page("observing.md"), re.MULTILINE)) == sorted(EventKind)
+    [events] = re.findall(r"^## Events$(.*?)^## ", page("observing.md"), re.MULTILINE | re.DOTALL)
+    assert sorted(re.findall(r"^\| `(\w+)` \|", events, re.MULTILINE)) == sorted(EventKind)
 
 
 def test_every_answer_of_the_http_layer_is_described() -> None:
@@ -181,6 +209,12 @@ def test_every_answer_of_the_http_layer_is_described() -> None:
 
 @pytest.mark.parametrize("module", MODULES_WITH_PUBLIC_NAMES)
 def test_every_public_name_is_in_the_reference(module: str) -> None:
-    shown = re.findall(r"^::: ([\w.]+)$", page("reference.md"), re.MULTILINE)
+    shown = re.findall(r"^::: ([\w.]+)$", page(f"reference/{module}.md"), re.MULTILINE)
     names: list[str] = importlib.import_module(module).__all__
     assert {f"{module}.{name}" for name in names} <= set(shown)
+
+
+def test_the_reference_leads_to_the_page_of_every_module() -> None:
+    pages = {path.name for path in (DOCS / "reference").glob("aidem*.md")}
+    assert pages == set(re.findall(r"\]\(([\w.]+\.md)\)", page("reference/index.md")))
+    assert {f"{module}.md" for module in MODULES_WITH_PUBLIC_NAMES} <= pages

@@ -36,6 +36,7 @@ from tests.support.planned import (
     other_process,
     real_now,
 )
+from tests.support.records import clear, put
 
 ROOT = Path(__file__).parents[1]
 PATIENCE_SECONDS = 20.0
@@ -79,7 +80,7 @@ def take_over(layer: PlannedLayer, *, with_outcome: bool = False) -> None:
     record = only_record(layer).replace(owner="theirs")
     if with_outcome:
         record = completed_of(record, now=layer.clock())
-    layer.inner._records[record.idempotency_key] = record
+    put(layer.inner, record)
 
 
 def returns(_layer: PlannedLayer) -> str:
@@ -244,7 +245,7 @@ async def test_an_ending_has_the_exception_of_the_body_else_the_reason_why_the_c
         (cannot_be_released, ValueError),
         (cannot_be_recorded, IdempotencyPersistenceConfigError),
     ):
-        layer.inner._records.clear()
+        clear(layer.inner)
         events = await events_of(in_function, layer, "run_again", lambda body=body: body(layer))  # type: ignore[misc]
         assert type(ending_of(events).error) is error
 
@@ -450,7 +451,7 @@ async def checked(answer: Any, *, is_lost: bool = False) -> Listener:
 
     async def check(_abandoned: Any) -> Any:
         if is_lost:
-            layer.inner._records.clear()
+            clear(layer.inner)
         if isinstance(answer, Exception):
             raise answer
         return answer

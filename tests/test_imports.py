@@ -13,7 +13,7 @@ CLIENTS_OF_AWS = {"aioboto3", "aiobotocore", "boto3", "botocore"}
 CLIENTS_OF_REDIS = {"hiredis", "redis"}
 FRAMEWORKS = {"aws_lambda_powertools", "fastapi", "pydantic", "starlette", "uvicorn"}
 CLIENTS_OF_POSTGRES = {"asyncpg", "psycopg", "psycopg_pool", "sqlalchemy"}
-EXTRAS = CLIENTS_OF_AWS | CLIENTS_OF_REDIS | CLIENTS_OF_POSTGRES | FRAMEWORKS | {"opentelemetry"}
+EXTRAS = CLIENTS_OF_AWS | CLIENTS_OF_REDIS | CLIENTS_OF_POSTGRES | FRAMEWORKS | {"opentelemetry", "prometheus_client"}
 UNUSED = EXTRAS | {"anyio", "jmespath", "sqlite3"}
 
 HANDLER = """

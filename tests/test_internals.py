@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import sys
 import tomllib
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from enum import Enum
 from functools import partial
 from pathlib import Path
@@ -64,8 +65,8 @@ def test_every_module_that_contributors_are_sent_to_exists() -> None:
 
 
 def test_the_table_of_steps_has_every_phase() -> None:
-    [header] = re.findall(r"^\| step \|(.*)\|$", section("Phases and steps"), re.MULTILINE)
-    assert [phase.strip() for phase in header.split("|")] == [phase.name for phase in Phase]
+    headers = re.findall(r"^\| step \|(.*)\|$", section("Phases and steps"), re.MULTILINE)
+    assert [phase.strip() for header in headers for phase in header.split("|")] == [phase.name for phase in Phase]
 
 
 def test_the_table_of_a_response_is_the_one_that_the_code_follows() -> None:
@@ -89,8 +90,83 @@ def test_the_table_of_steps_is_the_one_that_calls_follow() -> None:
     rows = re.findall(r"^\| `(\w+)` \|(.*)\|$", section("Phases and steps"), re.MULTILINE)
     assert rows
     answers = {answer.value: answer for answer in Answer}
-    told = {step: tuple(answers.get(cell.strip(), Answer.TAKEN) for cell in row.split("|")) for step, row in rows}
+    told: dict[str, tuple[Answer, ...]] = {}  # the table is in two parts, one below the other
+    for step, row in rows:
+        told[step] = told.get(step, ()) + tuple(answers.get(cell.strip(), Answer.TAKEN) for cell in row.split("|"))
     assert told == STEPS
+
+
+# --- Helpers used once ----------------------------------------------------------------------------------------------
+
+MOST_HELPERS_USED_ONCE = 90
+
+
+def helpers_used_once(sources: Iterable[str]) -> list[str]:
+    """Return the private functions and methods that are named in one place, which calls them.
+
+    Some could not be written where they are used, and are left out: coroutines that run as tasks, what a lambda calls
+    for whom it is handed to, what several classes define, and what a decorator keeps the results of.
+    """
+    defined: dict[str, list[ast.FunctionDef | ast.AsyncFunctionDef]] = {}
+    uses: dict[str, list[tuple[ast.AST, ast.AST]]] = {}
+    for source in sources:
+        tree = ast.parse(source)
+        parents = {child: parent for parent in ast.walk(tree) for child in ast.iter_child_nodes(parent)}
+        for node in ast.walk(tree):
+            match node:
+                case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name):
+                    defined.setdefault(name, []).append(node)
+                case ast.Name(id=name) | ast.Attribute(attr=name):
+                    call = parents[node]
+                    is_called = isinstance(call, ast.Call) and call.func is node
+                    uses.setdefault(name, []).append((call, parents[call]) if is_called else (node, call))
+                case _:
+                    pass
+    return [name for name, found in defined.items() if is_used_once(name, found, uses.get(name, []))]
+
+
+def is_used_once(
+    name: str, defined: list[ast.FunctionDef | ast.AsyncFunctionDef], uses: list[tuple[ast.AST, ast.AST]]
+) -> bool:
+    if not name.startswith("_") or name.startswith("__") or len(defined) > 1 or len(uses) != 1:
+        return False
+    [function], [(use, within)] = defined, uses
+    if not isinstance(use, ast.Call) or isinstance(within, ast.Lambda) or function.decorator_list:
+        return False
+    return isinstance(function, ast.FunctionDef) or isinstance(within, ast.Await)
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("def _once(): ...\n_once()", ["_once"]),
+        ("class A:\n def _once(self): ...\n def a(self): self._once()", ["_once"]),
+        ("async def _awaited(): ...\nasync def a(): await _awaited()", ["_awaited"]),
+        ("def public(): ...\npublic()", []),
+        ("class A:\n def __init__(self): ...\nA().__init__()", []),
+        ("def _unused(): ...", []),
+        ("def _twice(): ...\n_twice()\n_twice()", []),
+        ("def _recursive(): _recursive()\n_recursive()", []),
+        ("def _passed(): ...\nprint(_passed)", []),
+        ("def _passed(a): ...\nprint(lambda: _passed(1))", []),
+        ("async def _task(): ...\ncreate_task(_task())", []),
+        ("class A:\n def _override(self): ...\nclass B(A):\n def _override(self): ...\nB()._override()", []),
+        ("@cache\ndef _cached(): ...\n_cached()", []),
+    ],
+)
+def test_a_helper_used_once_is_one_that_could_be_written_where_it_is_called(source: str, found: list[str]) -> None:
+    assert helpers_used_once([source]) == found
+
+
+def test_few_helpers_are_used_once() -> None:
+    found = helpers_used_once(path.read_text(encoding="utf-8") for path in sorted(PACKAGE.rglob("*.py")))
+    assert len(found) <= MOST_HELPERS_USED_ONCE, (
+        f"{len(found)} private functions are called in one place only; at most {MOST_HELPERS_USED_ONCE} may be. Write "
+        f"what one does where it is called, unless its name says more than its body: {', '.join(found)}"
+    )
+
+
+# --- The way of a call ----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import subprocess
 import sys
 import time
@@ -21,7 +22,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 
 from aidem import IdempotencyConfig, idempotency, idempotent_function, sync
 from aidem.exceptions import IdempotencyAlreadyInProgressError, IdempotencyError
-from aidem.hooks import EventKind, IdempotencyEvent, IdempotencyHook
+from aidem.hooks import ENDINGS, EventKind, IdempotencyEvent, IdempotencyHook
 from aidem.opentelemetry import LINKED_EXECUTIONS, OpenTelemetryHook
 from aidem.persistence.memory import MemoryPersistenceLayer
 
@@ -58,12 +59,22 @@ class Collector:
     @property
     def counts(self) -> dict[tuple[tuple[str, Any], ...], int]:
         """What the counter counted, by its attributes in alphabetical order."""
-        data = self._reader.get_metrics_data()
-        assert data is not None
-        ((metric,),) = [scope.metrics for resource in data.resource_metrics for scope in resource.scope_metrics]
-        assert (metric.name, metric.unit) == ("aidem.events", "{event}")
-        points: Any = metric.data.data_points
+        points = self._points("aidem.events", unit="{event}")
         return {tuple(sorted(point.attributes.items())): point.value for point in points}
+
+    @property
+    def durations(self) -> list[Any]:
+        """The points of the histogram."""
+        return self._points("aidem.body.duration", unit="s")
+
+    def _points(self, name: str, *, unit: str) -> list[Any]:
+        data = self._reader.get_metrics_data()
+        if data is None:
+            return []
+        scopes = [scope for resource in data.resource_metrics for scope in resource.scope_metrics]
+        metrics = [metric for scope in scopes for metric in scope.metrics if metric.name == name]
+        assert {metric.unit for metric in metrics} <= {unit}
+        return [point for metric in metrics for point in metric.data.data_points]
 
 
 def scope_of(span: ReadableSpan) -> Any:
@@ -100,6 +111,8 @@ NAME = f"{__name__}.charge"
 
 def event_of(kind: EventKind, **facts: Any) -> IdempotencyEvent:
     defaults: dict[str, Any] = {"key": "key", "function": NAME, "fence": 1, "duration_seconds": 0.0}
+    if kind in ENDINGS:
+        defaults["body_seconds"] = 0.2
     return IdempotencyEvent(kind=kind, **defaults | facts)
 
 
@@ -179,6 +192,22 @@ def test_a_replay_is_linked_across_event_loops_and_threads(collector: Collector,
     assert [link.context for replay in replays for link in replay.links] == [context_of(execution)] * 2
 
 
+async def test_the_recipe_of_the_docs_links_a_replay_in_another_process_to_the_caller_of_the_execution(
+    collector: Collector,
+) -> None:
+    page = (ROOT / "docs" / "observing.md").read_text(encoding="utf-8")
+    [recipe] = [code for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "link_to_execution" in code]
+    scope: dict[str, Any] = {"IdempotencyConfig": IdempotencyConfig}
+    exec(recipe, scope)
+    store = MemoryPersistenceLayer()
+    for _ in range(2):  # a function has no state that the second could know the first by
+        with collector.tracer.start_as_current_span("caller"):
+            await idempotent_function(persistence_store=store, config=scope["config"])(charge)("o-1")
+    first, second = collector.all_spans
+    assert not first.links
+    assert [link.context.span_id for link in second.links] == [context_of(first).span_id]
+
+
 async def test_a_replay_of_what_was_executed_elsewhere_has_no_link(
     collector: Collector, options: dict[str, Any]
 ) -> None:
@@ -221,6 +250,55 @@ async def test_a_refused_call_is_an_error_of_a_type_without_its_message(
     assert (released.attributes or {})["aidem.event"] == "released"
 
 
+async def test_a_failed_body_is_an_error_that_says_where_and_not_with_which_message(
+    collector: Collector, options: dict[str, Any]
+) -> None:
+    @idempotent_function(**options)
+    async def decline(card: str) -> None:
+        raise LookupError(f"no account for {card}")
+
+    with pytest.raises(LookupError):
+        await decline("4242")
+    (span,) = collector.spans
+    assert span.status.status_code is trace.StatusCode.ERROR
+    assert span.status.description is None
+    assert (span.attributes or {})["error.type"] == "builtins.LookupError"
+    (event,) = span.events
+    attributes = dict(event.attributes or {})
+    assert (event.name, sorted(attributes)) == ("exception", ["exception.stacktrace", "exception.type"])
+    assert attributes["exception.type"] == "builtins.LookupError"
+    assert "raise LookupError(" in str(attributes["exception.stacktrace"])
+    assert "4242" not in span.to_json()
+
+
+async def test_a_cancelled_body_is_no_error(collector: Collector, options: dict[str, Any]) -> None:
+    @idempotent_function(**options)
+    async def hang() -> None:
+        await asyncio.sleep(60)
+
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.01):
+            await hang()
+    (span,) = collector.spans
+    assert span.status.status_code is trace.StatusCode.UNSET
+    assert not span.events
+    assert (span.attributes or {})["error.type"] == "asyncio.exceptions.CancelledError"
+
+
+async def test_a_stored_exception_is_an_error_of_an_execution(collector: Collector) -> None:
+    config = IdempotencyConfig(hooks=(collector.hook(),), stored_exceptions=(LookupError,))
+
+    @idempotent_function(persistence_store=MemoryPersistenceLayer(), config=config)
+    async def decline() -> None:
+        raise LookupError
+
+    with pytest.raises(LookupError):
+        await decline()
+    (span,) = collector.spans
+    assert (span.attributes or {})["aidem.event"] == "executed"
+    assert span.status.status_code is trace.StatusCode.ERROR
+
+
 async def test_a_block_is_an_operation_and_no_function(collector: Collector, options: dict[str, Any]) -> None:
     async with idempotency("key", key_prefix="charge", **options) as execution:
         execution.result = await execution.run(charge, "o-1")
@@ -233,7 +311,7 @@ async def test_a_block_is_an_operation_and_no_function(collector: Collector, opt
 
 # --- The counter ------------------------------------------------------------------------------------------------------
 
-ENDINGS = {EventKind.EXECUTED, EventKind.REPLAYED, EventKind.CONFLICT, EventKind.RELEASED}
+WITH_SPAN = ENDINGS | {EventKind.REPLAYED, EventKind.CONFLICT}
 
 
 @pytest.mark.parametrize("kind", EventKind)
@@ -242,7 +320,7 @@ def test_every_event_is_counted_and_one_that_ends_a_call_is_a_span(collector: Co
     hook.on_event(event_of(kind))
     hook.on_event(event_of(kind, key="other", fence=2, duration_seconds=3))
     assert collector.counts == {(("aidem.event", kind.value), ("code.function.name", NAME)): 2}
-    assert len(collector.spans) == (2 if kind in ENDINGS else 0)
+    assert len(collector.spans) == (2 if kind in WITH_SPAN else 0)
 
 
 def test_what_failed_is_counted_by_its_type(collector: Collector) -> None:
@@ -251,6 +329,25 @@ def test_what_failed_is_counted_by_its_type(collector: Collector) -> None:
         hook.on_event(event_of(EventKind.PERSISTENCE_ERROR, error=error))
     by_type = {dict(attributes)["error.type"]: count for attributes, count in collector.counts.items()}
     assert by_type == {"builtins.OSError": 2, "aidem.exceptions.IdempotencyError": 1}
+
+
+@pytest.mark.parametrize("kind", EventKind)
+def test_the_time_in_a_body_is_measured_with_every_ending(collector: Collector, kind: EventKind) -> None:
+    hook = collector.hook()
+    hook.on_event(event_of(kind))
+    if kind not in ENDINGS:
+        assert collector.durations == []
+        return
+    hook.on_event(event_of(kind, body_seconds=45.0))
+    (point,) = collector.durations
+    assert (point.count, point.sum) == (2, 45.2)
+    assert dict(point.attributes) == {"aidem.event": kind.value, "code.function.name": NAME}
+
+
+def test_the_buckets_are_those_of_seconds(collector: Collector) -> None:
+    collector.hook().on_event(event_of(EventKind.EXECUTED))
+    (point,) = collector.durations
+    assert (point.explicit_bounds[0], point.explicit_bounds[-1]) == (0.005, 300)
 
 
 # --- Both -------------------------------------------------------------------------------------------------------------

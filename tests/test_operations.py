@@ -25,6 +25,7 @@ from aidem.exceptions import (
 from aidem.operations import OperationRefusedError, RecordState, diagnose, find, forget, look, purge, release, resolve
 from aidem.persistence.memory import MemoryPersistenceLayer
 from aidem.testing import FakeClock, claim_of, completed_of
+from tests.support.records import clear, put
 
 KEY = "shop#1"
 IN_DOUBT, LAPSED = "in doubt", "lapsed"
@@ -253,7 +254,7 @@ async def test_a_running_claim_is_refused_and_force_does_it(
 
 async def test_a_claim_that_holds_for_ever_is_refused(layer: MemoryPersistenceLayer) -> None:
     record = await claimed(layer, lease_seconds=None)
-    layer._records[KEY] = record.replace(expiry_timestamp=None)
+    put(layer, record.replace(expiry_timestamp=None))
     await refusals(layer, "is running: its lease holds for ever, or")
 
 
@@ -300,7 +301,7 @@ async def test_forget_drops_an_expired_record_and_not_the_claim_of_a_call_that_c
 
     await claimed(layer)
     clock.advance(100)
-    layer.before_acquire = lambda layer: layer._records.update({KEY: claim_of(KEY, now=clock(), owner="a call")})
+    layer.before_acquire = lambda layer: put(layer, claim_of(KEY, now=clock(), owner="a call"))
     with pytest.raises(OperationRefusedError, match="is running"):
         await forget(layer, KEY)
     found = await layer.get(KEY)
@@ -362,19 +363,19 @@ class Held(MemoryPersistenceLayer):
 
 
 def renewed(layer: MemoryPersistenceLayer) -> None:
-    layer._records[KEY] = layer._records[KEY].replace(lease_expiry_timestamp=int(layer.clock() + 60) * 1000)
+    put(layer, layer.records()[KEY].replace(lease_expiry_timestamp=int(layer.clock() + 60) * 1000))
 
 
 def completed(layer: MemoryPersistenceLayer) -> None:
-    layer._records[KEY] = completed_of(layer._records[KEY], now=layer.clock())
+    put(layer, completed_of(layer.records()[KEY], now=layer.clock()))
 
 
 def dropped(layer: MemoryPersistenceLayer) -> None:
-    layer._records.clear()
+    clear(layer)
 
 
 def taken(layer: MemoryPersistenceLayer) -> None:
-    layer._records[KEY] = layer._records[KEY].replace(owner="another operator")
+    put(layer, layer.records()[KEY].replace(owner="another operator"))
 
 
 @pytest.mark.parametrize(

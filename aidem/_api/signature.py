@@ -66,31 +66,24 @@ def _check_kind(function: object, *, decorator: str, is_async: bool) -> None:
     block = "async with aidem.idempotency(key)" if is_async else "with aidem.sync.idempotency(key)"
     if _is_generator(called):
         raise TypeError(f"{decorator} cannot replay a generator; let {name} return a list")
-    if _makes_context_manager(called):
+    made_by = getattr(called, "__globals__", {}).get("__name__")
+    if made_by == "contextlib" and _is_generator(inspect.unwrap(called)):
         message = f"{name} makes a context manager, which cannot be replayed; decorate the function that enters it, or"
         raise TypeError(f"{message} write `{block}` there")
     if is_async and not inspect.iscoroutinefunction(called):
-        raise TypeError(f"{name} is not an async function; {_what_to_do(called, decorator)}")
+        what_to_do = (
+            f"a decorator below has made a plain one of it: put {decorator} right above `async def`"
+            if inspect.iscoroutinefunction(inspect.unwrap(called))
+            else f"if it is blocking, decorate it with aidem.sync.{decorator} instead; if it returns a coroutine, as a "
+            "lambda may, write an `async def` that awaits it, and decorate that"
+        )
+        raise TypeError(f"{name} is not an async function; {what_to_do}")
     if not is_async and inspect.iscoroutinefunction(called):
         raise TypeError(f"{name} is an async function; decorate it with aidem.{decorator} instead")
 
 
 def _is_generator(function: Any) -> bool:
     return inspect.isasyncgenfunction(function) or inspect.isgeneratorfunction(function)
-
-
-def _makes_context_manager(function: Any) -> bool:
-    made_by = getattr(function, "__globals__", {}).get("__name__")
-    return made_by == "contextlib" and _is_generator(inspect.unwrap(function))
-
-
-def _what_to_do(plain: Any, decorator: str) -> str:
-    if inspect.iscoroutinefunction(inspect.unwrap(plain)):
-        return f"a decorator below has made a plain one of it: put {decorator} right above `async def`"
-    return (
-        f"if it is blocking, decorate it with aidem.sync.{decorator} instead; if it returns a coroutine, as a lambda "
-        "may, write an `async def` that awaits it, and decorate that"
-    )
 
 
 def check_takes_event(target: Target) -> None:

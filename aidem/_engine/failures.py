@@ -51,20 +51,18 @@ def failure_of(error: Exception, key: str, effect: str, tries: int) -> Idempoten
     elif isinstance(error, IdempotencyPersistenceConnectionError) or _is_outage(error):
         kind = IdempotencyPersistenceConnectionError
     failure = kind(f"{told(error)}{f' (tried {tries} times)' if tries > 1 else ''}; {effect}", key=key)
-    failure.may_be_applied = _may_be_applied(error)
+    # Whether the store may have done what was asked all the same.
+    failure.may_be_applied = (
+        error.may_be_applied
+        if isinstance(error, IdempotencyPersistenceLayerError)
+        else not isinstance(error, ConnectionRefusedError | socket.gaierror)
+    )
     return failure
 
 
 def told(error: BaseException | None) -> str:
     """Return the text of an error; of a foreign error its type only, as its text may show data."""
     return str(error) if isinstance(error, IdempotencyPersistenceLayerError) else type(error).__name__
-
-
-def _may_be_applied(error: Exception) -> bool:
-    """Whether the store may have done what was asked all the same."""
-    if isinstance(error, IdempotencyPersistenceLayerError):
-        return error.may_be_applied
-    return not isinstance(error, ConnectionRefusedError | socket.gaierror)
 
 
 def _is_outage(error: Exception) -> bool:

@@ -79,7 +79,9 @@ class WaitBudget:
         self.has_waited = True
         ending = await flight.wait_behind(leader, timeout_seconds=remaining)
         if isinstance(ending, IdempotencyError):
-            raise _own(ending) from ending
+            own = type(ending)(str(ending), key=ending.key, record=ending.record)
+            vars(own).update(vars(ending))  # each of many callers may add notes to its own
+            raise own from ending
         return ending
 
     async def pause(self, record: DataRecord | None, *, polls: int, now: float) -> None:
@@ -97,12 +99,14 @@ class WaitBudget:
         if remaining <= 0:
             raise self.in_progress(record, now=now)
         self.has_waited = True
-        seconds = min(_backoff_seconds(polls), remaining)
+        growth = DELAY_GROWTH ** min(polls, 20)
+        # At most 20 looks in the first 5 s, then at most one a second.
+        delay = min(LONGEST_DELAY_SECONDS, FIRST_DELAY_SECONDS * growth)
+        seconds = min(delay * random.uniform(1.0, 1.25), remaining)  # noqa: S311 - jitter, not a secret
         end = None if record is None else lifecycle.lease_end(record)
         if end is not None and end / 1000 > now:
             seconds = min(seconds, end / 1000 - now + 0.001)
-        shortest = SHORTEST_PAUSE_SECONDS * DELAY_GROWTH ** min(polls, 20)
-        await self._until_change(seconds, shortest=min(seconds, shortest))
+        await self._until_change(seconds, shortest=min(seconds, SHORTEST_PAUSE_SECONDS * growth))
 
     async def _until_change(self, seconds: float, *, shortest: float) -> None:
         """Wait until the layer tells of a change; sleep if it cannot tell, or returns too soon."""
@@ -167,16 +171,3 @@ async def _look(plan: Plan, key: CallKey, budget: WaitBudget) -> DataRecord | No
                 raise
             await budget.pause(None, polls=polls, now=plan.clock())
             polls += 1
-
-
-def _backoff_seconds(polls: int) -> float:
-    """Return how long to wait before the next look: at most 20 in the first 5 s, then at most one a second."""
-    delay = min(LONGEST_DELAY_SECONDS, FIRST_DELAY_SECONDS * DELAY_GROWTH ** min(polls, 20))
-    return delay * random.uniform(1.0, 1.25)  # noqa: S311 - jitter, not a secret
-
-
-def _own(error: IdempotencyError) -> IdempotencyError:
-    """Return an error for one of many callers: each may add notes to its own."""
-    own = type(error)(str(error), key=error.key, record=error.record)
-    vars(own).update(vars(error))
-    return own

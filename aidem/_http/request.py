@@ -80,23 +80,19 @@ def parse_key(values: Sequence[bytes], *, strict: bool) -> str:
         raise RefusedError(KEY_MISSING)
     if len(values) > 1:
         raise RefusedError(KEY_MALFORMED, "The header was sent more than once.")
-    key = _unquoted(values[0].strip(b" \t"), strict=strict)
+    key = values[0].strip(b" \t")
+    if quoted := _QUOTED.fullmatch(key):
+        key = _ESCAPED.sub(rb"\1", quoted[1]) if b"\\" in quoted[1] else quoted[1]
+    elif key and strict:
+        raise RefusedError(KEY_MALFORMED, 'The value is not a quoted string; quote it: "...".')
+    elif key and not _BARE.fullmatch(key):
+        reason = "The value is neither one quoted string nor visible ASCII characters without quotes, commas and"
+        raise RefusedError(KEY_MALFORMED, f"{reason} semicolons.")
     if not key:
         raise RefusedError(KEY_MALFORMED, "The key is empty.")
     if len(key) > MAX_KEY_CHARACTERS:
         raise RefusedError(KEY_MALFORMED, f"The key is longer than {MAX_KEY_CHARACTERS} characters.")
     return key.decode("ascii")
-
-
-def _unquoted(value: bytes, *, strict: bool) -> bytes:
-    if quoted := _QUOTED.fullmatch(value):
-        return _ESCAPED.sub(rb"\1", quoted[1]) if b"\\" in quoted[1] else quoted[1]
-    if value and strict:
-        raise RefusedError(KEY_MALFORMED, 'The value is not a quoted string; quote it: "...".')
-    if value and not _BARE.fullmatch(value):
-        reason = "The value is neither one quoted string nor visible ASCII characters without quotes, commas and"
-        raise RefusedError(KEY_MALFORMED, f"{reason} semicolons.")
-    return value
 
 
 def lookup_key(prefix: str, *, space: str | None, key: str, hash_function: str) -> str:

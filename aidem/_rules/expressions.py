@@ -51,20 +51,14 @@ def check_calls(compiled: ParsedResult, options: Mapping[str, Any] | None) -> No
     while nodes:
         node = nodes.pop()
         if node["type"] == "function_expression":
-            _check_call(node["value"], len(node["children"]), functions.FUNCTION_TABLE)
+            name, given = node["value"], len(node["children"])
+            if name not in functions.FUNCTION_TABLE:
+                raise ValueError(f"there is no function {name}(), only {', '.join(sorted(functions.FUNCTION_TABLE))}")
+            parameters = functions.FUNCTION_TABLE[name]["signature"]
+            at_least = "at least " if parameters and parameters[-1].get("variadic") else ""
+            if given < len(parameters) or (given > len(parameters) and not at_least):
+                raise ValueError(f"{name}() takes {at_least}{len(parameters)} arguments, and is given {given}")
         nodes += [child for child in node["children"] if isinstance(child, dict)]  # a slice has numbers
-
-
-def _check_call(name: str, given: int, table: Mapping[str, Any]) -> None:
-    if name not in table:
-        raise ValueError(f"there is no function {name}(), only {', '.join(sorted(table))}")
-    parameters = table[name]["signature"]
-    taken = len(parameters)
-    if parameters and parameters[-1].get("variadic"):
-        if given < taken:
-            raise ValueError(f"{name}() takes at least {taken} arguments, and is given {given}")
-    elif given != taken:
-        raise ValueError(f"{name}() takes {taken} arguments, and is given {given}")
 
 
 def search(compiled: ParsedResult, data: Any, options: Mapping[str, Any] | None, *, max_inflated_bytes: int) -> Any:

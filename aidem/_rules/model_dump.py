@@ -72,8 +72,9 @@ def _walked(value: Any, shown: Any, place: _Place, *, is_nested: bool = True) ->
         return _member_walked(value, "root", value.root, shown)
     if is_dict(shown):
         return _object_walked(value, shown, place, is_nested=is_nested)
-    if is_array(shown):
-        return _array_walked(value, shown, place)
+    if is_array(shown) and _is_array(value) and len(value) == len(shown):
+        walked = [_walked(item, text, place) for item, text in zip(value, shown, strict=True)]
+        return _sorted(walked) if isinstance(value, AbstractSet) else walked
     if cls is float and shown is None:
         return Lost(f"is a float that is not finite, which the dump of {place} writes as null")
     if _is_masked(value, shown):
@@ -96,7 +97,7 @@ def _is_masked(value: Any, shown: Any) -> bool:
 def _object_walked(value: Any, shown: dict[str, Any], place: _Place, *, is_nested: bool) -> dict[str, Any]:
     if _has_fields(_class_of(value)):
         return _fields_walked(value, shown, place, is_nested=is_nested)
-    if not _is_mapping(value):
+    if not issubclass(_class_of(value), Mapping):
         return shown
     if any(map(_is_masked, value, shown)):
         return dict.fromkeys(shown, Lost(f"is in a dict whose keys the dump of {place} masks"))
@@ -106,10 +107,6 @@ def _object_walked(value: Any, shown: dict[str, Any], place: _Place, *, is_neste
     if len(set(map(type, value))) > 1:
         return dict.fromkeys(shown, Lost(f"is in a dict of which the dump of {place} makes one key of two"))
     return shown
-
-
-def _is_mapping(value: object) -> TypeGuard[Mapping[Any, Any]]:
-    return isinstance(value, Mapping)
 
 
 @lru_cache(maxsize=256)
@@ -138,28 +135,20 @@ def _fields_walked(value: Any, shown: dict[str, Any], place: _Place, *, is_neste
         elif (item := values.get(name, _ABSENT)) is not shown[key]:
             walked[key] = _member_walked(value, name, item, shown[key])
     if missing:
-        walked |= _unloaded(cls, missing, values)
-        if is_nested and _is_cut_to_a_base(cls, shown, extra):
+        # Columns of a table may not be loaded, and would ask the database when they are looked at.
+        walked |= {
+            alias: Lost(f"is {cls.__qualname__}.{name}, which is not loaded")
+            for name, alias in missing.items()
+            if name not in values and hasattr(cls, name)
+        }
+        bases = filter(_has_fields, cls.__mro__[1:])
+        if is_nested and any(shown.keys() <= _keys_of(base) | extra.keys() for base in bases):
             walked |= _dropped(value, missing, values, place)
     return walked
 
 
 def _attributes(value: object, names: Iterable[str]) -> dict[str, Any]:
     return {name: getattr(value, name, _ABSENT) for name in names}
-
-
-def _unloaded(cls: Any, missing: dict[str, str], values: dict[str, Any]) -> dict[str, Any]:
-    """Return marks for columns of a table that would ask the database when they are looked at."""
-    return {
-        alias: Lost(f"is {cls.__qualname__}.{name}, which is not loaded")
-        for name, alias in missing.items()
-        if name not in values and hasattr(cls, name)
-    }
-
-
-def _is_cut_to_a_base(cls: Any, shown: dict[str, Any], extra: dict[str, Any]) -> bool:
-    """Whether what is shown of a value are fields of one of its bases."""
-    return any(shown.keys() <= _keys_of(base) | extra.keys() for base in cls.__mro__[1:] if _has_fields(base))
 
 
 @lru_cache(maxsize=256)
@@ -177,12 +166,12 @@ def _dropped(value: Any, missing: dict[str, str], values: dict[str, Any], place:
     reason = f"is a field of {cls.__qualname__} that the dump of {place} drops, whose annotation names a base class"
     serializer = getattr(cls, "__pydantic_serializer__", None)
     alone = serializer.to_python(value, mode="json", by_alias=True, warnings=False) if serializer else missing.values()
-    return {alias: _instead_of(values.get(name), reason) for name, alias in missing.items() if alias in alone}
-
-
-def _instead_of(value: Any, reason: str) -> Any:
-    """Return a mark that an expression cannot look past: into an array, it looks by place."""
-    return [Lost(reason)] * max(len(value), 1) if _is_array(value) else Lost(reason)
+    dropped = {alias: values.get(name) for name, alias in missing.items() if alias in alone}
+    # An expression looks into an array by place, so there is a mark in each.
+    return {
+        alias: [Lost(reason)] * max(len(item), 1) if _is_array(item) else Lost(reason)
+        for alias, item in dropped.items()
+    }
 
 
 # --- One field --------------------------------------------------------------------------------------------------------
@@ -223,13 +212,6 @@ def _is_written_like_another(owner: Any, name: str, value: Any, shown: Any) -> b
 
 
 # --- Arrays -----------------------------------------------------------------------------------------------------------
-
-
-def _array_walked(value: Any, shown: Collection[Any], place: _Place) -> Collection[Any]:
-    if not _is_array(value) or len(value) != len(shown):
-        return shown
-    walked = [_walked(item, text, place) for item, text in zip(value, shown, strict=True)]
-    return _sorted(walked) if isinstance(value, AbstractSet) else walked
 
 
 def _is_array(value: object) -> TypeGuard[Collection[Any]]:

@@ -53,13 +53,10 @@ class Interrupts:
             raise self._interrupt
 
     def _interrupted(self, number: int, _frame: FrameType | None) -> None:
-        if os.getpid() == self._pid:
-            self._interrupt_task(number)
-        else:  # a child that was forked meanwhile, by multiprocessing for example: the task is its parent's
+        if os.getpid() != self._pid:  # a child that was forked meanwhile, by multiprocessing for example
             signal.signal(number, _DEFAULTS[number])
             signal.raise_signal(number)
-
-    def _interrupt_task(self, number: int) -> None:
+            return  # the task is its parent's
         interrupt = KeyboardInterrupt() if number == signal.SIGINT else SystemExit(128 + number)
         if self._interrupt is not None:
             raise interrupt

@@ -106,7 +106,11 @@ class LambdaLoop:
                 return self._loop.run_until_complete(task)
             finally:
                 self._end(patience())
-                self._give_up_what_is_left()
+                for left in self._left():
+                    logger.warning("%s goes on although its call has ended: its event loop is given up", repr(left))
+                if self._threads.unfinished:
+                    logger.warning("%d threads go on although their call has ended", len(self._threads.unfinished))
+                    self._threads.unfinished.clear()  # or every later call would wait for them, too
 
     def close(self, *, patience: float) -> None:
         """Close it, and with it the clients that layers keep in async generators."""
@@ -134,13 +138,6 @@ class LambdaLoop:
 
     def _left(self) -> set[asyncio.Future[Any]]:
         return {*asyncio.all_tasks(self._loop) - self._residents - {asyncio.current_task(self._loop)}}
-
-    def _give_up_what_is_left(self) -> None:
-        for task in self._left():
-            logger.warning("%s goes on although its call has ended: its event loop is given up", repr(task))
-        if self._threads.unfinished:
-            logger.warning("%d threads go on although their call has ended", len(self._threads.unfinished))
-            self._threads.unfinished.clear()  # or every later call would wait for them, too
 
 
 async def _thawed(start: Callable[[], Coroutine[Any, Any, T]]) -> T:

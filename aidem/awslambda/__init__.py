@@ -65,7 +65,13 @@ def lambda_handler(
     check_options(warm=warm)
     if async_handler is None:
         return partial(lambda_handler, warm=warm)
-    _check_is_async(async_handler)
+    name = getattr(async_handler, "__qualname__", None) or repr(async_handler)
+    if not any(map(inspect.iscoroutinefunction, (async_handler, getattr(async_handler, "__call__", None)))):  # noqa: B004
+        raise TypeError(
+            f"{name} is not an async function; decorate a plain handler with aidem.sync.idempotent instead. If it "
+            "returns a coroutine, write an `async def` that awaits it. Put decorators for plain handlers, such as "
+            "those of Powertools, above lambda_handler"
+        )
     if warm:
         _open(warm)
         lambda_lifecycle.after_restore(partial(_open, warm))
@@ -73,7 +79,6 @@ def lambda_handler(
     @functools.wraps(async_handler)
     def handler(event: Any, context: Any) -> Any:
         if running_loop() is not None:
-            name = getattr(async_handler, "__qualname__", None) or repr(async_handler)
             raise IdempotencyUsageError(
                 "lambda_handler would block the event loop that runs in this thread; await the async function instead: "
                 f"{name}.__wrapped__(event, context)"
@@ -103,17 +108,6 @@ def _patience(lambda_context: LambdaContext | None) -> float:
     if lambda_context is None:
         return lambda_loop.PATIENCE_SECONDS
     return min(lambda_loop.PATIENCE_SECONDS, lambda_context.get_remaining_time_in_millis() / 2000)
-
-
-def _check_is_async(handler: object) -> None:
-    if inspect.iscoroutinefunction(handler) or inspect.iscoroutinefunction(getattr(handler, "__call__", None)):  # noqa: B004
-        return
-    name = getattr(handler, "__qualname__", None) or repr(handler)
-    raise TypeError(
-        f"{name} is not an async function; decorate a plain handler with aidem.sync.idempotent instead. If it returns "
-        "a coroutine, write an `async def` that awaits it. Put decorators for plain handlers, such as those of "
-        "Powertools, above lambda_handler"
-    )
 
 
 # --- Warming ----------------------------------------------------------------------------------------------------------

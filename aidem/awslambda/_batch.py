@@ -18,7 +18,7 @@ import logging
 import math
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeGuard, cast
+from typing import TYPE_CHECKING, Any, Final, TypeAlias, cast
 
 from aidem._checks import kind_of, refused
 from aidem.config import current_lambda_context, default_config
@@ -77,12 +77,15 @@ async def process_batch(
     _check(record_handler, max_concurrency=max_concurrency, time_reserve_seconds=time_reserve_seconds)
     rows = _rows_of(event)
     records = sum(map(len, rows))
+    task = cast("asyncio.Task[Any]", asyncio.current_task())
+    # A task group cancels its own task, and in Python 3.11 does not withdraw it.
+    before = task.cancelling()
     batch = _Batch(
         record_handler=record_handler,
         time_reserve_seconds=time_reserve_seconds,
         context=current_lambda_context(default_config()),
         slots=asyncio.Semaphore(max_concurrency),
-        is_interrupted=_cancellation_of_this_task(),
+        is_interrupted=lambda: task.cancelling() > before,
     )
     await batch.run(rows)
     if (not_run := sum(map(len, rows)) - batch.failures) > 0:
@@ -91,7 +94,9 @@ async def process_batch(
             not_run,
             records,
         )
-    return {"batchItemFailures": [{"itemIdentifier": name} for row in rows for name in _reported(row)]}
+    # Of a stream, the first record that failed stands for all after it.
+    failed = [item for row in rows for item in (row if row and row[0].source == SQS else row[:1])]
+    return {"batchItemFailures": [{"itemIdentifier": item.identifier} for item in failed]}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,47 +132,23 @@ class _Batch:
         raise interruption  # alone: handlers do not expect a group
 
     async def _run_in_order(self, row: list[_Item]) -> None:
+        context, reserve = self.context, self.time_reserve_seconds * 1000
         await self.slots.acquire()
-        while row and self._may_start() and await self._succeeds(row[0]):
+        while row and not self.is_interrupted():  # a handler may have swallowed it
+            if context is not None and context.get_remaining_time_in_millis() < reserve:
+                break
+            item = row[0]
+            try:
+                await self.record_handler(item.record)
+            except (asyncio.CancelledError, Exception) as error:
+                if isinstance(error, asyncio.CancelledError) and self.is_interrupted():
+                    raise  # it is of the batch, not of the record alone or of a task that it awaited
+                self.failures += 1  # the record comes again
+                # No message and no traceback: they may show the record.
+                logger.warning("record %s of %s failed: %s", item.identifier, item.source, type(error).__qualname__)
+                break
             del row[0]
         self.slots.release()  # not after an interruption: nothing is to start behind it
-
-    async def _succeeds(self, item: _Item) -> bool:
-        try:
-            await self.record_handler(item.record)
-        except asyncio.CancelledError as error:
-            if self.is_interrupted():
-                raise
-            self._note_failure(item, error)  # of the record, or of a task that it awaited: not of the batch
-            return False
-        except Exception as error:  # noqa: BLE001 - each of them fails the record, which comes again
-            self._note_failure(item, error)
-            return False
-        return True
-
-    def _note_failure(self, item: _Item, error: BaseException) -> None:
-        self.failures += 1
-        # No message and no traceback: they may show the record.
-        logger.warning("record %s of %s failed: %s", item.identifier, item.source, type(error).__qualname__)
-
-    def _may_start(self) -> bool:
-        if self.is_interrupted():  # the record before has swallowed it
-            return False
-        context = self.context
-        return context is None or context.get_remaining_time_in_millis() >= self.time_reserve_seconds * 1000
-
-
-def _cancellation_of_this_task() -> Callable[[], bool]:
-    """Return a function that tells whether this task was cancelled since; a task group also cancels its own task."""
-    task = cast("asyncio.Task[Any]", asyncio.current_task())
-    before = task.cancelling()  # a request that was not withdrawn, as those of earlier task groups are in Python 3.11
-    return lambda: task.cancelling() > before
-
-
-def _reported(row: list[_Item]) -> list[str]:
-    """Return the identifiers that report the rest of a row."""
-    names = [item.identifier for item in row]
-    return names if row and row[0].source == SQS else names[:1]
 
 
 # --- The event --------------------------------------------------------------------------------------------------------
@@ -175,7 +156,7 @@ def _reported(row: list[_Item]) -> list[str]:
 
 def _rows_of(event: object) -> list[list[_Item]]:
     records = _member(event, "Records")
-    if not _is_list(records):
+    if not isinstance(records, list):
         raise _no_batch("it has no list of `Records`")
     rows: dict[Hashable, list[_Item]] = {}
     for place, record in enumerate(records):
@@ -183,18 +164,13 @@ def _rows_of(event: object) -> list[list[_Item]]:
         if source not in IDENTIFIERS:
             raise _no_batch(f"`Records[{place}].eventSource` is none of {', '.join(IDENTIFIERS)}")
         identifier = _text_at(record, *IDENTIFIERS[source], place=place)
-        row = rows.setdefault(_row_of(record, source, place), [])
-        row.append(_Item(record=record, source=source, identifier=identifier))
+        row: Hashable = source  # a stream's event holds records of one shard
+        if source == SQS:
+            # Messages of a standard queue may have a group as well: there it is for fairness, not for order.
+            is_fifo = _text_at(record, "eventSourceARN", place=place).endswith(".fifo")
+            row = _text_at(record, "attributes", "MessageGroupId", place=place) if is_fifo else place
+        rows.setdefault(row, []).append(_Item(record=record, source=source, identifier=identifier))
     return list(rows.values())
-
-
-def _row_of(record: Record, source: str, place: int) -> Hashable:
-    if source != SQS:
-        return source  # an event holds records of one shard
-    # Messages of a standard queue may have a group as well: there it is for fairness, not for order.
-    if _text_at(record, "eventSourceARN", place=place).endswith(".fifo"):
-        return _text_at(record, "attributes", "MessageGroupId", place=place)
-    return place
 
 
 def _text_at(record: Any, *path: str, place: int) -> str:
@@ -208,10 +184,6 @@ def _text_at(record: Any, *path: str, place: int) -> str:
 
 def _member(value: Any, name: str) -> Any:
     return cast("Mapping[str, Any]", value).get(name) if isinstance(value, Mapping) else None
-
-
-def _is_list(value: object) -> TypeGuard[list[Any]]:
-    return isinstance(value, list)
 
 
 def _no_batch(reason: str) -> IdempotencyUsageError:

@@ -347,9 +347,22 @@ def open_persistence_layer(url: str) -> PersistenceLayer:
 
         return MemoryPersistenceLayer()
     if scheme == "sqlite" and len(place) > 1 and place.startswith("/"):
-        return _sqlite_layer(place[1:], query)
+        from aidem.persistence.sqlite import SQLitePersistenceLayer
+
+        switch = _parameters(query, ("in_application_database",)).get("in_application_database", "false")
+        if switch not in {"true", "false"}:
+            raise IdempotencyPersistenceConfigError("in_application_database in a URL must be true or false")
+        return SQLitePersistenceLayer(place[1:], in_application_database=switch == "true")
     if scheme.partition("+")[0] in {"redis", "rediss"} and rest:
-        return _redis_layer(url)
+        from aidem.persistence.redis import RedisPersistenceLayer
+
+        # Names of attributes are for the layer; redis-py gets all other parameters as they are.
+        server, mark, parameters = url.partition("?")
+        parts = parameters.split("&")
+        ours = [part for part in parts if part.partition("=")[0] in ATTRIBUTE_PARAMETERS]
+        theirs = "&".join(part for part in parts if part not in ours)
+        names: dict[str, Any] = _parameters("&".join(ours), ATTRIBUTE_PARAMETERS)
+        return RedisPersistenceLayer(f"{server}{mark * bool(theirs)}{theirs}" if ours else url, **names)
     if scheme == "dynamodb" and place:
         from aidem.persistence.dynamodb import DynamoDBPersistenceLayer
 
@@ -362,27 +375,6 @@ def open_persistence_layer(url: str) -> PersistenceLayer:
         return PostgresPersistenceLayer(url)
     # A URL may hold a password: only what stands before the colon is shown.
     raise _names_no_layer(f"this URL of scheme {scheme if separator else ''!r} names no persistence layer")
-
-
-def _sqlite_layer(path: str, query: str) -> PersistenceLayer:
-    from aidem.persistence.sqlite import SQLitePersistenceLayer
-
-    switch = _parameters(query, ("in_application_database",)).get("in_application_database", "false")
-    if switch not in {"true", "false"}:
-        raise IdempotencyPersistenceConfigError("in_application_database in a URL must be true or false")
-    return SQLitePersistenceLayer(path, in_application_database=switch == "true")
-
-
-def _redis_layer(url: str) -> PersistenceLayer:
-    """Return a layer with the attribute names of the URL; redis-py gets all other parameters as they are."""
-    from aidem.persistence.redis import RedisPersistenceLayer
-
-    server, mark, query = url.partition("?")
-    parts = query.split("&")
-    ours = [part for part in parts if part.partition("=")[0] in ATTRIBUTE_PARAMETERS]
-    theirs = "&".join(part for part in parts if part not in ours)
-    names: dict[str, Any] = _parameters("&".join(ours), ATTRIBUTE_PARAMETERS)
-    return RedisPersistenceLayer(f"{server}{mark * bool(theirs)}{theirs}" if ours else url, **names)
 
 
 def _parameters(query: str, known: Collection[str]) -> dict[str, str]:

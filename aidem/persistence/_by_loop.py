@@ -44,7 +44,11 @@ class ByLoop(Generic[T]):
         found = self._by_loop.get(loop)
         if found is None:
             made = self._make()
-            found = made, _closed_with_its_loop(made)
+            # Aborts it when it is dropped, and when the loop shuts its asynchronous generators down.
+            guard = _guard(made)
+            with suppress(StopIteration):
+                guard.asend(None).send(None)  # up to its yield: from here on the loop knows it
+            found = made, guard
             with self._lock:
                 self._by_loop = {other: kept for other, kept in self._by_loop.items() if not other.is_closed()}
                 self._by_loop[loop] = found
@@ -64,14 +68,6 @@ class ByLoop(Generic[T]):
         _inherited.append(self._by_loop)
         self._by_loop = {}
         self._lock = Lock()
-
-
-def _closed_with_its_loop(closable: Closable) -> AsyncGenerator[None]:
-    """Return what closes it when it is dropped, and when its loop shuts its asynchronous generators down."""
-    guard = _guard(closable)
-    with suppress(StopIteration):
-        guard.asend(None).send(None)  # up to its yield: from here on the loop knows it
-    return guard
 
 
 async def _guard(closable: Closable) -> AsyncGenerator[None]:

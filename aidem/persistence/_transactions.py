@@ -71,7 +71,8 @@ def recognised(transaction: object, *, database: str, blocking: bool | None = No
             what to pass.
     """
     known = _known(transaction)
-    if known is None or known.database != database or not _suits(known, blocking=blocking):
+    is_for_either = blocking is None or (database == "sqlite" and not blocking)  # sqlite3 has nothing to wait for
+    if known is None or known.database != database or not (is_for_either or known.is_blocking is blocking):
         what = _named(transaction) if known is None else f"{_named(transaction)} on {known.database}"
         caller = "an ordinary function" if blocking else "an async function"
         raise IdempotencyUsageError(
@@ -82,11 +83,6 @@ def recognised(transaction: object, *, database: str, blocking: bool | None = No
     if fault is not None:
         raise IdempotencyUsageError(f"transaction= got {_named(transaction)} that cannot be used: {fault}")
     return known
-
-
-def _suits(known: Transaction, *, blocking: bool | None) -> bool:
-    """Whether a function may use it: an async one may use the sqlite3 module, which has nothing to wait for."""
-    return blocking in {None, known.is_blocking} or (known.is_blocking and known.database == "sqlite")
 
 
 _TAKES: Final = {

@@ -150,10 +150,6 @@ def _deduced(function: Callable[..., Any] | None) -> OutputSerializer:
         return PydanticSerializer(annotation)
     if any(map(dataclasses.is_dataclass, classes)):
         return DataclassSerializer(annotation)
-    return _of_standard_types(annotation, function)
-
-
-def _of_standard_types(annotation: Any, function: Any) -> OutputSerializer:
     try:
         rebuild = lenient_rebuilder(annotation)
     except IdempotencyModelTypeError as error:

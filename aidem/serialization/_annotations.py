@@ -23,9 +23,13 @@ def return_annotation(function: Any) -> Any:
     if "return" not in annotations:
         return None
     source = inspect.unwrap(function)
+    # What it sees beside its module: type parameters, and names of the function around it.
+    names = {parameter.__name__: parameter for parameter in getattr(source, "__type_params__", ())}
+    for name, cell in zip(source.__code__.co_freevars, source.__closure__ or (), strict=True):
+        with suppress(ValueError):  # a name that is not bound yet
+            names[name] = cell.cell_contents
     holder = types.SimpleNamespace(__annotations__={"return": annotations["return"]})
-    hints = typing.get_type_hints(holder, source.__globals__, _local_names(source), include_extras=True)
-    return hints["return"]
+    return typing.get_type_hints(holder, source.__globals__, names, include_extras=True)["return"]
 
 
 def required(model_type: Any, *, by: type) -> Any:
@@ -64,15 +68,6 @@ def _underlying(function: Any) -> Any:
     return function
 
 
-def _local_names(function: types.FunctionType) -> dict[str, Any]:
-    """Return what a function sees beside its module: type parameters, and names of the function around it."""
-    names = {parameter.__name__: parameter for parameter in getattr(function, "__type_params__", ())}
-    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
-        with suppress(ValueError):  # a name that is not bound yet
-            names[name] = cell.cell_contents
-    return names
-
-
 def parts(annotation: Any, *, within: tuple[Any, ...] = ()) -> Iterator[Any]:
     """Yield every class that an annotation consists of, without looking into the fields of classes."""
     if any(annotation is outer for outer in within):  # an alias that contains itself
@@ -85,15 +80,13 @@ def parts(annotation: Any, *, within: tuple[Any, ...] = ()) -> Iterator[Any]:
 
 def declared_by(annotation: Any) -> frozenset[type]:
     """Return the classes that an annotation names and that an instance can be asked for."""
-    return frozenset(part for part in parts(annotation) if isinstance(part, type) and _can_be_asked(part))
-
-
-def _can_be_asked(cls: type) -> bool:
-    try:
-        isinstance(None, cls)
-    except TypeError:  # Any, a TypedDict, a protocol
-        return False
-    return True
+    declared = set[type]()
+    for part in parts(annotation):
+        if isinstance(part, type):
+            with suppress(TypeError):  # Any, a TypedDict, a protocol
+                isinstance(None, part)
+                declared.add(part)
+    return frozenset(declared)
 
 
 def bare(annotation: Any) -> Any:

@@ -75,7 +75,10 @@ def _dump(value: object) -> Any:
     if dataclasses.is_dataclass(cls):
         return {field.name: _dump(getattr(value, field.name)) for field in dataclasses.fields(cls)}
     if is_dict(value):
-        return {_dump_key(key): _dump(item) for key, item in value.items()}
+        return {
+            key if key is None or isinstance(key, str | int | float) else plain(key): _dump(item)
+            for key, item in zip(map(_dump_single, value), value.values(), strict=True)
+        }
     if isinstance(value, list | tuple | set | frozenset):
         return [_dump(item) for item in cast("Iterable[object]", value)]
     return _dump_single(value)
@@ -87,8 +90,3 @@ def _dump_single(value: object) -> Any:
     if isinstance(value, datetime.timedelta):
         return duration_text(value)
     return value
-
-
-def _dump_key(key: Any) -> Any:
-    key = _dump_single(key)
-    return key if key is None or isinstance(key, str | int | float) else plain(key)

@@ -23,7 +23,7 @@ from aidem.serialization._annotations import declared_by, hints
 from aidem.serialization._pydantic import is_pydantic
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
 _SCALARS: Final = frozenset({str, int, float, bool, types.NoneType})
 _MISSING: Final = object()
@@ -216,10 +216,16 @@ _fields_of: Final[Callable[[type], _Fields | None]] = lru_cache(maxsize=1024)(_f
 def _lost_of_fields(original: object, rebuilt: object, fields: _Fields, named: _Named) -> str | None:
     cls = type(original)
     if is_dict(original):  # it became a model or a dataclass by its annotation
-        return _lost_of_dict_in_fields(original, rebuilt, fields)
+        items = ((fields.by_alias.get(key, key), value) for key, value in original.items() if not _is_json(value))
+        return _lost_of_items_in_fields(items, rebuilt, fields)
     own = fields if cls is type(rebuilt) else _fields_of(cls)
-    if own is None:  # validation has made a model of it
-        return None if cls in _SCALARS else _lost_of_attributes(original, rebuilt, fields)
+    if own is None:  # validation has made a model of what is none, such as a row of SQLAlchemy
+        if not hasattr(original, "__dict__"):
+            return None if cls in _SCALARS else ""
+        given = vars(original)
+        # Columns that are not loaded, and properties; for other fields a default is all there is.
+        unloaded = [name for name in fields.named if name not in given and hasattr(cls, name)]
+        return _lost_of_items_in_fields(given.items(), rebuilt, fields) or (f".{unloaded[0]}" if unloaded else None)
     # A base without fields names nothing that could be kept: it is no filter.
     is_filtered = named.is_filter and cls is not type(rebuilt) and bool(fields.named)
     ours, theirs = _attributes(original, own), _attributes(rebuilt, fields)
@@ -233,35 +239,15 @@ def _lost_of_fields(original: object, rebuilt: object, fields: _Fields, named: _
         path = "" if twin is _MISSING else _lost(value, twin, field or _NOTHING)
         if path is not None and name not in fields.left_out and name not in own.left_out:
             return f".{name}{path}"
-    if theirs.keys() <= ours.keys():
-        return None
-    unknown = (fields.named.keys() & theirs.keys()) - ours.keys() - fields.left_out
-    return f".{min(unknown)}" if unknown else None  # of a row of SQLModel, say, that has expired
+    new = () if theirs.keys() <= ours.keys() else (fields.named.keys() & theirs.keys()) - ours.keys() - fields.left_out
+    return f".{min(new)}" if new else None  # of a row of SQLModel, say, that has expired
 
 
-def _lost_of_attributes(original: object, rebuilt: object, fields: _Fields) -> str | None:
-    """Compare a model with what is no model, such as a row of SQLAlchemy, whose attributes became its fields."""
-    if not hasattr(original, "__dict__"):
-        return ""
-    ours, theirs = vars(original), _attributes(rebuilt, fields)
-    for name, named in fields.named.items():
-        if name in ours:
-            if (path := _lost(ours[name], theirs[name], named)) is not None:
-                return f".{name}{path}"
-        elif hasattr(
-            type(original), name
-        ):  # a column that is not loaded, or a property; else a default is all there is
-            return f".{name}"
-    return None
-
-
-def _lost_of_dict_in_fields(original: dict[Any, Any], rebuilt: object, fields: _Fields) -> str | None:
+def _lost_of_items_in_fields(items: Iterable[tuple[str, Any]], rebuilt: object, fields: _Fields) -> str | None:
+    """Compare the fields of a model with what they were made of."""
     theirs = _attributes(rebuilt, fields)
-    for key, value in original.items():
-        name = fields.by_alias.get(key, key)
-        if name not in fields.named or _is_json(value):
-            continue
-        if (path := _lost(value, theirs[name], fields.named[name])) is not None:
+    for name, value in items:
+        if name in fields.named and (path := _lost(value, theirs[name], fields.named[name])) is not None:
             return f".{name}{path}"
     return None
 

@@ -18,7 +18,7 @@ from aidem.serialization._annotations import bare, declared_by, parts, required
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from pydantic import TypeAdapter, ValidationError
+    from pydantic import TypeAdapter
 
 _SHOWN_FAULTS = 5
 
@@ -71,7 +71,12 @@ class PydanticSerializer:
             return self._adapter.validate_json(encode(data), by_alias=True, by_name=True)
         except ValidationError as error:
             # Its own message shows the values, so it is neither quoted nor chained.
-            raise IdempotencySerializationError(f"the stored result does not fit the model: {_faults(error)}") from None
+            faults = error.errors(include_url=False, include_context=False, include_input=False)
+            shown = [f"{'.'.join(map(str, ('$', *fault['loc'])))} ({fault['type']})" for fault in faults]
+            shown[_SHOWN_FAULTS:] = ["…"] * (len(shown) > _SHOWN_FAULTS)
+            raise IdempotencySerializationError(
+                f"the stored result does not fit the model: {', '.join(shown)}"
+            ) from None
 
 
 def is_pydantic(cls: object) -> bool:
@@ -119,9 +124,3 @@ def _own_validation(model: Any) -> Callable[[Any], Any] | None:
 def _validates_by_itself(cls: Any) -> bool:
     own = getattr(getattr(cls, "model_validate", None), "__func__", None)
     return is_pydantic(cls) and own not in (None, loaded("pydantic", "BaseModel").model_validate.__func__)
-
-
-def _faults(error: ValidationError) -> str:
-    faults = error.errors(include_url=False, include_context=False, include_input=False)
-    shown = [f"{'.'.join(map(str, ('$', *fault['loc'])))} ({fault['type']})" for fault in faults[:_SHOWN_FAULTS]]
-    return ", ".join(shown) + (", …" if len(faults) > _SHOWN_FAULTS else "")

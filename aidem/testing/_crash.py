@@ -83,8 +83,12 @@ async def crash_everywhere(
         TimeoutError: A call did not end in time; the message names the way, the point, and the line at which it waits.
     """
     _check(ways, timeout_seconds)
+    try:
+        loop = asyncio.get_running_loop()
+    except RuntimeError:
+        raise misuse("the test must run on an asyncio event loop; aidem does not support trio") from None
     asked_at = own_line_of_thread(sys._getframe())  # noqa: SLF001 # pyright: ignore[reportPrivateUsage]
-    trial = _Trial(call, clock, timeout_seconds, _running_loop(), asked_at)
+    trial = _Trial(call, clock, timeout_seconds, loop, asked_at)
     counter = _Counter(effects, reset)
     try:
         observed = await trial.observe(counter)
@@ -110,13 +114,6 @@ def _check(ways: object, timeout_seconds: object) -> None:
         raise refused("ways", shown, f"a collection of some of {', '.join(WAYS)}")
     if not isinstance(timeout_seconds, int | float) or not timeout_seconds > 0:
         raise refused("timeout_seconds", repr(timeout_seconds), "a number of seconds above 0")
-
-
-def _running_loop() -> asyncio.AbstractEventLoop:
-    try:
-        return asyncio.get_running_loop()
-    except RuntimeError:
-        raise misuse("the test must run on an asyncio event loop; aidem does not support trio") from None
 
 
 class _Counter:

@@ -66,8 +66,11 @@ def frames_of(coroutine: Any) -> Iterator[FrameType]:
     while awaited is not None:
         if type(awaited) is CoroutineType:  # most are; this is asked at every step
             frame, awaited = awaited.cr_frame, awaited.cr_await
+        elif type(awaited).__name__ in _OPAQUE:
+            frame, referents = None, gc.get_referents(awaited)
+            awaited = next((inner for inner in referents if _first(inner, _FRAMES) is not None), None)
         else:
-            frame, awaited = _first(awaited, _FRAMES), _awaited_by(awaited)
+            frame, awaited = _first(awaited, _FRAMES), _first(awaited, _AWAITED)
         if frame is not None:
             yield frame
 
@@ -86,12 +89,6 @@ def own_line_of_thread(frame: FrameType | None) -> Line | None:
     while frame is not None and not is_own(frame.f_code.co_filename):
         frame = frame.f_back
     return None if frame is None else Line.of(frame)
-
-
-def _awaited_by(awaiting: Any) -> Any:
-    if type(awaiting).__name__ in _OPAQUE:
-        return next((inner for inner in gc.get_referents(awaiting) if _first(inner, _FRAMES) is not None), None)
-    return _first(awaiting, _AWAITED)
 
 
 def _first(holder: Any, names: tuple[str, ...]) -> Any:

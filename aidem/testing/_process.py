@@ -60,13 +60,6 @@ class TooLong(Vanished):
 _vanished: Final[list[object]] = []
 
 
-def _keep_for_ever(thing: object) -> None:
-    """Keep a reference that outlives the interpreter: at its exit, too, a coroutine would be closed."""
-    if not _vanished:
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object(_vanished))
-    _vanished.append(thing)
-
-
 class ProcessLoop(asyncio.SelectorEventLoop):
     """The loop of one process, in a thread of its own.
 
@@ -241,11 +234,19 @@ class ProcessLoop(asyncio.SelectorEventLoop):
         tasks = asyncio.all_tasks(self)
         for task in tasks:
             asyncio._unregister_task(task)  # noqa: SLF001 - documented, under "Extending"
-        _keep_for_ever((self, tasks, self.steps, self._find_belongings() if self.uses_sockets else ()))
+        if not _vanished:  # it outlives the interpreter: at its exit, too, a coroutine would be closed
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(_vanished))
+        _vanished.append((self, tasks, self.steps, self._find_belongings() if self.uses_sockets else ()))
         self.set_exception_handler(lambda _loop, _context: None)  # the task that was left has an exception of ours
         with self._threads:
             self._has_vanished = True
-        self._break_connections()
+        this = cast("Any", self)
+        transports = list(this._transports.values())  # noqa: SLF001 - of accepted connections, too
+        accepted = {transport._sock for transport in transports} - {None}  # noqa: SLF001
+        for sock in accepted | set(self._sockets):
+            sock.close()  # without a word to its protocol
+        this._close_self_pipe()  # noqa: SLF001 - or the pipe would stay open
+        this._selector.close()  # noqa: SLF001 - or it would stay open, too
         frames = [frame for steps in self.steps for frame in frames_of(steps.coroutine)]
         held = [value for frame in frames for value in frame.f_locals.values()]
         break_connections(held, set(self._helpers), self._older_threads, PATIENCE_SECONDS)
@@ -254,15 +255,6 @@ class ProcessLoop(asyncio.SelectorEventLoop):
                 cast("Any", thread).stop()
         if self._executor is not None:
             self._executor.shutdown(wait=False)
-
-    def _break_connections(self) -> None:
-        this = cast("Any", self)
-        transports = list(this._transports.values())  # noqa: SLF001 - of accepted connections, too
-        accepted = {transport._sock for transport in transports} - {None}  # noqa: SLF001
-        for sock in accepted | set(self._sockets):
-            sock.close()  # without a word to its protocol
-        this._close_self_pipe()  # noqa: SLF001 - or the pipe would stay open
-        this._selector.close()  # noqa: SLF001 - or it would stay open, too
 
     def _find_belongings(self) -> list[object]:
         """Find what is of this loop and has a finalizer, such as an HTTP session, which would miss being closed."""
@@ -415,21 +407,17 @@ class ProcessLoop(asyncio.SelectorEventLoop):
 
     def _busy_threads(self) -> int:
         """Count the threads that the loop waits for: of executors, and of libraries, which say when they are done."""
-        waiting = sum(_waits_for_thread(steps.coroutine) for steps in self.steps)
+        innermost = [frame for steps in self.steps for frame in list(frames_of(steps.coroutine))[-1:]]
+        waiting: int = sum(
+            frame.f_code.co_name == "run_sync_in_worker_thread"  # of anyio.to_thread
+            or frame.f_globals.get("__name__") == "aiosqlite.core"
+            for frame in innermost
+        )
         return self._jobs + max(0, waiting - self._messages)
 
 
 def _has_finalizer(thing: object) -> bool:
     return hasattr(type(thing), "__del__")
-
-
-def _waits_for_thread(coroutine: Any) -> bool:
-    innermost = list(frames_of(coroutine))[-1:]
-    return any(
-        frame.f_code.co_name == "run_sync_in_worker_thread"  # of anyio.to_thread
-        or frame.f_globals.get("__name__") == "aiosqlite.core"
-        for frame in innermost
-    )
 
 
 class _Selector(selectors.DefaultSelector):

@@ -215,21 +215,19 @@ class ObservedRun:
         """Take note of what has run since the last time; return the line of the user's that ran last, if one has."""
         seen, self._seen = self._seen, []
         for _, variables in seen:
-            if variables is not None:
-                self._look_for_layer(variables, process)
+            if variables is None:  # most are: a call made here for each would be seen in turn, and so without end
+                continue
+            arguments: list[Any] = [*variables.values(), None, None]
+            layer, record = arguments[:2]
+            if isinstance(record, DataRecord) and isinstance(layer, PersistenceLayer) and layer not in self._layers:
+                try:
+                    self._layers.watch(layer)
+                except IdempotencyUsageError as error:
+                    process.refuse(error)
+                self._layers.note(record)
         ran = next((line for line, _ in reversed(seen) if is_own(line.file)), None)
         self._ran_last = ran or self._ran_last
         return ran
-
-    def _look_for_layer(self, variables: dict[str, Any], process: ProcessLoop) -> None:
-        values: list[Any] = [*variables.values(), None, None]
-        layer, record = values[:2]
-        if isinstance(record, DataRecord) and isinstance(layer, PersistenceLayer) and layer not in self._layers:
-            try:
-                self._layers.watch(layer)
-            except IdempotencyUsageError as error:
-                process.refuse(error)
-            self._layers.note(record)
 
 
 class DisturbedRun:

@@ -19,7 +19,6 @@ from aidem.testing._trial import KEPT_SECONDS, completed_of, timeless
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
 
-    from aidem._rules.lifecycle import Claimed
     from aidem._rules.record import DataRecord
     from aidem.persistence import PersistenceLayer
     from aidem.testing._trial import Trial
@@ -201,7 +200,8 @@ class CompletionInTransactionConformance(PersistenceLayerConformance):
         async with self.begun(trial) as opened:
             assert await _complete(trial, opened, claimed)
             for _ in range(2):
-                answer = await _acquire_as_another_caller(trial)
+                # In another context: inside the transaction a layer may refuse a caller, who would wait for itself.
+                answer = await asyncio.create_task(trial.acquire(trial.claim()), context=Context())
                 assert isinstance(answer, Blocked)
                 assert answer.record == claimed
                 await trial.outlast_lease()
@@ -332,11 +332,6 @@ class CompletionItemConformance(PersistenceLayerConformance):
 def _item(trial: Trial, record: DataRecord) -> dict[str, Any]:
     assert isinstance(trial.layer, SupportsCompletionItem)
     return trial.layer.completion_item(record, now=trial.clock())
-
-
-async def _acquire_as_another_caller(trial: Trial) -> Claimed | Blocked:
-    """Ask in a context of its own: a layer may refuse a caller inside the transaction, which would wait for itself."""
-    return await asyncio.create_task(trial.acquire(trial.claim()), context=Context())
 
 
 def _completing(trial: Trial) -> SupportsCompletionInTransaction:

@@ -37,6 +37,7 @@ from aidem.persistence.memory import MemoryPersistenceLayer
 from aidem.serialization import DataclassSerializer, PydanticSerializer
 from aidem.testing import FakeClock
 from tests.support.planned import PlannedLayer, Till
+from tests.support.records import put
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -404,7 +405,7 @@ async def test_a_block_may_turn_the_failure_of_run_into_a_result() -> None:
 async def take_over(layer: MemoryPersistenceLayer, response_data: str) -> None:
     (record,) = stored(layer)
     winner = record.replace(owner="winner")
-    layer._records[record.idempotency_key] = winner
+    put(layer, winner)
     completed = winner.replace(status=RecordStatus.COMPLETED, response_data=response_data)
     assert await layer.complete(completed, now=layer.clock())
 
@@ -434,7 +435,7 @@ async def test_a_block_that_lost_its_claim_to_another_payload_has_no_result(
             assert not execution.replayed
             execution.result = await till.charge(ORDER)
             (record,) = stored(layer)
-            layer._records[record.idempotency_key] = record.replace(owner="winner", payload_hash="another")
+            put(layer, record.replace(owner="winner", payload_hash="another"))
 
 
 async def test_a_block_that_handed_out_the_winners_result_is_content(till: Till, layer: MemoryPersistenceLayer) -> None:
@@ -584,7 +585,7 @@ def test_a_wrong_option_is_refused_at_once_with_what_is_allowed(option: str, val
 async def test_a_layer_that_looks_empty_is_used(till: Till) -> None:
     class Countable(MemoryPersistenceLayer):
         def __len__(self) -> int:
-            return len(self._records)
+            return len(self.records())
 
     mine = Countable()
     await charge_step_by_step(till, persistence_store=mine)
@@ -703,10 +704,10 @@ async def test_ensure_owned_renews_at_the_store_and_notices_a_loss(layer: Memory
         (record,) = stored(layer)
         assert execution.record == record
         assert record.in_progress_expiry_timestamp == int((clock() + 30) * 1000)
-        layer._records[record.idempotency_key] = record.replace(owner="another")
+        put(layer, record.replace(owner="another"))
         with pytest.raises(IdempotencyLeaseLostError):
             await execution.ensure_owned()
-        layer._records[record.idempotency_key] = record
+        put(layer, record)
 
 
 async def test_ensure_owned_is_for_the_body_of_a_running_call(till: Till) -> None:

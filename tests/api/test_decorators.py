@@ -40,6 +40,7 @@ from aidem.exceptions import (
 from aidem.persistence import PersistenceLayer
 from aidem.persistence.memory import MemoryPersistenceLayer
 from aidem.testing import FakeClock
+from tests.support.records import put
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -321,7 +322,8 @@ async def test_a_durable_replay_does_not_take_a_record_without_an_owner(
     handler = durable_handler(gate, runs)
     first = await started(handler({"id": 1, "attempt": "first"}, DurableContext(operations=1)))
     (record,) = stored(layer)
-    layer._records[record.idempotency_key] = foreign = record.replace(owner=None)
+    foreign = record.replace(owner=None)
+    put(layer, foreign)
     with pytest.raises(IdempotencyAlreadyInProgressError):
         await handler({"id": 1, "attempt": "replay"}, DurableContext(operations=2))
     assert stored(layer) == [foreign]
@@ -664,7 +666,7 @@ def test_a_wrong_output_serializer_is_refused_before_anything_is_decorated(seria
 async def test_a_layer_that_looks_empty_is_used() -> None:
     class Countable(MemoryPersistenceLayer):
         def __len__(self) -> int:
-            return len(self._records)
+            return len(self.records())
 
     mine = Countable()
 
@@ -786,7 +788,7 @@ async def test_a_call_that_lost_its_claim_hands_out_the_winners_outcome(
     async def charge(order: int) -> str:
         (record,) = stored(layer)
         winner = record.replace(owner="winner", status=RecordStatus.COMPLETED, response_data='"the winner\'s"')
-        layer._records[record.idempotency_key] = winner
+        put(layer, winner)
         if error is not None:
             raise error
         return "the loser's"

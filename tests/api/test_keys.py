@@ -18,6 +18,7 @@ from aidem.exceptions import (
 )
 from aidem.persistence.memory import MemoryPersistenceLayer
 from tests.support.asgi import JSON, Connection, scope_of
+from tests.support.records import clear
 
 BY_ID = IdempotencyConfig(event_key_jmespath="id")
 
@@ -58,7 +59,7 @@ class Service:
 async def test_methods_have_keys(method: str) -> None:
     service = Service()
     bound: Callable[..., Any] = getattr(service, method)
-    service.layer._records.clear()
+    clear(service.layer)
     await bound("o-1")
     assert await keys_in(service.layer) == [idempotency_key(bound, "o-1")]
     assert idempotency_key(Service.charge, service, "o-1") == idempotency_key(service.charge, "o-1")
@@ -74,7 +75,7 @@ def test_blocking_functions_have_the_keys_of_async_ones() -> None:
     async def charge_async(order_id: str) -> None: ...
 
     charge("o-1")
-    assert [*layer._records] == [idempotency_key(charge, "o-1")] == [idempotency_key(charge_async, order_id="o-1")]
+    assert [*layer.records()] == [idempotency_key(charge, "o-1")] == [idempotency_key(charge_async, order_id="o-1")]
 
 
 def test_handlers_have_keys_also_below_other_decorators() -> None:
@@ -92,7 +93,7 @@ def test_handlers_have_keys_also_below_other_decorators() -> None:
         return blocking(*args)
 
     handler({"id": "7"}, None)
-    (key,) = layer._records
+    (key,) = layer.records()
     for each in (handler, blocking, traced):
         assert idempotency_key(each, {"id": "7"}) == idempotency_key(each, {"id": "7", "more": 1}, None) == key
 
@@ -172,7 +173,7 @@ async def test_a_note_is_made_of_the_payload_and_stored_with_claim_and_outcome()
         config=IdempotencyConfig(note=lambda order: f"order {order['id']}, {'x' * 300}"),
     )
     async def charge(order: dict[str, int]) -> None:
-        seen.append(next(iter(layer._records.values())).note)
+        seen.append(next(iter(layer.records().values())).note)
 
     await charge({"id": 7})
     note = f"order 7, {'x' * 247}"

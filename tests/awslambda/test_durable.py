@@ -25,6 +25,7 @@ from aidem.persistence.sqlite import SQLitePersistenceLayer
 from aidem.testing import claim_of
 from tests.support.aws_servers import EMULATORS, OTHER_URL, Database
 from tests.support.planned import VIRTUAL_TIME, Fault, PlannedLayer, Till, only_record, real_now
+from tests.support.records import put
 
 CONFIG = IdempotencyConfig(event_key_jmespath="id")
 EVENT = {"id": 1}
@@ -336,7 +337,7 @@ async def test_a_record_without_an_owner_is_not_superseded() -> None:
     running = asyncio.ensure_future(blocked(EVENT, None))
     await asyncio.sleep(0.1)
     foreign = only_record(layer).replace(owner=None)
-    layer.inner._records[foreign.idempotency_key] = foreign
+    put(layer.inner, foreign)
     with pytest.raises(IdempotencyAlreadyInProgressError):
         await handler(body)(EVENT, DurableContext(2))
     running.cancel()

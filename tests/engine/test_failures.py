@@ -42,6 +42,7 @@ from tests.support.planned import (
     only_record,
     other_process,
 )
+from tests.support.records import clear
 
 ORDER = {"id": 7}
 
@@ -223,7 +224,7 @@ async def test_a_block_that_is_closed_with_its_generator_tells_that_its_key_was_
         generator = steps("order-1")
         assert await anext(generator) == "charging"
         if EventKind.LEASE_LOST in told:
-            layer.inner._records.clear()
+            clear(layer.inner)
         await generator.aclose()
         await asyncio.sleep(0.1)
         assert listener.kinds == [EventKind.CLAIMED, *told]
@@ -560,7 +561,7 @@ async def test_a_coroutine_closed_while_it_waits_for_a_store_that_then_fails_lea
         if operation == "release":
             raise RuntimeError("declined")
         if operation == "get":  # somebody else takes it over, and completes
-            layer.inner._records.clear()
+            clear(layer.inner)
             await made_idempotent(Till().charge, other_process(layer))(order)
 
     function = idempotent_function(data_keyword_argument="order", persistence_store=layer, key_prefix="charge")(charge)

@@ -52,6 +52,7 @@ from tests.support.planned import (
     other_process,
     wall_clock,
 )
+from tests.support.records import clear, put
 
 ORDER = {"id": 7}
 
@@ -975,7 +976,7 @@ async def test_what_interrupts_the_late_confirmation_leaves_no_claim(fault: str)
         with pytest.raises(IdempotencyPersistenceConnectionError, match="was not run"):
             await task
     else:
-        layer.inner._records.clear()
+        clear(layer.inner)
         assert await task == {"receipt": 1}
         assert listener.kinds == [EventKind.CLAIMED, EventKind.EXECUTED]
     assert len(till.charges) == (fault == "lost")
@@ -990,7 +991,7 @@ async def test_a_foreign_completion_under_our_own_token_counts() -> None:
 
     async def body(order: Any) -> Any:
         theirs = only_record(layer).replace(status=RecordStatus.COMPLETED, response_data='"theirs"')
-        layer.inner._records[theirs.idempotency_key] = theirs  # completed without touching our owner field
+        put(layer.inner, theirs)  # completed without touching our owner field
         return "ours"
 
     assert await made_idempotent(body, layer)(ORDER) == "theirs"

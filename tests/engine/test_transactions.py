@@ -26,6 +26,7 @@ from aidem.hooks import EventKind
 from aidem.persistence.memory import MemoryPersistenceLayer
 from aidem.testing import claim_of
 from tests.support.planned import VIRTUAL_TIME, Listener, wall_clock
+from tests.support.records import put
 from tests.support.transactional import ItemLayer, MemoryTransaction, TransactionalLayer
 
 RECEIPT = {"number": 1}
@@ -191,9 +192,9 @@ def _unreachable(*_: object, **__: object) -> Any:
 
 async def take_over(layer: TransactionalLayer, **options: Any) -> None:
     """Let the key go to another caller, as if its owner had been away for longer than its lease."""
-    (record,) = layer._records.values()
+    (record,) = layer.records().values()
     theirs = claim_of(record.idempotency_key, now=wall_clock(), owner="theirs", **options)
-    layer._records[record.idempotency_key] = theirs.replace(payload_hash=record.payload_hash)
+    put(layer, theirs.replace(payload_hash=record.payload_hash))
 
 
 async def test_a_lost_lease_is_raised_inside_the_transaction_so_that_it_rolls_back(
@@ -211,7 +212,7 @@ async def test_a_lost_lease_is_raised_inside_the_transaction_so_that_it_rolls_ba
         await paying(layer, lose, hooks=(listener,))()
     assert layer.rows == []
     assert listener.kinds == [EventKind.CLAIMED, EventKind.LEASE_LOST, EventKind.ABANDONED]
-    assert [record.owner for record in layer._records.values()] == ["theirs"]
+    assert [record.owner for record in layer.records().values()] == ["theirs"]
 
 
 async def test_a_lost_lease_that_the_body_swallows_is_raised_after_it(layer: TransactionalLayer) -> None:
@@ -348,7 +349,7 @@ async def test_a_body_that_is_closed_releases_the_key_unless_it_has_committed_or
     coroutine.send(None)
     coroutine.close()
     await asyncio.sleep(1)
-    assert (len(layer._records), len(layer.rows)) == (records, rows)
+    assert (len(layer.records()), len(layer.rows)) == (records, rows)
     assert caplog.records == []
 
 
@@ -420,8 +421,8 @@ async def test_a_cancellation_at_any_await_leaves_rows_and_outcome_together(laye
         is_cancelled = task.cancel()
         await asyncio.wait([task])
         assert task.cancelled() == is_cancelled
-        outcomes = [record for record in slow._records.values() if record.response_data is not None]
-        assert len(slow.rows) == len(outcomes) == len(slow._records)
+        outcomes = [record for record in slow.records().values() if record.response_data is not None]
+        assert len(slow.rows) == len(outcomes) == len(slow.records())
         committed.add((is_cancelled, len(slow.rows)))
     assert committed == {(True, 0), (True, 1), (False, 1)}
 
@@ -486,10 +487,10 @@ async def test_a_claim_that_a_transaction_holds_is_not_lost_and_is_renewed_after
     async def hold(transaction: MemoryTransaction) -> Any:
         await complete(transaction)
         await asyncio.sleep(100)
-        seen.extend(layer._records.values())
+        seen.extend(layer.records().values())
         await transaction.rollback()
         await asyncio.sleep(100)
-        seen.extend(layer._records.values())
+        seen.extend(layer.records().values())
         return await commit(layer.begin())
 
     assert await paying(layer, hold, lease_seconds=30, hooks=(listener,))() == RECEIPT
@@ -597,7 +598,7 @@ async def test_a_result_that_cannot_be_stored_is_raised_before_the_commit(layer:
 
     with pytest.raises(IdempotencySerializationError):
         await paying(layer, complete_with_an_object)()
-    assert layer._records == {}
+    assert layer.records() == {}
 
 
 async def test_an_outcome_that_the_layer_refuses_is_raised_and_the_key_released(layer: TransactionalLayer) -> None:
@@ -607,7 +608,7 @@ async def test_an_outcome_that_the_layer_refuses_is_raised_and_the_key_released(
     layer.complete_in = too_large  # type: ignore[method-assign]
     with pytest.raises(IdempotencySerializationError, match="too large"):
         await paying(layer, complete)()
-    assert layer._records == {}
+    assert layer.records() == {}
 
 
 async def test_a_block_has_one_result(layer: TransactionalLayer) -> None:
@@ -659,7 +660,7 @@ async def test_a_bypassed_call_writes_nothing_and_answers_the_value_after_its_ro
         async with idempotency("o-1", persistence_store=layer) as execution:
             await execution.complete(RECEIPT, transaction=layer.begin())
     assert execution.result == RECEIPT
-    assert layer._records == {}
+    assert layer.records() == {}
 
 
 async def test_a_fork_of_the_owner_completes_nothing(layer: TransactionalLayer) -> None:
@@ -753,7 +754,7 @@ async def test_a_request_that_was_not_sent_is_an_error_and_the_key_is_released(i
 
     with pytest.raises(IdempotencyUsageError, match=r"request with completion_item\(\) was not applied"):
         await sending(items, keep)()
-    assert items._records == {}
+    assert items.records() == {}
     assert not await items.write(kept[0])  # a request that arrives late finds no claim
 
 

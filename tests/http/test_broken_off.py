@@ -17,6 +17,7 @@ from aidem.exceptions import (
 from aidem.hooks import EventKind
 from tests.support.asgi import JSON, Connection, Front, Shop, front_of, request, scope_of
 from tests.support.planned import VIRTUAL_TIME, Fault, PlannedLayer
+from tests.support.records import put
 
 DENIED = IdempotencyPersistenceConfigError("denied")
 DOWN = IdempotencyPersistenceConnectionError("down")
@@ -129,7 +130,7 @@ async def test_a_coroutine_may_be_closed_from_another_context() -> None:
     coroutine = await suspended(front)
     contextvars.Context().run(coroutine.close)
     await asyncio.sleep(1)
-    assert front.layer.inner._records == {}
+    assert front.layer.inner.records() == {}
 
 
 # --- After it has gone out --------------------------------------------------------------------------------------------
@@ -225,9 +226,8 @@ async def test_a_lost_lease_does_not_replace_the_apps_exception() -> None:
     connection = Connection([b"{}"])
 
     async def lose(message: Any) -> None:
-        front.layer.inner._records.update(
-            {key: record.replace(owner="another") for key, record in front.layer.inner.records().items()}
-        )
+        for record in front.layer.inner.records().values():
+            put(front.layer.inner, record.replace(owner="another"))
 
     connection.on_send = lose
     with pytest.raises(ValueError, match="no"):

@@ -28,6 +28,7 @@ from aidem.exceptions import IdempotencyPersistenceConnectionError
 from aidem.hooks import EventKind
 from tests.support.asgi import JSON, Connection, Front, Shop, front_of, request, scope_of
 from tests.support.planned import VIRTUAL_TIME, Fault, PlannedLayer
+from tests.support.records import put
 
 NOT_KEPT = "The request was processed, but its response was not stored"
 COOKIE = (b"set-cookie", b"session=1")
@@ -236,7 +237,7 @@ async def test_a_record_that_cannot_be_sent_is_done_and_not_run_again(text: str)
     front = front_of(shop)
     await request(front)
     [record] = records_of(front)
-    front.layer.inner._records[record.idempotency_key] = record.replace(response_data=text)
+    put(front.layer.inner, record.replace(response_data=text))
     response = await request(front)
     assert (response.status, response.problem["title"]) == (409, NOT_KEPT)
     assert shop.runs == 1
@@ -256,7 +257,7 @@ async def test_a_record_that_can_be_sent_is_whatever_has_written_it(text: str) -
     front = front_of(Shop())
     await request(front)
     [record] = records_of(front)
-    front.layer.inner._records[record.idempotency_key] = record.replace(response_data=text)
+    put(front.layer.inner, record.replace(response_data=text))
     response = await request(front)
     parts = json.loads(text)
     expected = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in parts["headers"]]
@@ -282,7 +283,7 @@ async def test_no_record_is_an_exception(data: Any) -> None:
     front = front_of(Shop())
     await request(front)
     [record] = records_of(front)
-    front.layer.inner._records[record.idempotency_key] = record.replace(response_data=json.dumps(data))
+    put(front.layer.inner, record.replace(response_data=json.dumps(data)))
     response = await request(front)
     assert response.is_complete
     assert response.is_replay or response.problem["title"] == NOT_KEPT
@@ -305,7 +306,7 @@ async def test_a_record_that_is_no_response_is_done_and_not_run_again(text: str 
     front = front_of(shop)
     await request(front)
     [record] = records_of(front)
-    front.layer.inner._records[record.idempotency_key] = record.replace(response_data=text)
+    put(front.layer.inner, record.replace(response_data=text))
     response = await request(front)
     assert response.status == 409
     assert response.header(b"retry-after") is None

@@ -28,6 +28,7 @@ from aidem.exceptions import (
     IdempotencyWarning,
 )
 from aidem.persistence.memory import MemoryPersistenceLayer
+from tests.support.records import put
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -400,11 +401,12 @@ async def test_the_payload_is_compared_while_the_first_execution_is_running(laye
     charge = Charger(event_key_jmespath="id", payload_validation_jmespath="amount")
     await charge({"id": 1, "amount": 5})
     (record,) = stored(layer)
-    layer._records[record.idempotency_key] = record.replace(
+    changed = record.replace(
         status=RecordStatus.INPROGRESS,
         response_data=None,
         in_progress_expiry_timestamp=int((layer.clock() + 30) * 1000),
     )
+    put(layer, changed)
     with pytest.raises(IdempotencyAlreadyInProgressError):
         await charge({"id": 1, "amount": 5})
     with pytest.raises(IdempotencyValidationError):

@@ -28,6 +28,7 @@ from aidem.hooks import EventKind
 from aidem.persistence.memory import MemoryPersistenceLayer
 from aidem.serialization import CustomDictSerializer, DataclassSerializer, NoOpSerializer, PydanticSerializer
 from tests.support.planned import Listener
+from tests.support.records import put
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -52,8 +53,8 @@ def the_record(layer: MemoryPersistenceLayer) -> DataRecord:
 
 def change(layer: MemoryPersistenceLayer, **changes: Any) -> DataRecord:
     """Change the stored record by hand, as another fleet or another deployment would have written it."""
-    record = the_record(layer)
-    layer._records[record.idempotency_key] = changed = record.replace(**changes)
+    changed = the_record(layer).replace(**changes)
+    put(layer, changed)
     return changed
 
 

@@ -23,6 +23,7 @@ from aidem._rules import lifecycle
 from aidem.exceptions import IdempotencyError
 from aidem.persistence.memory import MemoryPersistenceLayer
 from tests.support.planned import PlannedLayer, real_now
+from tests.support.records import clear
 
 OPERATION_SECONDS = 0.004
 SIGNAL_PATIENCE_SECONDS = 10.0
@@ -120,7 +121,7 @@ def main(front: str, control: str) -> None:
             again = charge(number)
         except IdempotencyError as error:
             again = type(error).__name__
-        layer.inner._records.clear()
+        clear(layer.inner)
         say(json.dumps({"stage": struck_at, "again": again, "expected": expected}))
 
 

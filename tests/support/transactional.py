@@ -12,6 +12,7 @@ from aidem._runtime.cancellation import Immediate
 from aidem._runtime.clock import wall_clock
 from aidem.exceptions import IdempotencyHeldByTransactionError, IdempotencyUsageError
 from aidem.persistence.memory import MemoryPersistenceLayer
+from tests.support.records import put
 
 
 class MemoryTransaction:
@@ -47,7 +48,8 @@ class TransactionalLayer(MemoryPersistenceLayer):
         return self.transactions[-1]
 
     def apply(self, outcomes: dict[str, DataRecord]) -> None:
-        self._records |= outcomes
+        for outcome in outcomes.values():
+            put(self, outcome)
 
     def is_held(self, key: str) -> bool:
         return any(key in one.outcomes for one in self.transactions if one.is_open)
@@ -57,7 +59,7 @@ class TransactionalLayer(MemoryPersistenceLayer):
             raise IdempotencyUsageError("pass an open transaction of layer.begin()")
 
     def complete_in(self, transaction: MemoryTransaction, record: DataRecord, *, now: float) -> Immediate[bool]:
-        found = self._records.get(record.idempotency_key)
+        found = self.records().get(record.idempotency_key)
         is_ours = lifecycle.is_held_by(found, record.owner) and not self.is_held(record.idempotency_key)
         if is_ours:
             shifted = lifecycle.shifted(record, seconds=self.clock() - now)
@@ -65,11 +67,11 @@ class TransactionalLayer(MemoryPersistenceLayer):
         return Immediate(is_ours)
 
     def is_free(self, record: DataRecord) -> Immediate[bool]:
-        found = self._records.get(record.idempotency_key)
+        found = self.records().get(record.idempotency_key)
         return Immediate(lifecycle.is_held_by(found, record.owner) and not self.is_held(record.idempotency_key))
 
     def acquire(self, record: DataRecord, *, now: float, **options: Any) -> Immediate[Claimed | Blocked]:
-        found = self._records.get(record.idempotency_key)
+        found = self.records().get(record.idempotency_key)
         held = lifecycle.acquire_held(found) if self.is_held(record.idempotency_key) else None
         return super().acquire(record, now=now, **options) if held is None else Immediate(held)
 
@@ -94,7 +96,7 @@ class ItemLayer(MemoryPersistenceLayer):
 
     async def send(self, item: dict[str, Any]) -> bool:
         record: DataRecord = item["outcome"]
-        is_ours = lifecycle.is_held_by(self._records.get(record.idempotency_key), record.owner)
+        is_ours = lifecycle.is_held_by(self.records().get(record.idempotency_key), record.owner)
         if is_ours:
-            self._records[record.idempotency_key] = record
+            put(self, record)
         return is_ours

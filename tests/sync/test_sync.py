@@ -31,6 +31,7 @@ from aidem.persistence.memory import MemoryPersistenceLayer
 from aidem.persistence.sqlite import SQLitePersistenceLayer
 from aidem.testing import FakeClock
 from tests.support.planned import Fault, PlannedLayer, real_now
+from tests.support.records import put
 
 PATIENCE_SECONDS = 20.0
 
@@ -528,7 +529,7 @@ def complete_for_another(layer: MemoryPersistenceLayer, response_data: str) -> N
     """Let another owner take the only claim over, and complete it."""
     (record,) = layer.records().values()
     winner = record.replace(owner="winner")
-    layer._records[record.idempotency_key] = winner
+    put(layer, winner)
     completed = winner.replace(status=RecordStatus.COMPLETED, response_data=response_data)
     assert layer.complete(completed, now=layer.clock()).answer
 

@@ -247,8 +247,11 @@ class OwnConnections:
     def _failed(self, connection: OwnConnection, job: _Job[Any], error: Exception) -> None:
         if _errors.spoils_connection(error):
             self._drop(connection, gently=True)
-        if not _errors.is_worth_another_try(error) or not self._ask_again(job):
-            job.future.fail(self._failure(error))
+        if _errors.is_worth_another_try(error) and self._ask_again(job):
+            return
+        if isinstance(error, TimeoutError):
+            error = _errors.timed_out(self._timeout_seconds)
+        job.future.fail(error if isinstance(error, IdempotencyError) else _errors.translated(error, self._table))
 
     def _ask_again(self, job: _Job[Any]) -> bool:
         """Ask once more, after a pause; False: there is no time for that."""
@@ -269,13 +272,6 @@ class OwnConnections:
     def _fail_all(self, failure: IdempotencyPersistenceLayerError) -> None:
         while self._jobs:
             self._jobs.popleft().future.fail(_errors.copy_of(failure))
-
-    def _failure(self, error: Exception) -> Exception:
-        if isinstance(error, TimeoutError):
-            return _errors.timed_out(self._timeout_seconds)
-        if isinstance(error, IdempotencyError):
-            return error
-        return _errors.translated(error, self._table)
 
     # --- Connections ------------------------------------------------------------------------------------------------
 

@@ -90,12 +90,17 @@ def spoils_connection(error: BaseException) -> bool:
 
 def translated(error: Exception, table: Table) -> IdempotencyPersistenceLayerError:
     """Return the error for an operation that failed."""
-    state = state_of(error)
-    if not state:
-        return _without_state(error)
-    failure = _meaning(state, table)
-    # What a server refuses it has not done, unless it went down, or a pooler speaks for it.
-    failure.may_be_applied = state.startswith(("08", "57")) or type(failure) is IdempotencyPersistenceLayerError
+    state, name = state_of(error), type(error).__name__
+    if state:
+        failure = _meaning(state, table)
+        # What a server refuses it has not done, unless it went down, or a pooler speaks for it.
+        failure.may_be_applied = state.startswith(("08", "57")) or type(failure) is IdempotencyPersistenceLayerError
+    elif isinstance(error, OSError) or any(kind.__name__ in _OF_CONNECTIONS for kind in type(error).__mro__):
+        failure = IdempotencyPersistenceConnectionError(
+            f"the connection to PostgreSQL was lost, or none was free ({name}); {MAY_BE_APPLIED}"
+        )
+    else:
+        failure = IdempotencyPersistenceLayerError(f"PostgreSQL's driver failed with {name}; {MAY_BE_APPLIED}")
     failure.__cause__ = error
     return failure
 
@@ -185,18 +190,6 @@ def _meaning(state: str, table: Table) -> IdempotencyPersistenceLayerError:
     return IdempotencyPersistenceLayerError(
         f"PostgreSQL answered SQLSTATE {state}, which aidem did not expect; see its log"
     )
-
-
-def _without_state(error: Exception) -> IdempotencyPersistenceLayerError:
-    """Return the error for what the driver says by itself."""
-    name = type(error).__name__
-    failure = IdempotencyPersistenceLayerError(f"PostgreSQL's driver failed with {name}; {MAY_BE_APPLIED}")
-    if isinstance(error, OSError) or any(kind.__name__ in _OF_CONNECTIONS for kind in type(error).__mro__):
-        failure = IdempotencyPersistenceConnectionError(
-            f"the connection to PostgreSQL was lost, or none was free ({name}); {MAY_BE_APPLIED}"
-        )
-    failure.__cause__ = error
-    return failure
 
 
 # What drivers and pools call their errors for connections that broke, or that were not to be had. The last one is

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from aidem._rules import lifecycle
 from aidem._rules.record import DataRecord, OutcomeKind, RecordStatus
-from aidem.exceptions import IdempotencyInvalidStatusError
+from aidem.persistence._stored import unknown_state
 from aidem.persistence.postgres._statements import RELEASED
 
 if TYPE_CHECKING:
@@ -39,11 +39,7 @@ def record_of(key: str, row: Sequence[Any]) -> DataRecord | None:
             note=note,
         )
     except ValueError as error:
-        raise IdempotencyInvalidStatusError(
-            f"the record of idempotency key {key!r} has status {status!r} and outcome {outcome!r}, which this aidem "
-            "does not know; upgrade aidem, or drop the record with forget(key)",
-            key=key,
-        ) from error
+        raise unknown_state(key, status=status, outcome=outcome) from error
 
 
 def durations(record: DataRecord, *, now: float) -> tuple[int | None, int | None, int | None]:

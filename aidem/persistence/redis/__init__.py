@@ -196,11 +196,17 @@ class RedisPersistenceLayer(OpenedByAsyncWith):
                 f"a record of {len(text)} bytes is more than the {MAX_RECORD_BYTES} that aidem keeps in Redis",
                 key=record.idempotency_key,
             )
+
+        def is_stored(reply: tuple[int, int, bytes]) -> bool:
+            verdict, judged_at, found = reply
+            if verdict == Verdict.STORED:
+                return True
+            known = self._text.read(record.idempotency_key, found)
+            return lifecycle.complete(known, record, now=judged_at / 1000) is Completion.ALREADY_STORED
+
         kept, _, _ = durations(record, now=now)
         return self._ask(
-            (1, record.idempotency_key, *self._judge(record), kept, text),
-            lambda reply: self._is_stored(record, *reply),
-            self._scripts.complete,
+            (1, record.idempotency_key, *self._judge(record), kept, text), is_stored, self._scripts.complete
         )
 
     def renew(self, record: DataRecord, *, now: float) -> UncancellableFuture[DataRecord | None]:
@@ -305,7 +311,11 @@ class RedisPersistenceLayer(OpenedByAsyncWith):
 
     def _claim_answer(self, key: str, verdict: int, now: int, stored: Any) -> Claimed | Blocked:
         if verdict == Verdict.LOCKED:
-            return Blocked(_being_taken_over(key, until=now + stored), now / 1000)
+            # Powertools has locked the record, to overwrite it: it is somebody's claim.
+            locked = DataRecord(
+                idempotency_key=key, status=RecordStatus.INPROGRESS, in_progress_expiry_timestamp=now + stored
+            )
+            return Blocked(locked, now / 1000)
         record = self._text.read(key, stored)
         if record is None:
             raise IdempotencyPersistenceLayerError(
@@ -319,12 +329,6 @@ class RedisPersistenceLayer(OpenedByAsyncWith):
             )
         return Claimed(record, taken_over=verdict in {Verdict.TAKEN_OVER, Verdict.ORPHAN})
 
-    def _is_stored(self, record: DataRecord, verdict: int, now: int, found: bytes) -> bool:
-        if verdict == Verdict.STORED:
-            return True
-        known = self._text.read(record.idempotency_key, found)
-        return lifecycle.complete(known, record, now=now / 1000) is Completion.ALREADY_STORED
-
 
 RedisCachePersistenceLayer = RedisPersistenceLayer
 
@@ -336,8 +340,3 @@ def _readable(answer: DataRecord | BaseException | None) -> DataRecord | None:
             return None
         raise answer
     return answer
-
-
-def _being_taken_over(key: str, *, until: int) -> DataRecord:
-    """Return what stands for a record that Powertools has locked, to overwrite it: somebody's claim."""
-    return DataRecord(idempotency_key=key, status=RecordStatus.INPROGRESS, in_progress_expiry_timestamp=until)

@@ -33,13 +33,34 @@ async def problems(nodes: Iterable[Line], *, mode: str) -> list[str]:
         IdempotencyPersistenceLayerError: One cannot be reached.
         IdempotencyPersistenceConfigError: One is too old.
     """
-    found = dict[str, None]()  # a set that keeps its order
+    found = list[str]()
     for node in nodes:
         info = _info(await _if_allowed(node.query("INFO")) or b"")
-        _check_version(info.get("redis_version", ""))
+        version = info.get("redis_version", "")
+        numbers = tuple(map(int, re.findall(r"\d+", version)[:2]))
+        if numbers and numbers < OLDEST_VERSION:
+            raise IdempotencyPersistenceConfigError(
+                f"this server is Redis {version}; aidem needs 6.2 or newer, or Valkey"
+            )
+        policy = info.get("maxmemory_policy", "noeviction")
+        if policy != "noeviction" and info.get("maxmemory") != "0":
+            found.append(
+                f"maxmemory-policy is {policy}: when memory is short, Redis drops records, and calls may run twice; "
+                "set it to noeviction"
+            )
         _, save = await _if_allowed(node.query("CONFIG", "GET", "save")) or (b"save", b"unknown")
-        found |= dict.fromkeys(_problems(info, save=save.decode(), mode=mode))
-    return list(found)
+        if info.get("aof_enabled") == "0" and save == b"":
+            found.append(
+                "appendonly is no and save is empty: when Redis restarts, all records are gone, and calls may run "
+                "twice; set appendonly to yes"
+            )
+        # INFO has the number of good replicas only where that setting is on.
+        if mode == "sentinel" and "connected_slaves" in info and "min_slaves_good_slaves" not in info:
+            found.append(
+                "min-replicas-to-write is 0: a primary that is cut off while another takes its place goes on "
+                "acknowledging records that are then gone, and calls may run twice; set it to 1 or more"
+            )
+    return list(dict.fromkeys(found))
 
 
 async def diagnosis(nodes: Sequence[Line], *, mode: str) -> Diagnosis:
@@ -48,8 +69,10 @@ async def diagnosis(nodes: Sequence[Line], *, mode: str) -> Diagnosis:
     facts: dict[str, list[str]] = {}
     for node in nodes:
         info = _info(await _if_allowed(node.query("INFO")) or b"")
-        settings = {name: await _setting(node, name) for name in SETTINGS}
-        ahead_seconds = await _clock_ahead_seconds(node)
+        replies = {name: await _if_allowed(node.query("CONFIG", "GET", name)) for name in SETTINGS}
+        settings = {name: (each[1].decode() or '""') if each else NOT_SHOWN for name, each in replies.items()}
+        time = await _if_allowed(node.query("TIME"))
+        ahead_seconds = wall_clock() - int(time[0]) - int(time[1]) / 1e6 if time else 0.0
         software = "Valkey" if "valkey_version" in info else "Redis"
         version = info.get("valkey_version") or info.get("redis_version") or "of a version that its ACL does not show"
         for name, fact in {
@@ -57,7 +80,8 @@ async def diagnosis(nodes: Sequence[Line], *, mode: str) -> Diagnosis:
             "mode": mode if len(nodes) == 1 else f"{mode}, {len(nodes)} primaries",
             "role": {"master": "primary", "slave": "replica"}.get(info.get("role", ""), NOT_SHOWN),
             "replicas": info.get("connected_slaves", NOT_SHOWN),
-            "memory": f"{info.get('used_memory_human', NOT_SHOWN)} of {info.get('maxmemory_human', NOT_SHOWN)}",
+            "used_memory": info.get("used_memory_human", NOT_SHOWN),
+            "maxmemory": "no limit" if info.get("maxmemory") == "0" else info.get("maxmemory_human", NOT_SHOWN),
             **settings,
             "clock of this machine": clock_fact(ahead_seconds),
         }.items():
@@ -65,17 +89,6 @@ async def diagnosis(nodes: Sequence[Line], *, mode: str) -> Diagnosis:
         found |= dict.fromkeys(_more_problems(info, settings, mode=mode))
         found |= dict.fromkeys(clock_problems(ahead_seconds, danger="`aidem list` judges states by it"))
     return Diagnosis({name: joined(each) for name, each in facts.items()}, tuple(found))
-
-
-async def _setting(node: Line, name: str) -> str:
-    reply = await _if_allowed(node.query("CONFIG", "GET", name))
-    return (reply[1].decode() or '""') if reply else NOT_SHOWN
-
-
-async def _clock_ahead_seconds(node: Line) -> float:
-    reply = await _if_allowed(node.query("TIME"))
-    now = wall_clock()
-    return now - int(reply[0]) - int(reply[1]) / 1e6 if reply else 0.0
 
 
 async def _if_allowed(reply: UncancellableFuture[Any]) -> Any:
@@ -92,33 +105,6 @@ async def _if_allowed(reply: UncancellableFuture[Any]) -> Any:
 def _info(reply: bytes) -> dict[str, str]:
     """Return the fields of a reply to INFO, by name."""
     return dict(re.findall(r"^(\w+):(.*?)\r?$", reply.decode(errors="replace"), re.MULTILINE))
-
-
-def _check_version(version: str) -> None:
-    """Refuse a server that is too old for the scripts."""
-    numbers = tuple(map(int, re.findall(r"\d+", version)[:2]))
-    if numbers and numbers < OLDEST_VERSION:
-        raise IdempotencyPersistenceConfigError(f"this server is Redis {version}; aidem needs 6.2 or newer, or Valkey")
-
-
-def _problems(info: dict[str, str], *, save: str, mode: str) -> Iterator[str]:
-    policy = info.get("maxmemory_policy", "noeviction")
-    if policy != "noeviction" and info.get("maxmemory") != "0":
-        yield (
-            f"maxmemory-policy is {policy}: when memory is short, Redis drops records, and calls may run twice; "
-            "set it to noeviction"
-        )
-    if info.get("aof_enabled") == "0" and save == "":
-        yield (
-            "appendonly is no and save is empty: when Redis restarts, all records are gone, and calls may run twice; "
-            "set appendonly to yes"
-        )
-    # INFO has the number of good replicas only where that setting is on.
-    if mode == "sentinel" and "connected_slaves" in info and "min_slaves_good_slaves" not in info:
-        yield (
-            "min-replicas-to-write is 0: a primary that is cut off while another takes its place goes on acknowledging "
-            "records that are then gone, and calls may run twice; set it to 1 or more"
-        )
 
 
 def _more_problems(info: dict[str, str], settings: dict[str, str], *, mode: str) -> Iterator[str]:

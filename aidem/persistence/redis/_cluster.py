@@ -125,7 +125,10 @@ class Cluster:
 
     async def aclose(self) -> None:
         """Wait for the commands that were asked so far, then close all connections."""
-        while pending := self._pending():
+        while pending := [
+            *(command.future for command in self._held if not command.future.done()),
+            *(future for line in self._lines.values() for future in line.pending()),
+        ]:
             await asyncio.wait(pending)
         await self.abort()
 
@@ -150,7 +153,9 @@ class Cluster:
             self._hold(command)
             return True
         host, port = error.address
-        target = self._line_to((host or self._place_of(line)[0], port))
+        if not host:  # the node's own
+            host = next(address[0] for address, each in self._lines.items() if each is line)
+        target = self._line_to((host, port))
         if error.code == "ASK":
             target.ask_importing(command)
         else:
@@ -210,7 +215,14 @@ class Cluster:
             shards = await first_of(self._known, _shards_seen_by, timeout_seconds=self._timeout_seconds)
         finally:
             self._looked_at = self._loop.time()
-        self._learn(shards)
+        self._line_of_slot = [None] * REDIS_CLUSTER_HASH_SLOTS
+        for shard in shards:
+            lines = [self._line_to(shard.nodes[0])] * (shard.last + 1 - shard.first)
+            self._line_of_slot[shard.first : shard.last + 1] = lines
+        nodes = [self._server_at(node) for node in dict.fromkeys(node for shard in shards for node in shard.nodes)]
+        places = {node.address for node in nodes}
+        random.shuffle(nodes)  # so that a node that is cut off from the others is not always asked first
+        self._known = [*nodes, *(seed for seed in self._seeds if seed.address not in places)]
 
     def _looked(self, task: asyncio.Task[None]) -> None:
         self._looking = None
@@ -227,16 +239,6 @@ class Cluster:
                 self._stray(command, IdempotencyPersistenceConnectionError(_NOT_SERVED))
                 self._hold(command)
 
-    def _learn(self, shards: Sequence[_Shard]) -> None:
-        self._line_of_slot = [None] * REDIS_CLUSTER_HASH_SLOTS
-        for shard in shards:
-            lines = [self._line_to(shard.nodes[0])] * (shard.last + 1 - shard.first)
-            self._line_of_slot[shard.first : shard.last + 1] = lines
-        nodes = [self._server_at(node) for node in dict.fromkeys(node for shard in shards for node in shard.nodes)]
-        places = {node.address for node in nodes}
-        random.shuffle(nodes)  # so that a node that is cut off from the others is not always asked first
-        self._known = [*nodes, *(seed for seed in self._seeds if seed.address not in places)]
-
     def _line_to(self, address: Address) -> Line:
         line = self._lines.get(address)
         if line is None:
@@ -247,13 +249,6 @@ class Cluster:
     def _server_at(self, address: Address) -> Server:
         place = address if self._remap is None else self._remap(*address)
         return self._seeds[0].at(*place)
-
-    def _place_of(self, line: Line) -> Address:
-        return next(address for address, each in self._lines.items() if each is line)
-
-    def _pending(self) -> list[asyncio.Future[Any]]:
-        held = [command.future for command in self._held if not command.future.done()]
-        return held + [future for line in self._lines.values() for future in line.pending()]
 
 
 async def _shards_seen_by(node: Server, timeout_seconds: float) -> list[_Shard]:
@@ -272,16 +267,14 @@ async def _shards_seen_by(node: Server, timeout_seconds: float) -> list[_Shard]:
             ) from error
         raise
     return [
-        _Shard(first=first, last=last, nodes=tuple(_address(entry, seen_by=node) for entry in nodes))
+        _Shard(
+            first=first,
+            last=last,
+            # A node without a name has the host of the node that answers.
+            nodes=tuple((node.host if host in {None, b"", b"?"} else host.decode(), port) for host, port, *_ in nodes),
+        )
         for first, last, *nodes in reply
     ]
-
-
-def _address(entry: list[Any], *, seen_by: Server) -> Address:
-    """Return the address of a node; a node without a name has the host of the node that answers."""
-    host, port, *_ = entry
-    name = (host or b"").decode()
-    return seen_by.host if name in {"", "?"} else name, port
 
 
 _NOT_SERVED: Final = "no node of the Redis cluster serves the slot of the key; repair the cluster"

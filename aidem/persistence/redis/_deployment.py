@@ -71,7 +71,7 @@ class Sharded:
         return Connections(cluster, Listener(cluster, timeout_seconds=timeout_seconds))
 
 
-def deployment_of(client: object, *, url: str, mode: Mode, **options: Any) -> Deployment:
+def deployment_of(client: object, *, url: str, mode: Mode, ssl: bool, **options: Any) -> Deployment:
     """Return the servers that the options name.
 
     Raises:
@@ -82,7 +82,12 @@ def deployment_of(client: object, *, url: str, mode: Mode, **options: Any) -> De
     elif url:
         found = _of_url(url, mode=mode)
     else:
-        found = _of_host(mode=mode, **options)
+        if not options["host"]:
+            raise IdempotencyPersistenceConfigError("RedisPersistenceLayer needs a server: give it url, host or client")
+        if ssl:
+            options |= {"connection_class": SSLConnection, "ssl_check_hostname": True}
+        server = _server_of(ConnectionPool(**{name: value for name, value in options.items() if value}))
+        found = Sharded([server]) if mode == "cluster" else Single(server, mode="standalone")
     if mode not in {"standalone", found.mode}:
         raise IdempotencyPersistenceConfigError(f"mode={mode!r} needs {_NEEDS[mode]}")
     return found
@@ -104,37 +109,29 @@ def is_lock_respected(shared_with_powertools: bool | None, *, mode: Mode) -> boo
 
 def _of_client(client: object) -> Deployment:
     if isinstance(client, RedisCluster):
-        return _of_cluster_client(client)
+        manager: Any = client.nodes_manager
+        # A client that reads from replicas has a redis_connect_func for them; aidem connects to primaries only.
+        seeds = [_server_of(node, without="redis_connect_func") for node in manager.startup_nodes.values()]
+        return Sharded(seeds, remap=manager.remap_host_port)
     if not isinstance(client, Redis):
         raise IdempotencyPersistenceConfigError(
             "client must be a redis.asyncio.Redis or RedisCluster, "
             f"not {type(client).__module__}.{type(client).__qualname__}"
         )
     pool: Any = client.connection_pool
-    if isinstance(pool, SentinelConnectionPool):
-        return _of_sentinel_pool(pool)
-    return Single(_server_of(pool), mode="standalone")
-
-
-def _of_cluster_client(client: RedisCluster) -> Deployment:
-    manager: Any = client.nodes_manager
-    # A client that reads from replicas has a redis_connect_func for them; aidem connects to primaries only.
-    seeds = [_server_of(node, without="redis_connect_func") for node in manager.startup_nodes.values()]
-    return Sharded(seeds, remap=manager.remap_host_port)
-
-
-def _of_sentinel_pool(pool: Any) -> Deployment:
+    if not isinstance(pool, SentinelConnectionPool):
+        return Single(_server_of(pool), mode="standalone")
     if not pool.is_master:
         raise IdempotencyPersistenceConfigError("this client leads to replicas; make it with Sentinel.master_for")
-    kinds = {SentinelManagedConnection: Connection, SentinelManagedSSLConnection: SSLConnection}
-    kind: Any = kinds.get(pool.connection_class, pool.connection_class)
+    kinds: dict[Any, Any] = {SentinelManagedConnection: Connection, SentinelManagedSSLConnection: SSLConnection}
+    kind = kinds.get(pool.connection_class, pool.connection_class)
     options = {name: value for name, value in pool.connection_kwargs.items() if name != "connection_pool"}
-    manager = pool.sentinel_manager
+    sentinels: Any = pool.sentinel_manager
     primary = Primary(
-        [_server_of(sentinel.connection_pool) for sentinel in manager.sentinels],
+        [_server_of(sentinel.connection_pool) for sentinel in sentinels.sentinels],
         service=pool.service_name,
         like=Server(kind, options),
-        other_sentinels=manager.min_other_sentinels,
+        other_sentinels=sentinels.min_other_sentinels,
     )
     return Single(primary, mode="sentinel")
 
@@ -157,15 +154,6 @@ def _of_url(url: Any, *, mode: Mode) -> Deployment:
     if kind == "cluster" or mode == "cluster":
         return Sharded(servers_of_url(url))
     return Single(*servers_of_url(url), mode="standalone")
-
-
-def _of_host(*, mode: Mode, host: str, ssl: bool, **options: Any) -> Deployment:
-    if not host:
-        raise IdempotencyPersistenceConfigError("RedisPersistenceLayer needs a server: give it url, host or client")
-    given = {name: value for name, value in options.items() if value}
-    more: dict[str, Any] = {"connection_class": SSLConnection, "ssl_check_hostname": True} if ssl else {}
-    server = _server_of(ConnectionPool(host=host, **given, **more))
-    return Sharded([server]) if mode == "cluster" else Single(server, mode="standalone")
 
 
 _NEEDS: Final = {

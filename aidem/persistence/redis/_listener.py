@@ -65,14 +65,23 @@ class Listener:
         """
         if self._refusal is not None:
             raise copy_of(self._refusal)
-        channel = self._channels.get(name) or self._subscribe(name)
+        channel = self._channels.get(name)
+        if channel is None:
+            channel = self._channels[name] = _Channel()
+            self._is_changed.set()
+            if self._listening is None:
+                self._start()
         channel.listeners += 1
         try:
             with suppress(TimeoutError):
                 async with asyncio.timeout(timeout_seconds):
                     await channel.told.wait()
         finally:
-            self._leave(name, channel)
+            channel.listeners -= 1
+            channel.told.clear()
+            if channel.timer is not None:
+                channel.timer.cancel()
+            channel.timer = self._loop.call_later(self._linger_seconds, self._forget, name, channel, context=Context())
         if channel.failure is not None:
             raise copy_of(channel.failure)
 
@@ -84,20 +93,6 @@ class Listener:
             await asyncio.wait([self._listening])
 
     # --- Channels ---------------------------------------------------------------------------------------------------
-
-    def _subscribe(self, name: str) -> _Channel:
-        channel = self._channels[name] = _Channel()
-        self._is_changed.set()
-        if self._listening is None:
-            self._start()
-        return channel
-
-    def _leave(self, name: str, channel: _Channel) -> None:
-        channel.listeners -= 1
-        channel.told.clear()
-        if channel.timer is not None:
-            channel.timer.cancel()
-        channel.timer = self._loop.call_later(self._linger_seconds, self._forget, name, channel, context=Context())
 
     def _forget(self, name: str, channel: _Channel) -> None:
         if not channel.listeners and self._channels.get(name) is channel:  # else it is in use, or has failed
@@ -128,13 +123,25 @@ class Listener:
             self._start()
 
     async def _listen(self) -> None:
+        """Subscribe and unsubscribe as channels are added and removed, until there are none."""
         pubsub: Any = await self._server.reach(
             lambda server, seconds: server.subscriber(timeout_seconds=seconds), timeout_seconds=self._timeout_seconds
         )
         hearing = asyncio.create_task(self._hear(pubsub))
         hearing.add_done_callback(lambda _: self._is_changed.set())
+        subscribed = set[str]()
         try:
-            await self._follow(pubsub, hearing)
+            while self._channels:
+                if hearing.done():
+                    await hearing
+                self._is_changed.clear()
+                wanted = set(self._channels)
+                if wanted - subscribed:
+                    await pubsub.subscribe(*wanted - subscribed)
+                if subscribed - wanted:
+                    await pubsub.unsubscribe(*subscribed - wanted)
+                subscribed = wanted
+                await self._is_changed.wait()
         except Exception as error:  # noqa: BLE001 - it is raised as an error of ours
             failure = listening_failed(error)
             raise failure from failure.__cause__
@@ -143,21 +150,6 @@ class Listener:
             await asyncio.gather(hearing, return_exceptions=True)
             await pubsub.connection.disconnect(nowait=True)
             await pubsub.aclose()
-
-    async def _follow(self, pubsub: Any, hearing: asyncio.Task[None]) -> None:
-        """Subscribe and unsubscribe as channels are added and removed, until there are none."""
-        subscribed = set[str]()
-        while self._channels:
-            if hearing.done():
-                await hearing
-            self._is_changed.clear()
-            wanted = set(self._channels)
-            if wanted - subscribed:
-                await pubsub.subscribe(*wanted - subscribed)
-            if subscribed - wanted:
-                await pubsub.unsubscribe(*subscribed - wanted)
-            subscribed = wanted
-            await self._is_changed.wait()
 
     async def _hear(self, pubsub: Any) -> None:
         """Tell listeners of messages, until the connection is lost."""

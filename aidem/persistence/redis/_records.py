@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any, Final, cast
 from aidem._rules import lifecycle
 from aidem._rules.canonical_json import decode
 from aidem._rules.record import DataRecord, OutcomeKind, RecordStatus
-from aidem.exceptions import IdempotencyInvalidStatusError
-from aidem.persistence._stored import text
+from aidem.persistence._stored import text, unknown_state
 from aidem.persistence.redis._scripts import GIVEN_UP
 
 if TYPE_CHECKING:
@@ -99,11 +98,7 @@ class RecordText:
                 note=text(get(names.note)),
             )
         except ValueError as error:
-            raise IdempotencyInvalidStatusError(
-                f"the record of idempotency key {key!r} has status {status!r} and outcome {outcome!r}, which this "
-                "aidem does not know; upgrade aidem, or drop the record with forget(key)",
-                key=key,
-            ) from error
+            raise unknown_state(key, status=status, outcome=outcome) from error
 
 
 def durations(record: DataRecord, *, now: float) -> tuple[str | int, str | int, str | int]:

@@ -114,9 +114,18 @@ class Server:
         try:
             async with asyncio.timeout(timeout_seconds):
                 greeting = await self._greeting()
-                transport = await self._dial(wire)
+                loop, options = asyncio.get_running_loop(), self._parsed
+                if self._class is UnixDomainSocketConnection:
+                    transport, _ = await loop.create_unix_connection(lambda: wire, options.path)
+                else:
+                    tls = options.ssl_context.get() if self._class is SSLConnection else None
+                    transport, _ = await loop.create_connection(lambda: wire, options.host, options.port, ssl=tls)
                 try:
-                    self._keep_alive(transport)
+                    if getattr(options, "socket_keepalive", False):
+                        connected: socket.socket = transport.get_extra_info("socket")
+                        connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+                        for option, value in options.socket_keepalive_options.items():
+                            connected.setsockopt(socket.IPPROTO_TCP, option, value)
                     await _greet(wire, greeting)
                     if transport.is_closing():
                         raise ConnectionResetError  # noqa: TRY301 - nobody else would be told
@@ -186,22 +195,6 @@ class Server:
         if options.db:
             commands.append(("SELECT", options.db))
         return commands
-
-    async def _dial(self, wire: Wire) -> asyncio.Transport:
-        loop, options = asyncio.get_running_loop(), self._parsed
-        if self._class is UnixDomainSocketConnection:
-            transport, _ = await loop.create_unix_connection(lambda: wire, options.path)
-        else:
-            tls = options.ssl_context.get() if self._class is SSLConnection else None
-            transport, _ = await loop.create_connection(lambda: wire, options.host, options.port, ssl=tls)
-        return transport
-
-    def _keep_alive(self, transport: asyncio.Transport) -> None:
-        if getattr(self._parsed, "socket_keepalive", False):
-            connected: socket.socket = transport.get_extra_info("socket")
-            connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            for option, value in self._parsed.socket_keepalive_options.items():
-                connected.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
 class _OneQuestion:

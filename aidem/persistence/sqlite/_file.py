@@ -147,14 +147,19 @@ class DatabaseFile:
 
         Raises:
             IdempotencyPersistenceConfigError: It is not a file of ours, or must not be written.
-            sqlite3.Error: See `translated`.
+            OSError, sqlite3.Error: See `translated`.
         """
-        try:
-            self._create()
-            self._refuse_other_than_a_file()
-            self._narrow_logs()
-        except OSError as error:
-            raise self._unusable(error) from error
+        # Only its owner may read it; SQLite gives its `-wal` and `-shm` files the same rights.
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)
+        with _creating, contextlib.suppress(FileExistsError):
+            os.close(os.open(self.path, flags, 0o600))
+        status = os.lstat(self.path)
+        self._refuse_link_or_device(status, "it")
+        if 0 < status.st_size < SMALLEST_DATABASE:  # SQLite would take a single byte for nothing
+            raise self._refusal("it is not an SQLite database; give the path of one, or a new one")
+        self._warn_of_other_writers(self.path, status)
+        self._identity = _identity(status)
+        self._narrow_logs(stat.S_IMODE(status.st_mode))
         connection = sqlite3.connect(
             f"{self.path.as_uri()}?mode=rw",
             uri=True,
@@ -207,6 +212,14 @@ class DatabaseFile:
             if self.is_of_application and _code(error) == sqlite3.SQLITE_ERROR:
                 advice = f"its tables {APPLICATION_PREFIX}… were changed; drop them all to begin with empty ones"
             own: Exception = kind(f"{self.path}: {advice}")
+        elif isinstance(error, OSError) and error.errno in _TRANSIENT:
+            own = IdempotencyPersistenceConnectionError(
+                f"{self.path} cannot be made: {error.strerror}; retry after that"
+            )
+        elif isinstance(error, OSError):
+            own = self._refusal(
+                f"{error.strerror}; its directory must exist, and this user must have the right to write there"
+            )
         elif isinstance(error, (IdempotencyPersistenceConfigError, IdempotencyPersistenceConnectionError)):
             own = type(error)(str(error))
         else:
@@ -258,22 +271,7 @@ class DatabaseFile:
 
     # ----------------------------------------------------------------------------------------------------------------
 
-    def _create(self) -> None:
-        """Make an empty file that only its owner may read; SQLite gives its `-wal` and `-shm` files the same rights."""
-        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)
-        with _creating, contextlib.suppress(FileExistsError):
-            os.close(os.open(self.path, flags, 0o600))
-
-    def _refuse_other_than_a_file(self) -> None:
-        status = os.lstat(self.path)
-        self._refuse_link_or_device(status, "it")
-        if 0 < status.st_size < SMALLEST_DATABASE:  # SQLite would take a single byte for nothing
-            raise self._refusal("it is not an SQLite database; give the path of one, or a new one")
-        self._warn_of_other_writers(self.path, status)
-        self._identity = _identity(status)
-        self._mode = stat.S_IMODE(status.st_mode)
-
-    def _narrow_logs(self) -> None:
+    def _narrow_logs(self, rights: int) -> None:
         """See to logs that are there already: SQLite gives only new ones the rights of the file."""
         for suffix in LOGS:
             log = self.path.with_name(f"{self.path.name}{suffix}")
@@ -281,9 +279,9 @@ class DatabaseFile:
                 status = os.lstat(log)
                 self._refuse_link_or_device(status, f"its {suffix} file")
                 mode = stat.S_IMODE(status.st_mode)
-                if mode & ~self._mode:
+                if mode & ~rights:
                     with contextlib.suppress(PermissionError):  # it belongs to another user, of which we warn
-                        log.chmod(mode & self._mode)
+                        log.chmod(mode & rights)
                 self._warn_of_other_writers(log, status)
 
     def _refuse_link_or_device(self, status: os.stat_result, what: str) -> None:
@@ -307,19 +305,24 @@ class DatabaseFile:
             logger.warning("SQLite: %s", problem)
 
     def _prepare(self, connection: sqlite3.Connection) -> None:
-        self._refuse_swapped(connection)
+        # What has SQLite opened? It resolves a symbolic link that was put there after we looked.
+        ((_, _, opened),) = connection.execute("PRAGMA database_list")
+        if Path(opened).resolve() != self.path.parent.resolve() / self.path.name or self.was_replaced():
+            raise self._refusal("it was replaced while it was being opened; see who writes to its directory")
         if self.is_of_application:
             self._make_schema_of_application(connection)
         else:
-            self._version(connection)  # before anything is written
-            self._switch_to_wal(connection)
-            # Claims of a large file touch pages all over it: the more gather in the log, the less is written twice.
-            connection.execute(f"PRAGMA wal_autocheckpoint = {PAGES_IN_LOG}")
             self._make_schema(connection)
         connection.execute("PRAGMA synchronous = FULL")
         connection.execute("PRAGMA fullfsync = ON")  # macOS: fsync alone does not reach the disk
 
     def _make_schema(self, connection: sqlite3.Connection) -> None:
+        self._version(connection)  # before anything is written
+        (mode,) = connection.execute("PRAGMA journal_mode = WAL").fetchone()
+        if mode != "wal":
+            raise self._refusal("its file system does not support a write-ahead log; use a local disk")
+        # Claims of a large file touch pages all over it: the more gather in the log, the less is written twice.
+        connection.execute(f"PRAGMA wal_autocheckpoint = {PAGES_IN_LOG}")
         connection.execute("BEGIN IMMEDIATE")
         version = self._version(connection)
         connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")  # fails if the file must not be written
@@ -357,12 +360,6 @@ class DatabaseFile:
         (version,) = connection.execute(_SELECT_VERSION).fetchone()
         return int(version)
 
-    def _refuse_swapped(self, connection: sqlite3.Connection) -> None:
-        """Find out what SQLite has opened: it resolves a symbolic link that was put there after we looked."""
-        ((_, _, opened),) = connection.execute("PRAGMA database_list")
-        if Path(opened).resolve() != self.path.parent.resolve() / self.path.name or self.was_replaced():
-            raise self._refusal("it was replaced while it was being opened; see who writes to its directory")
-
     def _version(self, connection: sqlite3.Connection) -> int:
         """Return the version of the schema; 0: it is still to be made. Refuses a database that is not ours."""
         application_id, version, tables = connection.execute(_IDENTIFY).fetchone()
@@ -379,20 +376,6 @@ class DatabaseFile:
 
     def _refused_version(self, version: int) -> IdempotencyPersistenceConfigError:
         return self._refusal(f"it was made by a newer aidem (schema {version}); upgrade aidem, or give another path")
-
-    def _switch_to_wal(self, connection: sqlite3.Connection) -> None:
-        (mode,) = connection.execute("PRAGMA journal_mode = WAL").fetchone()
-        if mode != "wal":
-            raise self._refusal("its file system does not support a write-ahead log; use a local disk")
-
-    def _unusable(self, error: OSError) -> IdempotencyPersistenceLayerError:
-        if error.errno in _TRANSIENT:
-            return IdempotencyPersistenceConnectionError(
-                f"{self.path} cannot be made: {error.strerror}; retry after that"
-            )
-        return self._refusal(
-            f"{error.strerror}; its directory must exist, and this user must have the right to write there"
-        )
 
     def _refusal(self, reason: str) -> IdempotencyPersistenceConfigError:
         return IdempotencyPersistenceConfigError(f"{self.path} cannot hold records: {reason}")

@@ -127,30 +127,26 @@ class RecordThread:
 
     def _handle(self, batch: list[Job]) -> None:
         writes = any(job.writes for job in batch)
-        _deliver(batch, self._answers(batch, lambda cursor: self._patiently_begun(cursor, writes=writes)))
+        answers = self._answers(batch, lambda cursor: self._file.patiently(lambda: self._begun(cursor, writes=writes)))
+        _deliver(batch, answers)
 
     def _answers(self, batch: list[Job], begin: Callable[[sqlite3.Cursor], Records | None]) -> list[Any]:
         """Answer all in the transaction that `begin` begins; nothing where it could not, as the file was locked."""
         with self._in_use:
             try:
-                return self._in_one_transaction(batch, begin)
+                # Closed at once: after a COMMIT that failed, a cursor keeps the file open, though its connection is
+                # closed.
+                with contextlib.closing(self._connected().cursor()) as cursor:
+                    records = begin(cursor)
+                    if records is None:
+                        return []
+                    answers = [self._answer(job, records) for job in batch]
+                    records.finish()
+                    self._file.patiently(lambda: cursor.execute("COMMIT"))  # without a log, readers can hold it up
             except Exception as error:  # noqa: BLE001 - whatever it was, it is the answer to each of them
                 self._disconnect()  # which also rolls back
                 return [self._file.translated(error) for _ in batch]
-
-    def _in_one_transaction(self, batch: list[Job], begin: Callable[[sqlite3.Cursor], Records | None]) -> list[Any]:
-        # Closed at once: after a COMMIT that failed, a cursor keeps the file open, though its connection is closed.
-        with contextlib.closing(self._connected().cursor()) as cursor:
-            records = begin(cursor)
-            if records is None:
-                return []
-            answers = [self._answer(job, records) for job in batch]
-            records.finish()
-            self._file.patiently(lambda: cursor.execute("COMMIT"))  # without a log, readers can hold it up
         return answers
-
-    def _patiently_begun(self, cursor: sqlite3.Cursor, *, writes: bool) -> Records:
-        return self._file.patiently(lambda: self._begun(cursor, writes=writes))
 
     def _begun(self, cursor: sqlite3.Cursor, *, writes: bool) -> Records:
         if cursor.connection.in_transaction:
@@ -199,7 +195,12 @@ class ApplicationThread(RecordThread):
             if not (unread or waiting):
                 return
             pause()
-            unread += self._asked_meanwhile()
+            while not self.jobs.empty():
+                job = self.jobs.get()
+                if job is None:
+                    self.jobs.put(None)  # the end, for when nothing waits any more
+                    break
+                unread.append(job)
 
     def _read(self, unread: list[Job], waiting: list[_Waiting]) -> tuple[list[Job], list[_Waiting]]:
         """Answer what reading answers; return what cannot be read for now, and what waits for the write lock."""
@@ -231,16 +232,6 @@ class ApplicationThread(RecordThread):
             if is_locked(error):
                 return None
             raise
-
-    def _asked_meanwhile(self) -> list[Job]:
-        jobs = list[Job]()
-        while not self.jobs.empty():
-            job = self.jobs.get()
-            if job is None:
-                self.jobs.put(None)  # the end, for when nothing waits any more
-                break
-            jobs.append(job)
-        return jobs
 
 
 class _Waiting(NamedTuple):

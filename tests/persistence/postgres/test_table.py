@@ -17,7 +17,8 @@ from aidem.exceptions import (
     IdempotencyPersistenceConnectionError,
     IdempotencyPersistenceLayerError,
 )
-from aidem.persistence.postgres import PostgresPersistenceLayer, table_ddl
+from aidem.persistence.postgres import PostgresPersistenceLayer, _checks, table_ddl
+from aidem.persistence.postgres._table import Table
 from tests.support.postgres import PostgresServer, acquired, claimed, connected, make_database, started
 
 pytestmark = pytest.mark.server
@@ -243,6 +244,16 @@ async def test_a_diagnosis_tells_what_endangers_records(
     assert len(problems) == len(expected) + 1
     assert all(part in problem for part, problem in zip(expected, problems, strict=False))
     assert 'ALTER TABLE "aidem_records" RESET (autovacuum_enabled)' in problems[-1]
+
+
+def test_a_diagnosis_of_a_server_that_is_well_finds_no_problem() -> None:
+    now_milliseconds, replicas, standby = int(time.time() * 1000), 2, "ANY 1 (a, b)"
+    settings = ("on", "on", "remote_apply", "serializable", "off", "on")
+    row = (now_milliseconds, replicas, "none", "16 kB", 5, 1, "never", "17.2", standby, *settings)
+    facts, problems = _checks.diagnosis(row, Table("records"), found=[])
+    assert problems == ()
+    assert facts["table"] == "records, 16 kB, about 5 rows and 1 dead ones, vacuumed never"
+    assert facts["replicas"] == "2, synchronous: ANY 1 (a, b)"
 
 
 async def test_a_replica_is_refused_whether_opened_or_not() -> None:

@@ -170,7 +170,7 @@ async def test_settings_that_endanger_records_are_logged_once(
 def diagnosed_as(*, save: str = "3600 1", appendfsync: str = "always", behind_seconds: float = 0, **info: str) -> Any:
     """Return what a server answers whose settings, clock and INFO are these."""
     settings = {"save": save, "appendfsync": appendfsync, "maxmemory-policy": "noeviction", "appendonly": "yes"}
-    tell = about(**{"redis_version": "7.0.0", "role": "master", "connected_slaves": "1"} | info)
+    tell = about(**{"redis_version": "7.0.0", "role": "master", "connected_slaves": "1", "maxmemory": "0"} | info)
 
     def answer(command: list[bytes]) -> bytes:
         if command[0] == b"TIME":
@@ -213,6 +213,7 @@ async def test_a_diagnosis_tells_what_endangers_records(
     assert all(problem in text for problem, text in zip(problems, found, strict=True))
     assert facts["server"] == "Redis 7.0.0"
     assert facts["replicas"] == "1"
+    assert facts["maxmemory"] == "no limit"
     assert facts["maxmemory-policy"] == "noeviction"
 
 

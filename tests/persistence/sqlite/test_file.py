@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -229,31 +230,35 @@ def test_what_is_not_a_file_is_refused(
         use(layer)
 
 
-def test_a_link_put_there_while_the_file_is_being_opened_is_refused(path: Path) -> None:
-    file = DatabaseFile(path, busy_timeout_seconds=1)
-    file._create()
-    file._refuse_other_than_a_file()
-    target = path.rename(path.with_name("target"))
-    path.symlink_to(target)
-    with (
-        closing(sqlite3.connect(path)) as connection,
-        pytest.raises(IdempotencyPersistenceConfigError, match="replaced"),
-    ):
-        file._prepare(connection)
+def connect_while(replace: Callable[[], object], path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Open a file that somebody replaces when aidem has looked at it, and SQLite has not opened it yet."""
+    connect = sqlite3.connect
+
+    def replaced_before(*args: Any, **options: Any) -> sqlite3.Connection:
+        replace()
+        return connect(*args, **options)
+
+    monkeypatch.setattr(sqlite3, "connect", replaced_before)
+    DatabaseFile(path, busy_timeout_seconds=1).connect()
+
+
+def test_a_link_put_there_while_the_file_is_being_opened_is_refused(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = path.with_name("target")
+    with pytest.raises(IdempotencyPersistenceConfigError, match="replaced"):
+        connect_while(lambda: path.symlink_to(path.rename(target)), path, monkeypatch)
     assert target.read_bytes() == b""
 
 
-def test_another_file_put_there_while_the_file_is_being_opened_is_refused(path: Path) -> None:
-    file = DatabaseFile(path, busy_timeout_seconds=1)
-    file._create()
-    file._refuse_other_than_a_file()
-    path.rename(path.with_name("other"))
-    path.touch()
-    with (
-        closing(sqlite3.connect(path)) as connection,
-        pytest.raises(IdempotencyPersistenceConfigError, match="replaced"),
-    ):
-        file._prepare(connection)
+def test_another_file_put_there_while_the_file_is_being_opened_is_refused(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = path.with_name("other")
+    other.touch()
+    with pytest.raises(IdempotencyPersistenceConfigError, match="replaced"):
+        connect_while(lambda: other.replace(path), path, monkeypatch)
+    assert path.read_bytes() == b""
 
 
 def test_a_link_that_replaces_the_file_in_use_is_refused(layer: SQLitePersistenceLayer, path: Path) -> None:
@@ -410,7 +415,7 @@ def test_a_database_without_a_log_is_refused(path: Path) -> None:
         closing(sqlite3.connect(":memory:")) as connection,
         pytest.raises(IdempotencyPersistenceConfigError, match="use a local disk"),
     ):
-        file._switch_to_wal(connection)
+        file._make_schema(connection)
 
 
 # --- What SQLite's errors mean --------------------------------------------------------------------------------------
@@ -468,11 +473,24 @@ def test_an_error_of_sqlite_says_what_to_do_and_shows_no_result(
 def test_the_cause_of_a_refusal_is_kept_without_the_frames_that_hold_its_callers(tmp_path: Path) -> None:
     with pytest.raises(IdempotencyPersistenceConfigError, match="its directory must exist") as raised:
         use(layer_at(tmp_path / "missing" / "records.sqlite3"))
-    refusal = raised.value.__cause__
-    assert isinstance(refusal, IdempotencyPersistenceConfigError)
-    assert isinstance(refusal.__cause__, FileNotFoundError)
-    assert refusal.__traceback__ is None
-    assert refusal.__cause__.__traceback__ is None
+    assert isinstance(raised.value.__cause__, FileNotFoundError)
+    assert raised.value.__cause__.__traceback__ is None
+
+
+def test_the_causes_of_an_error_are_kept_without_their_frames(path: Path) -> None:
+    def fail() -> None:
+        try:
+            os.lstat(path)
+        except FileNotFoundError as error:
+            raise sqlite3.OperationalError from error
+
+    with pytest.raises(sqlite3.OperationalError) as raised:
+        fail()
+    error = raised.value
+    assert isinstance(error.__cause__, FileNotFoundError)
+    assert error.__cause__.__traceback__ is not None
+    assert DatabaseFile(path, busy_timeout_seconds=1).translated(error).__cause__ is error
+    assert [error.__traceback__, error.__cause__.__traceback__] == [None, None]
 
 
 @pytest.fixture
