@@ -474,13 +474,16 @@ async def test_an_operation_that_does_not_answer_fails_at_the_earlier_of_its_lim
     assert loop.time() - start == pytest.approx(2.0)
 
 
-@pytest.mark.parametrize("end", [lambda future: future.settle(1), lambda future: future.fail(ValueError())])
-async def test_the_time_limits_of_an_operation_do_not_keep_it_when_it_has_ended(end: Callable[[Any], None]) -> None:
+@pytest.mark.parametrize("has_failed", [False, True])
+async def test_the_time_limits_of_an_operation_do_not_keep_it_when_it_has_ended(has_failed: bool) -> None:
     loop = asyncio.get_running_loop()
     future: UncancellableFuture[int] = UncancellableFuture(loop=loop)
     for limit in (1000.0, 500.0):
         future.give_up_at(loop.time() + limit)
-    end(future)
+    if has_failed:
+        future.fail(ValueError())
+    else:
+        future.settle(1)
     kept = weakref.ref(future)
     del future
     assert kept() is None
