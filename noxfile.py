@@ -28,35 +28,43 @@ REDIS_CLIENT = [
     f"tests/persistence/redis/test_{part}.py" for part in ("redis", "conformance", "connection", "errors", "handshake")
 ]
 PYDANTIC = ["tests/rules/test_payloads.py", "tests/rules/test_model_dump.py", "tests/serialization"]
-HTTP = [
-    f"tests/http/test_{part}.py" for part in ("fastapi_functions", "fastapi_openapi", "fastapi_route", "schemathesis")
-]
+HTTP = [f"tests/http/test_{part}.py" for part in ("fastapi_functions", "fastapi_openapi", "fastapi_route")]
 POSTGRES_CLIENT = [f"tests/persistence/postgres/test_{part}.py" for part in ("postgres", "connections", "errors")]
 POSTGRES_POOLS = [f"tests/persistence/postgres/test_{part}.py" for part in ("pools", "conformance")]
 OBSERVERS = ["tests/test_opentelemetry.py", "tests/test_prometheus.py"]
 ONE_SERVER = ["-k", "not moto and not valkey"]
 # What is tested on the main interpreter alone, as it is the same on every other, beside the documents: measurements,
-# the model of a layer, comparisons with Powertools, and what other programs make of the same HTTP answers.
+# the model of a layer, comparisons with Powertools, what other programs make of the same HTTP answers, layers and
+# engines that are broken on purpose, and processes that are killed.
 SAME_EVERYWHERE = [
     "tests/differential",
+    "tests/http/test_attacks.py",
+    "tests/http/test_examples.py",
     "tests/http/test_generated_client.py",
     "tests/http/test_schemathesis.py",
+    "tests/http/test_uvicorn_fits.py",
     "tests/migration",
+    "tests/persistence/sqlite/test_torture.py",
+    "tests/processes",
     "tests/recipes",
     "tests/simulation/test_simulation.py::test_a_broken_promise_is_noticed",
     "tests/simulation/test_simulation.py::test_no_rule_is_broken_in_many_more_runs",
     "tests/site",
     "tests/stateful",
-    "tests/testing/test_documented_handlers.py",  # on 3.13 aiosqlite leaves a connection open when it is cancelled
     "tests/test_benchmarks.py",
     "tests/test_docs.py",
+    "tests/testing/test_conformance_catches_broken_layers.py",
+    "tests/testing/test_conformance_catches_broken_transactions.py",
+    "tests/testing/test_crash_databases.py",
+    "tests/testing/test_documented_handlers.py",  # on 3.13 aiosqlite leaves a connection open when it is cancelled
+    "tests/testing/test_scan_conformance_catches_broken_layers.py",
+    "tests/testing/test_take_over_conformance_catches_broken_layers.py",
 ]
 # What makes up most of the time of the tests without servers: processes, and faults planned in great number.
 SLOW = [
     "tests/awslambda/test_interrupts.py",
     "tests/awslambda/test_processes.py",
     "tests/persistence/sqlite/test_processes.py",
-    "tests/processes",
     "tests/runtime/test_forks.py",
     "tests/simulation",
     "tests/sync/test_interrupts.py",
@@ -107,12 +115,16 @@ def _install(session: nox.Session, *groups: str) -> None:
 
 
 def _side_by_side(session: nox.Session, *arguments: str) -> list[str]:
-    """Return a command of pytest that shares out files between processes, one for each core, longest files first."""
+    """Return a command of pytest that shares out files between processes, longest files first.
+
+    There are three processes for two cores, as a third of the time they wait: for servers, leases and other processes.
+    """
     # Names of test cases hold sets, so all processes need one seed; it is printed, for who wants to set it again.
     seed = os.environ.get("PYTHONHASHSEED", str(secrets.randbelow(2**32)))
     session.log(f"PYTHONHASHSEED={seed}")
     session.env["PYTHONHASHSEED"] = seed
-    side_by_side = ["-n", "auto", "--maxprocesses", "8", "--dist", "loadfile", "--no-loadscope-reorder"]
+    processes = min(3 * len(os.sched_getaffinity(0)) // 2, 8) if hasattr(os, "sched_getaffinity") else "auto"
+    side_by_side = ["-n", str(processes), "--maxprocesses", "8", "--dist", "loadfile", "--no-loadscope-reorder"]
     return ["pytest", *side_by_side, *arguments, *session.posargs]
 
 
@@ -133,10 +145,12 @@ def lint(session: nox.Session) -> None:
 
 @nox.session
 def typing(session: nox.Session) -> None:
-    """Check types with mypy and pyright, both strict."""
+    """Check types with mypy and pyright, both strict, at the same time."""
     _install(session, "test", "recipes", "typing")
-    session.run("mypy")
-    session.run("pyright")
+    with subprocess.Popen([str(Path(session.bin, "mypy"))]) as mypy:
+        session.run("pyright")
+    if mypy.returncode:
+        session.error("mypy has found errors")
 
 
 @nox.session

@@ -405,6 +405,14 @@ async def test_class_and_static_methods_are_called_on_the_class(name: str) -> No
     assert await getattr(Shop, name)(1) == await getattr(Shop(), name)(1)
 
 
+@pytest.mark.parametrize("kind", [classmethod, staticmethod])
+def test_a_class_or_static_method_stays_one(kind: Any) -> None:
+    async def charge(order: int) -> int:
+        return order
+
+    assert type(idempotent_function(kind(charge))) is kind
+
+
 async def test_self_is_not_part_of_the_key() -> None:
     one, other = Shop(), Shop()
     assert await one.method(1) == await other.method(1) == [1, 1]

@@ -358,7 +358,6 @@ async def test_finished_calls_leave_no_cycles_for_the_collector() -> None:
     finally:
         gc.set_debug(0)
         gc.garbage.clear()
-        gc.unfreeze()
     assert garbage == set()
 
 

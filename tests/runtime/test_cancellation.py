@@ -275,7 +275,7 @@ async def test_a_waiter_that_is_cancelled_leaves_the_owner_and_other_waiters_alo
 
     for cycle in range(CYCLES):
         layer, till = new_layer(kind), Till()
-        till.seconds = 0.3
+        till.seconds = 0.05
         owner = asyncio.ensure_future(decorated(layer, till, waiting)())
         await asyncio.sleep(0.01)
         other = asyncio.ensure_future(decorated(layer, till, waiting)())

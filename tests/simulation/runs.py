@@ -118,7 +118,6 @@ def _undisturbed() -> Iterator[list[str]]:
             warnings.filterwarnings("error", category=RuntimeWarning)  # a coroutine that was never awaited
             yield unraisable
     finally:
-        gc.unfreeze()
         sys.unraisablehook = hook
         random.setstate(state)
         for name, level in levels.items():

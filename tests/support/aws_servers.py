@@ -39,6 +39,7 @@ CREDENTIALS = {
     "AWS_SECRET_ACCESS_KEY": "testing",
     "AWS_DEFAULT_REGION": "eu-central-1",
     "AWS_EC2_METADATA_DISABLED": "true",
+    "AWS_CA_BUNDLE": str(Path(__file__).parents[1] / "data" / "ca.pem"),  # one certificate, for one of many is read
     "AWS_CONFIG_FILE": os.devnull,
     "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
 }

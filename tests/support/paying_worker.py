@@ -23,24 +23,19 @@ from abc import ABC, abstractmethod
 from collections.abc import Awaitable
 from typing import TYPE_CHECKING, Any
 
-import aiosqlite
-import asyncpg
-from aiobotocore.session import get_session
-from botocore.exceptions import BotoCoreError, ClientError
-
 from aidem import IdempotencyConfig, idempotency
 from aidem.exceptions import IdempotencyError
-from aidem.persistence.dynamodb import DynamoDBPersistenceLayer
-from aidem.persistence.postgres import PostgresPersistenceLayer
-from aidem.persistence.sqlite import SQLitePersistenceLayer
 
 if TYPE_CHECKING:
     from contextlib import AbstractAsyncContextManager
 
+    from aidem.persistence.dynamodb import DynamoDBPersistenceLayer
+    from aidem.persistence.postgres import PostgresPersistenceLayer
+    from aidem.persistence.sqlite import SQLitePersistenceLayer
+
 LEASE_SECONDS = 1.0
 PAUSE_SECONDS = 0.2
 CONFIG = IdempotencyConfig(lease_seconds=LEASE_SECONDS, expires_after_seconds=86400, wait_timeout_seconds=5)
-ERRORS = (IdempotencyError, OSError, asyncpg.PostgresError, asyncpg.InterfaceError, BotoCoreError, ClientError)
 
 
 class BrokenOffError(Exception):
@@ -93,9 +88,10 @@ class Fate:
 
 
 class Store(ABC):
-    """Payments, and the records beside them."""
+    """Payments, and the records beside them; the clients of the others are not imported, as workers start often."""
 
     layer: SQLitePersistenceLayer | PostgresPersistenceLayer | DynamoDBPersistenceLayer
+    errors: tuple[type[Exception], ...] = ()
 
     @abstractmethod
     async def pay(self, key: str, execution: Any, fate: Fate) -> int:
@@ -130,11 +126,15 @@ class SQLite(SQLStore):
     begin = "BEGIN IMMEDIATE"
 
     def __init__(self, path: str) -> None:
-        self.path = path
+        import aiosqlite
+
+        from aidem.persistence.sqlite import SQLitePersistenceLayer
+
+        self.client, self.path = aiosqlite, path
         self.layer = SQLitePersistenceLayer(path, in_application_database=True, busy_timeout_seconds=30)
 
     def connect(self) -> AbstractAsyncContextManager[Any]:
-        return aiosqlite.connect(self.path, isolation_level=None, timeout=30)
+        return self.client.connect(self.path, isolation_level=None, timeout=30)
 
     async def insert(self, connection: Any, key: str) -> int:
         cursor = await connection.execute("INSERT INTO payments (key) VALUES (?)", (key,))
@@ -144,12 +144,17 @@ class SQLite(SQLStore):
 
 class Postgres(SQLStore):
     def __init__(self, url: str) -> None:
-        self.url = url
+        import asyncpg
+
+        from aidem.persistence.postgres import PostgresPersistenceLayer
+
+        self.client, self.url = asyncpg, url
+        self.errors = (asyncpg.PostgresError, asyncpg.InterfaceError)
         self.layer = PostgresPersistenceLayer(url)
 
     @contextlib.asynccontextmanager
     async def connect(self) -> Any:
-        connection = await asyncpg.connect(self.url)
+        connection = await self.client.connect(self.url)
         try:
             yield connection
         finally:
@@ -162,6 +167,11 @@ class Postgres(SQLStore):
 
 class DynamoDB(Store):
     def __init__(self, tables: str, client: Any) -> None:
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        from aidem.persistence.dynamodb import DynamoDBPersistenceLayer
+
+        self.errors = (BotoCoreError, ClientError)
         records, self.payments = tables.split("/")
         self.layer = DynamoDBPersistenceLayer(records, client=client)
         self.client = client
@@ -181,6 +191,8 @@ class DynamoDB(Store):
 async def store_of(database: str, exits: contextlib.AsyncExitStack) -> Store:
     scheme, has_scheme, rest = database.partition("://")
     if scheme == "dynamodb":
+        from aiobotocore.session import get_session
+
         return DynamoDB(rest, await exits.enter_async_context(get_session().create_client("dynamodb")))
     return Postgres(database) if has_scheme else SQLite(database)
 
@@ -208,6 +220,7 @@ async def main(database: str, log: str, seed: str, keys: str, how: str) -> None:
 
 
 async def pay_all(store: Store, answers: int, fate: Fate, keys: int, *, apart: bool) -> None:
+    failures: tuple[type[Exception], ...] = (IdempotencyError, OSError, *store.errors)
     for key in (f"key-{number}" for number in range(keys)):
         answer: Any
         try:
@@ -215,7 +228,7 @@ async def pay_all(store: Store, answers: int, fate: Fate, keys: int, *, apart: b
                 answer = await pay(store, key, fate, apart=apart)
         except (BrokenOffError, LostCommitError, TimeoutError) as error:
             answer = type(error).__name__
-        except ERRORS as error:
+        except failures as error:
             answer = type(error).__name__
             await asyncio.sleep(PAUSE_SECONDS)  # or all keys would be over before a server that crashed is back
         os.write(answers, f"{key} {answer}\n".encode())

@@ -190,6 +190,14 @@ def test_every_kind_of_callable_can_be_decorated(function: Any, expected: str, m
     assert [function("a"), function(order="a")] == [expected, expected]
 
 
+@pytest.mark.parametrize("kind", [classmethod, staticmethod])
+def test_a_class_or_static_method_stays_one(kind: Any) -> None:
+    def charge(order: str) -> str:
+        return order
+
+    assert type(sync.idempotent_function(kind(charge))) is kind
+
+
 def test_options_are_those_of_the_async_decorator(layer: MemoryPersistenceLayer) -> None:
     shop = Shop()
     by_name = sync.idempotent_function(
