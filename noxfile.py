@@ -65,10 +65,13 @@ SLOW = [
     "tests/awslambda/test_interrupts.py",
     "tests/awslambda/test_processes.py",
     "tests/persistence/sqlite/test_processes.py",
+    "tests/runtime/test_cancellation.py",
     "tests/runtime/test_forks.py",
     "tests/simulation",
+    "tests/sync/test_greenlets.py",
     "tests/sync/test_interrupts.py",
     "tests/sync/test_processes.py",
+    "tests/testing/test_crash_everywhere.py",
     "tests/testing/test_testing.py",
 ]
 # Debian's packages of what is tested against, and a file of each, or one of several; the browser is for the docs.
