@@ -126,7 +126,7 @@ def _side_by_side(session: nox.Session, *arguments: str) -> list[str]:
     seed = os.environ.get("PYTHONHASHSEED", str(secrets.randbelow(2**32)))
     session.log(f"PYTHONHASHSEED={seed}")
     session.env["PYTHONHASHSEED"] = seed
-    processes = min(3 * len(os.sched_getaffinity(0)) // 2, 8) if hasattr(os, "sched_getaffinity") else "auto"
+    processes = 3 * len(os.sched_getaffinity(0)) // 2 if hasattr(os, "sched_getaffinity") else "auto"
     side_by_side = ["-n", str(processes), "--maxprocesses", "8", "--dist", "loadfile", "--no-loadscope-reorder"]
     return ["pytest", *side_by_side, *arguments, *session.posargs]
 
