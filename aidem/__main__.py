@@ -28,7 +28,7 @@ from aidem.operations import Found, OperationRefusedError, RecordState
 from aidem.persistence import PersistenceLayer, open_persistence_layer
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+    from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Sequence
 
     from aidem._rules.record import DataRecord
 
@@ -46,7 +46,6 @@ class OutputError(Exception):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Do what the arguments say; return the exit code."""
-    _prepare_output()
     try:
         return _run(sys.argv[1:] if arguments is None else list(arguments))
     except OutputError as error:
@@ -63,16 +62,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _failed(STORE_FAILED if is_of_store else WRONG_USAGE, error)
 
 
-def _prepare_output() -> None:
+def _run(arguments: list[str]) -> int:
     for name in ("stdout", "stderr"):
         stream: Any = getattr(sys, name)
         if stream is None:  # closed by the shell: the next file that is opened must not take its place
             setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115 - until the process ends
         elif hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a note that the terminal has no letters for
-
-
-def _run(arguments: list[str]) -> int:
     parser = _parser()
     try:
         if not all(map(_is_text, arguments)):
@@ -128,8 +124,7 @@ def _parser() -> Parser:
         )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_looking(commands, store)
-    _add_resolving(commands, store)
-    _add_dropping(commands, store)
+    _add_changing(commands, store)
     return parser
 
 
@@ -161,7 +156,7 @@ def _add_looking(commands: Any, store: Parser) -> None:
     doctor.set_defaults(run=_with_layer(_doctor))
 
 
-def _add_resolving(commands: Any, store: Parser) -> None:
+def _add_changing(commands: Any, store: Parser) -> None:
     claim = Parser(add_help=False)
     claim.add_argument("key", metavar="KEY", type=_not_empty)
     claim.add_argument("--force", action="store_true", help="also a claim that may be running")
@@ -190,8 +185,6 @@ def _add_resolving(commands: Any, store: Parser) -> None:
     )
     releasing.set_defaults(run=_with_layer(_release))
 
-
-def _add_dropping(commands: Any, store: Parser) -> None:
     forgetting = commands.add_parser("forget", parents=[store], help="drop records, outcomes too")
     which = forgetting.add_mutually_exclusive_group(required=True)
     which.add_argument("key", metavar="KEY", type=_not_empty, nargs="?")
@@ -310,9 +303,11 @@ def _key(options: Options) -> int:
     function, arguments = _imported(options.function), options.args
     if not isinstance(arguments, dict | list):
         raise IdempotencyUsageError("--args must be an array or an object")
-    args, kwargs = ([], arguments) if isinstance(arguments, dict) else (arguments, {})
     try:
-        key = idempotency_key(function, *args, **kwargs)
+        if isinstance(arguments, dict):
+            key = idempotency_key(function, **arguments)
+        else:
+            key = idempotency_key(function, *arguments)
     except IdempotencyError:
         raise
     except Exception as error:
@@ -459,7 +454,7 @@ def _counted(number: int, noun: str) -> str:
 
 
 @contextlib.contextmanager
-def _writing() -> Iterator[None]:
+def _writing() -> Generator[None]:
     try:
         yield
     except OSError as error:
@@ -513,10 +508,10 @@ class _Progress:
 
 
 @contextlib.asynccontextmanager
-async def _progress() -> AsyncIterator[_Progress]:
+async def _progress() -> AsyncGenerator[_Progress]:
     """Show the progress of a scan that takes long, where a person reads stderr."""
     progress = _Progress()
-    if not sys.stderr.isatty():
+    if not sys.stderr.isatty() or os.environ.get("TERM", "dumb") == "dumb":  # which cannot erase a line
         yield progress
         return
     task = asyncio.ensure_future(progress.show())

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Final, Literal, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     import asyncio
-    from collections.abc import Callable
 
 logger = logging.getLogger("aidem")
 
@@ -88,14 +87,9 @@ class IdempotencyHook(Protocol):
 
 
 class Reporter:
-    """Sends the events of one call to its hooks, and sees to it that a claim has exactly one ending.
+    """Sends the events of one call to its hooks, and sees to it that a claim has exactly one ending."""
 
-    Attributes:
-        redirect: A function that gets each event instead of the hooks, for fronts whose hooks must run in another
-            thread.
-    """
-
-    __slots__ = ("_claim", "_function", "_hooks", "_key", "_started_at", "redirect")
+    __slots__ = ("_claim", "_function", "_held_back", "_holds_back", "_hooks", "_key", "_started_at")
 
     def __init__(self, hooks: tuple[IdempotencyHook, ...], *, key: str, function: str) -> None:
         self._claim: _ReportedClaim | None = None
@@ -103,7 +97,8 @@ class Reporter:
         self._key = key
         self._function = function
         self._started_at = time.monotonic() if hooks else 0.0
-        self.redirect: Callable[[IdempotencyEvent], None] | None = None
+        self._holds_back = False
+        self._held_back: list[IdempotencyEvent] = []
 
     def report(
         self,
@@ -180,10 +175,22 @@ class Reporter:
             error=error,
             verdict=verdict,
         )
-        (self.redirect or self.tell)(event)
+        if self._holds_back:
+            self._held_back.append(event)
+        else:
+            self._tell(event)
 
-    def tell(self, event: IdempotencyEvent) -> None:
-        """Call every hook with an event."""
+    def hold_back(self) -> None:
+        """Keep events until `tell_held_back` is called, in the thread in which hooks must run."""
+        self._holds_back = True
+
+    def tell_held_back(self) -> None:
+        """Tell the hooks what was held back; what an interrupt leaves untold is told the next time."""
+        self._holds_back = False
+        while self._held_back:
+            self._tell(self._held_back.pop(0))
+
+    def _tell(self, event: IdempotencyEvent) -> None:
         for hook in self._hooks:
             try:
                 hook.on_event(event)

@@ -139,8 +139,14 @@ async def resolve(
     """
     check_options(kept_seconds=kept_seconds, max_clock_skew_seconds=max_clock_skew_seconds)
     try:
-        text = UNAVAILABLE_TEXT if unavailable else _text(result)
-    except (ValueError, RecursionError) as error:
+        if unavailable:
+            text = UNAVAILABLE_TEXT
+        elif isinstance(result, StoredResponse):
+            text = text_of(result)
+            RESPONSES.from_dict(json.loads(text))
+        else:
+            text = encode(result)
+    except ValueError as error:
         raise IdempotencySerializationError(f"this result cannot be stored: {error}", key=key) from error
     taken = await _taken_over(
         layer,
@@ -259,14 +265,6 @@ _KINDS: Final = {
 }
 
 
-def _text(result: Any) -> str:
-    if not isinstance(result, StoredResponse):
-        return encode(result)
-    text = text_of(result)
-    RESPONSES.from_dict(json.loads(text))
-    return text
-
-
 def _now(layer: PersistenceLayer) -> float:
     now: float = getattr(layer, "clock", wall_clock)()
     return now
@@ -337,7 +335,8 @@ def _refused(found: Found, *, force: bool = False) -> OperationRefusedError:
             "passed, or force it, and then its effect may come twice"
         )
     else:
-        reason = _REASONS.get(state, "was changed by somebody else, or its lease has hardly passed; look again")
+        otherwise = "was changed by somebody else, has hardly lapsed, or an open transaction holds it; look again"
+        reason = _REASONS.get(state, otherwise)
     return OperationRefusedError(f"{record.idempotency_key} {reason}", record=record)
 
 

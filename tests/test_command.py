@@ -448,11 +448,14 @@ sys.exit(aidem.__main__.main(["--store", "slow:layer", *sys.argv[1:]]))
 """
 
 
-def on_a_terminal(*arguments: str, **streams: Any) -> tuple[str, str]:
+def on_a_terminal(*arguments: str, term: str = "xterm", **streams: Any) -> tuple[str, str]:
     """Run a command whose stderr, at least, is a terminal; return what it wrote to its stdout and to the terminal."""
     reader, writer = pty.openpty()
     command = [sys.executable, "-c", SLOW, *arguments]
-    with subprocess.Popen(command, text=True, stderr=writer, **{"stdout": writer, **streams}) as process:
+    environment = os.environ | {"TERM": term}
+    with subprocess.Popen(
+        command, text=True, stderr=writer, env=environment, **{"stdout": writer, **streams}
+    ) as process:
         os.close(writer)
         written = b""
         with contextlib.suppress(OSError):  # how Linux says that nobody writes to the terminal any more
@@ -487,9 +490,17 @@ def test_the_progress_is_not_in_what_a_pipe_gets() -> None:
     assert "records read" in written
 
 
+def test_a_terminal_that_cannot_erase_a_line_gets_no_progress() -> None:
+    _, written = on_a_terminal("list", term="dumb")
+    assert "shop#2" in written
+    assert "\r" not in written
+    assert "\x1b" not in written
+
+
 def test_without_a_terminal_there_is_no_progress() -> None:
     command = [sys.executable, "-c", SLOW, "list"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
+    environment = os.environ | {"TERM": "xterm"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, env=environment)
     assert (done.returncode, done.stderr) == (0, "")
     assert "read" not in done.stdout
 
@@ -497,7 +508,8 @@ def test_without_a_terminal_there_is_no_progress() -> None:
 def test_a_terminal_that_goes_away_does_not_end_the_command() -> None:
     reader, writer = pty.openpty()
     command = [sys.executable, "-c", SLOW, "list", "--json"]
-    with subprocess.Popen(command, text=True, stderr=writer, stdout=subprocess.PIPE) as process:
+    environment = os.environ | {"TERM": "xterm"}
+    with subprocess.Popen(command, text=True, stderr=writer, stdout=subprocess.PIPE, env=environment) as process:
         os.close(writer)
         assert os.read(reader, 1)  # it has begun to show its progress
         os.close(reader)

@@ -384,7 +384,7 @@ def taken(layer: MemoryPersistenceLayer) -> None:
         (renewed, "is running"),
         (completed, "has an outcome"),
         (dropped, "is gone: somebody else was quicker"),
-        (taken, "was changed by somebody else, or"),
+        (taken, "was changed by somebody else, has hardly lapsed, or"),
     ],
 )
 async def test_an_owner_or_an_operator_who_is_quicker_is_left_alone(clock: FakeClock, event: Any, message: str) -> None:

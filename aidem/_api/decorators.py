@@ -224,7 +224,15 @@ def payload_finder(target: Target, *, data_keyword_argument: str | None, key: Ca
         return _named(signature, data_keyword_argument, target)
     if key is not None:
         return _computed(signature, key, target)
-    return _all_arguments(signature, target)
+    bound_by_call = next(iter(signature.parameters), None)
+
+    def find_payload(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        arguments = _bound(target, signature, args, kwargs)
+        if bound_by_call in BOUND_BY_CALL:
+            del arguments[bound_by_call]
+        return Arguments(arguments)
+
+    return find_payload
 
 
 def _named(signature: inspect.Signature, name: str, target: Target) -> FindPayload:
@@ -263,18 +271,6 @@ def _computed(signature: inspect.Signature, key: Callable[..., Any], target: Tar
 
     def find_payload(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return key(**_bound(target, signature, args, kwargs))
-
-    return find_payload
-
-
-def _all_arguments(signature: inspect.Signature, target: Target) -> FindPayload:
-    bound_by_call = next(iter(signature.parameters), None)
-
-    def find_payload(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        arguments = _bound(target, signature, args, kwargs)
-        if bound_by_call in BOUND_BY_CALL:
-            del arguments[bound_by_call]
-        return Arguments(arguments)
 
     return find_payload
 

@@ -28,6 +28,7 @@ from aidem._rules.record import OutcomeKind
 from aidem._runtime.cancellation import CLEANUP_SECONDS, CancellationShield, Immediate
 from aidem.exceptions import (
     IdempotencyError,
+    IdempotencyHeldByTransactionError,
     IdempotencyInDoubtError,
     IdempotencyLeaseLostError,
     IdempotencyPersistenceConnectionError,
@@ -91,7 +92,9 @@ STEPS: Final = {
 
 _REFUSALS: Final = {
     "begin": "this call has begun before",
-    "ensure_owned": "ensure_owned() asks about a running claim; call it in the body of a call that is not replayed",
+    "ensure_owned": (
+        "ensure_owned() asks about a running claim; call it in the body of a call that is no replay, before complete()"
+    ),
     "complete_in": "complete() is for the body of a call that runs and is no replay; look at execution.replayed first",
     "completion_item": (
         "completion_item() is for the body of a call that runs and is no replay; look at execution.replayed first"
@@ -113,6 +116,10 @@ _REFUSALS_IN_TRANSACTION: Final = {
         "it was begun before the claim was made; begin it in the body, on the database that holds the records"
     ),
 }
+_HELD_BY_ANOTHER: Final = (
+    "another transaction holds the record of this call, such as one that has selected it FOR UPDATE; nothing was "
+    "written. End that one, then call complete() again"
+)
 _NOT_COMMITTED: Final = {
     Commitment.OPEN: (
         "complete() was called in a transaction that is not committed but still open; commit it before the body ends. "
@@ -448,6 +455,11 @@ class Call:
         now = self.plan.clock()
         try:
             is_stored = await layer.complete_in(transaction, self._claim.completed(text, None, now=now), now=now)
+        except IdempotencyHeldByTransactionError as held:
+            self._undo_completion(earlier)
+            is_earlier_open = earlier is Phase.COMPLETING
+            message = _REFUSALS_IN_TRANSACTION[Commitment.OPEN] if is_earlier_open else _HELD_BY_ANOTHER
+            raise IdempotencyUsageError(message, key=self.key.text) from held
         except IdempotencyError:
             self._undo_completion(earlier)  # the layer has refused it
             raise

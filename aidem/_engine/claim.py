@@ -577,7 +577,9 @@ class Claim:
 
     async def _pause(self, tries: int, failure: IdempotencyPersistenceLayerError, shield: CancellationShield) -> bool:
         """Wait before the next try; False: there is no time for another."""
-        delay = _retry_seconds(tries)
+        # About 0.1 s, then twice as long each time; not the same for many owners that fail at the same moment.
+        longest = min(LONGEST_RETRY_DELAY_SECONDS, FIRST_RETRY_DELAY_SECONDS * 2.0 ** min(tries - 1, 10))
+        delay = longest * random.uniform(0.5, 1.0)  # noqa: S311 - not a secret
         if shield.deadline is None or self._loop_state.time() + delay > shield.deadline:
             return False
         self._reporter.report(EventKind.PERSISTENCE_ERROR, error=failure)
@@ -621,12 +623,6 @@ def may_be_claimed(failure: BaseException) -> bool:
     if isinstance(failure, IdempotencyPersistenceLayerError):
         return failure.may_be_applied
     return not isinstance(failure, IdempotencyUsageError)
-
-
-def _retry_seconds(tries: int) -> float:
-    """Return how long to wait before the next try of what has failed: about 0.1 s, then twice as long each time."""
-    delay = min(LONGEST_RETRY_DELAY_SECONDS, FIRST_RETRY_DELAY_SECONDS * 2.0 ** min(tries - 1, 10))
-    return delay * random.uniform(0.5, 1.0)  # noqa: S311 - jitter: many owners fail at the same moment
 
 
 # --- Renewal ---------------------------------------------------------------------------------------------------------

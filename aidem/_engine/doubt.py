@@ -160,7 +160,7 @@ class Doubt:
                 told: Literal["happened", "did_not_happen", "still_unknown"] = "happened"
             case DidNotHappen():
                 told = "did_not_happen"
-            case StillUnknown():
+            case _:
                 told = "still_unknown"
         self._reporter.report(EventKind.CHECKED, fence=self._claim.record.fence, error=failure, verdict=told)
 

@@ -318,21 +318,16 @@ def is_bypassed(function: str) -> bool:
     if names is not None and _AIDEM not in names and _POWERTOOLS not in names:
         return False
     for switch in SWITCHES:
-        value = os.environ.get(switch)
-        if value and _is_true(switch, value):
+        value = os.environ.get(switch, "")
+        text = value.strip().lower()
+        if text in TRUE:
             warnings.warn(
                 f"{switch} is set: {function} runs without idempotency; never set it in production",
                 IdempotencyWarning,
                 stacklevel=2,
             )
             return True
+        if text not in FALSE:
+            allowed = f"one of {', '.join(TRUE)} to turn idempotency off, or {', '.join(FALSE[1:])}"
+            raise refused(switch, repr(value), allowed)
     return False
-
-
-def _is_true(switch: str, value: str) -> bool:
-    text = value.strip().lower()
-    if text in TRUE:
-        return True
-    if text in FALSE:
-        return False
-    raise refused(switch, repr(value), f"one of {', '.join(TRUE)} to turn idempotency off, or {', '.join(FALSE[1:])}")

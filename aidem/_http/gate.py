@@ -27,7 +27,6 @@ from aidem.hooks import EventKind, Reporter
 
 if TYPE_CHECKING:
     from aidem._engine.call import Call
-    from aidem._engine.plan import Plan
     from aidem._http.options import HttpOptions
     from aidem._http.types import ASGIApp, Receive, Scope, Send
 
@@ -117,7 +116,13 @@ class Gate:
         key = self._lookup_key(name, space, OF_A_REQUEST + (self._chosen_hash(scope, request) or payload_hash))
         if (scope.setdefault(_REQUEST, object()), key.text, key.payload_hash) in _served.get():
             return None  # a layer further out, with the same prefix, serves it under this key
-        call = self.calls.make(_told_of, key, scope)
+        call = self.calls.make(
+            lambda plan: (
+                key
+                if plan.config.note is None and plan.check is None
+                else key._replace(note=plan.note_of(scope), payload=scope)
+            )
+        )
         try:
             await call.begin()
         except ANSWERED_ERRORS as error:
@@ -215,10 +220,3 @@ class Gate:
                 _served.reset(token)
             except ValueError:
                 pass  # closed from another context, where it never was set
-
-
-def _told_of(plan: Plan, key: CallKey, scope: Scope) -> CallKey:
-    """Return the key of a request with what functions of the config make of its scope, or are to be told of it."""
-    if plan.config.note is None and plan.check is None:
-        return key
-    return key._replace(note=plan.note_of(scope), payload=None if plan.check is None else scope)

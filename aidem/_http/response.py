@@ -253,16 +253,14 @@ class ResponseCheck:
         verdict = self._check(abandoned)
         if inspect.isawaitable(verdict):
             verdict = await verdict
-        return Happened(self._as_recorded(verdict.result)) if isinstance(verdict, Happened) else verdict
-
-    def _as_recorded(self, result: Any) -> StoredResponse:
-        if not isinstance(result, StoredResponse):
-            result = _of_starlette(result)
-        status, headers, body = result
+        if not isinstance(verdict, Happened):
+            return verdict
+        result = verdict.result
+        status, headers, body = result if isinstance(result, StoredResponse) else _of_starlette(result)
         try:
             copy = ResponseCopy({"status": status, "headers": headers}, limit=sys.maxsize)
             copy.add({"body": body})
-            return RESPONSES.from_dict(json.loads(copy.text(store_set_cookie=self._store_set_cookie)))
+            return Happened(RESPONSES.from_dict(json.loads(copy.text(store_set_cookie=self._store_set_cookie))))
         except (TypeError, ValueError) as error:
             message = "Happened(response): this response cannot be sent; look at its status, headers and length"
             raise IdempotencyUsageError(message) from error

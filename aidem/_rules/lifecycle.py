@@ -217,7 +217,8 @@ def complete(found: DataRecord | None, record: DataRecord, *, now: float) -> Com
     """Decide a completion: it must not change a foreign record, nor another outcome of ours."""
     if found is None or is_held_by(found, record.owner) or is_expired(found, now=now):
         return _STORE
-    if record.owner is not None and found.owner == record.owner and _same_outcome(found, record):
+    ours = record.owner, COMPLETED, record.response_data, record.outcome
+    if record.owner is not None and (found.owner, found.status, found.response_data, found.outcome) == ours:
         return Completion.ALREADY_STORED  # our own write, whose reply was lost
     return Completion.REFUSED
 
@@ -300,10 +301,6 @@ def _fenced(proposed: DataRecord, found: DataRecord | None, *, now: float, last_
         fence=max(fence, last_fence + 1),
         note=proposed.note,
     )
-
-
-def _same_outcome(found: DataRecord, record: DataRecord) -> bool:
-    return found.status is COMPLETED and found.response_data == record.response_data and found.outcome == record.outcome
 
 
 # --- The records a call proposes ------------------------------------------------------------------------------------

@@ -225,11 +225,14 @@ class SupportsCompletionInTransaction(Protocol):
     def complete_in(self, transaction: object, record: DataRecord, *, now: float) -> Awaitable[bool]:
         """Store the outcome in `record`, in the transaction, over the claim of the same owner, and nowhere else.
 
-        True: stored, as soon as the transaction is committed. False: the transaction sees no claim of that owner, or
-        another open transaction holds it, which is not waited for; nothing was written: unlike `complete`, it stores
-        nothing where no record is. It runs on the event loop or, for
+        True: stored, as soon as the transaction is committed. False: the transaction sees no claim of that owner;
+        nothing was written: unlike `complete`, it stores nothing where no record is. It runs on the event loop or, for
         a blocking transaction, in the thread of the caller, and then never suspends. Errors of the caller's driver are
         raised as they are.
+
+        Raises:
+            IdempotencyHeldByTransactionError: Another open transaction holds the claim, which is not waited for;
+                nothing was written. False says the same, but the caller is not told of the other transaction then.
         """
         ...
 

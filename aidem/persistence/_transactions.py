@@ -39,7 +39,7 @@ class Transaction(Protocol):
         ...
 
     async def execute(self, statement: str, parameters: Sequence[object]) -> int:
-        """Execute a statement with a `?` for each parameter; return how many rows it has changed.
+        """Execute a statement with a `?` for each parameter; return how many rows it has changed or selected.
 
         A blocking one never suspends.
         """
@@ -100,7 +100,8 @@ _TAKES: Final = {
 
 def _named(transaction: object) -> str:
     kind = type(transaction)
-    return f"a {kind.__module__.partition('.')[0]} {kind.__name__}"
+    name = f"{kind.__module__.partition('.')[0]} {kind.__name__}".removeprefix("builtins ")
+    return f"an {name}" if name.startswith(tuple("aeiou")) else f"a {name}"
 
 
 class _SQLite3:
@@ -187,7 +188,10 @@ class _Psycopg:
         return self.fault() is None
 
     async def execute(self, statement: str, parameters: Sequence[object]) -> int:
-        cursor = await _answer(self._connection.execute(_in_style_of("psycopg", statement), parameters))
+        # Those that the connection makes may be of a cursor_factory that wants other placeholders, such as RawCursor.
+        psycopg = sys.modules["psycopg"]
+        cursor = (psycopg.Cursor if self.is_blocking else psycopg.AsyncCursor)(self._connection)
+        await _answer(cursor.execute(_in_style_of("psycopg", statement), parameters))
         rows: int = cursor.rowcount
         return rows
 
@@ -219,7 +223,16 @@ class _SQLAlchemy:
         self._transaction = transaction
         self._is_session = hasattr(transaction, "get_bind")
         self._driver_connection: _SQLite3 | _Asyncpg | _Psycopg | None = None
-        dialect = (transaction.get_bind() if self._is_session else transaction).dialect
+        try:
+            dialect = (transaction.get_bind() if self._is_session else transaction).dialect
+        except Exception as error:  # also what a get_bind of the user's raises
+            what_to_do = "it is not started; await it, or use it in `async with engine.connect() as connection:`"
+            if self._is_session:
+                what_to_do = (
+                    "it is not bound to one database, as of its own binds or get_bind(); pass "
+                    "session.connection(bind_arguments=...), the connection to the database that holds the records"
+                )
+            raise IdempotencyUsageError(f"transaction= got {_named(transaction)}: {what_to_do}") from error
         self.database: str = dialect.name
         self.is_blocking: bool = not dialect.is_async
         self._driver: str = dialect.driver
@@ -249,6 +262,7 @@ class _SQLAlchemy:
             raise IdempotencyUsageError(f"transaction= got SQLAlchemy in AUTOCOMMIT mode: {NOT_BEGUN}")
         result = await _answer(connection.exec_driver_sql(_in_style_of(self._driver, statement), tuple(parameters)))
         rows: int = result.rowcount
+        result.close()
         return rows
 
 

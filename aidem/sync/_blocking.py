@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from aidem._rules.abandoned import AbandonedExecution, Check
     from aidem._rules.record import DataRecord
     from aidem.config import IdempotencyConfig, ResponseHook
-    from aidem.hooks import IdempotencyEvent
 
 T = TypeVar("T")
 
@@ -77,6 +76,7 @@ def confirm_commit(call: Call) -> None:
 def fail(call: Call, error: BaseException) -> WhoseOutcome:
     """Release the claim, or store the exception if it is an outcome."""
     if not call.takes("fail"):
+        call.reporter.tell_held_back()  # an interrupt may have come before that
         return WhoseOutcome.OURS
     try:
         return _wait_for(call, partial(call.fail, error), FAILED)
@@ -96,14 +96,11 @@ def _wait_for(call: Call, step: Callable[[], Coroutine[Any, Any, T]], effect: st
     closed = f"{background_loop.CLOSED}; {effect}"
     if call.reporter is SILENT:
         return background_loop.run(step, closed=closed)
-    events: list[IdempotencyEvent] = []
-    call.reporter.redirect = events.append
+    call.reporter.hold_back()
     try:
         return background_loop.run(step, closed=closed)
     finally:
-        call.reporter.redirect = None
-        for event in events:
-            call.reporter.tell(event)
+        call.reporter.tell_held_back()
 
 
 # --- The call ---------------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@
     uvicorn shop:app --workers 4
 
 Everything is in one database: PostgreSQL, if DATABASE_URL names one (postgresql://user:password@host/shop), else the
-SQLite file shop.sqlite3.
+SQLite file shop.sqlite3. The URL is read by asyncpg, so it may have `?sslmode=require` and the like.
 """
 
 import asyncio
@@ -27,8 +27,11 @@ from aidem.persistence.sqlite import SQLitePersistenceLayer
 url = os.environ.get("DATABASE_URL", "")
 layer: PostgresPersistenceLayer | SQLitePersistenceLayer
 if url:
+    import asyncpg
+
     layer = PostgresPersistenceLayer(url)  # on connections of its own, beside those of the engine
-    engine = create_async_engine(url.replace("postgresql:", "postgresql+asyncpg:", 1))
+    # asyncpg reads the URL, as it does for the layer: `postgres://` and `sslmode` are not SQLAlchemy's.
+    engine = create_async_engine("postgresql+asyncpg://", async_creator=lambda: asyncpg.connect(url))
 else:
     layer = SQLitePersistenceLayer("shop.sqlite3", in_application_database=True)
     engine = create_async_engine("sqlite+aiosqlite:///shop.sqlite3")

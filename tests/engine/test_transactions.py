@@ -247,6 +247,36 @@ async def test_a_transaction_on_another_database_is_refused_with_both_reasons(la
     assert await paying(layer, commit)() == RECEIPT
 
 
+async def test_a_record_that_another_transaction_holds_is_told_from_one_on_another_database(
+    layer: TransactionalLayer,
+) -> None:
+    async def complete_beside(transaction: MemoryTransaction) -> Any:
+        other = layer.begin()
+        record = current_execution().record
+        assert record is not None
+        await layer.complete_in(other, record, now=layer.clock())
+        with pytest.raises(
+            IdempotencyUsageError, match=r"another transaction holds the record .*; nothing was written"
+        ):
+            await complete(transaction)
+        await other.rollback()
+        return await commit(transaction)
+
+    assert await paying(layer, complete_beside)() == RECEIPT
+    assert layer.rows == ["payment"]
+
+
+async def test_the_claim_is_not_asked_for_after_complete(layer: TransactionalLayer) -> None:
+    async def ask_late(transaction: MemoryTransaction) -> Any:
+        receipt = await complete(transaction)
+        with pytest.raises(IdempotencyUsageError, match=r"in the body .*, before complete\(\)"):
+            await current_execution().ensure_owned()
+        await transaction.commit()
+        return receipt
+
+    assert await paying(layer, ask_late)() == RECEIPT
+
+
 @pytest.mark.parametrize("is_foreign", [True, False], ids=["another database", "too large"])
 async def test_a_lease_that_is_lost_after_a_refused_completion_is_reported(
     layer: TransactionalLayer, listener: Listener, is_foreign: bool
@@ -363,6 +393,7 @@ async def test_a_release_of_what_a_transaction_holds_is_asked_for_once(layer: Tr
 
     async def hang(transaction: MemoryTransaction) -> Any:
         await complete(transaction)
+        asked.clear()  # by the completion
         await asyncio.get_running_loop().create_future()
 
     coroutine: Any = paying(Held(clock=wall_clock), hang, lease_seconds=None)()

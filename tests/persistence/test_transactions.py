@@ -8,6 +8,9 @@ from typing import Any
 import asyncpg
 import psycopg
 import pytest
+import sqlalchemy
+import sqlalchemy.ext.asyncio
+import sqlalchemy.orm
 
 from aidem.exceptions import IdempotencyUsageError
 from aidem.persistence._transactions import recognised
@@ -18,7 +21,7 @@ VALUES = ("data", "key")
 
 def disconnected(kind: type[Any], **members: Any) -> Any:
     """Return a connection of a library that has no server."""
-    nothing = {"__init__": lambda _: None, "__del__": lambda *_: None}
+    nothing = {"__init__": lambda _: None, "__del__": lambda *_: None, "__module__": kind.__module__}
     return type(kind.__name__, (kind,), nothing | members)()
 
 
@@ -40,19 +43,10 @@ def asyncpg_connection(*, is_closed: bool = False, is_open: bool = True) -> Any:
 def psycopg_connection(
     kind: type[Any] = psycopg.Connection, *, closed: bool = False, status: str = "INTRANS", pipeline: str = "OFF"
 ) -> Any:
-    async def later(cursor: Any) -> Any:
-        return cursor
-
-    def execute(_: Any, *arguments: Any) -> Any:
-        executed.append(arguments)
-        cursor = SimpleNamespace(rowcount=1)
-        return cursor if kind is psycopg.Connection else later(cursor)
-
-    executed = list[Any]()
     info = SimpleNamespace(
         transaction_status=SimpleNamespace(name=status), pipeline_status=SimpleNamespace(name=pipeline)
     )
-    return disconnected(kind, closed=closed, info=info, execute=execute, executed=executed)
+    return disconnected(kind, closed=closed, info=info)
 
 
 async def test_a_statement_has_the_placeholders_of_asyncpg() -> None:
@@ -60,15 +54,6 @@ async def test_a_statement_has_the_placeholders_of_asyncpg() -> None:
     assert await recognised(connection, database="postgresql").execute(STATEMENT, VALUES) == 1
     assert connection.executed == [
         ('UPDATE "100% of ? records" SET data = $1::text WHERE id = $2::text', "data", "key"),
-    ]
-
-
-@pytest.mark.parametrize("kind", [psycopg.Connection, psycopg.AsyncConnection])
-async def test_a_statement_has_the_placeholders_of_psycopg(kind: type[Any]) -> None:
-    connection = psycopg_connection(kind)
-    assert await recognised(connection, database="postgresql").execute(STATEMENT, VALUES) == 1
-    assert connection.executed == [
-        ('UPDATE "100%% of ? records" SET data = %s::text WHERE id = %s::text', ("data", "key")),
     ]
 
 
@@ -104,3 +89,36 @@ def test_functions_of_each_kind_are_told_what_they_can_pass(blocking: bool) -> N
     of_other_kind = psycopg_connection(psycopg.AsyncConnection if blocking else psycopg.Connection)
     with pytest.raises(IdempotencyUsageError, match=f"function transaction= takes {takes}"):
         recognised(of_other_kind, database="postgresql", blocking=blocking)
+
+
+@pytest.mark.parametrize(
+    ("transaction", "named"),
+    [(asyncpg_connection(), "an asyncpg Connection"), ("begun", "a str"), (7, "an int"), (b"", "a bytes")],
+)
+def test_what_was_passed_is_named(transaction: object, named: str) -> None:
+    with pytest.raises(IdempotencyUsageError, match=rf"not ({named})( on postgresql)?$"):
+        recognised(transaction, database="sqlite", blocking=False)
+
+
+def test_a_session_that_is_not_bound_to_one_database_is_told_what_to_pass() -> None:
+    engine = sqlalchemy.create_engine("sqlite://")
+
+    class Routing(sqlalchemy.orm.Session):
+        def get_bind(self, mapper: Any = None, **_: Any) -> Any:
+            return {"payments": engine}[mapper]
+
+    for session in (sqlalchemy.orm.Session(binds={sqlalchemy.table("payments"): engine}), Routing()):
+        session.begin()
+        with pytest.raises(IdempotencyUsageError, match=r"not bound to one database.* session\.connection\("):
+            recognised(session, database="sqlite", blocking=True)
+        session.close()
+    with engine.connect() as connection, connection.begin():
+        assert recognised(connection, database="sqlite", blocking=True).database == "sqlite"
+    engine.dispose()
+
+
+async def test_a_connection_that_was_not_awaited_is_told_to_be() -> None:
+    engine = sqlalchemy.ext.asyncio.create_async_engine("sqlite+aiosqlite://")
+    with pytest.raises(IdempotencyUsageError, match=r"not started; await it, or use it in `async with"):
+        recognised(engine.connect(), database="sqlite", blocking=False)
+    await engine.dispose()

@@ -220,6 +220,7 @@ async def main(database: str, log: str, seed: str, keys: str, how: str) -> None:
 
 
 async def pay_all(store: Store, answers: int, fate: Fate, keys: int, *, apart: bool) -> None:
+    failures: tuple[type[Exception], ...] = (IdempotencyError, OSError, *store.errors)
     for key in (f"key-{number}" for number in range(keys)):
         answer: Any
         try:
@@ -227,7 +228,7 @@ async def pay_all(store: Store, answers: int, fate: Fate, keys: int, *, apart: b
                 answer = await pay(store, key, fate, apart=apart)
         except (BrokenOffError, LostCommitError, TimeoutError) as error:
             answer = type(error).__name__
-        except (IdempotencyError, OSError, *store.errors) as error:
+        except failures as error:
             answer = type(error).__name__
             await asyncio.sleep(PAUSE_SECONDS)  # or all keys would be over before a server that crashed is back
         os.write(answers, f"{key} {answer}\n".encode())

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import asyncio
+from collections.abc import Awaitable, Callable
 from typing import Any
 
+import pytest
+
+from aidem import AbandonedExecution, Happened, IdempotencyConfig, RecordStatus, idempotency, operations
 from aidem._rules import lifecycle
 from aidem._rules.lifecycle import Blocked, Claimed
 from aidem._rules.record import DataRecord
 from aidem._runtime.cancellation import Immediate
 from aidem._runtime.clock import wall_clock
-from aidem.exceptions import IdempotencyHeldByTransactionError, IdempotencyUsageError
+from aidem.exceptions import (
+    IdempotencyAlreadyInProgressError,
+    IdempotencyHeldByTransactionError,
+    IdempotencyUsageError,
+)
+from aidem.operations import OperationRefusedError
 from aidem.persistence.memory import MemoryPersistenceLayer
 from tests.support.records import put
+
+AT_ONCE_SECONDS = 5.0
+"""Within this a call that does not wait has ended, however slow the machine is."""
 
 
 class MemoryTransaction:
@@ -60,7 +72,10 @@ class TransactionalLayer(MemoryPersistenceLayer):
 
     def complete_in(self, transaction: MemoryTransaction, record: DataRecord, *, now: float) -> Immediate[bool]:
         found = self.records().get(record.idempotency_key)
-        is_ours = lifecycle.is_held_by(found, record.owner) and not self.is_held(record.idempotency_key)
+        is_ours = lifecycle.is_held_by(found, record.owner)
+        if is_ours and record.idempotency_key not in transaction.outcomes:
+            self.refuse_held(record)
+        is_ours = is_ours and not self.is_held(record.idempotency_key)
         if is_ours:
             shifted = lifecycle.shifted(record, seconds=self.clock() - now)
             transaction.outcomes[record.idempotency_key] = shifted
@@ -100,3 +115,52 @@ class ItemLayer(MemoryPersistenceLayer):
         if is_ours:
             put(self, record)
         return is_ours
+
+
+async def ask_about_a_held_claim(layer: Any, begin: Callable[[], Awaitable[Any]], *, commits: bool) -> None:
+    """Let a claim lapse whose outcome waits in an open transaction: neither a check nor an operator takes it over.
+
+    Args:
+        layer: Its clock is a `FakeClock`.
+        begin: Opens a transaction that has `transaction`, `commit` and `rollback`.
+        commits: How it ends.
+    """
+    asked: list[AbandonedExecution] = []
+
+    def find_out(abandoned: AbandonedExecution) -> Happened:
+        asked.append(abandoned)
+        return Happened("found")
+
+    config = IdempotencyConfig(on_abandoned=find_out, lease_seconds=5, renew_lease=False)
+    execution = None
+    with pytest.raises(IdempotencyUsageError, match="still open"):
+        async with idempotency("o-1", persistence_store=layer, config=config) as execution:
+            opened = await begin()
+            await execution.complete("committed", transaction=opened.transaction)
+    assert execution is not None
+    try:
+        await _look_at_a_held_claim(layer, execution.key, config)
+        assert not asked
+    finally:  # or the layer would wait for it when it is closed
+        await (opened.commit() if commits else opened.rollback())
+
+    async with idempotency("o-1", persistence_store=layer, config=config) as execution:
+        assert execution.replayed
+        assert execution.result == ("committed" if commits else "found")
+    assert len(asked) == (not commits)
+
+
+async def _look_at_a_held_claim(layer: Any, key: str, config: IdempotencyConfig) -> None:
+    layer.clock.advance(10)
+    found = await layer.get(key)
+    async with asyncio.timeout(AT_ONCE_SECONDS):
+        with pytest.raises(IdempotencyAlreadyInProgressError):
+            async with idempotency("o-1", persistence_store=layer, config=config):
+                raise AssertionError("the body must not run")
+    for force in (False, True):
+        with pytest.raises(OperationRefusedError, match="an open transaction holds it"):
+            await operations.release(layer, key, force=force)
+        with pytest.raises(OperationRefusedError, match="an open transaction holds it"):
+            await operations.resolve(layer, key, result="by hand", force=force)
+    assert await layer.get(key) == found
+    assert found.status is RecordStatus.INPROGRESS

@@ -17,6 +17,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, Self
@@ -27,8 +28,9 @@ from aidem import IdempotencyConfig, sync
 from aidem._runtime import background_loop
 from aidem._runtime.background_loop import INTERRUPTED_SECONDS, BackgroundLoop, BackgroundStep
 from aidem.exceptions import IdempotencyAlreadyInProgressError
+from aidem.hooks import ENDINGS, EventKind, IdempotencyEvent
 from aidem.persistence.memory import MemoryPersistenceLayer
-from tests.support.planned import PlannedLayer, real_now
+from tests.support.planned import Listener, PlannedLayer, real_now
 
 ROOT = Path(__file__).parents[2]
 PATIENCE_SECONDS = 40.0
@@ -65,20 +67,20 @@ def _fresh_loop() -> Iterator[None]:
     sync.close()
 
 
-Charge = Callable[[PlannedLayer, Callable[[], str]], str]
+Charge = Callable[..., str]
 
 
-def by_decorator(layer: PlannedLayer, body: Callable[[], str]) -> str:
-    return sync.idempotent_function(persistence_store=layer, key_prefix="charge")(body)()
+def by_decorator(layer: PlannedLayer, body: Callable[[], str], **options: Any) -> str:
+    return sync.idempotent_function(persistence_store=layer, key_prefix="charge", **options)(body)()
 
 
-def by_block(layer: PlannedLayer, body: Callable[[], str]) -> str:
-    with sync.idempotency("charge", persistence_store=layer) as execution:
+def by_block(layer: PlannedLayer, body: Callable[[], str], **options: Any) -> str:
+    with sync.idempotency("charge", persistence_store=layer, **options) as execution:
         return execution.run(body)
 
 
-def by_block_step_by_step(layer: PlannedLayer, body: Callable[[], str]) -> str:
-    with sync.idempotency("charge", persistence_store=layer) as execution:
+def by_block_step_by_step(layer: PlannedLayer, body: Callable[[], str], **options: Any) -> str:
+    with sync.idempotency("charge", persistence_store=layer, **options) as execution:
         if not execution.replayed:
             execution.result = body()
     result: str = execution.result
@@ -299,6 +301,35 @@ def test_an_interrupt_at_any_line_leaves_no_key_stuck(charge: Charge, body: Call
             stuck.append(interrupt.place)
     assert len(places) > 40
     assert stuck == []
+
+
+def is_balanced(events: list[IdempotencyEvent]) -> bool:
+    """Whether there is a claim and then its ending, or neither; what releases a claim in the background gets time."""
+    deadline = time.monotonic() + 2.0
+    while True:
+        kinds = [event.kind for event in events if event.kind is EventKind.CLAIMED or event.kind in ENDINGS]
+        if kinds == [] or (kinds[0] is EventKind.CLAIMED and len(kinds) == 2):
+            return True
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.001)
+
+
+@pytest.mark.parametrize("body", [first, fails])
+def test_an_interrupt_at_any_line_leaves_no_claim_without_its_ending(charge: Charge, body: Callable[[], str]) -> None:
+    unbalanced: list[tuple[str, list[str]]] = []
+    charge(PlannedLayer(inner=MemoryPersistenceLayer(), clock=real_now), first)  # starts the background loop
+    for number in itertools.count(1):
+        layer, listener = PlannedLayer(inner=MemoryPersistenceLayer(), clock=real_now), Listener()
+        config = IdempotencyConfig(hooks=(listener,))
+        with InterruptAt(number) as interrupt, contextlib.suppress(ValueError, KeyboardInterrupt):
+            contextvars.copy_context().run(partial(charge, layer, body, config=config))
+        if not is_balanced(listener.events):
+            unbalanced.append((interrupt.place, [*map(str, listener.kinds)]))
+        if not interrupt.place:
+            break
+    assert number > 40
+    assert unbalanced == []
 
 
 class InterruptedLoop(BackgroundLoop):

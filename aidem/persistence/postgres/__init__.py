@@ -48,6 +48,9 @@ PURGE_EVERY_SECONDS: Final = 1.0
 PURGED_AT_LEAST: Final = 1000
 PURGED_PER_CLAIM: Final = 2
 
+LOCKED_TRIES: Final = 5
+"""How often a completion in a transaction is tried, 10 ms apart, while another one holds the record."""
+
 _NO_TABLE: Final = frozenset({"42P01", "42703", "3F000"})
 """Undefined table, undefined column, undefined schema."""
 
@@ -284,7 +287,11 @@ class PostgresPersistenceLayer(OpenedByAsyncWith):
         recognised(transaction, database="postgresql", blocking=blocking)
 
     async def complete_in(self, transaction: object, record: DataRecord, *, now: float) -> bool:
-        """Store an outcome over our claim, in a transaction of the caller's."""
+        """Store an outcome over our claim, in a transaction of the caller's.
+
+        Raises:
+            IdempotencyHeldByTransactionError: Another open transaction holds it.
+        """
         _check_size(record)
         opened = recognised(transaction, database="postgresql")
         kept, _, _ = durations(record, now=now)
@@ -292,7 +299,12 @@ class PostgresPersistenceLayer(OpenedByAsyncWith):
         key, owner = record.idempotency_key, record.owner
         arguments = (self._now(), key, owner, kept, record.response_data, outcome)
         try:
-            return await opened.execute(self._statements.complete_in, arguments) > 0
+            for _ in range(LOCKED_TRIES):
+                if await opened.execute(self._statements.complete_in, arguments) > 0:
+                    return True
+                # The server waits, as a blocking connection has no loop; not for the lock, which may never be free.
+                if await opened.execute(self._statements.pause_if_seen, (key, owner)) == 0:
+                    return False
         except Exception as error:
             state = getattr(getattr(error, "orig", error), "sqlstate", None)  # SQLAlchemy wraps those of its drivers
             if state in _NO_TABLE:
@@ -303,6 +315,7 @@ class PostgresPersistenceLayer(OpenedByAsyncWith):
                 ) from error
             error.add_note("aidem: the call is not completed; roll back, and try the transaction again in its body")
             raise
+        raise _held(record)
 
     def is_free(self, record: DataRecord) -> Awaitable[bool]:
         """Whether the claim is ours, and no open transaction holds it."""
@@ -511,6 +524,10 @@ def _is_locked(found: DataRecord | None, record: DataRecord, reply: Reply) -> bo
     if not lifecycle.is_held_by(found, record.owner):
         return False
     if reply.is_held:
-        message = f"an open transaction holds the record of idempotency key {record.idempotency_key!r}"
-        raise IdempotencyHeldByTransactionError(message, record=found)
+        raise _held(found or record)
     return True
+
+
+def _held(record: DataRecord) -> IdempotencyHeldByTransactionError:
+    message = f"an open transaction holds the record of idempotency key {record.idempotency_key!r}"
+    return IdempotencyHeldByTransactionError(message, record=record)

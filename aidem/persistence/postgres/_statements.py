@@ -243,6 +243,11 @@ FROM ours CROSS JOIN t
 WHERE r.id = ours.id
 """
 
+# In the same transaction: sees the claim if only its lock is another's, and then gives that one time to end.
+_PAUSE_IF_SEEN: Final = """
+SELECT pg_sleep(0.01) FROM <table> r WHERE r.id = ?::text AND r.owner = ?::text AND r.status = 'INPROGRESS'
+"""
+
 _GET: Final = f"""
 SELECT 0::bigint, {Verdict.REFUSED}, {RECORD} FROM <table> WHERE id = $1::text
 """
@@ -309,6 +314,7 @@ class Statements:
         "forget",
         "get",
         "is_free",
+        "pause_if_seen",
         "purge",
         "purge_page",
         "release",
@@ -328,6 +334,7 @@ class Statements:
         self.get = statement("get", _GET)
         self.is_free = statement("is_free", _IS_FREE)
         self.complete_in = _COMPLETE_IN.replace("<table>", table.quoted)
+        self.pause_if_seen = _PAUSE_IF_SEEN.replace("<table>", table.quoted)
         self.forget = statement("forget", _FORGET)
         self.purge = statement("purge", _PURGE)
         self.take_over = statement("take_over", _TAKE_OVER)

@@ -312,24 +312,21 @@ class DatabaseFile:
         if self.is_of_application:
             self._make_schema_of_application(connection)
         else:
-            self._make_schema(connection)
+            self._version(connection)  # before anything is written
+            (mode,) = connection.execute("PRAGMA journal_mode = WAL").fetchone()
+            if mode != "wal":
+                raise self._refusal("its file system does not support a write-ahead log; use a local disk")
+            # Claims of a large file touch pages all over it: the more gather in the log, the less is written twice.
+            connection.execute(f"PRAGMA wal_autocheckpoint = {PAGES_IN_LOG}")
+            connection.execute("BEGIN IMMEDIATE")
+            version = self._version(connection)
+            connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")  # fails if the file must not be written
+            if version == 0:
+                connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+            self._upgrade(connection, version)
+            connection.execute("ROLLBACK" if version == SCHEMA_VERSION else "COMMIT")
         connection.execute("PRAGMA synchronous = FULL")
         connection.execute("PRAGMA fullfsync = ON")  # macOS: fsync alone does not reach the disk
-
-    def _make_schema(self, connection: sqlite3.Connection) -> None:
-        self._version(connection)  # before anything is written
-        (mode,) = connection.execute("PRAGMA journal_mode = WAL").fetchone()
-        if mode != "wal":
-            raise self._refusal("its file system does not support a write-ahead log; use a local disk")
-        # Claims of a large file touch pages all over it: the more gather in the log, the less is written twice.
-        connection.execute(f"PRAGMA wal_autocheckpoint = {PAGES_IN_LOG}")
-        connection.execute("BEGIN IMMEDIATE")
-        version = self._version(connection)
-        connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")  # fails if the file must not be written
-        if version == 0:
-            connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-        self._upgrade(connection, version)
-        connection.execute("ROLLBACK" if version == SCHEMA_VERSION else "COMMIT")
 
     def _make_schema_of_application(self, connection: sqlite3.Connection) -> None:
         """Make our tables beside those of the application; where they are there, its transactions hold up nothing."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Any, ClassVar
@@ -15,7 +16,7 @@ import sqlalchemy.orm
 
 from aidem import idempotency, sync
 from aidem._rules.record import DataRecord
-from aidem.exceptions import IdempotencyUsageError
+from aidem.exceptions import IdempotencyHeldByTransactionError, IdempotencyUsageError
 from aidem.persistence import PersistenceLayer, SupportsCompletionInTransaction
 from aidem.persistence.postgres import PostgresPersistenceLayer
 from aidem.testing import (
@@ -26,10 +27,13 @@ from aidem.testing import (
     completed_of,
 )
 from tests.support.postgres import PgBouncer, PostgresServer, claimed, connected, make_database
+from tests.support.transactional import ask_about_a_held_claim
 
 pytestmark = pytest.mark.server
 
 INSERT = "INSERT INTO payments DEFAULT VALUES"
+AT_ONCE_SECONDS = 2.0
+"""Far less than the other transaction lasts."""
 
 
 class Opened:
@@ -302,8 +306,66 @@ async def test_a_claim_that_another_transaction_holds_is_not_waited_for(
     record = await claimed(layer)
     other = await begin_asyncpg(server.url)
     assert await complete_in(layer, other, record, "asyncpg")
-    assert not await complete_in(layer, opened, record, kind)
+    async with asyncio.timeout(AT_ONCE_SECONDS):
+        with pytest.raises(IdempotencyHeldByTransactionError, match="an open transaction holds"):
+            await complete_in(layer, opened, record, kind)
+    assert await layer.get("key") == record
     await other.close()
+    assert await complete_in(layer, opened, record, kind)
+
+
+async def test_a_claim_that_is_held_for_a_moment_is_completed(
+    layer: PostgresPersistenceLayer, server: PostgresServer, client: Any
+) -> None:
+    class Connection(asyncpg.Connection):
+        async def execute(self, query: str, *arguments: Any, **options: Any) -> str:
+            executed.append(query)
+            status: str = await super().execute(query, *arguments, **options)
+            if "pg_sleep" in query:
+                await other.rollback()
+            return status
+
+    executed = list[str]()
+    record = await claimed(layer)
+    other = await begin_asyncpg(server.url)
+    await other.execute("SELECT FROM aidem_records FOR UPDATE")
+    connection = await asyncpg.connect(server.url, connection_class=Connection)
+    async with connection.transaction():
+        executed.clear()
+        assert await layer.complete_in(connection, completed_of(record, now=1), now=1)
+        assert len(executed) == 3
+    await connection.close()
+    await other.close()
+    assert await layer.get("key") != record
+
+
+async def test_a_call_is_told_that_another_transaction_holds_its_record(
+    layer: PostgresPersistenceLayer, server: PostgresServer, client: Any
+) -> None:
+    async with idempotency("o-1", persistence_store=layer) as execution:
+        assert not execution.replayed
+        holder, opened = await begin_asyncpg(server.url), await begin_asyncpg(server.url)
+        await holder.execute("SELECT FROM aidem_records FOR UPDATE")
+        with pytest.raises(IdempotencyUsageError, match="another transaction holds the record of this call"):
+            await execution.complete(1, transaction=opened.transaction)
+        await holder.rollback()
+        await execution.complete(2, transaction=opened.transaction)
+        await opened.commit()
+        await holder.close()
+        await opened.close()
+    assert execution.result == 2
+
+
+@pytest.mark.parametrize("factory", [psycopg.AsyncRawCursor, psycopg.AsyncClientCursor])
+async def test_a_connection_whose_cursors_want_other_placeholders_is_completed_in(
+    layer: PostgresPersistenceLayer, server: PostgresServer, client: Any, factory: Any
+) -> None:
+    record = await claimed(layer)
+    connection = await psycopg.AsyncConnection.connect(server.url, cursor_factory=factory)
+    async with connection.transaction():
+        assert await layer.complete_in(connection, completed_of(record, now=1), now=1)
+    await connection.close()
+    assert await layer.get("key") != record
 
 
 async def test_a_database_without_the_table_is_refused(
@@ -429,3 +491,18 @@ def test_an_ordinary_function_completes_in_a_transaction_of_psycopg(server: Post
                     assert execution.complete(1, transaction=connection) == 1
         assert execution.result == 1
     sync.close()
+
+
+@pytest.mark.parametrize("commits", [True, False])
+async def test_no_check_is_asked_about_a_claim_that_an_open_transaction_holds(
+    server: PostgresServer, client: Any, commits: bool
+) -> None:
+    layer = PostgresPersistenceLayer(server.url, clock=FakeClock())
+    opened = await begin_asyncpg(server.url)
+
+    async def begin() -> Opened:
+        return opened
+
+    await ask_about_a_held_claim(layer, begin, commits=commits)
+    await opened.close()
+    await layer.aclose()

@@ -409,13 +409,12 @@ def test_turning_on_the_log_waits_for_others(path: Path) -> None:
         asyncio.run(opened_only_after(other))
 
 
-def test_a_database_without_a_log_is_refused(path: Path) -> None:
-    file = DatabaseFile(path, busy_timeout_seconds=1)
-    with (
-        closing(sqlite3.connect(":memory:")) as connection,
-        pytest.raises(IdempotencyPersistenceConfigError, match="use a local disk"),
-    ):
-        file._make_schema(connection)
+def test_a_database_without_a_log_is_refused(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    connect = sqlite3.connect
+    # SQLite's way to use a file system whose files cannot be shared in memory, as a log needs.
+    monkeypatch.setattr(sqlite3, "connect", lambda url, **options: connect(f"{url}&vfs=unix-dotfile", **options))
+    with pytest.raises(IdempotencyPersistenceConfigError, match="use a local disk"):
+        DatabaseFile(path, busy_timeout_seconds=1).connect()
 
 
 # --- What SQLite's errors mean --------------------------------------------------------------------------------------

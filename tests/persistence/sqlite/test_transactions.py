@@ -39,6 +39,7 @@ from aidem.testing import (
     claim_of,
     completed_of,
 )
+from tests.support.transactional import ask_about_a_held_claim
 
 BUSY_TIMEOUT_SECONDS = 0.05
 
@@ -341,7 +342,7 @@ async def test_a_session_whose_transaction_has_failed_is_refused(layer: SQLitePe
 def test_anything_else_is_refused_with_what_to_pass(path: Path, other: object, blocking: bool) -> None:
     layer = SQLitePersistenceLayer(path, in_application_database=True)
     takes = "a sqlite3 connection, or" if blocking else "an aiosqlite or sqlite3 connection, or"
-    with pytest.raises(IdempotencyUsageError, match=rf"transaction= takes {takes}.*; not a builtins|pathlib"):
+    with pytest.raises(IdempotencyUsageError, match=rf"transaction= takes {takes}.*; not an? "):
         layer.check_transaction(other, blocking=blocking)
 
 
@@ -683,6 +684,21 @@ async def test_a_claim_in_doubt_is_not_taken_over_while_the_application_writes(p
             assert await layer.take_over(record, theirs, now=layer.clock()) is None
             assert not await layer.is_free(record)
         assert await layer.take_over(record, theirs, now=layer.clock()) is not None
+
+
+@pytest.mark.parametrize("commits", [True, False])
+async def test_no_check_is_asked_about_a_claim_that_an_open_transaction_holds(path: Path, commits: bool) -> None:
+    opened = None
+
+    async def begin() -> Opened:
+        nonlocal opened
+        opened = await begin_aiosqlite(path)
+        return opened
+
+    async with layer_in_a_hurry(path) as layer:
+        await ask_about_a_held_claim(layer, begin, commits=commits)
+    assert opened is not None
+    await opened.close()
 
 
 async def test_another_call_inside_a_transaction_that_has_completed_one_is_refused_at_once(
