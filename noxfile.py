@@ -65,10 +65,13 @@ SLOW = [
     "tests/awslambda/test_interrupts.py",
     "tests/awslambda/test_processes.py",
     "tests/persistence/sqlite/test_processes.py",
+    "tests/runtime/test_cancellation.py",
     "tests/runtime/test_forks.py",
     "tests/simulation",
+    "tests/sync/test_greenlets.py",
     "tests/sync/test_interrupts.py",
     "tests/sync/test_processes.py",
+    "tests/testing/test_crash_everywhere.py",
     "tests/testing/test_testing.py",
 ]
 # Debian's packages of what is tested against, and a file of each, or one of several; the browser is for the docs.
@@ -123,7 +126,7 @@ def _side_by_side(session: nox.Session, *arguments: str) -> list[str]:
     seed = os.environ.get("PYTHONHASHSEED", str(secrets.randbelow(2**32)))
     session.log(f"PYTHONHASHSEED={seed}")
     session.env["PYTHONHASHSEED"] = seed
-    processes = min(3 * len(os.sched_getaffinity(0)) // 2, 8) if hasattr(os, "sched_getaffinity") else "auto"
+    processes = 3 * len(os.sched_getaffinity(0)) // 2 if hasattr(os, "sched_getaffinity") else "auto"
     side_by_side = ["-n", str(processes), "--maxprocesses", "8", "--dist", "loadfile", "--no-loadscope-reorder"]
     return ["pytest", *side_by_side, *arguments, *session.posargs]
 
