@@ -78,8 +78,8 @@ SLOW = [
 SERVERS = {
     "chromium": "chromium|google-chrome",
     "chromium-driver": "chromedriver",
-    "garagemq": "garagemq",
     "faketime": f"/usr/lib/{platform.machine()}-linux-gnu/faketime/libfaketime.so.1",
+    "garagemq": "garagemq",
     "openssl": "openssl",
     "pgbouncer": "pgbouncer",
     "postgresql": "/usr/lib/postgresql/*/bin/initdb",
@@ -211,10 +211,10 @@ def _is_installed(file: str) -> bool:
 
 @nox.session
 def servers(session: nox.Session) -> None:
-    """Install the servers of the tests: others than these by apt-get, as root.
+    """Install the servers of the tests, by apt-get, as root, and what needs an environment of its own.
 
-    Into this session's environment comes what pins clients to versions other than ours: ministack, and arq, whose
-    workers need aidem beside them.
+    Into that of this session comes what wants other versions of clients than ours: ministack, and arq, whose workers
+    need aidem beside them.
     """
     session.install("ministack>=1.5", "arq>=0.28", "-e", ".[redis]")
     missing = [package for package, file in SERVERS.items() if not _is_installed(file)]

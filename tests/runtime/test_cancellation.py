@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import subprocess
 import sys
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -461,6 +462,33 @@ async def test_a_future_that_is_done_already_is_an_answer() -> None:
         assert await shield.wait_for(future) == 1
 
 
+@pytest.mark.parametrize(("deadline", "within_seconds"), [(2.0, 5.0), (5.0, 2.0), (None, 2.0), (2.0, None)])
+async def test_an_operation_that_does_not_answer_fails_at_the_earlier_of_its_limits(
+    deadline: float | None, within_seconds: float | None
+) -> None:
+    loop = asyncio.get_running_loop()
+    start, silent = loop.time(), UncancellableFuture[int](loop=loop)
+    shield = CancellationShield(deadline=None if deadline is None else start + deadline)
+    with pytest.raises(IdempotencyPersistenceConnectionError), shield:
+        await shield.wait_for(silent, within_seconds=within_seconds)
+    assert loop.time() - start == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize("has_failed", [False, True])
+async def test_the_time_limits_of_an_operation_do_not_keep_it_when_it_has_ended(has_failed: bool) -> None:
+    loop = asyncio.get_running_loop()
+    future: UncancellableFuture[int] = UncancellableFuture(loop=loop)
+    for limit in (1000.0, 500.0):
+        future.give_up_at(loop.time() + limit)
+    if has_failed:
+        future.fail(ValueError())
+    else:
+        future.settle(1)
+    kept = weakref.ref(future)
+    del future
+    assert kept() is None
+
+
 # --- Ended otherwise --------------------------------------------------------------------------------------------------
 
 
@@ -506,7 +534,7 @@ async def test_an_interrupt_while_a_layer_answers_at_once_leaves_no_claim() -> N
     assert not till.charges
 
 
-@pytest.mark.parametrize("kind", [EventKind.TAKEN_OVER, EventKind.WAITED])
+@pytest.mark.parametrize("kind", [EventKind.TAKEN_OVER, EventKind.WAITED, EventKind.CLAIMED])
 @pytest.mark.parametrize("form", ["function", "block"])
 async def test_an_observer_that_ends_the_program_leaves_no_claim(kind: EventKind, form: str) -> None:
     class Ending:
