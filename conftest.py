@@ -84,12 +84,8 @@ UNMEASURED = [
     "tests/stateful",
     "tests/test_benchmarks.py",
     "tests/test_docs.py",
-    "tests/testing/test_conformance_catches_broken_layers.py",
-    "tests/testing/test_conformance_catches_broken_transactions.py",
     "tests/testing/test_crash_servers.py",
     "tests/testing/test_documented_handlers.py",
-    "tests/testing/test_scan_conformance_catches_broken_layers.py",
-    "tests/testing/test_take_over_conformance_catches_broken_layers.py",
 ]
 SECOND_SERVERS = {"moto", "valkey"}
 """Parameters of tests that run on another server, too."""
