@@ -488,6 +488,30 @@ async def test_a_check_is_reported_with_its_verdict_and_a_claim_only_if_the_body
         assert ending_of(listener.events).body_seconds == pytest.approx(2)
 
 
+async def test_a_hook_that_ends_the_program_when_a_check_has_answered_leaves_the_claim_in_doubt() -> None:
+    class Ending:
+        def on_event(self, event: IdempotencyEvent) -> None:
+            if event.kind is EventKind.CHECKED:
+                raise SystemExit
+
+    layer = PlannedLayer()
+    hang = made_idempotent(
+        lambda_of(asyncio.Event().wait), other_process(layer), on_abandoned="raise", renew_lease=False
+    )
+    owner = asyncio.ensure_future(hang("o-1"))
+    await asyncio.sleep(31)
+    found = only_record(layer)
+    with pytest.raises(SystemExit):
+        await made_idempotent(Till().charge, layer, on_abandoned=lambda _abandoned: DidNotHappen(), hooks=(Ending(),))(
+            "o-1"
+        )
+    await asyncio.sleep(1)
+    put_back = only_record(layer)
+    assert put_back.owner != found.owner
+    assert put_back.lease_expiry_timestamp == found.lease_expiry_timestamp
+    owner.cancel()
+
+
 async def test_a_claim_that_is_lost_while_it_is_checked_is_not_reported_but_the_next_one() -> None:
     listener = await checked(DidNotHappen(), is_lost=True)
     lost = [EventKind.TAKEN_OVER, EventKind.CHECKED, EventKind.LEASE_LOST]

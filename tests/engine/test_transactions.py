@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Any
 
 import pytest
 
-from aidem import IdempotencyConfig, current_execution, idempotency, idempotent_function
+from aidem import IdempotencyConfig, RecordStatus, current_execution, idempotency, idempotent_function
 from aidem._rules.lifecycle import Blocked, Claimed
 from aidem._rules.record import DataRecord
 from aidem._runtime.cancellation import Immediate
@@ -334,6 +334,25 @@ async def test_an_exception_after_the_commit_propagates_and_leaves_the_outcome(
         await paying(layer, fail, hooks=(listener,), **options)()
     assert await paying(layer, never, **options)() == RECEIPT
     assert listener.kinds == [EventKind.CLAIMED, EventKind.EXECUTED]
+
+
+async def test_a_generator_that_is_closed_after_the_commit_keeps_the_outcome_and_its_claim_is_abandoned(
+    layer: TransactionalLayer, listener: Listener
+) -> None:
+    async def steps() -> AsyncGenerator[None]:
+        config = IdempotencyConfig(hooks=(listener,))
+        async with idempotency("o-1", persistence_store=layer, config=config) as execution:
+            transaction = layer.begin()
+            await execution.complete(RECEIPT, transaction=transaction)
+            await transaction.commit()
+            yield
+
+    generator = steps()
+    await anext(generator)
+    await generator.aclose()
+    await asyncio.sleep(1)
+    assert listener.kinds == [EventKind.CLAIMED, EventKind.ABANDONED]
+    assert [record.status for record in layer._records.values()] == [RecordStatus.COMPLETED]
 
 
 @pytest.mark.parametrize("error", [DeclinedError, asyncio.CancelledError])

@@ -518,7 +518,7 @@ def test_a_key_is_given_back_though_the_loop_shuts_down() -> None:
     assert not layer.inner.records()
 
 
-@pytest.mark.parametrize("kind", [EventKind.TAKEN_OVER, EventKind.WAITED])
+@pytest.mark.parametrize("kind", [EventKind.TAKEN_OVER, EventKind.WAITED, EventKind.CLAIMED])
 @pytest.mark.parametrize("form", ["function", "block"])
 async def test_an_observer_that_ends_the_program_leaves_no_claim(kind: EventKind, form: str) -> None:
     class Ending:

@@ -11,6 +11,8 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AbstractAsyncContextManager
 from typing import Any, assert_type
 
+from prometheus_client import CollectorRegistry
+
 from aidem import (
     AbandonedExecution,
     BlockExecution,
@@ -30,9 +32,11 @@ from aidem import (
     register_lambda_context,
 )
 from aidem.hooks import IdempotencyEvent
+from aidem.opentelemetry import OpenTelemetryHook
 from aidem.persistence import PersistenceLayer
 from aidem.persistence.memory import MemoryPersistenceLayer
 from aidem.persistence.sqlite import SQLitePersistenceLayer
+from aidem.prometheus import PrometheusHook
 from aidem.serialization import (
     CustomDictSerializer,
     DataclassSerializer,
@@ -258,6 +262,7 @@ async def async_hook(response: Any, record: DataRecord) -> str:
 
 
 IdempotencyConfig(hooks=(Metrics(),), response_hook=hook, lambda_context=LambdaContext(), stored_exceptions=(OSError,))
+IdempotencyConfig(hooks=(PrometheusHook(registry=CollectorRegistry()), OpenTelemetryHook()))
 IdempotencyConfig(response_hook=async_hook, on_abandoned="raise", lease_seconds=None)
 
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, Final, cast
 from aidem._rules import lifecycle
 from aidem._rules.canonical_json import decode
 from aidem._rules.record import DataRecord, OutcomeKind, RecordStatus
-from aidem.persistence._stored import text, unknown_state
+from aidem.persistence._errors import unknown_state
+from aidem.persistence._stored import text
 from aidem.persistence.redis._scripts import GIVEN_UP
 
 if TYPE_CHECKING:
