@@ -19,6 +19,7 @@ nox.options.reuse_existing_virtualenvs = True
 nox.options.sessions = ["lint", "demo", "package", "typing", "servers", "docs", "tests", "aiobotocore", "lowest"]
 
 SUPPORTED = ("3.11", "3.12", "3.13")
+NEXT = "3.14"  # tested wherever it is present
 MAIN = f"{sys.version_info.major}.{sys.version_info.minor}"
 
 # What depends on the version of a client; a second server, Powertools and many processes do not.
@@ -65,18 +66,21 @@ SLOW = [
     "tests/awslambda/test_interrupts.py",
     "tests/awslambda/test_processes.py",
     "tests/persistence/sqlite/test_processes.py",
+    "tests/runtime/test_cancellation.py",
     "tests/runtime/test_forks.py",
     "tests/simulation",
+    "tests/sync/test_greenlets.py",
     "tests/sync/test_interrupts.py",
     "tests/sync/test_processes.py",
+    "tests/testing/test_crash_everywhere.py",
     "tests/testing/test_testing.py",
 ]
 # Debian's packages of what is tested against, and a file of each, or one of several; the browser is for the docs.
 SERVERS = {
     "chromium": "chromium|google-chrome",
     "chromium-driver": "chromedriver",
-    "garagemq": "garagemq",
     "faketime": f"/usr/lib/{platform.machine()}-linux-gnu/faketime/libfaketime.so.1",
+    "garagemq": "garagemq",
     "openssl": "openssl",
     "pgbouncer": "pgbouncer",
     "postgresql": "/usr/lib/postgresql/*/bin/initdb",
@@ -107,7 +111,7 @@ os.environ.setdefault("UV_SYSTEM_CERTS", "1")  # uv then trusts what pip trusts
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 _reveal_pyenv_versions()
 PROJECT = nox.project.load_toml("pyproject.toml")
-PRESENT = [version for version in sorted({*SUPPORTED, MAIN}) if _is_present(version)]
+PRESENT = [version for version in sorted({*SUPPORTED, NEXT, MAIN}) if _is_present(version)]
 
 
 def _install(session: nox.Session, *groups: str) -> None:
@@ -123,7 +127,7 @@ def _side_by_side(session: nox.Session, *arguments: str) -> list[str]:
     seed = os.environ.get("PYTHONHASHSEED", str(secrets.randbelow(2**32)))
     session.log(f"PYTHONHASHSEED={seed}")
     session.env["PYTHONHASHSEED"] = seed
-    processes = min(3 * len(os.sched_getaffinity(0)) // 2, 8) if hasattr(os, "sched_getaffinity") else "auto"
+    processes = 3 * len(os.sched_getaffinity(0)) // 2 if hasattr(os, "sched_getaffinity") else "auto"
     side_by_side = ["-n", str(processes), "--maxprocesses", "8", "--dist", "loadfile", "--no-loadscope-reorder"]
     return ["pytest", *side_by_side, *arguments, *session.posargs]
 
@@ -208,10 +212,10 @@ def _is_installed(file: str) -> bool:
 
 @nox.session
 def servers(session: nox.Session) -> None:
-    """Install the servers of the tests: others than these by apt-get, as root.
+    """Install the servers of the tests, by apt-get, as root, and what needs an environment of its own.
 
-    Into this session's environment comes what pins clients to versions other than ours: ministack, and arq, whose
-    workers need aidem beside them.
+    Into that of this session comes what wants other versions of clients than ours: ministack, and arq, whose workers
+    need aidem beside them.
     """
     session.install("ministack>=1.5", "arq>=0.28", "-e", ".[redis]")
     missing = [package for package, file in SERVERS.items() if not _is_installed(file)]

@@ -203,7 +203,7 @@ class Claim:
         self, operation: Awaitable[Claimed | Blocked], shield: CancellationShield
     ) -> Claimed | Blocked | None:
         try:
-            answer = await ask(lambda: operation, shield=shield, key=self._key, effect=NOTHING_RUN)
+            answer = await _answered(operation, shield, self._key, NOTHING_RUN, None)
             holds = self._holds(answer)
             if shield.is_pending and isinstance(answer, Claimed):
                 await self._release_unused(shield)

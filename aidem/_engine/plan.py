@@ -259,7 +259,15 @@ class CallFactory:
         layer = default_persistence_store() if self._layer is None else self._layer
         config, planned = self._config or defaults.config, self._planned
         if planned is None or planned[0] is not layer or planned[1] is not config:
-            planned = self._planned = layer, config, self._plan_for(layer, config)
+            made = Plan(
+                layer=layer,
+                config=self.settled(config),
+                function=self.function,
+                prefix=self._prefix_now(),
+                output_serializer=self._output_serializer,
+                returns=self._returns,
+            )
+            planned = self._planned = layer, config, made  # at once, as other threads read it
         plan = planned[2]
         return self.call_type(plan, find_key(plan, *args))
 
@@ -292,16 +300,6 @@ class CallFactory:
         config = self.settled(self._config or defaults.config)
         config = dataclasses.replace(config, raise_on_no_idempotency_key=True, note=None)
         return Plan(layer=MemoryPersistenceLayer(), config=config, function=self.function, prefix=self._prefix_now())
-
-    def _plan_for(self, layer: PersistenceLayer, config: IdempotencyConfig) -> Plan:
-        return Plan(
-            layer=layer,
-            config=self.settled(config),
-            function=self.function,
-            prefix=self._prefix_now(),
-            output_serializer=self._output_serializer,
-            returns=self._returns,
-        )
 
     def _prefix_now(self) -> str:
         """Return the key prefix, which the first call fixes."""

@@ -82,14 +82,14 @@ class UncancellableFuture(asyncio.Future[T]):
         """Set the answer."""
         if not self.done():
             self.set_result(answer)
-            self._wake()
+            self._ended()
 
     def fail(self, error: BaseException) -> None:
         """Set the error; asyncio does not warn if nothing retrieves it, as the caller may be closed by then."""
         if not self.done():
             self.set_exception(error)
             self.exception()
-            self._wake()
+            self._ended()
 
     def cancel(self, msg: Any | None = None) -> bool:  # noqa: ARG002 - the signature of asyncio.Future
         """Return False: the task that waits is cancelled when the future is done."""
@@ -105,14 +105,18 @@ class UncancellableFuture(asyncio.Future[T]):
         earlier = self._give_up_timer
         if self.done() or (earlier is not None and earlier.when() <= deadline):
             return
+        if earlier is not None:
+            earlier.cancel()
         # In an empty context: a cancelled timer is kept for a while, and must not keep what the caller has in its own.
-        timer = self._give_up_timer = self.get_loop().call_at(deadline, self._give_up, context=contextvars.Context())
-        self.add_done_callback(lambda _future: timer.cancel())
+        self._give_up_timer = self.get_loop().call_at(deadline, self._give_up, context=contextvars.Context())
 
     def _give_up(self) -> None:
         self.fail(IdempotencyPersistenceConnectionError("the persistence layer did not answer in time"))
 
-    def _wake(self) -> None:
+    def _ended(self) -> None:
+        timer, self._give_up_timer = self._give_up_timer, None
+        if timer is not None:
+            timer.cancel()
         waiter, self._waiter = self._waiter, None
         if waiter is not None and not waiter.done():
             waiter.set_result(None)
@@ -165,10 +169,12 @@ class CancellationShield:
             operation if isinstance(operation, UncancellableFuture) else _as_task(operation)
         )
         self.operation = future
-        if self.deadline is not None:
-            future.give_up_at(self.deadline)
+        deadline = self.deadline
         if within_seconds is not None:
-            future.give_up_at(asyncio.get_running_loop().time() + within_seconds)
+            soon = future.get_loop().time() + within_seconds
+            deadline = soon if deadline is None else min(deadline, soon)
+        if deadline is not None:
+            future.give_up_at(deadline)
         if not future.done():
             try:
                 await future.waiter()

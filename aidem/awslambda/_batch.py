@@ -156,7 +156,7 @@ class _Batch:
 
 def _rows_of(event: object) -> list[list[_Item]]:
     records = _member(event, "Records")
-    if not isinstance(records, list):
+    if not issubclass(type(records), list):
         raise _no_batch("it has no list of `Records`")
     rows: dict[Hashable, list[_Item]] = {}
     for place, record in enumerate(records):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from aidem.exceptions import IdempotencyInvalidStatusError, IdempotencyPersistenceConfigError
+from aidem.exceptions import IdempotencyPersistenceConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -24,15 +24,6 @@ def decoded(value: bytes) -> str:
         return value.decode()
     except UnicodeDecodeError:
         return NOT_A_TEXT
-
-
-def unknown_state(key: str, *, status: object, outcome: object) -> IdempotencyInvalidStatusError:
-    """Return the error for a record with a status or an outcome that aidem does not know."""
-    return IdempotencyInvalidStatusError(
-        f"the record of idempotency key {key!r} has status {status!r} and outcome {outcome!r}, which this aidem does "
-        "not know; upgrade aidem, or drop the record with forget(key)",
-        key=key,
-    )
 
 
 def check_names(names: Sequence[str]) -> None:

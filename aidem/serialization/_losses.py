@@ -243,7 +243,7 @@ def _lost_of_fields(original: object, rebuilt: object, fields: _Fields, named: _
     return f".{min(new)}" if new else None  # of a row of SQLModel, say, that has expired
 
 
-def _lost_of_items_in_fields(items: Iterable[tuple[str, Any]], rebuilt: object, fields: _Fields) -> str | None:
+def _lost_of_items_in_fields(items: Iterable[tuple[str | None, Any]], rebuilt: object, fields: _Fields) -> str | None:
     """Compare the fields of a model with what they were made of."""
     theirs = _attributes(rebuilt, fields)
     for name, value in items:

@@ -140,7 +140,7 @@ async def test_an_order_that_the_bank_refuses_is_tried_again_and_is_a_dead_lette
 
 
 async def test_an_order_in_doubt_is_a_dead_letter_at_once_and_a_replay_when_it_is_resolved(
-    program: Any, queues: Queues, bank: Bank
+    program: Any, queues: Queues, bank: Bank, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with program.layer:
         await bank.lose(program.charge(ORDER))
@@ -153,10 +153,11 @@ async def test_an_order_in_doubt_is_a_dead_letter_at_once_and_a_replay_when_it_i
             await queues.send(ORDER)  # the redrive
             await until(queues.are_settled)
     assert bank.charges == ["o-1"]
+    assert "comes again" not in caplog.text
 
 
-async def test_a_message_with_another_amount_and_one_without_an_order_are_dead_letters(
-    program: Any, queues: Queues, bank: Bank
+async def test_a_message_with_another_amount_and_one_without_an_order_are_dead_letters_at_once(
+    program: Any, queues: Queues, bank: Bank, caplog: pytest.LogCaptureFixture
 ) -> None:
     await queues.send(ORDER)
     async with consuming(program):
@@ -166,6 +167,7 @@ async def test_a_message_with_another_amount_and_one_without_an_order_are_dead_l
         await until(queues.are_settled)
     assert bank.charges == ["o-1"]
     assert len(await queues.received(queues.dead_letters)) == 2
+    assert "comes again" not in caplog.text
 
 
 async def test_a_consumer_that_is_to_stop_ends_what_it_has_received(program: Any, queues: Queues, bank: Bank) -> None:

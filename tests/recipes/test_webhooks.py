@@ -32,12 +32,13 @@ def program(bank: Bank, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.fixture
-async def sender(program: Any) -> AsyncGenerator[httpx.AsyncClient]:
+async def sender(program: Any, bank: Bank) -> AsyncGenerator[httpx.AsyncClient]:
     server = uvicorn.Server(uvicorn.Config(program.app, port=free_port(), log_level="warning", lifespan="on"))
     serving = asyncio.create_task(server.serve())
     await until(lambda: server.started, "uvicorn is there")
     async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{server.config.port}") as client:
         yield client
+    bank.is_open.set()  # or a request would keep the server
     server.should_exit = True
     await serving
 

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import subprocess
 import sys
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -19,7 +20,6 @@ from tests.support.planned import (
     LAYERS,
     VIRTUAL_TIME,
     Fault,
-    InMemory,
     PlannedLayer,
     Till,
     VirtualTimeLoop,
@@ -461,6 +461,33 @@ async def test_a_future_that_is_done_already_is_an_answer() -> None:
         assert await shield.wait_for(future) == 1
 
 
+@pytest.mark.parametrize(("deadline", "within_seconds"), [(2.0, 5.0), (5.0, 2.0), (None, 2.0), (2.0, None)])
+async def test_an_operation_that_does_not_answer_fails_at_the_earlier_of_its_limits(
+    deadline: float | None, within_seconds: float | None
+) -> None:
+    loop = asyncio.get_running_loop()
+    start, silent = loop.time(), UncancellableFuture[int](loop=loop)
+    shield = CancellationShield(deadline=None if deadline is None else start + deadline)
+    with pytest.raises(IdempotencyPersistenceConnectionError), shield:
+        await shield.wait_for(silent, within_seconds=within_seconds)
+    assert loop.time() - start == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize("has_failed", [False, True])
+async def test_the_time_limits_of_an_operation_do_not_keep_it_when_it_has_ended(has_failed: bool) -> None:
+    loop = asyncio.get_running_loop()
+    future: UncancellableFuture[int] = UncancellableFuture(loop=loop)
+    for limit in (1000.0, 500.0):
+        future.give_up_at(loop.time() + limit)
+    if has_failed:
+        future.fail(ValueError())
+    else:
+        future.settle(1)
+    kept = weakref.ref(future)
+    del future
+    assert kept() is None
+
+
 # --- Ended otherwise --------------------------------------------------------------------------------------------------
 
 
@@ -489,21 +516,6 @@ def test_a_key_is_given_back_though_the_loop_shuts_down() -> None:
 
     asyncio.run(main())
     assert not layer.inner.records()
-
-
-def interrupt() -> None:
-    """Do what the handler of a signal does."""
-    raise KeyboardInterrupt
-
-
-async def test_an_interrupt_while_a_layer_answers_at_once_leaves_no_claim() -> None:
-    layer, till = InMemory(interrupt), Till()
-    with pytest.raises(KeyboardInterrupt):
-        await made_idempotent(till.charge, layer)(ORDER)
-    assert len(layer.records()) == 1
-    await asyncio.sleep(0.1)
-    assert not layer.records()
-    assert not till.charges
 
 
 @pytest.mark.parametrize("kind", [EventKind.TAKEN_OVER, EventKind.WAITED, EventKind.CLAIMED])

@@ -31,6 +31,7 @@ const right = (element) => element.getBoundingClientRect().right;
 return {
   width: innerWidth,
   page: document.documentElement.scrollWidth,
+  elsewhere: performance.getEntriesByType('resource').map(({name}) => name).filter((name) => !name.startsWith(origin)),
   cut: blocks.filter((block) => block.scrollWidth > block.clientWidth + 1).map(named),
   outside: shown.filter((element) => right(element) > document.documentElement.clientWidth + 1).map(named),
   images: shown.filter((element) => element.matches('img')).map((image) => ({
@@ -71,6 +72,7 @@ def test_nothing_is_cut_and_all_can_be_read(page: str, browser: Chrome, site_url
         looked: Looked = browser.execute_script(LOOK)
         assert looked["width"] == width
         assert looked["page"] <= width, "the page scrolls to the side"
+        assert looked["elsewhere"] == [], "the page needs other hosts"
         assert looked["cut"] == [], f"at {width} pixels"
         assert looked["outside"] == [], f"at {width} pixels"
         for image in looked["images"]:

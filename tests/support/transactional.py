@@ -73,9 +73,10 @@ class TransactionalLayer(MemoryPersistenceLayer):
     def complete_in(self, transaction: MemoryTransaction, record: DataRecord, *, now: float) -> Immediate[bool]:
         found = self.records().get(record.idempotency_key)
         is_ours = lifecycle.is_held_by(found, record.owner)
-        if is_ours and record.idempotency_key not in transaction.outcomes:
-            self.refuse_held(record)
-        is_ours = is_ours and not self.is_held(record.idempotency_key)
+        if is_ours and self.is_held(record.idempotency_key):
+            if record.idempotency_key not in transaction.outcomes:
+                raise IdempotencyHeldByTransactionError("another transaction holds the record")
+            is_ours = False  # it sees its own outcome
         if is_ours:
             shifted = lifecycle.shifted(record, seconds=self.clock() - now)
             transaction.outcomes[record.idempotency_key] = shifted

@@ -24,6 +24,7 @@ from aidem.exceptions import (
     IdempotencyPersistenceConnectionError,
     IdempotencyPersistenceLayerError,
 )
+from aidem.persistence._errors import copy_of
 from aidem.persistence.postgres import _errors
 from aidem.persistence.postgres._questions import AGAIN, Question, Reply, next_pause
 
@@ -271,7 +272,7 @@ class OwnConnections:
 
     def _fail_all(self, failure: IdempotencyPersistenceLayerError) -> None:
         while self._jobs:
-            self._jobs.popleft().future.fail(_errors.copy_of(failure))
+            self._jobs.popleft().future.fail(copy_of(failure))
 
     # --- Connections ------------------------------------------------------------------------------------------------
 

@@ -139,14 +139,6 @@ def is_replica() -> IdempotencyPersistenceLayerError:
     return failure
 
 
-def copy_of(error: IdempotencyPersistenceLayerError) -> IdempotencyPersistenceLayerError:
-    """Return an error for one of many callers: each may add notes to its own."""
-    copy = type(error)(str(error))
-    copy.may_be_applied = error.may_be_applied
-    copy.__cause__ = error.__cause__
-    return copy
-
-
 def unfit(table: Table, problem: str, remedy: str) -> IdempotencyPersistenceConfigError:
     """Return the error for a table that is not as it must be."""
     return IdempotencyPersistenceConfigError(f"PostgreSQL table {table.name!r} {problem}:\n{remedy}")

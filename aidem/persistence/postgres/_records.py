@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from aidem._rules import lifecycle
 from aidem._rules.record import DataRecord, OutcomeKind, RecordStatus
-from aidem.persistence._stored import unknown_state
+from aidem.persistence._errors import unknown_state
 from aidem.persistence.postgres._statements import RELEASED
 
 if TYPE_CHECKING:

@@ -25,7 +25,8 @@ from aidem.exceptions import (
     IdempotencyPersistenceConnectionError,
     IdempotencyPersistenceLayerError,
 )
-from aidem.persistence.redis._errors import CLOSED, ReplyError, copy_of, failure_of, translated
+from aidem.persistence._errors import copy_of
+from aidem.persistence.redis._errors import CLOSED, ReplyError, failure_of, translated
 from aidem.persistence.redis._line import Line
 from aidem.persistence.redis._server import first_of
 from aidem.persistence.redis._wire import Asking, Question

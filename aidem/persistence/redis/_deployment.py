@@ -119,7 +119,7 @@ def _of_client(client: object) -> Deployment:
             f"not {type(client).__module__}.{type(client).__qualname__}"
         )
     pool: Any = client.connection_pool
-    if not isinstance(pool, SentinelConnectionPool):
+    if not isinstance(client.connection_pool, SentinelConnectionPool):
         return Single(_server_of(pool), mode="standalone")
     if not pool.is_master:
         raise IdempotencyPersistenceConfigError("this client leads to replicas; make it with Sentinel.master_for")

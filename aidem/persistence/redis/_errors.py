@@ -123,14 +123,6 @@ def failure_of(task: asyncio.Task[None]) -> IdempotencyPersistenceLayerError | N
     return cast("IdempotencyPersistenceLayerError | None", task.exception())
 
 
-def copy_of(error: IdempotencyPersistenceLayerError) -> IdempotencyPersistenceLayerError:
-    """Return a copy for one of several callers, as each may add notes to its own."""
-    copy = type(error)(str(error))
-    copy.may_be_applied = error.may_be_applied
-    copy.__cause__ = error.__cause__
-    return copy
-
-
 def _refusal(error: BaseException) -> str | None:
     """Return what has to be changed before a connection can work; None: the error shows nothing of that kind."""
     if isinstance(error, ssl.SSLCertVerificationError):

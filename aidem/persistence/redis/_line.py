@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from aidem._runtime.cancellation import UncancellableFuture
 from aidem.exceptions import IdempotencyPersistenceConnectionError
-from aidem.persistence.redis._errors import CLOSED, LOST, copy_of, failure_of
+from aidem.persistence._errors import copy_of
+from aidem.persistence.redis._errors import CLOSED, LOST, failure_of
 from aidem.persistence.redis._wire import Asking, Command, Question, Wire
 
 if TYPE_CHECKING:

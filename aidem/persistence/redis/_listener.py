@@ -12,7 +12,8 @@ from contextvars import Context
 from typing import TYPE_CHECKING, Any, cast
 
 from aidem.exceptions import IdempotencyPersistenceConnectionError
-from aidem.persistence.redis._errors import CLOSED, ReplyError, copy_of, failure_of, listening_failed
+from aidem.persistence._errors import copy_of
+from aidem.persistence.redis._errors import CLOSED, ReplyError, failure_of, listening_failed
 
 if TYPE_CHECKING:
     from aidem.exceptions import IdempotencyPersistenceLayerError

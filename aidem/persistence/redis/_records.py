@@ -6,8 +6,10 @@ import json
 from typing import TYPE_CHECKING, Any, Final, cast
 
 from aidem._rules import lifecycle
+from aidem._rules.canonical_json import decode
 from aidem._rules.record import DataRecord, OutcomeKind, RecordStatus
-from aidem.persistence._stored import text, unknown_state
+from aidem.persistence._errors import unknown_state
+from aidem.persistence._stored import text
 from aidem.persistence.redis._scripts import GIVEN_UP
 
 if TYPE_CHECKING:
@@ -52,7 +54,7 @@ class RecordText:
         return ", ".join(parts) + "}"
 
     def _head(self, record: DataRecord) -> str:
-        head = f'{self._status}"{record.status.value}", '
+        head = f'{self._status}"{record.status}", '
         if record.payload_hash:
             head += f"{self._validation}{_quote(record.payload_hash)}, "
         if record.owner is not None:
@@ -70,7 +72,7 @@ class RecordText:
             IdempotencyInvalidStatusError: It has a status or an outcome that aidem does not know.
         """
         try:
-            fields: Any = None if stored is None else json.loads(stored.decode())
+            fields: Any = None if stored is None else decode(stored.decode())
         except (ValueError, RecursionError):
             return None
         if not isinstance(fields, dict):

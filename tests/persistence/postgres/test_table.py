@@ -246,12 +246,25 @@ async def test_a_diagnosis_tells_what_endangers_records(
     assert 'ALTER TABLE "aidem_records" RESET (autovacuum_enabled)' in problems[-1]
 
 
-def test_a_diagnosis_of_a_server_that_is_well_finds_no_problem() -> None:
+@pytest.mark.parametrize(
+    ("options", "changed", "problem"),
+    [
+        ("none", {}, ""),
+        ("fillfactor=70, autovacuum_enabled=false", {}, "autovacuum is off: table 'records' grows with every call"),
+        ("none", {"autovacuum": "off"}, "autovacuum is off"),
+        ("none", {"full_page_writes": "off"}, "full_page_writes is off"),
+        ("none", {"default_transaction_read_only": "on"}, "default_transaction_read_only is on"),
+    ],
+)
+def test_each_setting_that_endangers_records_is_a_problem_of_its_own(
+    options: str, changed: dict[str, str], problem: str
+) -> None:
+    settings = dict.fromkeys(_checks.SETTINGS, "on") | {"default_transaction_read_only": "off"} | changed
     now_milliseconds, replicas, standby = int(time.time() * 1000), 2, "ANY 1 (a, b)"
-    settings = ("on", "on", "remote_apply", "serializable", "off", "on")
-    row = (now_milliseconds, replicas, "none", "16 kB", 5, 1, "never", "17.2", standby, *settings)
+    row = (now_milliseconds, replicas, options, "16 kB", 5, 1, "never", "17.2", standby, *settings.values())
     facts, problems = _checks.diagnosis(row, Table("records"), found=[])
-    assert problems == ()
+    assert len(problems) == bool(problem)
+    assert all(found.startswith(problem) for found in problems)
     assert facts["table"] == "records, 16 kB, about 5 rows and 1 dead ones, vacuumed never"
     assert facts["replicas"] == "2, synchronous: ANY 1 (a, b)"
 

@@ -24,9 +24,6 @@ class Body:
     started_wall: float
     ended_at: float = float("inf")
 
-    def was_running_elsewhere(self, pid: int, at: float) -> bool:
-        return self.pid != pid and self.started_at < at < self.ended_at
-
 
 @dataclass
 class FleetLog:
@@ -90,10 +87,10 @@ class FleetLog:
         return list(by_effect.values())
 
     def contended_keys(self) -> int:
-        """Return for how many keys a process asked while the body of another ran."""
+        """Return for how many keys a process asked before the body of another had ended."""
         body_of = {body.key: body for body in self.all_bodies()}
-        asked = (event for event in self.events if event["kind"] == "call")
-        return len({e["key"] for e in asked if body_of[e["key"]].was_running_elsewhere(e["pid"], e["at"])})
+        asked = ((body_of[event["key"]], event) for event in self.events if event["kind"] == "call")
+        return len({body.key for body, call in asked if body.pid != call["pid"] and call["at"] < body.ended_at})
 
     def longest_calls(self, *, without: set[int]) -> dict[str, float]:
         """Return, by key, the longest time that a call took, in seconds."""
