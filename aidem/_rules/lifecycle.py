@@ -284,11 +284,7 @@ def taken_over(
     if not (has_passed or force):
         return None
     if proposed_at is not None:
-        expiry = proposed.expiry_timestamp
-        proposed = shifted(proposed, seconds=now - proposed_at)
-        if expiry is not None:
-            seconds = (milliseconds(now) - milliseconds(proposed_at) + HALF_A_SECOND) // 1000
-            proposed = proposed.replace(expiry_timestamp=expiry + seconds)
+        proposed = shifted(proposed, seconds=now - proposed_at, to_nearest_second=True)
     return _fenced(proposed, stored, now=now, last_fence=last_fence)
 
 
@@ -414,11 +410,11 @@ def completed(
     )
 
 
-def shifted(record: DataRecord, *, seconds: float) -> DataRecord:
+def shifted(record: DataRecord, *, seconds: float, to_nearest_second: bool = False) -> DataRecord:
     """Return the record with its instants moved from the caller's clock to the layer's.
 
     A queue or a busy file may have held the operation up; the durations that the caller asked for count from the
-    moment it is done.
+    moment it is done. The expiry moves by whole seconds, rounded up or to the nearest.
     """
     delta = int(seconds * 1000)
     if delta == 0:
@@ -427,9 +423,9 @@ def shifted(record: DataRecord, *, seconds: float) -> DataRecord:
         instant + delta if instant else instant  # none, or `GIVEN_UP`
         for instant in (record.in_progress_expiry_timestamp, record.lease_expiry_timestamp)
     )
-    expiry = record.expiry_timestamp
+    expiry, rounding = record.expiry_timestamp, HALF_A_SECOND if to_nearest_second else 999
     return record.replace(
-        expiry_timestamp=None if expiry is None else expiry + ceil(delta / 1000),
+        expiry_timestamp=None if expiry is None else expiry + (delta + rounding) // 1000,
         in_progress_expiry_timestamp=in_progress_expiry,
         lease_expiry_timestamp=lease_expiry,
     )
