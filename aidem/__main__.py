@@ -16,8 +16,9 @@ import re
 import sys
 import time
 from functools import partial
+from math import isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from aidem import operations
 from aidem._api.keys import idempotency_key
@@ -201,11 +202,14 @@ def _add_changing(commands: Any, store: Parser) -> None:
 
 
 def _json(text: str) -> Any:
-    def refuse(constant: str) -> None:
+    def refuse(constant: str) -> NoReturn:
         raise ValueError(f"{constant} is not in JSON")
 
+    def finite(number: str) -> float:
+        return float(number) if isfinite(float(number)) else refuse(number)
+
     try:
-        return json.loads(text, parse_constant=refuse)
+        return json.loads(text, parse_constant=refuse, parse_float=finite)
     except (ValueError, RecursionError) as error:
         raise argparse.ArgumentTypeError(f"is no JSON: {error}") from error
 

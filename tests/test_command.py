@@ -294,6 +294,7 @@ def test_a_refused_command_changes_nothing(store: Path, capsys: pytest.CaptureFi
         (["show", "1"], 1, "there is no record of 1"),
         (["resolve", KEY, "--result", "{"], 2, "is no JSON"),
         (["resolve", KEY, "--result", "NaN"], 2, "is no JSON: NaN is not in JSON"),
+        (["resolve", KEY, "--result", "[1.5, 1e999]"], 2, "is no JSON: 1e999 is not in JSON"),
         (["resolve", KEY, "--result", "[" * 100_000], 2, "is no JSON"),
         (["resolve", KEY, "--result", "1", "--unavailable"], 2, "not allowed with"),
         (["resolve", KEY, "--status", "200"], 1, "is the key of a function or a block, not of an HTTP request"),
