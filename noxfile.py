@@ -19,6 +19,7 @@ nox.options.reuse_existing_virtualenvs = True
 nox.options.sessions = ["lint", "demo", "package", "typing", "servers", "docs", "tests", "aiobotocore", "lowest"]
 
 SUPPORTED = ("3.11", "3.12", "3.13")
+NEXT = "3.14"  # tested wherever it is present
 MAIN = f"{sys.version_info.major}.{sys.version_info.minor}"
 
 # What depends on the version of a client; a second server, Powertools and many processes do not.
@@ -110,7 +111,7 @@ os.environ.setdefault("UV_SYSTEM_CERTS", "1")  # uv then trusts what pip trusts
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 _reveal_pyenv_versions()
 PROJECT = nox.project.load_toml("pyproject.toml")
-PRESENT = [version for version in sorted({*SUPPORTED, MAIN}) if _is_present(version)]
+PRESENT = [version for version in sorted({*SUPPORTED, NEXT, MAIN}) if _is_present(version)]
 
 
 def _install(session: nox.Session, *groups: str) -> None:

@@ -61,6 +61,7 @@ class Shell:
     def __init__(self, directory: Path, store: str, monkeypatch: pytest.MonkeyPatch) -> None:
         self.service = f"service_{secrets.token_hex(4)}"
         (directory / f"{self.service}.py").write_text(f"STORE = {store!r}\n{WORKER}")
+        self.store = store
         monkeypatch.chdir(directory)
         monkeypatch.setattr(sys, "path", [*sys.path])
         monkeypatch.setenv("AIDEM_PERSISTENCE", store)
@@ -74,6 +75,21 @@ class Shell:
         with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
             assert main(arguments) == code, (output.getvalue(), errors.getvalue())
         return output.getvalue() + errors.getvalue() * bool(code)
+
+    def typed_until_lapsed(self, *arguments: str) -> str:
+        """Type a command again and again while it says that the lease has hardly lapsed.
+
+        How far this clock is ahead of the store's is added to the lease, and after a slow answer it seems to be.
+        """
+        deadline = time.monotonic() + SECONDS
+        while time.monotonic() < deadline:
+            output, errors = io.StringIO(), io.StringIO()
+            with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
+                code = main(arguments)
+            if code == 0:
+                return output.getvalue()
+            assert "has hardly lapsed" in errors.getvalue()
+        raise AssertionError("the lease must lapse")
 
     def typed_by_two(self, *arguments: str) -> None:
         """Have two operators type a command at once; one of them is refused."""
@@ -101,6 +117,8 @@ class Shell:
         deadline = time.monotonic() + SECONDS
         while time.monotonic() < deadline:
             if listed := self.typed("list", "--in-doubt", "--json"):
+                if self.store.startswith("dynamodb"):
+                    time.sleep(1.1)  # a clock told in whole seconds may be so far behind, which is added to leases
                 return listed
             time.sleep(0.05)  # the lease that passes is judged by the clock of the server
         raise AssertionError("the key must be in doubt")
@@ -133,7 +151,7 @@ def clears_doubts(shell: Shell) -> None:
         worker.kill()
     assert json.loads(shell.until_in_doubt())["key"] == key
     assert "1 record with this prefix" in shell.typed("forget", "--prefix", "shop.charge#", code=1)
-    assert shell.typed("forget", "--prefix", "shop.charge#", "--yes") == "1 record forgotten\n"
+    assert shell.typed_until_lapsed("forget", "--prefix", "shop.charge#", "--yes") == "1 record forgotten\n"
     assert shell.typed("list") == ""
 
 

@@ -155,10 +155,9 @@ class _Batch:
 
 
 def _rows_of(event: object) -> list[list[_Item]]:
-    found = _member(event, "Records")
-    if not isinstance(found, list):
+    records = _member(event, "Records")
+    if not issubclass(type(records), list):
         raise _no_batch("it has no list of `Records`")
-    records: list[Any] = found
     rows: dict[Hashable, list[_Item]] = {}
     for place, record in enumerate(records):
         source = _text_at(record, "eventSource", place=place)

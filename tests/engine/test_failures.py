@@ -32,6 +32,7 @@ from tests.support.planned import (
     VIRTUAL_TIME,
     DeclinedError,
     Fault,
+    InMemory,
     Listener,
     PlannedLayer,
     SettlingLayer,
@@ -714,3 +715,18 @@ def test_a_claim_whose_reply_was_lost_is_released_before_the_loop_ends() -> None
     with pytest.raises(IdempotencyPersistenceConnectionError):
         asyncio.run(made_idempotent(till.charge, layer)(ORDER))
     assert not layer.inner.records()
+
+
+def interrupt() -> None:
+    """Do what the handler of a signal does."""
+    raise KeyboardInterrupt
+
+
+async def test_an_interrupt_while_a_layer_answers_at_once_leaves_no_claim() -> None:
+    layer, till = InMemory(interrupt), Till()
+    with pytest.raises(KeyboardInterrupt):
+        await made_idempotent(till.charge, layer)(ORDER)
+    assert len(layer.records()) == 1
+    await asyncio.sleep(0.1)
+    assert not layer.records()
+    assert not till.charges

@@ -4,11 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,37 +11,16 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.support.servers import free_port
+from tests.support.checkout import checkout
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(120)]
-EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
-DEADLINE_SECONDS = 60.0
 ORDER = {"order_id": "O-1", "cents": 4200}
 
 
 @pytest.fixture
 def url(tmp_path: Path) -> Iterator[str]:
-    port = free_port()
-    environment = os.environ | {"PORT": str(port), "CHECKOUT_FOLDER": str(tmp_path)}
-    with (tmp_path / "output.txt").open("ab") as output:
-        process = subprocess.Popen(
-            [sys.executable, str(EXAMPLES / "checkout.py")],
-            env=environment,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    try:
-        deadline = time.monotonic() + DEADLINE_SECONDS
-        while (printed := (tmp_path / "output.txt").read_text()).count("startup complete") < 2:
-            assert process.poll() is None, printed
-            assert time.monotonic() < deadline, printed
-            time.sleep(0.02)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    with checkout(tmp_path) as url:
+        yield url
 
 
 async def ask(url: str, path: str) -> Any:

@@ -20,7 +20,6 @@ from tests.support.planned import (
     LAYERS,
     VIRTUAL_TIME,
     Fault,
-    InMemory,
     PlannedLayer,
     Till,
     VirtualTimeLoop,
@@ -517,21 +516,6 @@ def test_a_key_is_given_back_though_the_loop_shuts_down() -> None:
 
     asyncio.run(main())
     assert not layer.inner.records()
-
-
-def interrupt() -> None:
-    """Do what the handler of a signal does."""
-    raise KeyboardInterrupt
-
-
-async def test_an_interrupt_while_a_layer_answers_at_once_leaves_no_claim() -> None:
-    layer, till = InMemory(interrupt), Till()
-    with pytest.raises(KeyboardInterrupt):
-        await made_idempotent(till.charge, layer)(ORDER)
-    assert len(layer.records()) == 1
-    await asyncio.sleep(0.1)
-    assert not layer.records()
-    assert not till.charges
 
 
 @pytest.mark.parametrize("kind", [EventKind.TAKEN_OVER, EventKind.WAITED, EventKind.CLAIMED])
