@@ -12,6 +12,7 @@ import importlib
 import json
 import logging
 import os
+import re
 import sys
 import time
 from functools import partial
@@ -236,15 +237,14 @@ def _with_layer(
 ) -> Callable[[Options], int]:
     async def run(layer: PersistenceLayer, options: Options) -> int:
         try:
-            return await command(layer, options)
+            async with contextlib.aclosing(layer):
+                return await command(layer, options)
         except (IdempotencyError, OutputError):
             raise
         except Exception as error:
             raise IdempotencyPersistenceLayerError(
                 f"{type(layer).__name__} raised {type(error).__name__}: {error}"
             ) from error
-        finally:
-            await layer.aclose()
 
     return lambda options: asyncio.run(run(_layer(options.store, makes=makes), options))
 
@@ -265,9 +265,9 @@ def _layer(store: str, *, makes: bool) -> PersistenceLayer:
 
 
 def _imported(name: str) -> Any:
-    module, colon, attributes = name.partition(":")
-    if not (module and colon and attributes):
-        raise IdempotencyUsageError(f"{name!r} names nothing to import; write module:name")
+    if not re.fullmatch(r"[\w.]+:[\w.]+", name):  # it may be a URL with a slip in it, and with a password
+        raise IdempotencyUsageError("this is no URL, which has ://, and names nothing to import; write module:name")
+    module, _, attributes = name.partition(":")
     sys.path.insert(0, str(Path.cwd()))
     try:
         found: Any = importlib.import_module(module)

@@ -89,16 +89,18 @@ async def find(
     status = None
     if state not in {None, RecordState.EXPIRED} and seen is None:
         status = RecordStatus.COMPLETED if state is RecordState.COMPLETED else RecordStatus.INPROGRESS
-    left = limit
+    left = inf if limit is None else limit
+    if not left:
+        return
     async for record in layer.scan(prefix=prefix, status=status):
-        if left == 0:
-            return
         if seen is not None:
             seen(record)
         found = _seen(layer, record)
         if state in {None, found.state}:
             yield found
-            left = None if left is None else left - 1
+            left -= 1
+            if not left:  # the next one may be many pages away
+                return
 
 
 async def look(layer: PersistenceLayer, key: str) -> Found | None:

@@ -365,6 +365,14 @@ def test_a_store_that_cannot_be_used_is_told(
         assert sentence in typed(capsys, "list", "--store", store, code=code)
 
 
+@pytest.mark.parametrize("store", ["redis:/shop:hunter2@host/0", "redis:shop:hunter2@host", "redi://shop:hunter2@host"])
+def test_a_url_with_a_slip_in_it_does_not_show_its_password(store: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list", "--store", store]) in {2, 3}
+    told = capsys.readouterr()
+    assert "names" in told.err
+    assert "hunter2" not in told.out + told.err
+
+
 def test_a_layer_can_be_imported(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (store.parent / "shop_layers.py").write_text(
         "from aidem.persistence.sqlite import SQLitePersistenceLayer\n"
@@ -592,6 +600,15 @@ def test_a_pipe_of_the_store_that_closes_is_a_failure_of_the_store(
     (path.parent / "piped_layer.py").write_text(text)
     told = typed(capsys, "show", KEY, "--store", "piped_layer:layer", code=3)
     assert told == "aidem: Failing raised BrokenPipeError: of the store\n"
+
+
+def test_a_layer_that_cannot_be_closed_is_a_failure_of_the_store(
+    path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = FAILING.replace("def get(self, key)", "async def aclose(self)").replace("FAILURE", "OSError('still in use')")
+    (path.parent / "unclosed_layer.py").write_text(text)
+    told = typed(capsys, "list", "--store", "unclosed_layer:layer", code=3)
+    assert told == "aidem: Failing raised OSError: still in use\n"
 
 
 FAILING = """

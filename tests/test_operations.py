@@ -90,6 +90,14 @@ async def test_records_are_found_with_their_states(layer: MemoryPersistenceLayer
     assert len(seen) == 5
 
 
+async def test_nothing_is_read_beyond_the_limit(layer: MemoryPersistenceLayer) -> None:
+    for number in range(3):
+        await claimed(layer, f"shop#{number}")
+    seen = list[DataRecord]()
+    assert len(await states(layer, limit=2, seen=seen.append)) == 2
+    assert len(seen) == 2
+
+
 # --- Resolving --------------------------------------------------------------------------------------------------------
 
 

@@ -35,6 +35,10 @@ from aidem._rules.record import COMPLETED, INPROGRESS, DataRecord, OutcomeKind, 
 GIVEN_UP: Final = 0
 """The lease expiry of a claim that its owner left in doubt; no lease that merely passed ends then."""
 
+HALF_A_SECOND: Final = 500
+"""A taken-over claim expires at the nearest second by the layer's clock: the next one would be later at each check that
+puts a claim back, and so doubt would never expire."""
+
 # --- What layers answer ---------------------------------------------------------------------------------------------
 
 
@@ -280,7 +284,7 @@ def taken_over(
     if not (has_passed or force):
         return None
     if proposed_at is not None:
-        proposed = shifted(proposed, seconds=now - proposed_at)
+        proposed = shifted(proposed, seconds=now - proposed_at, to_nearest_second=True)
     return _fenced(proposed, stored, now=now, last_fence=last_fence)
 
 
@@ -406,11 +410,11 @@ def completed(
     )
 
 
-def shifted(record: DataRecord, *, seconds: float) -> DataRecord:
+def shifted(record: DataRecord, *, seconds: float, to_nearest_second: bool = False) -> DataRecord:
     """Return the record with its instants moved from the caller's clock to the layer's.
 
     A queue or a busy file may have held the operation up; the durations that the caller asked for count from the
-    moment it is done.
+    moment it is done. The expiry moves by whole seconds, rounded up or to the nearest.
     """
     delta = int(seconds * 1000)
     if delta == 0:
@@ -419,9 +423,9 @@ def shifted(record: DataRecord, *, seconds: float) -> DataRecord:
         instant + delta if instant else instant  # none, or `GIVEN_UP`
         for instant in (record.in_progress_expiry_timestamp, record.lease_expiry_timestamp)
     )
-    expiry = record.expiry_timestamp
+    expiry, rounding = record.expiry_timestamp, HALF_A_SECOND if to_nearest_second else 999
     return record.replace(
-        expiry_timestamp=None if expiry is None else expiry + ceil(delta / 1000),
+        expiry_timestamp=None if expiry is None else expiry + (delta + rounding) // 1000,
         in_progress_expiry_timestamp=in_progress_expiry,
         lease_expiry_timestamp=lease_expiry,
     )

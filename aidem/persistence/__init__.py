@@ -193,6 +193,9 @@ class SupportsTakeOver(Protocol):
         record that is already ours is answered as found: the reply to an earlier try was lost. Everything else is
         None, and nothing changes. Layers that judge by their callers' clocks add `max_clock_skew_seconds` to the lease.
         A claim that an open transaction holds is not taken over, with `force` neither.
+
+        A layer whose own clock judges moves the expiry by whole seconds, to the nearest: a claim in doubt is put back
+        at every check that does not know, and must not expire later each time.
         """
         ...
 

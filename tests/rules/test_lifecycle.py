@@ -515,6 +515,12 @@ def test_a_shifted_record_has_later_instants(seconds: float, expiry: int, instan
     )
 
 
+@pytest.mark.parametrize(("seconds", "expiry"), [(0.004, 0), (0.499, 0), (0.5, 1), (-0.4, 0), (3600.25, 3600)])
+def test_the_expiry_of_a_claim_taken_over_is_shifted_to_the_nearest_second(seconds: float, expiry: int) -> None:
+    shifted = lifecycle.shifted(PROPOSED, seconds=seconds, to_nearest_second=True)
+    assert shifted.expiry_timestamp == NOW_S + 60 + expiry
+
+
 def test_instants_that_are_not_set_are_not_shifted() -> None:
     assert lifecycle.shifted(claim(), seconds=10) == claim()
 

@@ -178,6 +178,13 @@ class TakesOverOnlyWhatMayRunAgain(ChangesTheRecordStored):
         return stored.replace(lease_expiry_timestamp=None)
 
 
+@breaks("force_can_put_a_claim_back_whose_lease_has_passed")
+class RoundsTheExpiryUpToTheNextSecond(ChangesWhatIsAsked):
+    def asked(self, found: DataRecord, record: DataRecord, options: dict[str, Any]) -> tuple[DataRecord, DataRecord]:
+        delay = self.clock() - options["now"]
+        return found, record.replace(expiry_timestamp=(record.expiry_timestamp or 0) + (delay > 0))
+
+
 @breaks("take_over_takes_a_claim_that_was_given_up_at_once")
 class TakesGivenUpForNoLease(ChangesTheRecordStored):
     def seen(self, stored: DataRecord, found: DataRecord, record: DataRecord) -> DataRecord | None:

@@ -196,7 +196,8 @@ class PostgresPersistenceLayer(OpenedByAsyncWith):
                 return answer
             return None if reply.is_held else AGAIN
 
-        arguments = (*self._claim(record, now=now), found.owner, found.fence, force)
+        claim = self._claim(record, now=now, to_nearest_second=True)
+        arguments = (*claim, found.owner, found.fence, force)
         return self._ask(self._statements.take_over, arguments, read)
 
     def complete(self, record: DataRecord, *, now: float) -> Awaitable[bool]:
@@ -396,9 +397,10 @@ class PostgresPersistenceLayer(OpenedByAsyncWith):
     def _now(self) -> int | None:
         return None if self._own_clock is None else lifecycle.milliseconds(self._own_clock())
 
-    def _claim(self, record: DataRecord, *, now: float) -> tuple[Any, ...]:
+    def _claim(self, record: DataRecord, *, now: float, to_nearest_second: bool = False) -> tuple[Any, ...]:
         """Return what a statement is given that stores a claim."""
-        return (*self._judge(record), *durations(record, now=now), record.payload_hash or None, record.note)
+        instants = durations(record, now=now, to_nearest_second=to_nearest_second)
+        return (*self._judge(record), *instants, record.payload_hash or None, record.note)
 
     async def _pages(self, prefix: str) -> AsyncGenerator[list[DataRecord]]:
         last = ""

@@ -42,8 +42,13 @@ def record_of(key: str, row: Sequence[Any]) -> DataRecord | None:
         raise unknown_state(key, status=status, outcome=outcome) from error
 
 
-def durations(record: DataRecord, *, now: float) -> tuple[int | None, int | None, int | None]:
-    """Return how many milliseconds after `now` its expiry, its in-progress expiry and its lease expiry come."""
+def durations(
+    record: DataRecord, *, now: float, to_nearest_second: bool = False
+) -> tuple[int | None, int | None, int | None]:
+    """Return how many milliseconds after `now` its expiry, its in-progress expiry and its lease expiry come.
+
+    The store rounds its expiry up to a second, or with `to_nearest_second` to the nearest one.
+    """
     start = lifecycle.milliseconds(now)
     expiry, in_progress, lease = (
         record.expiry_timestamp,
@@ -51,7 +56,7 @@ def durations(record: DataRecord, *, now: float) -> tuple[int | None, int | None
         record.lease_expiry_timestamp,
     )
     return (
-        None if expiry is None else expiry * 1000 - start,
+        None if expiry is None else expiry * 1000 - start - lifecycle.HALF_A_SECOND * to_nearest_second,
         None if in_progress is None else in_progress - start,
         None if lease is None else lease - start,
     )

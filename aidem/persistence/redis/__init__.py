@@ -177,7 +177,7 @@ class RedisPersistenceLayer(OpenedByAsyncWith):
         """Store a claim in the place of the one found."""
         key = record.idempotency_key
         keys = (key, f"{key}:lock") if self._respects_lock else (key,)
-        claim = (*durations(record, now=now), self._text.claim(record))
+        claim = (*durations(record, now=now, to_nearest_second=True), self._text.claim(record))
         return self._ask(
             (len(keys), *keys, *self._judge(record), *claim, found.owner or "", found.fence, int(force)),
             lambda reply: self._text.read(key, reply),

@@ -102,10 +102,13 @@ class RecordText:
             raise unknown_state(key, status=status, outcome=outcome) from error
 
 
-def durations(record: DataRecord, *, now: float) -> tuple[str | int, str | int, str | int]:
+def durations(
+    record: DataRecord, *, now: float, to_nearest_second: bool = False
+) -> tuple[str | int, str | int, str | int]:
     """Return how many milliseconds after `now` its expiry, its in-progress expiry and its lease expiry come.
 
-    The last one is `GIVEN_UP` where the record is.
+    The store rounds its expiry up to a second, or with `to_nearest_second` to the nearest one. The last one is
+    `GIVEN_UP` where the record is.
     """
     start = lifecycle.milliseconds(now)
     expiry, in_progress, lease = (
@@ -114,7 +117,7 @@ def durations(record: DataRecord, *, now: float) -> tuple[str | int, str | int, 
         record.lease_expiry_timestamp,
     )
     return (
-        "" if expiry is None else expiry * 1000 - start,
+        "" if expiry is None else expiry * 1000 - start - lifecycle.HALF_A_SECOND * to_nearest_second,
         "" if in_progress is None else in_progress - start,
         "" if lease is None else GIVEN_UP if lease == lifecycle.GIVEN_UP else lease - start,
     )
