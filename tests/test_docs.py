@@ -166,6 +166,24 @@ def test_every_promise_and_every_window_names_its_tests() -> None:
     assert all(".py::test_" in section for section in sections)
 
 
+@pytest.mark.parametrize(
+    ("name", "section"),
+    [
+        ("blocking.md", "In a worker of a task queue"),
+        ("lambda.md", "Batches"),
+        ("observing.md", "Prometheus"),
+        ("observing.md", "OpenTelemetry"),
+        ("observing.md", "CloudWatch with Powertools Metrics"),
+        ("operations.md", "A check instead of a human"),
+        ("operations.md", "From code"),
+    ],
+)
+def test_an_example_that_readers_come_to_by_a_link_runs_without_the_blocks_before_it(name: str, section: str) -> None:
+    [text] = re.findall(rf"^## {section}$(.*?)(?:^## |\Z)", page(name), re.MULTILINE | re.DOTALL)
+    example = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)[0]
+    exec(compile(example, name, "exec", dont_inherit=True), {"__name__": "example"})
+
+
 def test_every_window_says_what_happens_what_aidem_does_and_what_the_user_can_do() -> None:
     windows = re.split(r"^### W", page("guarantees.md"), flags=re.MULTILINE)[1:]
     for window in windows:

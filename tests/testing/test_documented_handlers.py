@@ -12,7 +12,6 @@ import aiosqlite
 import httpx
 import pytest
 
-from aidem.persistence.memory import MemoryPersistenceLayer
 from aidem.testing import CrashReport, FakeClock, crash_everywhere
 
 ROOT = Path(__file__).parents[2]
@@ -188,9 +187,9 @@ async def test_the_route_of_the_transactions_page(
 
 
 async def test_the_batch_of_the_lambda_page(clock: FakeClock) -> None:
-    names: dict[str, Any] = {"layer": MemoryPersistenceLayer(clock=clock)}
+    names: dict[str, Any] = {"clock": clock}
     [code] = [code for code in blocks_of("docs/lambda.md") if "async def charge_all" in code]
-    exec("from aidem import IdempotencyConfig\n" + code, names)
+    exec(code.replace("PersistenceLayer()", "PersistenceLayer(clock=clock)"), names)
     source = {"eventSource": "aws:sqs", "eventSourceARN": "arn:aws:sqs:eu-central-1:111122223333:orders"}
     bodies = ('{"order_id": "o-1", "amount": 1}', '{"order_id": "o-2", "amount": -1}')
     records = [{"messageId": f"m-{number}", "body": body, **source} for number, body in enumerate(bodies)]
