@@ -209,10 +209,8 @@ class BackgroundStep(Generic[T]):
             self._wake()
 
     def _wake(self) -> None:
-        try:  # noqa: SIM105 - cheaper than contextlib.suppress, for every step
+        with contextlib.suppress(Exception):  # it was woken before, and an interrupt has kept it from noticing
             self._finished.release()
-        except Exception:  # noqa: BLE001, S110 - it was woken before, and an interrupt has kept it from noticing
-            pass
 
 
 _step: Final[ContextVar[BackgroundStep[Any]]] = ContextVar("aidem_background_step")

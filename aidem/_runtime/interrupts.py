@@ -56,13 +56,13 @@ class Interrupts:
         if os.getpid() != self._pid:  # a child that was forked meanwhile, by multiprocessing for example
             signal.signal(number, _DEFAULTS[number])
             signal.raise_signal(number)
-            return  # the task is its parent's
-        interrupt = KeyboardInterrupt() if number == signal.SIGINT else SystemExit(128 + number)
-        if self._interrupt is not None:
-            raise interrupt
-        self._interrupt = interrupt
-        self._task.cancel()
-        self._loop.call_soon_threadsafe(_nothing)  # it may be waiting, and looks only when it is woken
+        else:
+            interrupt = KeyboardInterrupt() if number == signal.SIGINT else SystemExit(128 + number)
+            if self._interrupt is not None:
+                raise interrupt
+            self._interrupt = interrupt
+            self._task.cancel()
+            self._loop.call_soon_threadsafe(_nothing)  # it may be waiting, and looks only when it is woken
 
 
 def _nothing() -> None:
