@@ -151,11 +151,7 @@ class _Place:
         self._unused.clear()
         try:
             if self._client is None:
-                async with self._lock:
-                    if self._client is None:  # or another has made it meanwhile
-                        holder = _hold(connect, forget)
-                        self._client = await anext(holder)
-                        self._holder = holder
+                await self._fill(connect, forget)
             return await action(self._client)
         finally:
             self._users -= 1
@@ -169,6 +165,14 @@ class _Place:
         finally:
             if self._holder is not None:
                 await self._holder.aclose()
+
+    async def _fill(self, connect: Connect, forget: Callable[[], Any]) -> None:
+        async with self._lock:
+            if self._client is not None:
+                return  # another has made it meanwhile
+            holder = _hold(connect, forget)
+            self._client = await anext(holder)
+            self._holder = holder
 
 
 _Places: TypeAlias = "dict[tuple[int, asyncio.AbstractEventLoop], _Place]"
