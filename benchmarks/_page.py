@@ -133,8 +133,8 @@ def _runs(kept: Mapping[str, Any], _rows_of: Mapping[str, list[Row]]) -> str:
             f"{run['measured']}: {machine['python']}, {machine['system']} on {machine['architecture']}, "
             f"{machine['cores']} cores; {packages}."
         )
-        runs.setdefault(facts, []).append(f"`{subject}`")
-    return "\n".join(f"- {', '.join(subjects)} on {facts}" for facts, subjects in runs.items())
+        runs.setdefault(facts, []).append(subject)
+    return "\n".join(f"- `{'`, `'.join(sorted(subjects))}` on {facts}" for facts, subjects in runs.items())
 
 
 _TABLES: dict[str, Callable[[Mapping[str, Any], Mapping[str, list[Row]]], str]] = {
