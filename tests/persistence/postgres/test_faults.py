@@ -101,6 +101,26 @@ async def test_w4_a_completion_whose_reply_was_lost_is_repeated_and_accepted(
     assert calls == [1]
 
 
+async def test_a_connection_that_breaks_before_the_server_has_said_what_it_is_is_an_outage(
+    proxy: Proxy, server: PostgresServer
+) -> None:
+    layer = PostgresPersistenceLayer(through(proxy, server), timeout_seconds=10, max_connections=1)
+    proxy.delay(0.03)
+
+    async def cut_at_the_first_question() -> None:
+        while not any(b"pg_is_in_recovery" in request for request in proxy.requests):  # noqa: ASYNC110 on the wire
+            await asyncio.sleep(0.001)
+        proxy.refuse()
+
+    cutting = asyncio.create_task(cut_at_the_first_question())
+    with pytest.raises(IdempotencyPersistenceConnectionError):
+        await layer.get("key")
+    await cutting
+    proxy.heal()
+    assert await layer.get("key") is None
+    await layer.aclose()
+
+
 @pytest.mark.parametrize("side", ["requests", "replies"])
 async def test_a_network_that_swallows_everything_is_an_outage_in_time_and_a_retry_afterwards_succeeds(
     cut_off: PostgresPersistenceLayer, proxy: Proxy, side: str

@@ -71,6 +71,21 @@ async def test_a_table_that_many_create_at_once_is_created(make_layer: MakeLayer
     await claimed(layers[0])
 
 
+async def test_a_table_that_another_creates_at_the_same_moment_is_created(
+    make_layer: MakeLayer, empty: Any, url: str
+) -> None:
+    layer = make_layer()
+    async with connected(url) as observer:
+        async with empty.transaction():
+            await empty.execute(table_ddl())
+            creating = asyncio.create_task(layer.create_table())
+            waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
+            while not await observer.fetchval(waiting):  # noqa: ASYNC110 in the server
+                await asyncio.sleep(0.01)
+        await creating
+    assert await claimed(layer)
+
+
 async def test_the_ddl_for_a_migration_is_what_create_table_runs(make_layer: MakeLayer, empty: Any) -> None:
     await empty.execute("CREATE SCHEMA app")
     await empty.execute(table_ddl("app.Records"))
