@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
-import os
 import subprocess
 import sys
 from collections.abc import AsyncGenerator, Awaitable, Callable
@@ -251,9 +250,14 @@ async def test_an_ending_has_the_exception_of_the_body_else_the_reason_why_the_c
 
 
 @POLICIES
-async def test_a_claim_of_a_closed_generator_has_one_ending(policy: Any) -> None:
+@pytest.mark.parametrize("is_away", [False, True])
+async def test_a_claim_of_a_closed_generator_has_one_ending_also_where_its_store_is_away(
+    policy: Any, is_away: bool
+) -> None:
     layer, listener = PlannedLayer(), Listener()
     config = IdempotencyConfig(hooks=(listener,), on_abandoned=policy)
+    if is_away:
+        layer.plan("release", Fault(error=DENIED)).plan("renew", Fault(error=DENIED))
 
     async def steps() -> AsyncGenerator[None]:
         async with idempotency("order", persistence_store=layer, config=config) as execution:
@@ -264,25 +268,8 @@ async def test_a_claim_of_a_closed_generator_has_one_ending(policy: Any) -> None
     await anext(generator)
     await generator.aclose()
     await asyncio.sleep(1)
-    assert ending_of(listener.events).kind is (IN_DOUBT if policy == "raise" else RELEASED)
-
-
-@POLICIES
-async def test_a_claim_of_a_closed_generator_whose_store_is_away_is_left_to_lapse(policy: Any) -> None:
-    layer, listener = PlannedLayer(), Listener()
-    config = IdempotencyConfig(hooks=(listener,), on_abandoned=policy)
-    layer.plan("release", Fault(error=DENIED)).plan("renew", Fault(error=DENIED))
-
-    async def steps() -> AsyncGenerator[None]:
-        async with idempotency("order", persistence_store=layer, config=config) as execution:
-            if not execution.replayed:
-                yield
-
-    generator = steps()
-    await anext(generator)
-    await generator.aclose()
-    await asyncio.sleep(1)
-    assert ending_of(listener.events).kind is left_so(policy)
+    given_back = IN_DOUBT if policy == "raise" else RELEASED
+    assert ending_of(listener.events).kind is (left_so(policy) if is_away else given_back)
 
 
 @POLICIES
@@ -403,7 +390,6 @@ charge()
 """
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
 def test_a_fork_reports_no_ending_of_its_parents_claim() -> None:
     done = subprocess.run(
         [sys.executable, "-W", "ignore::DeprecationWarning", "-c", FORK], cwd=ROOT, capture_output=True, text=True
