@@ -275,13 +275,14 @@ class Call:
                 return
         flights = self._loop_state.flights
         self._flight = SingleFlight(flights, self.key)
+        stands_in_line = config.wait_timeout_seconds > 0 and not self.is_durable_replay
         try:
-            if config.wait_timeout_seconds > 0 and not self.is_durable_replay:
-                await self._follow_others(self._flight)
-            while self.phase is _NEW:  # ask until the key is ours, has an outcome, or the time is over
-                # It leads, unless another does: then it asks beside that one.
-                flights.setdefault(self.key.text, self._flight)
-                await self._ask(self._flight)
+            while self.phase is _NEW:  # until the key is ours, has an outcome, or the time is over
+                leader = flights.setdefault(self.key.text, self._flight)
+                if stands_in_line and leader is not self._flight:
+                    await self._follow(leader, self._flight)
+                else:  # it leads, or asks beside the leader
+                    await self._ask(self._flight)
         except BaseException as error:
             if self.phase is _NEW:  # else the claim is held, and `fail` releases it
                 ending: Ending = None
@@ -292,12 +293,11 @@ class Call:
                 self._end(ending)
             raise
 
-    async def _follow_others(self, flight: SingleFlight) -> None:
-        """Wait while other calls of this loop are at the store: for an outcome, or until it is our turn."""
-        while self.phase is _NEW and (leader := flight.leader) is not None and leader is not flight:
-            outcome = await self._waiting().follow(leader, flight)
-            if outcome is not None and not lifecycle.is_expired(outcome, now=self.plan.clock()):
-                self.replay(outcome)
+    async def _follow(self, leader: SingleFlight, flight: SingleFlight) -> None:
+        """Wait while another call of this loop is at the store: for an outcome, or until it is our turn."""
+        outcome = await self._waiting().follow(leader, flight)
+        if outcome is not None and not lifecycle.is_expired(outcome, now=self.plan.clock()):
+            self.replay(outcome)
 
     async def _ask(self, flight: SingleFlight) -> None:
         claim = Claim(self.plan, self.key, flight, self._loop_state, self.reporter)
@@ -357,9 +357,9 @@ class Call:
             case Resolution.REPLAY:
                 self._end(claim.record)
                 self.replay(claim.record)
-            case _:  # ASK_AGAIN, beside the next caller in line, for the flight may be over
-                flight.end(None)
-                self._flight = SingleFlight(self._loop_state.flights, self.key)
+            case _:  # ASK_AGAIN: in line again if our claim was lost, for then the next one leads
+                if flight.is_over:
+                    self._flight = SingleFlight(self._loop_state.flights, self.key)
 
     async def ask_check(self, abandoned: AbandonedExecution) -> Any:
         """Ask the check what has become of an execution; return whatever it answers."""

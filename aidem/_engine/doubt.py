@@ -56,7 +56,7 @@ class Resolution(Enum):
 
     RUN = auto()  # the effect did not happen: the body runs under our claim
     REPLAY = auto()  # it happened, and the record of our claim is its outcome
-    ASK_AGAIN = auto()  # the claim is not there any more, or ours was lost
+    ASK_AGAIN = auto()  # another caller took it over first, or has taken over ours
 
 
 class Doubt:
@@ -181,6 +181,7 @@ class Doubt:
             raise
         in_doubt = await self._put_back_unused(shield, within_seconds=CLEANUP_SECONDS)
         if in_doubt is None:
+            self._claim.note_loss()
             return Resolution.ASK_AGAIN
         raise IdempotencyInDoubtError(record=in_doubt) from failure
 

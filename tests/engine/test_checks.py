@@ -281,6 +281,21 @@ async def test_of_two_askers_one_checks_and_the_other_gets_its_outcome() -> None
     assert len(bank.asked) == 1
 
 
+async def test_callers_who_wait_share_the_verdict_also_where_another_process_was_quicker() -> None:
+    layer, till = PlannedLayer(), Till()
+    await left_in_doubt(layer)
+    bank = Bank(StillUnknown(), StillUnknown(), seconds=0.001)  # over before a refused caller asks again
+    layers = (layer, other_process(layer))
+    for each in layers:
+        each.latency_seconds = 0.01
+    charges = [charge_with(bank, each, till, wait_timeout_seconds=60) for each in layers]
+    callers = [charge(ORDER) for charge in charges for _ in range(5)]
+    answers: list[Any] = await asyncio.gather(*callers, return_exceptions=True)
+    assert [type(answer) for answer in answers] == [IdempotencyInDoubtError] * 10
+    assert sum(each.calls.count("take_over") for each in layers) == 3, "nobody was refused"
+    assert len(bank.asked) == 2
+
+
 async def test_an_asker_that_stood_still_does_not_run_what_another_has_checked_meanwhile() -> None:
     layer, till = PlannedLayer(), Till()
     await left_in_doubt(layer)
