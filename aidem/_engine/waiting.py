@@ -33,6 +33,8 @@ SHORTEST_PAUSE_SECONDS: Final = 0.01
 FIRST_DELAY_SECONDS: Final = 0.05
 DELAY_GROWTH: Final = 1.4
 LONGEST_DELAY_SECONDS: Final = 1.0
+PASSED_SECONDS: Final = 0.002
+"""How long after the end of a lease it has surely passed: it counts in whole milliseconds, which are rounded."""
 
 
 class WaitBudget:
@@ -104,8 +106,8 @@ class WaitBudget:
         delay = min(LONGEST_DELAY_SECONDS, FIRST_DELAY_SECONDS * growth)
         seconds = min(delay * random.uniform(1.0, 1.25), remaining)  # noqa: S311 - jitter, not a secret
         end = None if record is None else lifecycle.lease_end(record)
-        if end is not None and end / 1000 > now:
-            seconds = min(seconds, end / 1000 - now + 0.001)
+        if end is not None and (lapses_in := end / 1000 - now + PASSED_SECONDS) > 0:
+            seconds = min(seconds, lapses_in)
         await self._until_change(seconds, shortest=min(seconds, SHORTEST_PAUSE_SECONDS * growth))
 
     async def _until_change(self, seconds: float, *, shortest: float) -> None:

@@ -15,9 +15,9 @@ Faults hold for every connection, open or new, until `heal`:
 - `proxy.cut()`: end all open connections now, once; `proxy.refuse()`: and every new one too.
 - `proxy.cut_after_reply_is_dropped()`: throw away the next reply, then end its connection: applied, reply lost.
 
-`proxy.forwarded` and `proxy.dropped` count bytes (`.requests`, `.replies`), `proxy.connections` counts connections
-made, and `proxy.open_connections` those that are open; `proxy.requests` holds each chunk a client wrote, in order, for
-tests that count what went over the wire.
+`proxy.forwarded`, `proxy.dropped` and `proxy.held` count bytes (`.requests`, `.replies`), `proxy.connections` counts
+connections made, and `proxy.open_connections` those that are open; `proxy.requests` holds each chunk a client wrote, in
+order, for tests that count what went over the wire.
 """
 
 from __future__ import annotations
@@ -54,6 +54,7 @@ class Proxy:
     requests: list[bytes] = field(default_factory=list)
     forwarded: Bytes = field(default_factory=Bytes)
     dropped: Bytes = field(default_factory=Bytes)
+    held: Bytes = field(default_factory=Bytes)
     _dropping: set[Side] = field(default_factory=set)
     _delay_seconds: float = 0.0
     _refusing: bool = False
@@ -145,6 +146,8 @@ class Proxy:
     async def _pass_on(self, side: Side, source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
         with contextlib.suppress(OSError):
             while chunk := await source.read(CHUNK_BYTES):
+                if not self._open.is_set():
+                    self.held.add(side, len(chunk))
                 await self._open.wait()
                 await asyncio.sleep(self._delay_seconds)
                 if side == "requests":

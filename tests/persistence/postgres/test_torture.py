@@ -11,7 +11,7 @@ from typing import Any
 import asyncpg
 import pytest
 
-from aidem import idempotency
+from aidem import IdempotencyConfig, idempotency
 from aidem.exceptions import IdempotencyAlreadyInProgressError
 from aidem.persistence.postgres import PostgresPersistenceLayer
 from tests.support.paying import SECONDS, Torture
@@ -59,8 +59,11 @@ async def payments(client: Any) -> None:
     await client.execute(f"DROP TABLE IF EXISTS payments; {PAYMENTS}")
 
 
-async def pay(layer: PostgresPersistenceLayer, connection: Any, before_commit: Any = lambda: None) -> Any:
-    async with idempotency("o-1", persistence_store=layer) as execution:
+async def pay(
+    layer: PostgresPersistenceLayer, connection: Any, before_commit: Any = lambda: None, **options: Any
+) -> Any:
+    config = IdempotencyConfig(lease_seconds=5, **options)
+    async with idempotency("o-1", persistence_store=layer, config=config) as execution:
         if not execution.replayed:
             await connection.execute("BEGIN")
             number = await connection.fetchval("INSERT INTO payments DEFAULT VALUES RETURNING number")
@@ -88,18 +91,17 @@ async def test_a_commit_that_arrives_late_wins_or_finds_its_transaction_ended(
     layer: PostgresPersistenceLayer, server: PostgresServer, client: Any
 ) -> None:
     async with Proxy.to(server.port) as proxy, through(proxy, server) as connection:
-        with pytest.raises(TimeoutError):
-            async with asyncio.timeout(1):
-                await pay(layer, connection, proxy.hold)
+        paying = asyncio.create_task(pay(layer, connection, proxy.hold))
+        while not proxy.held.requests:  # noqa: ASYNC110 - the proxy counts, and tells nobody
+            await asyncio.sleep(0.01)
+        paying.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await paying
         with pytest.raises(IdempotencyAlreadyInProgressError):
             await pay(layer, client)  # the transaction may yet be committed, so nobody takes the key over
-        proxy.heal()
-        for _ in range(100):
-            await asyncio.sleep(0.05)
-            if await client.fetchval("SELECT count(*) FROM payments"):
-                break
-        assert await pay(layer, client) == 1
-    assert await client.fetchval("SELECT count(*) FROM payments") == 1
+        proxy.heal()  # and with the commit comes the request to cancel it
+        number = await pay(layer, client, wait_timeout_seconds=30)
+    assert [row["number"] for row in await client.fetch("SELECT number FROM payments")] == [number]
 
 
 async def test_a_server_that_crashes_before_the_commit_leaves_neither_row_nor_outcome(
