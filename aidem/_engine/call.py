@@ -496,11 +496,13 @@ class Call:
         """Let nothing of ours meet the body's transaction, or its request."""
         self._claim.check_process()
         await self._claim.pause_renewal()
+        self.takes("complete_in")  # or the body has ended meanwhile
         self.phase = _COMPLETING
         self._claim.is_in_transaction = True
 
     def _undo_completion(self, earlier: Phase) -> None:
-        self.phase = earlier
+        if self.phase is _COMPLETING:  # or the body has ended meanwhile
+            self.phase = earlier
         self._claim.is_in_transaction = earlier is _COMPLETING
 
     async def _resume_renewal(self) -> None:
