@@ -122,6 +122,17 @@ def none_was_free(timeout_seconds: float) -> IdempotencyPersistenceLayerError:
     return failure
 
 
+def none_was_lent(timeout_seconds: float) -> IdempotencyPersistenceLayerError:
+    """Return the error for an operation that could not be sent in time, as the pool of the user lent no connection."""
+    failure = IdempotencyPersistenceConnectionError(
+        f"the pool had no connection to lend within {timeout_seconds:.3g} s, which timeout_seconds allows: the "
+        "application holds all of them, or PostgreSQL does not answer; give the pool more connections than bodies take "
+        "at once, and take none before an idempotent call begins"
+    )
+    failure.may_be_applied = False
+    return failure
+
+
 def stayed_locked(timeout_seconds: float) -> IdempotencyPersistenceLayerError:
     """Return the error for a record that others keep from being looked at."""
     failure = IdempotencyPersistenceConnectionError(
