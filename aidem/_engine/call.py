@@ -113,7 +113,8 @@ _REFUSALS_IN_TRANSACTION: Final = {
     Commitment.COMMITTED: "this call was completed before, and that was committed; leave the body",
     Commitment.ROLLED_BACK: (
         "the transaction does not see the claim of this call: it is on another database than the persistence layer, or "
-        "it was begun before the claim was made; begin it in the body, on the database that holds the records"
+        "its search_path finds another table, or it was begun before the claim was made; begin it in the body, on the "
+        "database that holds the records"
     ),
 }
 _HELD_BY_ANOTHER: Final = (
@@ -122,8 +123,9 @@ _HELD_BY_ANOTHER: Final = (
 )
 _NOT_COMMITTED: Final = {
     Commitment.OPEN: (
-        "complete() was called in a transaction that is not committed but still open; commit it before the body ends. "
-        "The key stays claimed until its lease ends, for the transaction may yet be committed"
+        "complete() was called in a transaction that is not committed but still open; commit it before the body ends, "
+        "and the outer one if it is inside another. The key stays claimed until its lease ends, for the transaction "
+        "may yet be committed"
     ),
     Commitment.ROLLED_BACK: (
         "complete() was called in a transaction that was not committed but rolled back, or its savepoint was, or a "
