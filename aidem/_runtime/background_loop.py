@@ -76,8 +76,9 @@ def submit(step: BackgroundStep[Any]) -> None:
     """Let the background loop begin a step; start the loop if there is none."""
     with _process.lock:
         if _process.loop is None or not _process.loop.is_alive():
-            _process.loop = BackgroundLoop()
-            _process.loop.start()
+            loop = BackgroundLoop()
+            loop.start()
+            _process.loop = loop  # not before: an interrupt may keep it from being started
             atexit.register(close, is_exiting=True)  # so it runs before what layers have registered
             _before_snapshot.arm()
         step.submit_to(_process.loop)
@@ -221,8 +222,7 @@ class BackgroundLoop:
     """A thread with an event loop.
 
     Attributes:
-        start: Starts the thread.
-        is_alive: Whether the thread runs; an interrupt may have kept it from being started.
+        is_alive: Whether the thread runs.
         steps: The tasks that threads wait for.
         is_exiting: Whether it ends because the interpreter exits.
     """
@@ -233,10 +233,21 @@ class BackgroundLoop:
         self._loop = event_loop()
         self._ending: asyncio.Task[None] | None = None
         self._has_ended = False
+        self._is_taken = Lock()  # by its thread, or by a `start` that was interrupted before: it closes the loop
         # A daemon, as nothing would end it before the interpreter waits for its threads.
         self._thread = thread_for(self._serve, name="aidem.sync")
-        self.start = self._thread.start
         self.is_alive = self._thread.is_alive
+
+    def start(self) -> None:
+        """Start the thread. If that fails or is interrupted, the thread ends at once, if there is one."""
+        try:
+            self._thread.start()
+        except BaseException:
+            if self._is_taken.acquire(blocking=False):
+                self._loop.close()
+            else:
+                self.end()
+            raise
 
     def call(self, callback: Callable[[], object]) -> bool:
         """Let the loop call something; False: it is closed."""
@@ -256,6 +267,8 @@ class BackgroundLoop:
         self._thread.join(4 * CLEANUP_SECONDS)
 
     def _serve(self) -> None:
+        if not self._is_taken.acquire(blocking=False):
+            return
         while not self._has_ended:
             # A task that raises one of these stops the loop, which other threads need.
             with contextlib.suppress(KeyboardInterrupt, SystemExit):
