@@ -170,7 +170,8 @@ def current_execution() -> Execution:
 
 
 def enter(execution: Execution) -> Token[weakref.ref[Execution] | None]:
-    """Make an execution the current one, until `leave` gets the token. It must be kept alive so long."""
+    """Begin a body: make its execution the current one, until `leave` gets the token. It must be kept alive so long."""
+    execution._call.has_body_begun = True  # noqa: SLF001 - of this module
     return _current.set(weakref.ref(execution))
 
 
