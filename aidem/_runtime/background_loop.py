@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar, cast
 
 from aidem._runtime.cancellation import CLEANUP_SECONDS, writes
 from aidem._runtime.lambda_lifecycle import BeforeSnapshot
-from aidem._runtime.threads import Lock, event_loop, held_lock, thread_for
+from aidem._runtime.threads import Lock, event_loop, held_lock, is_patched, thread_for
 from aidem.exceptions import IdempotencyUsageError
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def run_unattended(start: Callable[[], Coroutine[Any, Any, Any]]) -> None:
 def submit(step: BackgroundStep[Any]) -> None:
     """Let the background loop begin a step; start the loop if there is none."""
     with _process.lock:
-        if _process.loop is None or not _process.loop.is_alive():
+        if _process.loop is None or not _process.loop.is_alive() or _process.loop.is_patched is not is_patched():
             loop = BackgroundLoop()
             loop.start()
             _process.loop = loop  # not before: an interrupt may keep it from being started
@@ -223,12 +223,15 @@ class BackgroundLoop:
 
     Attributes:
         is_alive: Whether the thread runs.
+        is_patched: Whether gevent had patched the standard library when it was made. One that was made before cannot
+            begin threads any more, so it only finishes what it was asked.
         steps: The tasks that threads wait for.
         is_exiting: Whether it ends because the interpreter exits.
     """
 
     def __init__(self) -> None:
         self.is_exiting = False
+        self.is_patched = is_patched()
         self.steps: set[asyncio.Task[None]] = set()
         self._loop = event_loop()
         self._ending: asyncio.Task[None] | None = None
