@@ -47,6 +47,7 @@ class Execution:
     __slots__ = ("__weakref__", "_call", "_completed")
 
     def __init__(self, call: Call) -> None:
+        call.has_body_begun = True  # a front makes the execution right before it
         self._call = call
         self._completed: Any = _NOTHING
 
@@ -170,8 +171,7 @@ def current_execution() -> Execution:
 
 
 def enter(execution: Execution) -> Token[weakref.ref[Execution] | None]:
-    """Begin a body: make its execution the current one, until `leave` gets the token. It must be kept alive so long."""
-    execution._call.has_body_begun = True  # noqa: SLF001 - of this module
+    """Make an execution the current one, until `leave` gets the token. It must be kept alive so long."""
     return _current.set(weakref.ref(execution))
 
 
