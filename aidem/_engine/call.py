@@ -129,7 +129,7 @@ _NOT_COMMITTED: Final = {
     ),
     Commitment.ROLLED_BACK: (
         "complete() was called in a transaction that was not committed but rolled back, or its savepoint was, or a "
-        "request with completion_item() was not applied; raise an exception to end the body without an outcome"
+        "request with completion_item() was not applied; complete it in another one, or end the body with an exception"
     ),
 }
 
