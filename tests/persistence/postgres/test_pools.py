@@ -190,12 +190,12 @@ async def test_a_server_that_falls_silent_fails_in_time_whatever_the_pool_waits_
         Proxy.to(server.port) as proxy,
         pool_of(kind, server.url.replace(f":{server.port}", f":{proxy.port}"), size=1) as pool,
     ):
-        layer = PostgresPersistenceLayer(pool=pool)
+        layer = PostgresPersistenceLayer(pool=pool, timeout_seconds=30)
         await claimed(layer)
         await layer.aclose()
         proxy.hold()
         asking = asyncio.create_task(ask())
-        await asyncio.wait([asking], timeout=5)
+        await asyncio.wait([asking], timeout=8)  # psycopg gives up after 10
         assert proxy.held.requests
         was_in_time = asking.done()
         proxy.heal()
