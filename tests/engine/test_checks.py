@@ -255,7 +255,7 @@ async def test_the_time_for_waiting_does_not_bound_the_check_but_a_timeout_does(
     assert await charge(ORDER) == {"receipt": 9}
 
 
-@pytest.mark.parametrize("verdict", [Happened({"receipt": 9}), StillUnknown(), None])
+@pytest.mark.parametrize("verdict", [Happened({"receipt": 9}), StillUnknown(), ValueError("the bank is closed")])
 async def test_callers_of_one_loop_share_the_verdict(verdict: Any) -> None:
     layer, till = PlannedLayer(), Till()
     await left_in_doubt(layer)

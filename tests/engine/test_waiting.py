@@ -196,8 +196,24 @@ async def test_followers_share_the_error_of_a_store_that_is_down() -> None:
     results = await asyncio.gather(*(charge(ORDER) for _ in range(20)), return_exceptions=True)
     assert {type(result) for result in results} == {IdempotencyPersistenceConnectionError}
     assert len({id(result) for result in results}) == 20  # an error of its own for each
+    assert {result.__cause__ for result in results} == {down}
     assert layer.calls.count("acquire") == 1
     assert not till.charges
+
+
+async def test_what_a_caller_notes_on_its_error_is_not_on_those_of_others_in_line() -> None:
+    layer = PlannedLayer().plan("acquire", Fault(error=NO_ROUTE, before_seconds=1))
+    charge = charger(layer, Till(), wait_timeout_seconds=60)
+
+    async def noted(note: str) -> Any:
+        with pytest.raises(IdempotencyPersistenceConnectionError) as caught:
+            await charge(ORDER)
+        caught.value.add_note(note)
+        return caught.value
+
+    errors = await asyncio.gather(*(noted(note) for note in "abc"))
+    assert [error.__notes__ for error in errors] == [["a"], ["b"], ["c"]]
+    assert layer.calls.count("acquire") == 1
 
 
 async def test_a_layer_that_tells_of_changes_wakes_its_waiters() -> None:
