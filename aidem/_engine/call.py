@@ -357,9 +357,10 @@ class Call:
             case Resolution.REPLAY:
                 self._end(claim.record)
                 self.replay(claim.record)
-            case _:  # ASK_AGAIN: in line again if our claim was lost, for then the next one leads
-                if flight.is_over:
-                    self._flight = SingleFlight(self._loop_state.flights, self.key)
+            case Resolution.REFUSED:  # it is being checked, and counts as running
+                await self._pause(None, flight, now=self.plan.clock())
+            case _:  # LOST: the next one in line leads by now, and this one stands in line again
+                self._flight = SingleFlight(self._loop_state.flights, self.key)
 
     async def ask_check(self, abandoned: AbandonedExecution) -> Any:
         """Ask the check what has become of an execution; return whatever it answers."""
@@ -384,7 +385,7 @@ class Call:
         with CancellationShield() as shield:
             await ask(lambda: release(record), shield=shield, key=self.key.text, effect=NOTHING_RUN)
 
-    async def _pause(self, record: DataRecord, flight: SingleFlight, *, now: float) -> None:
+    async def _pause(self, record: DataRecord | None, flight: SingleFlight, *, now: float) -> None:
         await self._waiting().pause(record, polls=flight.polls, now=now)
         flight.polls += 1
 

@@ -269,6 +269,7 @@ async def test_callers_of_one_loop_share_the_verdict(verdict: Any) -> None:
         assert all(isinstance(answer, IdempotencyInDoubtError) for answer in answers)
         assert {answer.record for answer in answers} == {only_record(layer)}
         assert len(set(map(id, answers))) == 5
+        assert {answer.__cause__ for answer in answers} == {verdict if isinstance(verdict, ValueError) else None}
 
 
 async def test_of_two_askers_one_checks_and_the_other_gets_its_outcome() -> None:
@@ -294,6 +295,43 @@ async def test_callers_who_wait_share_the_verdict_also_where_another_process_was
     assert [type(answer) for answer in answers] == [IdempotencyInDoubtError] * 10
     assert sum(each.calls.count("take_over") for each in layers) == 3, "nobody was refused"
     assert len(bank.asked) == 2
+
+
+@pytest.mark.parametrize("per_process", [1, 20])
+async def test_callers_who_do_not_wait_are_told_at_once_that_another_one_checks(per_process: int) -> None:
+    layer, till = PlannedLayer(), Till()
+    await left_in_doubt(layer)
+    bank = Bank(StillUnknown(), seconds=0.001)  # over long before a call that is refused could ask again
+    layers = [layer, *(other_process(layer) for _ in range(20 // per_process - 1))]
+    for each in layers:
+        each.latency_seconds = 0.01
+    charges = [charge_with(bank, each, till) for each in layers]
+    began = asyncio.get_running_loop().time()
+    callers = [charge(ORDER) for charge in charges for _ in range(per_process)]
+    answers: list[Any] = await asyncio.gather(*callers, return_exceptions=True)
+    assert asyncio.get_running_loop().time() - began == pytest.approx(0.031)
+    assert [type(answer) for answer in answers].count(IdempotencyAlreadyInProgressError) == 19
+    assert [type(answer) for answer in answers].count(IdempotencyInDoubtError) == 1
+    calls = [call for each in layers for call in each.calls]
+    assert [calls.count(call) for call in ("acquire", "take_over", "put back")] == [20, 20, 1]
+    assert len(calls) == 41
+
+
+async def test_a_caller_that_is_never_quick_enough_to_check_gives_up_at_its_timeout() -> None:
+    layer, till = PlannedLayer(), Till()
+    await left_in_doubt(layer)
+
+    async def refuse(*_: Any, **__: Any) -> None:
+        layer.calls.append("take_over")
+
+    layer.take_over = refuse  # type: ignore[method-assign]
+    began = asyncio.get_running_loop().time()
+    with pytest.raises(IdempotencyAlreadyInProgressError) as caught:
+        async with asyncio.timeout(100):
+            await charge_with(Bank(), layer, till, wait_timeout_seconds=5)(ORDER)
+    assert asyncio.get_running_loop().time() - began == pytest.approx(5)
+    assert caught.value.retry_after_seconds == 1
+    assert 10 < layer.calls.count("take_over") <= 22
 
 
 async def test_an_asker_that_stood_still_does_not_run_what_another_has_checked_meanwhile() -> None:
