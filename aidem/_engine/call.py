@@ -359,7 +359,7 @@ class Call:
                 self.replay(claim.record)
             case Resolution.REFUSED:  # it is being checked, and counts as running
                 await self._pause(None, flight, now=self.plan.clock())
-            case _:  # LOST: the next one in line leads by now, and this one stands in line again
+            case _:  # LOST: the flight is over, so the next one in line leads, and this one joins the line again
                 self._flight = SingleFlight(self._loop_state.flights, self.key)
 
     async def ask_check(self, abandoned: AbandonedExecution) -> Any:

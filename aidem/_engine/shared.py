@@ -123,16 +123,15 @@ class SingleFlight:
         blocks_until: When that record stops blocking others, in seconds of the loop's clock; None: unknown, or never.
         polls: How often in a row the store was asked without success, over successive callers.
         line: The callers that wait behind this one, or beside it; None: none so far.
-        is_over: Whether it has ended: then it neither leads nor stands in line.
     """
 
     __slots__ = (
         "_flights",
         "_is_claim",
+        "_is_over",
         "_key",
         "_lapse",
         "blocks_until",
-        "is_over",
         "line",
         "payload_hash",
         "polls",
@@ -143,7 +142,7 @@ class SingleFlight:
         self._flights = flights
         self._key = key.text
         self._is_claim = False
-        self.is_over = False
+        self._is_over = False
         self._lapse: asyncio.TimerHandle | None = None
         self.payload_hash = key.payload_hash
         self.record: DataRecord | None = None
@@ -207,9 +206,9 @@ class SingleFlight:
 
         Only the first end counts. A caller that is cancelled just when its turn has come passes the turn on by this.
         """
-        if self.is_over:
+        if self._is_over:
             return
-        self.is_over = True
+        self._is_over = True
         if self._lapse is not None:
             self._stop_watching()
         if self.line is not None:

@@ -360,6 +360,31 @@ async def test_an_asker_that_was_overtaken_does_not_record_what_it_found() -> No
         }  # no line is left
 
 
+@pytest.mark.parametrize("verdict", [Happened({"receipt": 8}), DidNotHappen(), StillUnknown()])
+async def test_an_asker_that_finds_its_claim_gone_says_so_once_and_joins_the_line_that_the_next_one_leads(
+    verdict: Any,
+) -> None:
+    layer, till, listener = PlannedLayer(), Till(), Listener()
+    found = await left_in_doubt(layer)
+    bank = Bank(verdict, seconds=5)  # over before the first renewal
+    options: dict[str, Any] = {"wait_timeout_seconds": 60}
+    asking = asyncio.ensure_future(charge_with(bank, layer, till, hooks=(listener,), **options)(ORDER))
+    await asyncio.sleep(1)
+    waiting = [asyncio.ensure_future(charge_with(bank, layer, till, **options)(ORDER)) for _ in range(3)]
+    await layer.inner.forget(found.idempotency_key)
+    assert await charge_with(bank, other_process(layer), till)(ORDER) == {"receipt": 1}
+    async with asyncio.timeout(5):
+        assert await asyncio.gather(asking, *waiting) == [{"receipt": 1}] * 4
+    assert len(bank.asked) == len(till.charges) == 1
+    assert listener.kinds == [
+        EventKind.TAKEN_OVER,
+        EventKind.CHECKED,
+        EventKind.LEASE_LOST,
+        EventKind.REPLAYED,
+        EventKind.WAITED,
+    ]
+
+
 async def test_an_asker_that_vanishes_leaves_the_key_in_doubt_when_its_lease_passes() -> None:
     layer, till = PlannedLayer(), Till()
     found = await left_in_doubt(layer)
