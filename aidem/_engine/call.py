@@ -357,8 +357,10 @@ class Call:
             case Resolution.REPLAY:
                 self._end(claim.record)
                 self.replay(claim.record)
-            case Resolution.REFUSED:  # it is being checked, and counts as running
+            case Resolution.REFUSED if flight.polls:  # once more: so it counts as running
                 await self._pause(None, flight, now=self.plan.clock())
+            case Resolution.REFUSED:  # the store tells at once what has become of it
+                flight.polls += 1
             case _:  # LOST: the flight is over, so the next one in line leads, and this one joins the line again
                 self._flight = SingleFlight(self._loop_state.flights, self.key)
 

@@ -53,7 +53,7 @@ class Resolution(Enum):
 
     RUN = auto()  # the effect did not happen: the body runs under our claim
     REPLAY = auto()  # it happened, and the record of our claim is its outcome
-    REFUSED = auto()  # another caller was quicker to take it over
+    REFUSED = auto()  # it was not there any more: another caller has taken it over, or its owner has come back
     LOST = auto()  # another caller has taken over our claim
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Any
 
 import pytest
@@ -300,21 +301,57 @@ async def test_callers_who_wait_share_the_verdict_also_where_another_process_was
 @pytest.mark.parametrize("per_process", [1, 20])
 async def test_callers_who_do_not_wait_are_told_at_once_that_another_one_checks(per_process: int) -> None:
     layer, till = PlannedLayer(), Till()
+    found = await left_in_doubt(layer)
+    bank = Bank(StillUnknown(), seconds=1)
+    answers, calls = await asked_by_twenty(bank, layer, till, per_process=per_process)
+    refused = [answer for answer in answers if isinstance(answer, IdempotencyAlreadyInProgressError)]
+    assert [answer.record.fence for answer in refused] == [found.fence + 1] * 19
+    assert [type(answer) for answer in answers].count(IdempotencyInDoubtError) == 1
+    assert calls == {"acquire": 39, "take_over": 20, "put back": 1}
+
+
+@pytest.mark.parametrize("per_process", [1, 20])
+async def test_callers_who_do_not_wait_are_not_led_on_by_checks_that_are_over_when_they_ask_again(
+    per_process: int,
+) -> None:
+    layer, till = PlannedLayer(), Till()
     await left_in_doubt(layer)
-    bank = Bank(StillUnknown(), seconds=0.001)  # over long before a call that is refused could ask again
+    bank = Bank(*[StillUnknown()] * 2, seconds=0.001)
+    again = [Fault(before_seconds=0.02)] * per_process
+    began = asyncio.get_running_loop().time()
+    answers, calls = await asked_by_twenty(bank, layer, till, per_process=per_process, again=again)
+    assert asyncio.get_running_loop().time() - began < 0.1
+    assert [type(answer) for answer in answers].count(IdempotencyInDoubtError) == 2
+    assert [type(answer) for answer in answers].count(IdempotencyAlreadyInProgressError) == 18
+    assert calls == {"acquire": 39, "take_over": 39, "put back": 2}
+
+
+async def asked_by_twenty(
+    bank: Bank, layer: PlannedLayer, till: Till, *, per_process: int, again: Iterable[Fault] = ()
+) -> tuple[list[Any], dict[str, int]]:
+    """Let callers that do not wait come at once; return what they got, and how often their layers were called.
+
+    `again` is what happens when a process asks for the key again.
+    """
     layers = [layer, *(other_process(layer) for _ in range(20 // per_process - 1))]
     for each in layers:
         each.latency_seconds = 0.01
+        each.plan("acquire", *[Fault()] * per_process, *again)
     charges = [charge_with(bank, each, till) for each in layers]
-    began = asyncio.get_running_loop().time()
     callers = [charge(ORDER) for charge in charges for _ in range(per_process)]
-    answers: list[Any] = await asyncio.gather(*callers, return_exceptions=True)
-    assert asyncio.get_running_loop().time() - began == pytest.approx(0.031)
-    assert [type(answer) for answer in answers].count(IdempotencyAlreadyInProgressError) == 19
-    assert [type(answer) for answer in answers].count(IdempotencyInDoubtError) == 1
-    calls = [call for each in layers for call in each.calls]
-    assert [calls.count(call) for call in ("acquire", "take_over", "put back")] == [20, 20, 1]
-    assert len(calls) == 41
+    answers = await asyncio.gather(*callers, return_exceptions=True)
+    return answers, Counter(call for each in layers for call in each.calls)
+
+
+async def test_who_finds_the_owner_come_back_just_before_the_check_gets_its_outcome_without_waiting() -> None:
+    layer, till = PlannedLayer(), Till()
+    till.seconds = 60
+    owner = asyncio.ensure_future(charge_with(Bank(), other_process(layer), till, renew_lease=False)(ORDER))
+    await asyncio.sleep(59)
+    layer.plan("take_over", Fault(before_seconds=2))
+    assert await charge_with(Bank(), layer, till)(ORDER) == {"receipt": 1}
+    assert layer.calls == ["acquire", "take_over", "acquire"]
+    assert await owner == {"receipt": 1}
 
 
 async def test_a_caller_that_is_never_quick_enough_to_check_gives_up_at_its_timeout() -> None:
