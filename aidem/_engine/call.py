@@ -331,6 +331,7 @@ class Call:
             step = NextStep.WAIT  # a transaction may yet complete it
         match step:
             case NextStep.MISMATCH:
+                flight.publish(record, blocks_until=None)  # it refuses the others in line with such a payload, too
                 raise IdempotencyValidationError(record=record)
             case _ if self.is_durable_replay:
                 await self._release_earlier_attempt(record, now=now)

@@ -180,6 +180,31 @@ async def test_a_follower_with_the_stored_payload_is_not_refused_because_its_lea
     assert await follower == {"receipt": 1}
 
 
+@pytest.mark.parametrize("is_running", [True, False])
+async def test_a_line_of_callers_with_another_payload_is_refused_at_once(is_running: bool) -> None:
+    layer, till = PlannedLayer(latency_seconds=0.1), Till()
+    till.seconds = 100
+    validated = {"payload_validation_jmespath": "amount"}
+    owner = await started(charger(other_process(layer), till, **validated)(ORDER))
+    if not is_running:
+        await owner
+    charge = charger(layer, till, wait_timeout_seconds=1, **validated)
+    began = asyncio.get_running_loop().time()
+    refused = [asyncio.ensure_future(charge({**ORDER, "amount": 11})) for _ in range(30)]
+    same = asyncio.ensure_future(asyncio.wait_for(charge(ORDER), 0.5))
+    answers = await asyncio.gather(*refused, return_exceptions=True)
+    assert {type(answer) for answer in answers} == {IdempotencyValidationError}
+    assert asyncio.get_running_loop().time() - began == pytest.approx(0.1)
+    assert layer.calls == ["acquire"] * 2  # one for those who are refused, and one for the caller behind them
+    if is_running:
+        with pytest.raises(TimeoutError):
+            await same
+    else:
+        assert await same == {"receipt": 1}
+    owner.cancel()
+    await asyncio.wait([owner])
+
+
 async def test_a_follower_gives_up_at_its_timeout_though_the_store_has_not_answered_its_leader() -> None:
     layer, till = PlannedLayer().plan("acquire", Fault(before_seconds=30)), Till()
     leader = await started(charger(layer, till, wait_timeout_seconds=60)(ORDER))
