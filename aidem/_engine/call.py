@@ -24,7 +24,7 @@ from aidem._engine.shared import SingleFlight
 from aidem._engine.waiting import WaitBudget, winner
 from aidem._rules import lifecycle
 from aidem._rules.lifecycle import Blocked, Commitment, NextStep
-from aidem._rules.record import OutcomeKind
+from aidem._rules.record import COMPLETED, OutcomeKind
 from aidem._runtime.cancellation import CLEANUP_SECONDS, CancellationShield, Immediate
 from aidem.exceptions import (
     IdempotencyError,
@@ -295,9 +295,13 @@ class Call:
 
     async def _follow(self, leader: SingleFlight, flight: SingleFlight) -> None:
         """Wait while another call of this loop is at the store: for an outcome, or until it is our turn."""
-        outcome = await self._waiting().follow(leader, flight)
-        if outcome is not None and not lifecycle.is_expired(outcome, now=self.plan.clock()):
-            self.replay(outcome)
+        record = await self._waiting().follow(leader, flight)
+        if record is None or lifecycle.is_expired(record, now=self.plan.clock()):
+            return
+        if record.status is COMPLETED or lifecycle.differs(record, self.key.payload_hash):
+            self.replay(record)
+        elif self.plan.check is None:  # it is in doubt
+            raise IdempotencyInDoubtError(record=record)
 
     async def _ask(self, flight: SingleFlight) -> None:
         claim = Claim(self.plan, self.key, flight, self._loop_state, self.reporter)
@@ -336,6 +340,7 @@ class Call:
             case _ if self.is_durable_replay:
                 await self._release_earlier_attempt(record, now=now)
             case NextStep.IN_DOUBT if self.plan.check is None:
+                self._end(record)  # callers in line that have a check ask it
                 raise IdempotencyInDoubtError(record=record)
             case NextStep.IN_DOUBT:
                 ahead = 0.0 if answer.now is None else answer.now - self.plan.clock()

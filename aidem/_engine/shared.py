@@ -2,9 +2,9 @@
 
 One caller of an event loop is at the store for a key; the others stand in line and need not ask. The first caller of a
 key *leads*: it talks to the store, and callers that may wait stand in line behind it. Its flight ends with the outcome,
-with an error of the store or with what a check has left in doubt, which everybody in line gets. Or it ends with
-nothing, because the call failed: then the first in line leads, and only that one is woken. So a key whose calls all
-fail costs each caller one turn, however many there are.
+with an error of the store or with a claim in doubt, which everybody in line gets. Or it ends with nothing, because the
+call failed: then the first in line leads, and only that one is woken. So a key whose calls all fail costs each caller
+one turn, however many there are.
 """
 
 from __future__ import annotations
@@ -159,8 +159,8 @@ class SingleFlight:
         """Stand in line until there is a record or an error for us.
 
         Returns:
-            The outcome, or a live record of another payload; the error of the store or of the check; or None: it is
-            our turn to lead, or the time is over.
+            The outcome, a live record of another payload, or a claim in doubt; the error of the store or of the check;
+            or None: it is our turn to lead, or the time is over.
         """
         if leader.line is None:
             leader.line = _Line()

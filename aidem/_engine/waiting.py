@@ -63,8 +63,8 @@ class WaitBudget:
         """Wait in line while another call of this loop is at the store.
 
         Returns:
-            The outcome that it found, or a live record of another payload; None: it is our turn to ask the store, or
-            the time is over.
+            The outcome that it found, a live record of another payload, or a claim in doubt; None: it is our turn to
+            ask the store, or the time is over.
 
         Raises:
             IdempotencyValidationError: The other call has another payload.

@@ -273,6 +273,30 @@ async def test_callers_of_one_loop_share_the_verdict(verdict: Any) -> None:
         assert {answer.__cause__ for answer in answers} == {verdict if isinstance(verdict, ValueError) else None}
 
 
+@pytest.mark.parametrize("finder", ["run_again", "raise"])
+async def test_callers_of_one_loop_without_a_check_are_told_of_the_doubt_at_once(finder: Any) -> None:
+    layer, till = PlannedLayer(latency_seconds=0.1), Till()
+    found = await left_in_doubt(layer)
+    charge = charge_with(Bank(), layer, till, on_abandoned=finder, wait_timeout_seconds=1)
+    began = asyncio.get_running_loop().time()
+    answers: list[Any] = await asyncio.gather(*(charge(ORDER) for _ in range(30)), return_exceptions=True)
+    assert asyncio.get_running_loop().time() - began == pytest.approx(0.1)
+    assert Counter((type(answer), answer.record) for answer in answers) == {(IdempotencyInDoubtError, found): 30}
+    assert layer.calls == ["acquire"]
+
+
+async def test_callers_with_a_check_behind_one_without_ask_theirs() -> None:
+    layer, till, bank = PlannedLayer(latency_seconds=0.1), Till(), Bank(Happened({"receipt": 9}))
+    await left_in_doubt(layer)
+    options: dict[str, Any] = {"wait_timeout_seconds": 60}
+    first = asyncio.ensure_future(charge_with(bank, layer, till, on_abandoned="raise", **options)(ORDER))
+    behind = [asyncio.ensure_future(charge_with(bank, layer, till, **options)(ORDER)) for _ in range(3)]
+    with pytest.raises(IdempotencyInDoubtError):
+        await first
+    assert await asyncio.gather(*behind) == [{"receipt": 9}] * 3
+    assert len(bank.asked) == 1
+
+
 async def test_of_two_askers_one_checks_and_the_other_gets_its_outcome() -> None:
     layer, till = PlannedLayer(), Till()
     await left_in_doubt(layer)
