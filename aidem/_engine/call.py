@@ -151,6 +151,7 @@ class Call:
         phase: How far it has come.
         record: The claim as stored, or the record of the outcome; None: there is none yet, or it is bypassed.
         reporter: Tells the hooks.
+        has_body_begun: Whether its body may have run; until then no exit leaves the key in doubt.
         is_durable_replay: Whether it repeats an attempt of a durable function, whose claim it may release.
     """
 
@@ -159,6 +160,7 @@ class Call:
         "_flight",
         "_loop_state",
         "_wait_budget",
+        "has_body_begun",
         "is_durable_replay",
         "key",
         "phase",
@@ -181,6 +183,7 @@ class Call:
         self.reporter = SILENT
         if plan.config.hooks:
             self.reporter = Reporter(plan.config.hooks, key=key.text, function=plan.function)
+        self.has_body_begun = False
         self.is_durable_replay = False
         self._wait_budget: WaitBudget | None = None
 
@@ -647,7 +650,8 @@ class Call:
             if self.phase is _COMPLETING:
                 commitment, _ = await self._look(shield)
             if commitment is Commitment.ROLLED_BACK:
-                await claim.release(is_failure=isinstance(error, Exception), shield=shield)
+                is_failure = isinstance(error, Exception) or not self.has_body_begun
+                await claim.release(is_failure=is_failure, shield=shield)
         except IdempotencyPersistenceLayerError as failure:
             self.note_failure(error, failure)
         finally:

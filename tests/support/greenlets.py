@@ -12,6 +12,12 @@ if SCENE == "imported-first":
     import aidem.persistence.sqlite
     import aidem.sync
 
+if SCENE == "patched-late":
+    import aidem.persistence.memory
+    import aidem.sync
+
+    aidem.sync.warm(aidem.persistence.memory.MemoryPersistenceLayer())
+
 if SCENE.startswith("eventlet"):
     import warnings
 
@@ -189,6 +195,7 @@ SCENES: dict[str, Callable[[], None]] = {
     "together": together,
     "imported-first": together,
     "threads-unpatched": together,
+    "patched-late": together,
     "killed": killed,
     "killed-in-its-body": killed_in_its_body,
     "timed-out": timed_out,
