@@ -24,7 +24,7 @@ from aidem._engine.shared import SingleFlight
 from aidem._engine.waiting import WaitBudget, winner
 from aidem._rules import lifecycle
 from aidem._rules.lifecycle import Blocked, Commitment, NextStep
-from aidem._rules.record import OutcomeKind
+from aidem._rules.record import COMPLETED, OutcomeKind
 from aidem._runtime.cancellation import CLEANUP_SECONDS, CancellationShield, Immediate
 from aidem.exceptions import (
     IdempotencyError,
@@ -300,9 +300,13 @@ class Call:
 
     async def _follow(self, leader: SingleFlight, flight: SingleFlight) -> None:
         """Wait while another call of this loop is at the store: for an outcome, or until it is our turn."""
-        outcome = await self._waiting().follow(leader, flight)
-        if outcome is not None and not lifecycle.is_expired(outcome, now=self.plan.clock()):
-            self.replay(outcome)
+        record = await self._waiting().follow(leader, flight)
+        if record is None or lifecycle.is_expired(record, now=self.plan.clock()):
+            return
+        if record.status is COMPLETED or lifecycle.differs(record, self.key.payload_hash):
+            self.replay(record)
+        elif self.plan.check is None:  # it is in doubt
+            raise IdempotencyInDoubtError(record=record)
 
     async def _ask(self, flight: SingleFlight) -> None:
         claim = Claim(self.plan, self.key, flight, self._loop_state, self.reporter)
@@ -336,10 +340,12 @@ class Call:
             step = NextStep.WAIT  # a transaction may yet complete it
         match step:
             case NextStep.MISMATCH:
+                flight.publish(record, blocks_until=None)  # it refuses the others in line with such a payload, too
                 raise IdempotencyValidationError(record=record)
             case _ if self.is_durable_replay:
                 await self._release_earlier_attempt(record, now=now)
             case NextStep.IN_DOUBT if self.plan.check is None:
+                self._end(record)  # callers in line that have a check ask it
                 raise IdempotencyInDoubtError(record=record)
             case NextStep.IN_DOUBT:
                 ahead = 0.0 if answer.now is None else answer.now - self.plan.clock()
@@ -362,9 +368,12 @@ class Call:
             case Resolution.REPLAY:
                 self._end(claim.record)
                 self.replay(claim.record)
-            case _:  # ASK_AGAIN: in line again if our claim was lost, for then the next one leads
-                if flight.is_over:
-                    self._flight = SingleFlight(self._loop_state.flights, self.key)
+            case Resolution.REFUSED if flight.polls:  # once more: so it counts as running
+                await self._pause(None, flight, now=self.plan.clock())
+            case Resolution.REFUSED:  # the store tells at once what has become of it
+                flight.polls += 1
+            case _:  # LOST: the flight is over, so the next one in line leads, and this one joins the line again
+                self._flight = SingleFlight(self._loop_state.flights, self.key)
 
     async def ask_check(self, abandoned: AbandonedExecution) -> Any:
         """Ask the check what has become of an execution; return whatever it answers."""
@@ -389,7 +398,7 @@ class Call:
         with CancellationShield() as shield:
             await ask(lambda: release(record), shield=shield, key=self.key.text, effect=NOTHING_RUN)
 
-    async def _pause(self, record: DataRecord, flight: SingleFlight, *, now: float) -> None:
+    async def _pause(self, record: DataRecord | None, flight: SingleFlight, *, now: float) -> None:
         await self._waiting().pause(record, polls=flight.polls, now=now)
         flight.polls += 1
 
