@@ -70,6 +70,20 @@ def is_own(key: str, orders: dict[str, Any]) -> bool:
     return key in orders["ends"] and list(orders["ends"]).index(key) == orders["seed"]
 
 
+async def until_begun(key: str, orders: dict[str, Any], log: Log) -> None:
+    """Wait for the body in which another worker ends."""
+    while key in orders["ends"] and not is_own(key, orders) and not log.count("start", key):  # noqa: ASYNC110 - as above
+        await asyncio.sleep(0.01)
+
+
+async def act(key: str, orders: dict[str, Any], log: Log) -> None:
+    """End in the body, if this is the key for it; and wait for as many calls as there are to be."""
+    if is_own(key, orders):
+        os.kill(os.getpid(), orders["ends"][key])
+    while orders["together"] and log.count("call", key) < orders["together"]:  # noqa: ASYNC110 - as above
+        await asyncio.sleep(0.01)
+
+
 async def work(orders: dict[str, Any]) -> None:
     log = Log(orders["log"])
     chance = random.Random(f"{orders['seed']}")
@@ -79,7 +93,7 @@ async def work(orders: dict[str, Any]) -> None:
         wait_timeout_seconds=orders["wait_timeout_seconds"],
         on_abandoned=check_of(orders, log),
     )
-    keys, ends = keys_of(orders, chance), orders["ends"]
+    left = keys_of(orders, chance)[::-1]
 
     async with layer_of(orders["factory"], orders["argument"]) as layer:
 
@@ -91,16 +105,12 @@ async def work(orders: dict[str, Any]) -> None:
             key = order["key"]
             log.write("start", key, **facts, lease_end=record.in_progress_expiry_timestamp)
             await asyncio.sleep(chance.uniform(*orders["body_seconds"]))
-            if is_own(key, orders):
-                os.kill(os.getpid(), ends[key])
-            while orders["together"] and log.count("call", key) < orders["together"]:  # noqa: ASYNC110 - as above
-                await asyncio.sleep(0.01)
+            await act(key, orders, log)
             log.write("end", key, **facts)
             return facts
 
         async def call(key: str) -> None:
-            while key in ends and not is_own(key, orders) and not log.count("start", key):  # noqa: ASYNC110 - as above
-                await asyncio.sleep(0.01)
+            await until_begun(key, orders, log)
             log.write("call", key)
             try:
                 result = await effect({"key": key})
@@ -109,14 +119,13 @@ async def work(orders: dict[str, Any]) -> None:
             else:
                 log.write("result", key, **result)
 
-        async def call_some(left: list[str]) -> None:
+        async def call_some() -> None:
             while left:
                 await call(left.pop())
 
         os.write(1, b"ready\n")
         await asyncio.to_thread(sys.stdin.readline)
-        left = keys[::-1]
-        await asyncio.gather(*(call_some(left) for _ in range(orders["tasks"])))
+        await asyncio.gather(*(call_some() for _ in range(orders["tasks"])))
 
 
 if __name__ == "__main__":
