@@ -15,7 +15,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # A client reads its certificates when it is made, which takes longer than most tests: here it is one, of nobody.
 os.environ["SSL_CERT_FILE"] = str(Path(__file__).with_name("data") / "ca.pem")
 
-# How long an example takes, and to think of it, depends on who else uses the machine; pytest-timeout bounds the whole test.
+# How long an example takes, or to think of it, depends on who else uses the machine; pytest-timeout bounds the test.
 settings.register_profile("aidem", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("aidem")
 
