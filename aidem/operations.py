@@ -197,8 +197,9 @@ async def forget(
 ) -> None:
     """Drop the record of a key, an outcome too, so that the next call runs. Local caches are not reached.
 
-    A claim that somebody makes meanwhile is not dropped, with one exception: an outcome that another operator drops,
-    and whose key is claimed at once, both between the look and the deletion.
+    A lapsed claim, one in doubt and an expired record are dropped under a claim of our own, so that no new claim is, if
+    the layer can take claims over. An outcome, and with `force` a running claim, is looked at and then deleted: if the
+    outcome expires or is dropped by somebody else between the two, and a call claims the key, that claim is dropped.
 
     Args:
         layer: Where the record is.

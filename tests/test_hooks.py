@@ -228,6 +228,49 @@ def test_a_claim_of_blocking_code_has_one_ending(run: Run, body: Any, policy: An
 
 
 @POLICIES
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
+@pytest.mark.parametrize("run", [in_function, in_block, in_request])
+async def test_a_claim_is_released_if_a_hook_ends_the_call_before_its_body_has_begun(
+    run: Run, error: type[BaseException], policy: Any
+) -> None:
+    layer, listener = PlannedLayer(), Listener()
+    config = IdempotencyConfig(hooks=(listener, RaisingAtClaims(error)), on_abandoned=policy)
+    with pytest.raises(error):
+        await run(layer, config, must_not_run)
+    assert not layer.inner.records()
+    assert listener.kinds == [CLAIMED, RELEASED]
+
+
+@POLICIES
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
+@pytest.mark.parametrize("run", [in_blocking_function, in_blocking_block])
+def test_a_claim_of_blocking_code_is_released_if_a_hook_ends_the_call_before_its_body_has_begun(
+    run: Run, error: type[BaseException], policy: Any
+) -> None:
+    layer, listener = MemoryPersistenceLayer(), Listener()
+    config = IdempotencyConfig(hooks=(listener, RaisingAtClaims(error)), on_abandoned=policy)
+    with pytest.raises(error):
+        run(layer, config, must_not_run)
+    assert not layer.records()
+    assert listener.kinds == [CLAIMED, RELEASED]
+
+
+class RaisingAtClaims:
+    """A hook that exits when a key is claimed."""
+
+    def __init__(self, error: type[BaseException]) -> None:
+        self.error = error
+
+    def on_event(self, event: IdempotencyEvent) -> None:
+        if event.kind is CLAIMED:
+            raise self.error
+
+
+def must_not_run() -> str:
+    raise AssertionError("not to be run")
+
+
+@POLICIES
 async def test_a_lost_claim_whose_outcome_is_replayed_is_abandoned_before(policy: str) -> None:
     layer = PlannedLayer()
     events = await events_of(in_function, layer, policy, lambda: is_lost_to_an_outcome(layer))

@@ -47,6 +47,7 @@ class Execution:
     __slots__ = ("__weakref__", "_call", "_completed")
 
     def __init__(self, call: Call) -> None:
+        call.has_body_begun = True  # a front makes the execution right before it
         self._call = call
         self._completed: Any = _NOTHING
 

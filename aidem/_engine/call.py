@@ -24,7 +24,7 @@ from aidem._engine.shared import SingleFlight
 from aidem._engine.waiting import WaitBudget, winner
 from aidem._rules import lifecycle
 from aidem._rules.lifecycle import Blocked, Commitment, NextStep
-from aidem._rules.record import OutcomeKind
+from aidem._rules.record import COMPLETED, OutcomeKind
 from aidem._runtime.cancellation import CLEANUP_SECONDS, CancellationShield, Immediate
 from aidem.exceptions import (
     IdempotencyError,
@@ -151,6 +151,7 @@ class Call:
         phase: How far it has come.
         record: The claim as stored, or the record of the outcome; None: there is none yet, or it is bypassed.
         reporter: Tells the hooks.
+        has_body_begun: Whether its body may have run; until then no exit leaves the key in doubt.
         is_durable_replay: Whether it repeats an attempt of a durable function, whose claim it may release.
     """
 
@@ -159,6 +160,7 @@ class Call:
         "_flight",
         "_loop_state",
         "_wait_budget",
+        "has_body_begun",
         "is_durable_replay",
         "key",
         "phase",
@@ -181,6 +183,7 @@ class Call:
         self.reporter = SILENT
         if plan.config.hooks:
             self.reporter = Reporter(plan.config.hooks, key=key.text, function=plan.function)
+        self.has_body_begun = False
         self.is_durable_replay = False
         self._wait_budget: WaitBudget | None = None
 
@@ -295,9 +298,13 @@ class Call:
 
     async def _follow(self, leader: SingleFlight, flight: SingleFlight) -> None:
         """Wait while another call of this loop is at the store: for an outcome, or until it is our turn."""
-        outcome = await self._waiting().follow(leader, flight)
-        if outcome is not None and not lifecycle.is_expired(outcome, now=self.plan.clock()):
-            self.replay(outcome)
+        record = await self._waiting().follow(leader, flight)
+        if record is None or lifecycle.is_expired(record, now=self.plan.clock()):
+            return
+        if record.status is COMPLETED or lifecycle.differs(record, self.key.payload_hash):
+            self.replay(record)
+        elif self.plan.check is None:  # it is in doubt
+            raise IdempotencyInDoubtError(record=record)
 
     async def _ask(self, flight: SingleFlight) -> None:
         claim = Claim(self.plan, self.key, flight, self._loop_state, self.reporter)
@@ -331,10 +338,12 @@ class Call:
             step = NextStep.WAIT  # a transaction may yet complete it
         match step:
             case NextStep.MISMATCH:
+                flight.publish(record, blocks_until=None)  # it refuses the others in line with such a payload, too
                 raise IdempotencyValidationError(record=record)
             case _ if self.is_durable_replay:
                 await self._release_earlier_attempt(record, now=now)
             case NextStep.IN_DOUBT if self.plan.check is None:
+                self._end(record)  # callers in line that have a check ask it
                 raise IdempotencyInDoubtError(record=record)
             case NextStep.IN_DOUBT:
                 ahead = 0.0 if answer.now is None else answer.now - self.plan.clock()
@@ -357,9 +366,12 @@ class Call:
             case Resolution.REPLAY:
                 self._end(claim.record)
                 self.replay(claim.record)
-            case _:  # ASK_AGAIN: in line again if our claim was lost, for then the next one leads
-                if flight.is_over:
-                    self._flight = SingleFlight(self._loop_state.flights, self.key)
+            case Resolution.REFUSED if flight.polls:  # once more: so it counts as running
+                await self._pause(None, flight, now=self.plan.clock())
+            case Resolution.REFUSED:  # the store tells at once what has become of it
+                flight.polls += 1
+            case _:  # LOST: the flight is over, so the next one in line leads, and this one joins the line again
+                self._flight = SingleFlight(self._loop_state.flights, self.key)
 
     async def ask_check(self, abandoned: AbandonedExecution) -> Any:
         """Ask the check what has become of an execution; return whatever it answers."""
@@ -384,7 +396,7 @@ class Call:
         with CancellationShield() as shield:
             await ask(lambda: release(record), shield=shield, key=self.key.text, effect=NOTHING_RUN)
 
-    async def _pause(self, record: DataRecord, flight: SingleFlight, *, now: float) -> None:
+    async def _pause(self, record: DataRecord | None, flight: SingleFlight, *, now: float) -> None:
         await self._waiting().pause(record, polls=flight.polls, now=now)
         flight.polls += 1
 
@@ -638,7 +650,8 @@ class Call:
             if self.phase is _COMPLETING:
                 commitment, _ = await self._look(shield)
             if commitment is Commitment.ROLLED_BACK:
-                await claim.release(is_failure=isinstance(error, Exception), shield=shield)
+                is_failure = isinstance(error, Exception) or not self.has_body_begun
+                await claim.release(is_failure=is_failure, shield=shield)
         except IdempotencyPersistenceLayerError as failure:
             self.note_failure(error, failure)
         finally:

@@ -19,7 +19,7 @@ import asyncio
 import logging
 import os
 from enum import Enum, auto
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from aidem._engine.claim import RELEASE_SECONDS, may_be_claimed
 from aidem._engine.failures import FOUND_HAPPENED, NOTHING_RUN
@@ -47,16 +47,14 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("aidem")
 
-REFUSED_SECONDS: Final = 0.05
-"""How long a call waits that was refused the take-over: another one was quicker, and the store tells by then."""
-
 
 class Resolution(Enum):
     """What has become of a claim in doubt."""
 
     RUN = auto()  # the effect did not happen: the body runs under our claim
     REPLAY = auto()  # it happened, and the record of our claim is its outcome
-    ASK_AGAIN = auto()  # another caller took it over first, or has taken over ours
+    REFUSED = auto()  # it was not there any more: another caller has taken it over, or its owner has come back
+    LOST = auto()  # another caller has taken over our claim
 
 
 class Doubt:
@@ -101,8 +99,7 @@ class Doubt:
             with self._shield as shield:
                 is_ours = await self._take_over(shield)
             if not is_ours:
-                await asyncio.sleep(REFUSED_SECONDS)
-                return Resolution.ASK_AGAIN
+                return Resolution.REFUSED
             self._claim.hold(taken_over=True, has_body_ended=has_body_ended)
             verdict, failure = await self._verdict(ask_check)
             self._report(verdict, failure)
@@ -182,7 +179,7 @@ class Doubt:
         in_doubt = await self._put_back_unused(shield, within_seconds=CLEANUP_SECONDS)
         if in_doubt is None:
             self._claim.note_loss()
-            return Resolution.ASK_AGAIN
+            return Resolution.LOST
         raise IdempotencyInDoubtError(record=in_doubt) from failure
 
     async def _complete(self, result: Any, shield: CancellationShield) -> Resolution:
@@ -195,7 +192,7 @@ class Doubt:
         self._is_open = False
         if outcome is None:
             self._claim.note_loss()
-            return Resolution.ASK_AGAIN
+            return Resolution.LOST
         self._claim.record = outcome
         return Resolution.REPLAY
 
@@ -207,7 +204,7 @@ class Doubt:
         if is_ours:
             return Resolution.RUN
         self._claim.stop_renewal()
-        return Resolution.ASK_AGAIN
+        return Resolution.LOST
 
     # --- In doubt again ---------------------------------------------------------------------------------------------
 

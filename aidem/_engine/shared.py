@@ -2,9 +2,9 @@
 
 One caller of an event loop is at the store for a key; the others stand in line and need not ask. The first caller of a
 key *leads*: it talks to the store, and callers that may wait stand in line behind it. Its flight ends with the outcome,
-with an error of the store or with what a check has left in doubt, which everybody in line gets. Or it ends with
-nothing, because the call failed: then the first in line leads, and only that one is woken. So a key whose calls all
-fail costs each caller one turn, however many there are.
+with an error of the store or with a claim in doubt, which everybody in line gets. Or it ends with nothing, because the
+call failed: then the first in line leads, and only that one is woken. So a key whose calls all fail costs each caller
+one turn, however many there are.
 """
 
 from __future__ import annotations
@@ -123,16 +123,15 @@ class SingleFlight:
         blocks_until: When that record stops blocking others, in seconds of the loop's clock; None: unknown, or never.
         polls: How often in a row the store was asked without success, over successive callers.
         line: The callers that wait behind this one, or beside it; None: none so far.
-        is_over: Whether it has ended: then it neither leads nor stands in line.
     """
 
     __slots__ = (
         "_flights",
         "_is_claim",
+        "_is_over",
         "_key",
         "_lapse",
         "blocks_until",
-        "is_over",
         "line",
         "payload_hash",
         "polls",
@@ -143,7 +142,7 @@ class SingleFlight:
         self._flights = flights
         self._key = key.text
         self._is_claim = False
-        self.is_over = False
+        self._is_over = False
         self._lapse: asyncio.TimerHandle | None = None
         self.payload_hash = key.payload_hash
         self.record: DataRecord | None = None
@@ -160,8 +159,8 @@ class SingleFlight:
         """Stand in line until there is a record or an error for us.
 
         Returns:
-            The outcome, or a live record of another payload; the error of the store or of the check; or None: it is
-            our turn to lead, or the time is over.
+            The outcome, a live record of another payload, or a claim in doubt; the error of the store or of the check;
+            or None: it is our turn to lead, or the time is over.
         """
         if leader.line is None:
             leader.line = _Line()
@@ -207,9 +206,9 @@ class SingleFlight:
 
         Only the first end counts. A caller that is cancelled just when its turn has come passes the turn on by this.
         """
-        if self.is_over:
+        if self._is_over:
             return
-        self.is_over = True
+        self._is_over = True
         if self._lapse is not None:
             self._stop_watching()
         if self.line is not None:

@@ -63,8 +63,8 @@ class WaitBudget:
         """Wait in line while another call of this loop is at the store.
 
         Returns:
-            The outcome that it found, or a live record of another payload; None: it is our turn to ask the store, or
-            the time is over.
+            The outcome that it found, a live record of another payload, or a claim in doubt; None: it is our turn to
+            ask the store, or the time is over.
 
         Raises:
             IdempotencyValidationError: The other call has another payload.
@@ -81,16 +81,16 @@ class WaitBudget:
         self.has_waited = True
         ending = await flight.wait_behind(leader, timeout_seconds=remaining)
         if isinstance(ending, IdempotencyError):
-            own = type(ending)(str(ending), key=ending.key, record=ending.record)
-            vars(own).update(vars(ending))  # each of many callers may add notes to its own
-            raise own from ending
+            own = type(ending)(str(ending))  # each of many callers may add notes to its own
+            vars(own).update({name: value for name, value in vars(ending).items() if name != "__notes__"})
+            raise own from ending.__cause__
         return ending
 
     async def pause(self, record: DataRecord | None, *, polls: int, now: float) -> None:
         """Wait before the store is asked again.
 
         Args:
-            record: The record that blocks the call; None: the store did not answer.
+            record: The record that blocks the call; None: not known.
             polls: How often the store was asked before.
             now: Epoch seconds by the clock that judged the record.
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar, cast
 
 from aidem._runtime.cancellation import CLEANUP_SECONDS, writes
 from aidem._runtime.lambda_lifecycle import BeforeSnapshot
-from aidem._runtime.threads import Lock, event_loop, held_lock, thread_for
+from aidem._runtime.threads import Lock, event_loop, held_lock, is_patched, thread_for
 from aidem.exceptions import IdempotencyUsageError
 
 if TYPE_CHECKING:
@@ -75,9 +75,10 @@ def run_unattended(start: Callable[[], Coroutine[Any, Any, Any]]) -> None:
 def submit(step: BackgroundStep[Any]) -> None:
     """Let the background loop begin a step; start the loop if there is none."""
     with _process.lock:
-        if _process.loop is None or not _process.loop.is_alive():
-            _process.loop = BackgroundLoop()
-            _process.loop.start()
+        if _process.loop is None or not _process.loop.is_alive() or _process.loop.is_patched is not is_patched():
+            loop = BackgroundLoop()
+            loop.start()
+            _process.loop = loop  # not before: an interrupt may keep it from being started
             atexit.register(close, is_exiting=True)  # so it runs before what layers have registered
             _before_snapshot.arm()
         step.submit_to(_process.loop)
@@ -221,22 +222,35 @@ class BackgroundLoop:
     """A thread with an event loop.
 
     Attributes:
-        start: Starts the thread.
-        is_alive: Whether the thread runs; an interrupt may have kept it from being started.
+        is_alive: Whether the thread runs.
+        is_patched: Whether gevent had patched the standard library when it was made. One that was made before cannot
+            begin threads any more, so it only finishes what it was asked.
         steps: The tasks that threads wait for.
         is_exiting: Whether it ends because the interpreter exits.
     """
 
     def __init__(self) -> None:
         self.is_exiting = False
+        self.is_patched = is_patched()
         self.steps: set[asyncio.Task[None]] = set()
         self._loop = event_loop()
         self._ending: asyncio.Task[None] | None = None
         self._has_ended = False
+        self._is_taken = Lock()  # by its thread, or by a `start` that was interrupted before: it closes the loop
         # A daemon, as nothing would end it before the interpreter waits for its threads.
         self._thread = thread_for(self._serve, name="aidem.sync")
-        self.start = self._thread.start
         self.is_alive = self._thread.is_alive
+
+    def start(self) -> None:
+        """Start the thread. If that fails or is interrupted, the thread ends at once, if there is one."""
+        try:
+            self._thread.start()
+        except BaseException:
+            if self._is_taken.acquire(blocking=False):
+                self._loop.close()
+            else:
+                self.end()
+            raise
 
     def call(self, callback: Callable[[], object]) -> bool:
         """Let the loop call something; False: it is closed."""
@@ -256,6 +270,8 @@ class BackgroundLoop:
         self._thread.join(4 * CLEANUP_SECONDS)
 
     def _serve(self) -> None:
+        if not self._is_taken.acquire(blocking=False):
+            return
         while not self._has_ended:
             # A task that raises one of these stops the loop, which other threads need.
             with contextlib.suppress(KeyboardInterrupt, SystemExit):

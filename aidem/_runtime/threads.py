@@ -18,7 +18,7 @@ from aidem.exceptions import IdempotencyUsageError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["Lock", "SimpleQueue", "Thread", "event_loop", "has_caller_ended", "held_lock", "thread_for"]
+__all__ = ["Lock", "SimpleQueue", "Thread", "event_loop", "has_caller_ended", "held_lock", "is_patched", "thread_for"]
 
 
 def _original(module: str, name: str) -> Any:
@@ -70,7 +70,7 @@ def event_loop() -> asyncio.AbstractEventLoop:
             "aidem.sync needs a thread with an event loop, which eventlet's monkey_patch() does not leave it; "
             "run this on threads or gevent instead"
         )
-    if not (_is_patched("threading") or _is_patched("select")):
+    if not is_patched():
         return asyncio.new_event_loop()
     from aidem._runtime.greenlets import GeventLoop
 
@@ -79,7 +79,7 @@ def event_loop() -> asyncio.AbstractEventLoop:
 
 def held_lock() -> Any:
     """Return a lock that is held; a greenlet that waits for it lets others run."""
-    if _is_patched("threading") or _is_patched("select"):
+    if is_patched():
         from aidem._runtime.greenlets import GreenletLock, is_hub_running
 
         if not is_hub_running():
@@ -98,6 +98,11 @@ def has_caller_ended() -> Callable[[], bool]:
         return lambda: greenlet.dead
     thread = threading.current_thread()
     return lambda: not thread.is_alive()
+
+
+def is_patched() -> bool:
+    """Whether gevent has replaced threads, or what waits for sockets."""
+    return _is_patched("threading") or _is_patched("select")
 
 
 def _is_patched(module: str) -> bool:

@@ -2,7 +2,8 @@
 
     uvicorn service:app --workers 4
 
-Records are kept in Redis, if REDIS_URL is set, else in an SQLite file that all workers of this machine share.
+Records are kept where AIDEM_PERSISTENCE says, such as redis://localhost:6379/0, else in an SQLite file that all workers
+of this machine share.
 """
 
 import asyncio
@@ -21,7 +22,7 @@ from aidem.persistence import open_persistence_layer
 
 CUSTOMERS = {"Bearer token-of-ann": "ann", "Bearer token-of-bob": "bob"}  # stands for your identity provider
 bank_log = Path(os.environ.get("BANK_LOG", "bank.log"))
-layer = open_persistence_layer(os.environ.get("REDIS_URL", "sqlite:///payments.sqlite3"))
+layer = open_persistence_layer(os.environ.get("AIDEM_PERSISTENCE", "sqlite:///payments.sqlite3"))
 
 
 class Authentication:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Any
 
 import pytest
@@ -255,7 +256,7 @@ async def test_the_time_for_waiting_does_not_bound_the_check_but_a_timeout_does(
     assert await charge(ORDER) == {"receipt": 9}
 
 
-@pytest.mark.parametrize("verdict", [Happened({"receipt": 9}), StillUnknown(), None])
+@pytest.mark.parametrize("verdict", [Happened({"receipt": 9}), StillUnknown(), ValueError("the bank is closed")])
 async def test_callers_of_one_loop_share_the_verdict(verdict: Any) -> None:
     layer, till = PlannedLayer(), Till()
     await left_in_doubt(layer)
@@ -269,6 +270,31 @@ async def test_callers_of_one_loop_share_the_verdict(verdict: Any) -> None:
         assert all(isinstance(answer, IdempotencyInDoubtError) for answer in answers)
         assert {answer.record for answer in answers} == {only_record(layer)}
         assert len(set(map(id, answers))) == 5
+        assert {answer.__cause__ for answer in answers} == {verdict if isinstance(verdict, ValueError) else None}
+
+
+@pytest.mark.parametrize("finder", ["run_again", "raise"])
+async def test_callers_of_one_loop_without_a_check_are_told_of_the_doubt_at_once(finder: Any) -> None:
+    layer, till = PlannedLayer(latency_seconds=0.1), Till()
+    found = await left_in_doubt(layer)
+    charge = charge_with(Bank(), layer, till, on_abandoned=finder, wait_timeout_seconds=1)
+    began = asyncio.get_running_loop().time()
+    answers: list[Any] = await asyncio.gather(*(charge(ORDER) for _ in range(30)), return_exceptions=True)
+    assert asyncio.get_running_loop().time() - began == pytest.approx(0.1)
+    assert Counter((type(answer), answer.record) for answer in answers) == {(IdempotencyInDoubtError, found): 30}
+    assert layer.calls == ["acquire"]
+
+
+async def test_callers_with_a_check_behind_one_without_ask_theirs() -> None:
+    layer, till, bank = PlannedLayer(latency_seconds=0.1), Till(), Bank(Happened({"receipt": 9}))
+    await left_in_doubt(layer)
+    options: dict[str, Any] = {"wait_timeout_seconds": 60}
+    first = asyncio.ensure_future(charge_with(bank, layer, till, on_abandoned="raise", **options)(ORDER))
+    behind = [asyncio.ensure_future(charge_with(bank, layer, till, **options)(ORDER)) for _ in range(3)]
+    with pytest.raises(IdempotencyInDoubtError):
+        await first
+    assert await asyncio.gather(*behind) == [{"receipt": 9}] * 3
+    assert len(bank.asked) == 1
 
 
 async def test_of_two_askers_one_checks_and_the_other_gets_its_outcome() -> None:
@@ -296,6 +322,79 @@ async def test_callers_who_wait_share_the_verdict_also_where_another_process_was
     assert len(bank.asked) == 2
 
 
+@pytest.mark.parametrize("per_process", [1, 20])
+async def test_callers_who_do_not_wait_are_told_at_once_that_another_one_checks(per_process: int) -> None:
+    layer, till = PlannedLayer(), Till()
+    found = await left_in_doubt(layer)
+    bank = Bank(StillUnknown(), seconds=1)
+    answers, calls = await asked_by_twenty(bank, layer, till, per_process=per_process)
+    assert Counter((type(answer), answer.record.fence - found.fence) for answer in answers) == {
+        (IdempotencyAlreadyInProgressError, 1): 19,
+        (IdempotencyInDoubtError, 2): 1,
+    }
+    assert calls == {"acquire": 39, "take_over": 20, "put back": 1}
+
+
+@pytest.mark.parametrize("per_process", [1, 20])
+async def test_callers_who_do_not_wait_are_not_led_on_by_checks_that_are_over_when_they_ask_again(
+    per_process: int,
+) -> None:
+    layer, till = PlannedLayer(), Till()
+    await left_in_doubt(layer)
+    bank = Bank(*[StillUnknown()] * 2, seconds=0.001)
+    again = [Fault(before_seconds=0.02)] * per_process
+    began = asyncio.get_running_loop().time()
+    answers, calls = await asked_by_twenty(bank, layer, till, per_process=per_process, again=again)
+    assert asyncio.get_running_loop().time() - began < 0.1
+    assert Counter(map(type, answers)) == {IdempotencyAlreadyInProgressError: 18, IdempotencyInDoubtError: 2}
+    assert calls == {"acquire": 39, "take_over": 39, "put back": 2}
+
+
+async def asked_by_twenty(
+    bank: Bank, layer: PlannedLayer, till: Till, *, per_process: int, again: Iterable[Fault] = ()
+) -> tuple[list[Any], dict[str, int]]:
+    """Let callers that do not wait come at once; return what they got, and how often their layers were called.
+
+    `again` is what happens when a process asks for the key again.
+    """
+    layers = [layer, *(other_process(layer) for _ in range(20 // per_process - 1))]
+    for each in layers:
+        each.latency_seconds = 0.01
+        each.plan("acquire", *[Fault()] * per_process, *again)
+    charges = [charge_with(bank, each, till) for each in layers]
+    callers = [charge(ORDER) for charge in charges for _ in range(per_process)]
+    answers = await asyncio.gather(*callers, return_exceptions=True)
+    return answers, Counter(call for each in layers for call in each.calls)
+
+
+async def test_who_finds_the_owner_come_back_just_before_the_check_gets_its_outcome_without_waiting() -> None:
+    layer, till = PlannedLayer(), Till()
+    till.seconds = 60
+    owner = asyncio.ensure_future(charge_with(Bank(), other_process(layer), till, renew_lease=False)(ORDER))
+    await asyncio.sleep(59)
+    layer.plan("take_over", Fault(before_seconds=2))
+    assert await charge_with(Bank(), layer, till)(ORDER) == {"receipt": 1}
+    assert layer.calls == ["acquire", "take_over", "acquire"]
+    assert await owner == {"receipt": 1}
+
+
+async def test_a_caller_that_is_never_quick_enough_to_check_gives_up_at_its_timeout() -> None:
+    layer, till = PlannedLayer(), Till()
+    await left_in_doubt(layer)
+
+    async def refuse(*_: Any, **__: Any) -> None:
+        layer.calls.append("take_over")
+
+    layer.take_over = refuse  # type: ignore[method-assign]
+    began = asyncio.get_running_loop().time()
+    with pytest.raises(IdempotencyAlreadyInProgressError) as caught:
+        async with asyncio.timeout(100):
+            await charge_with(Bank(), layer, till, wait_timeout_seconds=5)(ORDER)
+    assert asyncio.get_running_loop().time() - began == pytest.approx(5)
+    assert caught.value.retry_after_seconds == 1
+    assert 10 < layer.calls.count("take_over") <= 22
+
+
 async def test_an_asker_that_stood_still_does_not_run_what_another_has_checked_meanwhile() -> None:
     layer, till = PlannedLayer(), Till()
     await left_in_doubt(layer)
@@ -320,6 +419,31 @@ async def test_an_asker_that_was_overtaken_does_not_record_what_it_found() -> No
         assert await charge_with(Bank(), layer, till, wait_timeout_seconds=9)(ORDER) == {
             "receipt": 9
         }  # no line is left
+
+
+@pytest.mark.parametrize("verdict", [Happened({"receipt": 8}), DidNotHappen(), StillUnknown()])
+async def test_an_asker_that_finds_its_claim_gone_says_so_once_and_joins_the_line_that_the_next_one_leads(
+    verdict: Any,
+) -> None:
+    layer, till, listener = PlannedLayer(), Till(), Listener()
+    found = await left_in_doubt(layer)
+    bank = Bank(verdict, seconds=5)  # over before the first renewal
+    options: dict[str, Any] = {"wait_timeout_seconds": 60}
+    asking = asyncio.ensure_future(charge_with(bank, layer, till, hooks=(listener,), **options)(ORDER))
+    await asyncio.sleep(1)
+    waiting = [asyncio.ensure_future(charge_with(bank, layer, till, **options)(ORDER)) for _ in range(3)]
+    await layer.inner.forget(found.idempotency_key)
+    assert await charge_with(bank, other_process(layer), till)(ORDER) == {"receipt": 1}
+    async with asyncio.timeout(5):
+        assert await asyncio.gather(asking, *waiting) == [{"receipt": 1}] * 4
+    assert len(bank.asked) == len(till.charges) == 1
+    assert listener.kinds == [
+        EventKind.TAKEN_OVER,
+        EventKind.CHECKED,
+        EventKind.LEASE_LOST,
+        EventKind.REPLAYED,
+        EventKind.WAITED,
+    ]
 
 
 async def test_an_asker_that_vanishes_leaves_the_key_in_doubt_when_its_lease_passes() -> None:

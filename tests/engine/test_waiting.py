@@ -180,6 +180,31 @@ async def test_a_follower_with_the_stored_payload_is_not_refused_because_its_lea
     assert await follower == {"receipt": 1}
 
 
+@pytest.mark.parametrize("is_running", [True, False])
+async def test_a_line_of_callers_with_another_payload_is_refused_at_once(is_running: bool) -> None:
+    layer, till = PlannedLayer(latency_seconds=0.1), Till()
+    till.seconds = 100
+    validated = {"payload_validation_jmespath": "amount"}
+    owner = await started(charger(other_process(layer), till, **validated)(ORDER))
+    if not is_running:
+        await owner
+    charge = charger(layer, till, wait_timeout_seconds=1, **validated)
+    began = asyncio.get_running_loop().time()
+    refused = [asyncio.ensure_future(charge({**ORDER, "amount": 11})) for _ in range(30)]
+    same = asyncio.ensure_future(asyncio.wait_for(charge(ORDER), 0.5))
+    answers = await asyncio.gather(*refused, return_exceptions=True)
+    assert {type(answer) for answer in answers} == {IdempotencyValidationError}
+    assert asyncio.get_running_loop().time() - began == pytest.approx(0.1)
+    assert layer.calls == ["acquire"] * 2  # one for those who are refused, and one for the caller behind them
+    if is_running:
+        with pytest.raises(TimeoutError):
+            await same
+    else:
+        assert await same == {"receipt": 1}
+    owner.cancel()
+    await asyncio.wait([owner])
+
+
 async def test_a_follower_gives_up_at_its_timeout_though_the_store_has_not_answered_its_leader() -> None:
     layer, till = PlannedLayer().plan("acquire", Fault(before_seconds=30)), Till()
     leader = await started(charger(layer, till, wait_timeout_seconds=60)(ORDER))
@@ -196,8 +221,24 @@ async def test_followers_share_the_error_of_a_store_that_is_down() -> None:
     results = await asyncio.gather(*(charge(ORDER) for _ in range(20)), return_exceptions=True)
     assert {type(result) for result in results} == {IdempotencyPersistenceConnectionError}
     assert len({id(result) for result in results}) == 20  # an error of its own for each
+    assert {result.__cause__ for result in results} == {down}
     assert layer.calls.count("acquire") == 1
     assert not till.charges
+
+
+async def test_what_a_caller_notes_on_its_error_is_not_on_those_of_others_in_line() -> None:
+    layer = PlannedLayer().plan("acquire", Fault(error=NO_ROUTE, before_seconds=1))
+    charge = charger(layer, Till(), wait_timeout_seconds=60)
+
+    async def noted(note: str) -> Any:
+        with pytest.raises(IdempotencyPersistenceConnectionError) as caught:
+            await charge(ORDER)
+        caught.value.add_note(note)
+        return caught.value
+
+    errors = await asyncio.gather(*(noted(note) for note in "abc"))
+    assert [error.__notes__ for error in errors] == [["a"], ["b"], ["c"]]
+    assert layer.calls.count("acquire") == 1
 
 
 async def test_a_layer_that_tells_of_changes_wakes_its_waiters() -> None:

@@ -155,7 +155,7 @@ class Service:
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
-        environment = os.environ | ({} if self.redis is None else {"REDIS_URL": self.redis.url})
+        environment = os.environ | ({} if self.redis is None else {"AIDEM_PERSISTENCE": self.redis.url})
         options = [f"--port={self.port}", "--workers=2", f"--timeout-worker-healthcheck={HEALTH_CHECK_SECONDS}"]
         with (self.directory / "output.txt").open("ab") as output:
             process = subprocess.Popen(

@@ -147,7 +147,7 @@ class Request:
     Attributes:
         asked_at: When the layer was asked, which may be earlier than the request goes out.
         call: Whose claim it is about; None: nobody's.
-        is_confirmation: Whether it may be what `ensure_owned` asks.
+        is_confirmation: Whether it may be what `ensure_owned` asks, or what is asked after a check, before the body.
     """
 
     future: asyncio.Future[Any]
@@ -162,7 +162,8 @@ class Request:
         self.asked_at = process.world.now
         self.frozen_when_asked = process.frozen_total
         self.call = None if record is None else process.world.by_owner.get(record.owner)
-        self.is_confirmation = self.call is not None and self.call.confirms
+        is_before_body = operation == "renew" and self.call is not None and not self.call.is_running
+        self.is_confirmation = is_before_body or (self.call is not None and self.call.confirms)
         self.fault = ""
 
     def send(self) -> None:

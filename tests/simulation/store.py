@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import ceil
+from math import ceil, floor
 from typing import TYPE_CHECKING, Any
 
 from aidem import DataRecord, RecordStatus
@@ -11,6 +11,8 @@ from aidem.persistence.memory import MemoryPersistenceLayer
 from tests.simulation.rules import Rule
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from tests.simulation.world import World
 
 EPOCH = 1_800_000_000.0
@@ -25,6 +27,11 @@ def lease_end(record: DataRecord) -> float | None:
     """Return when a claim lapses or is in doubt, in epoch seconds; None: it holds until it expires."""
     end = record.in_progress_expiry_timestamp or record.lease_expiry_timestamp
     return None if end is None else end / 1000
+
+
+def nearest(seconds: float) -> int:
+    """Return the nearest whole number, of two the later one."""
+    return floor(seconds + 0.5)
 
 
 class Store:
@@ -83,7 +90,7 @@ class Store:
                 answer = stored
             elif is_found and (has_passed or force):
                 self.earlier_owners[record.owner] = self.owners_before(stored.owner)
-                answer = self._claim(record, now)
+                answer = self._claim(record, now, rounded=nearest)
                 if not force:
                     self.world.judge.took_over(stored, answer, is_check=True)
         if self.reference is not None:
@@ -148,12 +155,12 @@ class Store:
     def _is_held(self, found: DataRecord, record: DataRecord) -> bool:
         return found.status is RecordStatus.INPROGRESS and record.owner is not None and found.owner == record.owner
 
-    def _claim(self, record: DataRecord, now: float) -> DataRecord:
+    def _claim(self, record: DataRecord, now: float, *, rounded: Callable[[float], int] = ceil) -> DataRecord:
         key = record.idempotency_key
         fence = self._next_fence(self.records.get(key), key, now)
         self.last_fence[key] = fence
         self.owners[key, fence] = record.owner
-        stored = self._moved(record, now).replace(
+        stored = self._moved(record, now, rounded=rounded).replace(
             fence=fence, status=RecordStatus.INPROGRESS, response_data=None, outcome=None
         )
         self.records[key] = stored
@@ -175,8 +182,8 @@ class Store:
             lease_expiry_timestamp=moved.lease_expiry_timestamp,
         )
 
-    def _moved(self, record: DataRecord, now: float) -> DataRecord:
-        """Return the record with its instants by the clock that judges."""
+    def _moved(self, record: DataRecord, now: float, *, rounded: Callable[[float], int] = ceil) -> DataRecord:
+        """Return the record with its instants by the clock that judges; the expiry moves by whole seconds."""
         delta = int((self._judge(now) - now) * 1000)
         if delta == 0:
             return record
@@ -188,7 +195,7 @@ class Store:
         return record.replace(
             in_progress_expiry_timestamp=None if in_progress is None else in_progress + delta,
             lease_expiry_timestamp=lease + delta if lease else lease,  # 0 is no instant
-            expiry_timestamp=None if expiry is None else expiry + ceil(delta / 1000),
+            expiry_timestamp=None if expiry is None else expiry + rounded(delta / 1000),
         )
 
     def _compare(self, operation: str, ours: Any, theirs: Any) -> None:

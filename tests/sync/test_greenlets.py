@@ -73,6 +73,11 @@ def test_aidem_may_be_imported_before_gevent_patches_and_threads_may_stay_unpatc
     play(scene, sqlite)
 
 
+@pytest.mark.server
+def test_gevent_may_patch_after_a_call_and_before_the_first_connection(redis_server: RedisServer) -> None:
+    play("patched-late", redis_server.url.replace("127.0.0.1", "localhost"))
+
+
 @pytest.mark.parametrize("scene", ["killed-in-its-body", "timed-out"])
 def test_a_greenlet_that_is_killed_or_timed_out_gives_its_key_back_at_once(scene: str, sqlite: str) -> None:
     play(scene, sqlite)

@@ -388,6 +388,70 @@ def test_a_step_that_no_loop_was_asked_for_is_abandoned_at_once() -> None:
     step.abandon()
 
 
+# --- An interrupt while the background loop is started ----------------------------------------------------------------
+
+
+def interrupt_start(monkeypatch: pytest.MonkeyPatch, *, start: Callable[[threading.Thread], object]) -> None:
+    """Let Ctrl-C strike the next thread that is started, after `start` was called with it."""
+    original = threading.Thread.start
+
+    def interrupted(thread: threading.Thread) -> None:
+        monkeypatch.setattr(threading.Thread, "start", original)
+        start(thread)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+
+
+@pytest.mark.parametrize("start", [lambda thread: None, threading.Thread.start], ids=["before", "after"])
+def test_an_interrupt_while_the_background_loop_is_started_does_not_keep_it_from_being_closed(
+    charge: Charge, start: Callable[[threading.Thread], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer, threads = PlannedLayer(inner=MemoryPersistenceLayer(), clock=real_now), threading.enumerate()
+    interrupt_start(monkeypatch, start=start)
+    with pytest.raises(KeyboardInterrupt):
+        charge(layer, first)
+    sync.close()
+    assert layer.calls == []
+    assert charge(layer, second) == "second"
+    sync.close()
+    for thread in {*threading.enumerate()} - {*threads}:
+        thread.join(PATIENCE_SECONDS)
+        assert not thread.is_alive()
+
+
+def test_the_thread_of_a_loop_whose_start_was_interrupted_ends_if_it_serves_it_already(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    loop, serves = BackgroundLoop(), threading.Event()
+
+    def start(thread: threading.Thread) -> None:
+        thread.start()
+        assert loop.call(serves.set)
+        assert serves.wait(PATIENCE_SECONDS)
+
+    interrupt_start(monkeypatch, start=start)
+    with pytest.raises(KeyboardInterrupt):
+        loop.start()
+    loop.join()
+    assert not loop.is_alive()
+    assert not loop.call(serves.set), "it is closed"
+
+
+def test_the_thread_of_a_loop_whose_start_was_interrupted_ends_if_it_begins_only_then(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    loop, late = BackgroundLoop(), list[threading.Thread]()
+    interrupt_start(monkeypatch, start=late.append)
+    with pytest.raises(KeyboardInterrupt):
+        loop.start()
+    assert not loop.call(late.clear), "it is closed"
+    [thread] = late
+    thread.start()
+    thread.join(PATIENCE_SECONDS)
+    assert not thread.is_alive()
+
+
 # --- Real signals at many moments -------------------------------------------------------------------------------------
 
 

@@ -223,7 +223,7 @@ async def test_the_payment_handler(clock: FakeClock, tmp_path: Path, monkeypatch
 
 async def test_the_payment_service(clock: FakeClock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("REDIS_URL", raising=False)
+    monkeypatch.delenv("AIDEM_PERSISTENCE", raising=False)
     monkeypatch.setenv("BANK_LOG", str(tmp_path / "bank.log"))
     service = example("service")
     service.layer.clock = clock
