@@ -83,7 +83,7 @@ async def test_forty_requests_at_once_with_each_of_many_keys_are_one_execution_o
 
 async def test_a_handler_longer_than_its_lease_runs_once(service: Service, name: str) -> None:
     async with service.client() as client:
-        path = f"/charge?seconds={3 * LEASE_SECONDS}"
+        path = f"/charge?seconds={1.2 * LEASE_SECONDS}"
         running = asyncio.create_task(post(client, path, name))
         await service.wait_until(name, "start")
         again = await asyncio.gather(*(post(client, path, name) for _ in range(8)))
@@ -98,15 +98,14 @@ async def test_a_handler_longer_than_its_lease_runs_once(service: Service, name:
 
 
 async def test_a_worker_that_is_killed_is_taken_over_when_its_lease_has_passed(service: Service, name: str) -> None:
-    path = "/charge?seconds=0.5"
     async with service.client() as client:
-        running = asyncio.create_task(post(client, path, name))
+        running = asyncio.create_task(post(client, "/charge", name, headers={"x-seconds": "3600"}))
         await service.wait_until(name, "start")
         victim = service.pid_of(name)
         os.kill(victim, signal.SIGKILL)
         with pytest.raises(httpx.TransportError):
             await running
-        response = await post(client, path, name)
+        response = await post(client, "/charge", name)
     assert not is_running(victim)
     assert service.kinds(name) == ["start", "start", "end"]  # the first one never ended
     assert response.json()["effect"] == service.effects(name)[1]
@@ -117,16 +116,15 @@ async def test_a_worker_that_is_killed_is_taken_over_when_its_lease_has_passed(s
 async def test_a_worker_that_is_stopped_past_its_lease_hands_out_its_successors_response(
     service: Service, name: str
 ) -> None:
-    path = "/charge?seconds=1"
     async with service.client() as client:
-        late = asyncio.create_task(post(client, path, name))
+        late = asyncio.create_task(post(client, "/charge", name, headers={"x-seconds": f"{LEASE_SECONDS}"}))
         await service.wait_until(name, "start")
         victim = service.pid_of(name)
         os.kill(victim, signal.SIGSTOP)
         try:
             await wait_until(lambda: is_stopped(victim), "the worker is stopped")
             assert service.kinds(name) == ["start"]
-            successor = await post(client, path, name)
+            successor = await post(client, "/charge", name)
             assert is_stopped(victim)
         finally:
             os.kill(victim, signal.SIGCONT)
@@ -139,7 +137,8 @@ async def test_a_worker_that_is_stopped_past_its_lease_hands_out_its_successors_
 
 
 async def test_a_client_that_goes_in_the_middle_finds_its_response_later(service: Service, name: str) -> None:
-    head = raw_request("/charge?seconds=0.5", name, f"idempotency-key: {name}", "content-length: 2", close=False)
+    lines = [f"idempotency-key: {name}", "content-length: 2", "x-seconds: 2"]
+    head = raw_request("/charge", name, *lines, close=False)
     _, writer = await asyncio.open_connection("127.0.0.1", service.port)
     writer.write(head)
     await service.wait_until(name, "start")
@@ -148,7 +147,7 @@ async def test_a_client_that_goes_in_the_middle_finds_its_response_later(service
     assert service.kinds(name) == ["start"]
     await service.wait_until(name, "end")
     async with service.client() as client:
-        response = await post(client, "/charge?seconds=0.5", name, content=b"{}", json=None, headers=JSON)
+        response = await post(client, "/charge", name, content=b"{}", json=None, headers=JSON)
     assert is_replay(response)
     assert [response.json()["effect"]] == service.effects(name)
 

@@ -42,7 +42,7 @@ async def test_a_store_that_is_killed_in_the_middle_and_comes_back_has_the_respo
     redis: RedisServer, service: Service, name: str
 ) -> None:
     async with service.client() as client:
-        running = asyncio.create_task(post(client, "/charge?seconds=0.5", name))
+        running = asyncio.create_task(post(client, "/charge?seconds=2", name))
         await service.wait_until(name, "start")
         redis.kill()
         try:
@@ -51,7 +51,7 @@ async def test_a_store_that_is_killed_in_the_middle_and_comes_back_has_the_respo
         finally:
             redis.start()
         first = await running
-        again = await post(client, "/charge?seconds=0.5", name)
+        again = await post(client, "/charge?seconds=2", name)
     assert first.status_code == 201
     assert is_replay(again)
     assert again.content == first.content
@@ -62,7 +62,7 @@ async def test_while_the_store_is_away_requests_with_a_key_are_503_and_others_ru
     redis: RedisServer, service: Service, name: str
 ) -> None:
     async with service.client() as client:
-        running = asyncio.create_task(post(client, "/charge?seconds=0.5", name))
+        running = asyncio.create_task(post(client, "/charge?seconds=2", name))
         await service.wait_until(name, "start")
         redis.kill()
         try:
@@ -71,7 +71,7 @@ async def test_while_the_store_is_away_requests_with_a_key_are_503_and_others_ru
             done = await running
         finally:
             redis.start()
-        again = await post(client, "/charge?seconds=0.5", name)
+        again = await post(client, "/charge?seconds=2", name)
     assert [response.status_code for response in (refused, passing, done, again)] == [503, 201, 503, 201]
     assert refused.json()["title"] == "Idempotency cannot be guaranteed at the moment"
     assert done.json()["title"] == "The request was processed, but this could not be recorded"

@@ -17,17 +17,17 @@ from aidem import IdempotencyConfig, sync
 from aidem.persistence.sqlite import SQLitePersistenceLayer
 
 DIRECTORY = Path(os.environ["AIDEM_TEST_DIRECTORY"])
-LEASE_SECONDS = 3.0  # a worker may have to wait for the processor
+LEASE_SECONDS = 5.0  # a worker that has to wait for the processor must not lose it
 
 layer = SQLitePersistenceLayer(DIRECTORY / "records.sqlite3")
-config = IdempotencyConfig(lease_seconds=LEASE_SECONDS, wait_timeout_seconds=20.0)
+config = IdempotencyConfig(lease_seconds=LEASE_SECONDS, wait_timeout_seconds=40.0)
 
 
 @sync.idempotent_function(persistence_store=layer, config=config)
 def charge(order: str) -> str:
     with (DIRECTORY / "effects").open("a") as effects:
         effects.write(f"{order}\n")
-    time.sleep(1.5 * LEASE_SECONDS)
+    time.sleep(1.2 * LEASE_SECONDS)
     return f"charged {order}"
 
 

@@ -23,7 +23,7 @@ WORKERS = int(os.environ.get("AIDEM_TORTURE_WORKERS", "4"))
 KEYS = int(os.environ.get("AIDEM_TORTURE_KEYS", "50"))
 SECONDS = 6 * KEYS
 CRASHES = KEYS // 25
-SECONDS_BETWEEN_CRASHES = 2.0
+POLL_SECONDS = 0.1
 OVERLAPS = ("IdempotencyLeaseLostError", "TransactionCanceledException")
 
 
@@ -48,6 +48,7 @@ class Torture:
 
     def run(self, crash: Callable[[], object] | None = None) -> None:
         """Let them pay all keys; meanwhile the server crashes and is started again, if there is a way."""
+        self.log.touch()
         workers = [self._start(self.log, self.how) for _ in range(WORKERS)]
         try:
             self._replace(workers, crash)
@@ -59,14 +60,16 @@ class Torture:
     def _replace(self, workers: list[subprocess.Popen[bytes]], crash: Callable[[], object] | None) -> None:
         crashes_to_come = CRASHES if crash else 0
         while workers:
-            worker = workers[0]
-            try:
-                ended = worker.wait(timeout=SECONDS_BETWEEN_CRASHES if self.crashes < crashes_to_come else SECONDS)
-            except subprocess.TimeoutExpired:
-                assert crash is not None
-                assert self.crashes < crashes_to_come, "a worker hangs"
+            is_to_crash = self.crashes < crashes_to_come
+            # In the end there is an answer of each worker to each key: it crashes on the way there.
+            if crash and is_to_crash and len(self.answers()) > WORKERS * KEYS * (1 + self.crashes) / (2 + CRASHES):
                 crash()
                 self.crashes += 1
+            worker = workers[0]
+            try:
+                ended = worker.wait(timeout=POLL_SECONDS if is_to_crash else SECONDS)
+            except subprocess.TimeoutExpired:
+                assert is_to_crash, "a worker hangs"
                 continue
             workers.remove(worker)
             assert ended in {0, -signal.SIGKILL}

@@ -26,7 +26,10 @@ from tests.support.servers import RedisServer, free_port, program, started
 PRIMARIES = 3
 SLOTS = 16384
 PATIENCE_SECONDS = 40.0
+# Nobody takes over from a server that only has to wait for the processor; once one is lost, its others hurry.
+UNHURRIED_MILLISECONDS = 6000
 NODE_TIMEOUT_MILLISECONDS = 1500
+DOWN_AFTER_MILLISECONDS = 700
 
 
 def eventually(has_happened: Callable[[], bool], *, what: str) -> None:
@@ -78,7 +81,7 @@ def _node(kind: str, *options: str) -> contextlib.AbstractContextManager[RedisSe
     ours = {
         "--cluster-enabled": "yes",
         "--cluster-port": str(free_port()),
-        "--cluster-node-timeout": str(NODE_TIMEOUT_MILLISECONDS),
+        "--cluster-node-timeout": str(UNHURRIED_MILLISECONDS),
         "--repl-diskless-sync-delay": "0",
         "--repl-ping-replica-period": "1",
     }
@@ -150,7 +153,7 @@ class Watched:
 
 @contextlib.contextmanager
 def watched(kind: str, *options: str, sentinels: int = 1) -> Iterator[Watched]:
-    """Run two servers, one of which replicates the other, and sentinels that are quick to act.
+    """Run two servers, one of which replicates the other, and sentinels.
 
     Args:
         kind: `redis` or `valkey`.
@@ -178,7 +181,7 @@ def _sentinel(kind: str, primary: RedisServer, *, quorum: int) -> Iterator[Redis
             f"port {sentinel.port}",
             "bind 127.0.0.1",
             f"sentinel monitor {SERVICE} 127.0.0.1 {primary.port} {quorum}",
-            f"sentinel down-after-milliseconds {SERVICE} 700",
+            f"sentinel down-after-milliseconds {SERVICE} {UNHURRIED_MILLISECONDS}",
             f"sentinel failover-timeout {SERVICE} 5000",
         ]
         (sentinel.directory / "sentinel.conf").write_text("\n".join(lines) + "\n")
@@ -202,12 +205,18 @@ def _sees_all(sentinel: RedisServer, service: Watched) -> bool:
 
 @dataclass(frozen=True)
 class Pair:
-    """A primary and its replica, how to name the one that takes the writes, and the other nodes of their cluster."""
+    """A primary and its replica, how to name the one that takes the writes, and who else looks after them.
+
+    Attributes:
+        others: The other nodes of their cluster.
+        sentinels: Those that watch them.
+    """
 
     primary: RedisServer
     replica: RedisServer
     url: str
     others: Sequence[RedisServer] = ()
+    sentinels: Sequence[RedisServer] = ()
 
     def is_in_step(self) -> bool:
         """Whether the replica has as many keys as the primary."""
@@ -225,6 +234,17 @@ class Pair:
             client.execute_command("CLIENT", "KILL", "TYPE", "replica")
         eventually(lambda: not is_replicating(self.replica), what="the replica is still connected")
 
+    def lose(self, how: str = "killed") -> None:
+        """Let the primary be `killed` or `hung`, which the others then find out soon."""
+        if how == "killed":
+            self.primary.kill()
+        else:
+            self.primary.pause()
+        for node in (self.replica, *self.others) if self.others else ():
+            told(node, "CONFIG", "SET", "cluster-node-timeout", NODE_TIMEOUT_MILLISECONDS)
+        for sentinel in self.sentinels:
+            told(sentinel, "SENTINEL", "SET", SERVICE, "down-after-milliseconds", DOWN_AFTER_MILLISECONDS)
+
     def await_failover(self) -> None:
         eventually(lambda: "role:master" in told(self.replica, "INFO", "replication"), what="nobody took over")
 
@@ -239,7 +259,7 @@ def pair(mode: str, kind: str) -> Iterator[Pair]:
     """
     if mode == "sentinel":
         with watched(kind) as service:
-            yield Pair(service.primary, service.replica, service.url)
+            yield Pair(service.primary, service.replica, service.url, sentinels=service.sentinels)
     else:
         with cluster(kind, replicas=1) as nodes:
             yield Pair(nodes[0], nodes[-1], f"redis+cluster://127.0.0.1:{nodes[1].port}", nodes[1:-1])

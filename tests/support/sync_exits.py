@@ -32,6 +32,7 @@ def say(line: object) -> None:
 
 
 layer = SQLitePersistenceLayer(PATH)
+is_in_body = threading.Event()
 config = IdempotencyConfig(lease_seconds=LEASE_SECONDS, wait_timeout_seconds=30.0)
 
 
@@ -46,6 +47,7 @@ def charge(order: int) -> int:
 @sync.idempotent_function(persistence_store=layer, config=config)
 def hang(order: int) -> None:
     say("in the body")
+    is_in_body.set()
     time.sleep(HANGING_SECONDS)
 
 
@@ -55,14 +57,14 @@ def plain() -> None:
 
 def daemon_in_body() -> None:
     threading.Thread(target=hang, args=(1,), daemon=True).start()
+    is_in_body.wait()
     plain()
-    time.sleep(0.1)
 
 
 def daemon_waiting() -> None:
     """End while a daemon waits for the outcome of another's call."""
     threading.Thread(target=hang, args=(1,), daemon=True).start()
-    time.sleep(0.2)
+    is_in_body.wait()
     threading.Thread(target=hang, args=(1,), daemon=True).start()
     plain()
 

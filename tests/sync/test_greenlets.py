@@ -165,7 +165,7 @@ def serving(*command: str, directory: Path) -> Iterator[Callable[[], str]]:
 
 
 def until(answer: Callable[[], bool], log: Callable[[], str]) -> None:
-    deadline = time.monotonic() + PATIENCE_SECONDS / 2
+    deadline = time.monotonic() + 0.8 * PATIENCE_SECONDS
     while not answer():
         assert time.monotonic() < deadline, log()
         time.sleep(0.05)

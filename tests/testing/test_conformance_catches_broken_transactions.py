@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import inspect
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
@@ -23,6 +22,7 @@ from aidem.testing import (
     OpenTransaction,
     PersistenceLayerConformance,
 )
+from tests.support.controls import fails
 from tests.support.transactional import ItemLayer, MemoryTransaction, TransactionalLayer
 
 CONTROLS: dict[type[MemoryPersistenceLayer], set[str]] = {}
@@ -361,13 +361,4 @@ def failures_of(layer_class: type[MemoryPersistenceLayer]) -> set[str]:
         async def make_layer(self, clock: FakeClock) -> PersistenceLayer:
             return layer_class(clock=clock)
 
-    return {name for name, test in promises_of(suite).items() if asyncio.run(_fails(Suite(), test))}
-
-
-async def _fails(suite: PersistenceLayerConformance, test: Callable[..., Awaitable[None]]) -> bool:
-    try:
-        async with asyncio.timeout(2), suite.make_trial() as trial:
-            await test(suite, trial)
-    except (Exception, pytest.fail.Exception):  # noqa: BLE001 - whatever makes a test fail
-        return True
-    return False
+    return {name for name, test in promises_of(suite).items() if fails(Suite(), test)}

@@ -1137,7 +1137,7 @@ async def test_a_call_that_does_not_end_once_it_is_cancelled_is_an_error_that_na
 
 async def test_a_call_that_blocks_its_thread_is_an_error_that_names_its_line(case: Case) -> None:
     async def charge() -> None:
-        time.sleep(1)  # noqa: ASYNC251 - that is the mistake
+        time.sleep(3)  # noqa: ASYNC251 - that is the mistake
 
     with pytest.raises(TimeoutError, match=r"it is blocked at .*time.sleep"):
         await case.prove(charge, timeout_seconds=0.2)

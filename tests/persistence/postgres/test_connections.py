@@ -179,12 +179,12 @@ async def test_a_statement_that_takes_too_long_is_cancelled_and_its_connection_r
 ) -> None:
     async with Proxy.to(server.port) as proxy:
         layer = PostgresPersistenceLayer(
-            server.url.replace(f":{server.port}", f":{proxy.port}"), max_connections=1, timeout_seconds=0.5
+            server.url.replace(f":{server.port}", f":{proxy.port}"), max_connections=1, timeout_seconds=2.0
         )
         layer._next_purge_at = math.inf
         await claimed(layer)
         proxy.drop(replies=True)
-        with pytest.raises(IdempotencyPersistenceConnectionError, match=r"did not answer within 0\.5 s") as failed:
+        with pytest.raises(IdempotencyPersistenceConnectionError, match="did not answer within 2 s") as failed:
             await acquired(layer, "other")
         assert proxy.dropped.replies
         assert failed.value.may_be_applied
@@ -197,7 +197,7 @@ async def test_a_statement_that_takes_too_long_is_cancelled_and_its_connection_r
 
 
 async def test_a_question_whose_turn_comes_too_late_is_not_sent(server: PostgresServer, client: Any) -> None:
-    layer = PostgresPersistenceLayer(server.url, max_connections=1, timeout_seconds=0.5)
+    layer = PostgresPersistenceLayer(server.url, max_connections=1, timeout_seconds=2.0)
     await claimed(layer, "held")
     async with connected(server.url) as holder, holder.transaction():
         await holder.execute("SELECT FROM aidem_records WHERE id = 'held' FOR UPDATE")
@@ -207,9 +207,7 @@ async def test_a_question_whose_turn_comes_too_late_is_not_sent(server: Postgres
         given_up.fail(ZeroDivisionError())
         with pytest.raises(IdempotencyPersistenceConnectionError, match="did not answer"):
             await blocking
-        with pytest.raises(
-            IdempotencyPersistenceConnectionError, match=r"no connection was free within 0\.5 s"
-        ) as failed:
+        with pytest.raises(IdempotencyPersistenceConnectionError, match="no connection was free within 2 s") as failed:
             await late
         assert not failed.value.may_be_applied
     assert await client.fetchval("SELECT count(*) FROM aidem_records WHERE id = 'late'") == 0
@@ -260,7 +258,10 @@ async def test_what_is_asked_when_all_tasks_are_cancelled_is_answered(server: Po
     assert connection.driver.is_closed()
 
 
-async def test_a_layer_that_is_closed_by_its_loop_asks_nothing_again(server: PostgresServer, client: Any) -> None:
+async def test_a_layer_that_is_closed_by_its_loop_asks_nothing_again(
+    server: PostgresServer, client: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_questions, "PAUSES_SECONDS", (0.01,) * 1000)  # not until it counts as held
     layer = PostgresPersistenceLayer(server.url)
     claim = await claimed(layer)
     async with connected(server.url) as holder, holder.transaction():
@@ -315,11 +316,11 @@ def test_a_loop_that_ends_while_questions_are_under_way_leaves_nothing_behind(se
         async with connected(server.url) as client:
             return int(await client.fetchval(SESSIONS, "loop"))
 
+    async def all_have_left() -> bool:
+        return await sessions() == 0
+
     asyncio.run(ask_and_leave())
-    for _ in range(100):
-        if asyncio.run(sessions()) == 0:
-            break
-    assert asyncio.run(sessions()) == 0
+    asyncio.run(until(all_have_left))
 
 
 def test_an_outcome_is_stored_though_the_loop_ends_meanwhile(server: PostgresServer) -> None:

@@ -126,7 +126,7 @@ async def test_errors_of_every_driver_are_translated_alike(layer: PostgresPersis
 async def test_what_cannot_be_serialized_or_stays_locked_fails_in_time(
     pool: Any, server: PostgresServer, client: Any
 ) -> None:
-    layer = PostgresPersistenceLayer(pool=pool, timeout_seconds=1.0)
+    layer = PostgresPersistenceLayer(pool=pool, timeout_seconds=2.0)
     layer._next_purge_at = math.inf
     async with failing(client, "40001"):
         with pytest.raises(IdempotencyPersistenceConnectionError, match="kept failing to serialize"):
@@ -135,7 +135,7 @@ async def test_what_cannot_be_serialized_or_stays_locked_fails_in_time(
     await client.execute("UPDATE aidem_records SET expiration = 1")
     async with connected(server.url) as holder, holder.transaction():
         await holder.execute("SELECT FROM aidem_records FOR UPDATE")
-        with pytest.raises(IdempotencyPersistenceConnectionError, match="has held the record for 1 s"):
+        with pytest.raises(IdempotencyPersistenceConnectionError, match="has held the record for 2 s"):
             await acquired(layer)
 
 
@@ -145,7 +145,7 @@ async def test_a_claim_that_a_transaction_holds_is_not_waited_for(
     claim = await claimed(layer, lease_seconds=0)
     async with connected(server.url) as holder, holder.transaction():
         await holder.execute("UPDATE aidem_records SET status = 'COMPLETED'")
-        async with asyncio.timeout(2):
+        async with asyncio.timeout(4.5):  # the layer would wait for longer
             assert isinstance(await acquired(layer, owner="another"), Blocked)
             with pytest.raises(IdempotencyHeldByTransactionError):
                 await layer.release(claim)
@@ -164,9 +164,10 @@ async def test_a_session_that_the_server_ends_in_the_middle_is_an_outage_and_the
 async def test_a_pool_whose_connections_are_all_in_use_is_an_outage(server: PostgresServer, client: Any) -> None:
     for kind in KINDS:
         async with pool_of(kind, server.url, size=1) as pool:
+            patient = PostgresPersistenceLayer(pool=pool)
+            await claimed(patient, kind)
+            await patient.aclose()
             layer = PostgresPersistenceLayer(pool=pool, timeout_seconds=0.3)
-            await claimed(layer, kind)
-            await layer.aclose()
             borrow = getattr(pool, "acquire", None) or getattr(pool, "connection", None) or pool.connect
             async with borrow():
                 with pytest.raises(
@@ -174,7 +175,7 @@ async def test_a_pool_whose_connections_are_all_in_use_is_an_outage(server: Post
                 ) as failed:
                     await acquired(layer, "another")
                 assert not failed.value.may_be_applied  # so nothing is to be released
-            assert await layer.get(kind) is not None
+            assert await patient.get(kind) is not None
 
 
 @pytest.mark.parametrize("kind", KINDS)

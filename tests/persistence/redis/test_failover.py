@@ -89,10 +89,7 @@ async def test_calls_that_run_while_a_primary_is_lost_are_recorded_at_its_replic
             orders = [f"order {number}" for number in range(5)]
             calls = await payments.start(*orders)
             await until_in_step(servers)
-            if loss == "killed":
-                servers.primary.kill()
-            else:
-                servers.primary.pause()
+            servers.lose(loss)
             payments.leave.set()  # they complete while nobody takes their records
             assert await asyncio.gather(*calls) == [f"{order} 1" for order in orders]
             assert await asyncio.gather(*(payments.pay(order=order) for order in orders)) == [
@@ -118,7 +115,7 @@ async def test_w7_what_a_failover_loses_runs_again_and_still_has_one_outcome_and
             assert await payments.pay(order="done") == "done 1"  # the primary has acknowledged it
             alone, overtaken = await payments.start("alone", "overtaken")
             assert told(servers.replica, "DBSIZE") == 1  # it knows of none of them
-            servers.primary.kill()
+            servers.lose()
             servers.await_failover()
             await until_served(layer)
 
@@ -152,7 +149,7 @@ async def test_a_waiter_hears_of_changes_at_the_replica_that_took_over(mode: str
             (call,) = await payments.start("order")
             await until_in_step(servers)
             await there.pay(order="done")
-            servers.primary.kill()
+            servers.lose()
             servers.await_failover()
             await until_served(layer)
             await until_served(elsewhere)

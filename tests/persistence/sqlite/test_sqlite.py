@@ -405,10 +405,10 @@ async def test_a_record_of_other_types_is_refused_with_what_to_do(
 async def test_operations_have_a_time_limit_after_which_outcomes_and_releases_are_still_applied_but_no_claims(
     path: Path, clock: GatedClock
 ) -> None:
-    layer = SQLitePersistenceLayer(path, clock=clock, timeout_seconds=0.1)
+    layer = SQLitePersistenceLayer(path, clock=clock, timeout_seconds=2)
     done, failed = await claimed(layer, "done"), await claimed(layer, "failed")
     clock.hold()
-    late = "SQLite did not answer within 0.1 s, which timeout_seconds allows; the operation may have been applied"
+    late = "SQLite did not answer within 2 s, which timeout_seconds allows; the operation may have been applied"
     held_up = asyncio.ensure_future(claimed(layer, "held up"))
     assert await asyncio.to_thread(clock.reached.wait, 30)
     with pytest.raises(IdempotencyPersistenceConnectionError, match=late):
@@ -423,10 +423,10 @@ async def test_operations_have_a_time_limit_after_which_outcomes_and_releases_ar
 
 
 async def test_an_answer_in_time_is_not_taken_back(path: Path) -> None:
-    async with SQLitePersistenceLayer(path, clock=FakeClock(), timeout_seconds=0.5) as layer:
+    async with SQLitePersistenceLayer(path, clock=FakeClock(), timeout_seconds=2) as layer:
         for number in range(3):
             await claimed(layer, f"key {number}")
-            await asyncio.sleep(0.3)  # beyond the limit of the first
+            await asyncio.sleep(0.8)  # beyond the limit of the first
         assert await layer.get("key 0") is not None
 
 

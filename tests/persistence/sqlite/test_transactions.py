@@ -596,7 +596,7 @@ async def test_opening_a_file_whose_tables_are_there_does_not_wait_for_the_appli
     layer: SQLitePersistenceLayer, path: Path
 ) -> None:
     with writer(path):
-        async with SQLitePersistenceLayer(path, in_application_database=True, timeout_seconds=1) as other:
+        async with SQLitePersistenceLayer(path, in_application_database=True, timeout_seconds=20) as other:
             assert await other.get("key") is None
 
 
@@ -644,7 +644,10 @@ def layer_in_a_hurry(path: Path) -> SQLitePersistenceLayer:
     )
 
 
-async def test_a_renewal_waits_for_a_short_transaction(layer: SQLitePersistenceLayer, path: Path) -> None:
+async def test_a_renewal_waits_for_a_short_transaction(
+    layer: SQLitePersistenceLayer, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("aidem.persistence.sqlite.RENEWAL_SECONDS", 30.0)  # on a slow machine it is not so short
     record = await claimed(layer)
     with writer(path) as connection:
         renewal = layer.renew(record.replace(expiry_timestamp=10**10), now=layer.clock())

@@ -16,8 +16,8 @@ from typing import Self
 from tests.support.processes.log import FleetLog
 
 ROOT = Path(__file__).parents[3]
-POLL_SECONDS = 0.002
-ATTEMPTS_SECONDS = 20.0
+POLL_SECONDS = 0.02
+ATTEMPTS_SECONDS = 40.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +32,7 @@ class Orders:
         body_seconds: How long a body takes, at least and at most.
         factory: `module:function`, which makes the layer.
         asks_after_calls: If not 0, calls have a check, which answers when the log has so many of its key.
+        together: If not 0, a body goes on when the log has so many calls of its key.
     """
 
     argument: str
@@ -45,21 +46,40 @@ class Orders:
     seed: int = 0
     factory: str = "aidem.persistence:open_persistence_layer"
     asks_after_calls: int = 0
+    together: int = 0
 
 
 @dataclass
 class Fleet:
-    """Workers with the same orders; a context manager that leaves none behind."""
+    """Workers with the same orders; a context manager that leaves none behind.
+
+    Attributes:
+        orders: What they do.
+        size: How many they are.
+        kills: So many of them kill themselves in a body.
+        stops: So many others stop themselves in a body. Each has a key of its own for that, at which the others
+            come last, and not before its body has begun: they all have to take it over.
+    """
 
     orders: Orders
     size: int
+    kills: int = 0
+    stops: int = 0
     workers: list[subprocess.Popen[str]] = field(default_factory=list)
-    killed: dict[int, float] = field(default_factory=dict)
-    stopped: dict[int, float] = field(default_factory=dict)
+
+    @property
+    def killed(self) -> set[int]:
+        return {worker.pid for worker in self.workers[: self.kills]}
+
+    @property
+    def stopped(self) -> set[int]:
+        return {worker.pid for worker in self.workers[self.kills : self.kills + self.stops]}
 
     def __enter__(self) -> Self:
+        signals = [signal.SIGKILL] * self.kills + [signal.SIGSTOP] * self.stops
+        ends = dict(zip(self.orders.keys, map(int, signals), strict=False))
         for number in range(self.size):
-            orders = json.dumps(asdict(self.orders) | {"seed": number})
+            orders = json.dumps(asdict(self.orders) | {"seed": number, "ends": ends})
             self.workers.append(
                 subprocess.Popen(
                     [sys.executable, "-m", "tests.support.processes.worker", orders],
@@ -90,37 +110,24 @@ class Fleet:
     def log(self) -> FleetLog:
         return FleetLog.read(self.orders.log)
 
-    def stop_in_body(self) -> int:
-        """Stop a worker that runs a body; return its pid. That it is in a body is looked up after it has stopped."""
-        deadline = time.monotonic() + ATTEMPTS_SECONDS
-        while time.monotonic() < deadline:
-            untouched = {worker.pid for worker in self.workers} - self.killed.keys() - self.stopped.keys()
-            for pid in untouched & self.log().running_pids():
-                os.kill(pid, signal.SIGSTOP)
-                os.waitid(os.P_PID, pid, os.WSTOPPED | os.WNOWAIT)
-                if pid in self.log().running_pids():
-                    self.stopped[pid] = time.monotonic()
-                    return pid
-                os.kill(pid, signal.SIGCONT)
-            time.sleep(POLL_SECONDS)
-        raise AssertionError("no worker was caught in a body")
+    def wait_for_ends(self) -> None:
+        """Wait until the workers that are to be killed or stopped in a body are."""
+        for pid in self.killed | self.stopped:
+            ended = os.waitid(os.P_PID, pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+            assert ended is not None
+            assert ended.si_status == (signal.SIGKILL if pid in self.killed else signal.SIGSTOP)
+        assert self.killed | self.stopped <= self.log().running_pids()
 
-    def kill_in_body(self) -> int:
-        """Kill a worker that runs a body; return its pid."""
-        pid = self.stop_in_body()
-        del self.stopped[pid]
-        os.kill(pid, signal.SIGKILL)
-        self.killed[pid] = time.monotonic()
-        return pid
-
-    def resume(self, pid: int) -> None:
-        os.kill(pid, signal.SIGCONT)
+    def resume(self) -> None:
+        """Let those that are stopped go on."""
+        for pid in self.stopped:
+            os.kill(pid, signal.SIGCONT)
 
     def wait_until(self, has_happened: Callable[[FleetLog], bool]) -> None:
         deadline = time.monotonic() + ATTEMPTS_SECONDS
         while not has_happened(self.log()):
             assert time.monotonic() < deadline, "it did not happen"
-            time.sleep(10 * POLL_SECONDS)
+            time.sleep(POLL_SECONDS)
 
     def join(self, timeout_seconds: float) -> None:
         """Wait until all have left; those that were not killed must leave well and say nothing."""

@@ -57,6 +57,33 @@ def check_of(orders: dict[str, Any], log: Log) -> Any:
     return find_out
 
 
+def keys_of(orders: dict[str, Any], chance: random.Random) -> list[str]:
+    """Return the keys in the order in which this worker calls them; last those at which others end."""
+    keys = list(orders["keys"])
+    if orders["shuffled"]:
+        chance.shuffle(keys)
+    return sorted(keys, key=lambda key: key in orders["ends"] and not is_own(key, orders))
+
+
+def is_own(key: str, orders: dict[str, Any]) -> bool:
+    """Whether it is the key in whose body this worker ends."""
+    return key in orders["ends"] and list(orders["ends"]).index(key) == orders["seed"]
+
+
+async def until_begun(key: str, orders: dict[str, Any], log: Log) -> None:
+    """Wait for the body in which another worker ends."""
+    while key in orders["ends"] and not is_own(key, orders) and not log.count("start", key):  # noqa: ASYNC110 - as above
+        await asyncio.sleep(0.01)
+
+
+async def act(key: str, orders: dict[str, Any], log: Log) -> None:
+    """End in the body, if this is the key for it; and wait for as many calls as there are to be."""
+    if is_own(key, orders):
+        os.kill(os.getpid(), orders["ends"][key])
+    while orders["together"] and log.count("call", key) < orders["together"]:  # noqa: ASYNC110 - as above
+        await asyncio.sleep(0.01)
+
+
 async def work(orders: dict[str, Any]) -> None:
     log = Log(orders["log"])
     chance = random.Random(f"{orders['seed']}")
@@ -66,9 +93,7 @@ async def work(orders: dict[str, Any]) -> None:
         wait_timeout_seconds=orders["wait_timeout_seconds"],
         on_abandoned=check_of(orders, log),
     )
-    keys = list(orders["keys"])
-    if orders["shuffled"]:
-        chance.shuffle(keys)
+    left = keys_of(orders, chance)[::-1]
 
     async with layer_of(orders["factory"], orders["argument"]) as layer:
 
@@ -77,12 +102,15 @@ async def work(orders: dict[str, Any]) -> None:
             record = current_execution().record
             assert record is not None
             facts = {"fence": record.fence, "effect": os.urandom(8).hex()}
-            log.write("start", order["key"], **facts, lease_end=record.in_progress_expiry_timestamp)
+            key = order["key"]
+            log.write("start", key, **facts, lease_end=record.in_progress_expiry_timestamp)
             await asyncio.sleep(chance.uniform(*orders["body_seconds"]))
-            log.write("end", order["key"], **facts)
+            await act(key, orders, log)
+            log.write("end", key, **facts)
             return facts
 
         async def call(key: str) -> None:
+            await until_begun(key, orders, log)
             log.write("call", key)
             try:
                 result = await effect({"key": key})
@@ -91,14 +119,13 @@ async def work(orders: dict[str, Any]) -> None:
             else:
                 log.write("result", key, **result)
 
-        async def call_some(left: list[str]) -> None:
+        async def call_some() -> None:
             while left:
                 await call(left.pop())
 
         os.write(1, b"ready\n")
         await asyncio.to_thread(sys.stdin.readline)
-        left = keys[::-1]
-        await asyncio.gather(*(call_some(left) for _ in range(orders["tasks"])))
+        await asyncio.gather(*(call_some() for _ in range(orders["tasks"])))
 
 
 if __name__ == "__main__":
