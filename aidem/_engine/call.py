@@ -113,7 +113,8 @@ _REFUSALS_IN_TRANSACTION: Final = {
     Commitment.COMMITTED: "this call was completed before, and that was committed; leave the body",
     Commitment.ROLLED_BACK: (
         "the transaction does not see the claim of this call: it is on another database than the persistence layer, or "
-        "it was begun before the claim was made; begin it in the body, on the database that holds the records"
+        "its search_path finds another table, or it was begun before the claim was made; begin it in the body, on the "
+        "database that holds the records"
     ),
 }
 _HELD_BY_ANOTHER: Final = (
@@ -122,12 +123,13 @@ _HELD_BY_ANOTHER: Final = (
 )
 _NOT_COMMITTED: Final = {
     Commitment.OPEN: (
-        "complete() was called in a transaction that is not committed but still open; commit it before the body ends. "
-        "The key stays claimed until its lease ends, for the transaction may yet be committed"
+        "complete() was called in a transaction that is not committed but still open; commit it before the body ends, "
+        "and the outer one if it is inside another. The key stays claimed until its lease ends, for the transaction "
+        "may yet be committed"
     ),
     Commitment.ROLLED_BACK: (
         "complete() was called in a transaction that was not committed but rolled back, or its savepoint was, or a "
-        "request with completion_item() was not applied; raise an exception to end the body without an outcome"
+        "request with completion_item() was not applied; complete it in another one, or end the body with an exception"
     ),
 }
 
@@ -508,11 +510,13 @@ class Call:
         """Let nothing of ours meet the body's transaction, or its request."""
         self._claim.check_process()
         await self._claim.pause_renewal()
+        self.takes("complete_in")  # or the body has ended meanwhile
         self.phase = _COMPLETING
         self._claim.is_in_transaction = True
 
     def _undo_completion(self, earlier: Phase) -> None:
-        self.phase = earlier
+        if self.phase is _COMPLETING:  # or the body has ended meanwhile
+            self.phase = earlier
         self._claim.is_in_transaction = earlier is _COMPLETING
 
     async def _resume_renewal(self) -> None:

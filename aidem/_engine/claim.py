@@ -410,8 +410,7 @@ class Claim:
 
     async def pause_renewal(self) -> None:
         """Renew no more for now; wait for a renewal under way, which the transaction would meet."""
-        renewal = self._renewal
-        self.stop_renewal()
+        renewal = self._halt_renewal()
         if renewal is not None:
             try:
                 await renewal.ended(within_seconds=SHORTEST_REQUEST_SECONDS)
@@ -444,11 +443,17 @@ class Claim:
     # --- Ended ------------------------------------------------------------------------------------------------------
 
     def stop_renewal(self) -> None:
-        """Stop renewing: the body has ended."""
+        """Stop renewing, for good: the body has ended, though a completion that it has started may not have."""
+        self._renews = False
+        self._halt_renewal()
+
+    def _halt_renewal(self) -> Renewal | None:
+        """Renew no more; return the renewal that may be under way."""
         self._loop_state.renewals.unwatch(self)
         renewal, self._renewal = self._renewal, None
         if renewal is not None:
             renewal.stop()
+        return renewal
 
     def completion_shield(self) -> CancellationShield:
         """Stop renewing; return a shield under which to complete the claim, for as long as its lease is held.

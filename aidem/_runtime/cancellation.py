@@ -165,9 +165,7 @@ class CancellationShield:
         if isinstance(operation, Immediate):
             answer: T = operation.answer
             return answer
-        future: UncancellableFuture[T] = (
-            operation if isinstance(operation, UncancellableFuture) else _as_task(operation)
-        )
+        future: UncancellableFuture[T] = operation if isinstance(operation, UncancellableFuture) else as_task(operation)
         self.operation = future
         deadline = self.deadline
         if within_seconds is not None:
@@ -229,7 +227,7 @@ The references are strong, as asyncio itself keeps only weak ones.
 """
 
 
-def _as_task(operation: Awaitable[T]) -> UncancellableFuture[T]:
+def as_task(operation: Awaitable[T]) -> UncancellableFuture[T]:
     """Run the operation as a task, strongly referenced, behind a future that cannot be cancelled."""
     loop = asyncio.get_running_loop()
     future: UncancellableFuture[T] = UncancellableFuture(loop=loop)
@@ -281,7 +279,7 @@ def _start_unattended(start: Callable[[], Awaitable[Any]], loop: asyncio.Abstrac
     async def operate() -> None:
         await start()
 
-    future = _as_task(operate())
+    future = as_task(operate())
     future.give_up_at(loop.time() + CLEANUP_SECONDS)
     future.add_done_callback(_log_failure)
 

@@ -52,6 +52,7 @@ NOT_BEGUN: Final = (
     "the commit"
 )
 FAILED: Final = "its transaction has failed, so it can only be rolled back; begin another one inside the block"
+OF_ASYNC: Final = "it belongs to an AsyncSession or AsyncConnection; pass that one"
 BUSY: Final = (
     "a statement is under way on it, or it is in pipeline mode; wait until that has ended, and call complete() as the "
     "last statement before the commit"
@@ -121,7 +122,7 @@ class _SQLite3:
     def fault(self) -> str | None:
         try:
             return None if self._connection.in_transaction else NOT_BEGUN
-        except Exception:  # noqa: BLE001 - each library has an error of its own for a closed connection
+        except (sys.modules["sqlite3"].Error, ValueError):  # the latter of aiosqlite
             return CLOSED
 
     def is_open(self) -> bool:
@@ -155,7 +156,7 @@ class _Asyncpg:
             if self._connection.is_closed():
                 return CLOSED
             return None if self._connection.is_in_transaction() else NOT_BEGUN
-        except Exception:  # noqa: BLE001 - InterfaceError of one that was given back to its pool
+        except sys.modules["asyncpg"].InterfaceError:  # it was given back to its pool
             return CLOSED
 
     def is_open(self) -> bool:
@@ -240,6 +241,10 @@ class _SQLAlchemy:
     def fault(self) -> str | None:
         if self._driver not in _DRIVERS:
             return f"SQLAlchemy uses the driver {self._driver}; aidem knows {', '.join(_DRIVERS)}"
+        if not self.is_blocking and not hasattr(
+            self._transaction, "sync_session" if self._is_session else "sync_connection"
+        ):
+            return OF_ASYNC
         if not self._is_session and self._transaction.closed:
             return CLOSED
         if not self._transaction.in_transaction():

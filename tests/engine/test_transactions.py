@@ -15,6 +15,7 @@ from aidem._rules.record import DataRecord
 from aidem._runtime.cancellation import Immediate
 from aidem.exceptions import (
     IdempotencyAlreadyInProgressError,
+    IdempotencyHeldByTransactionError,
     IdempotencyInDoubtError,
     IdempotencyLeaseLostError,
     IdempotencyPersistenceConnectionError,
@@ -607,6 +608,78 @@ async def test_a_held_record_is_not_renewed_by_hand(layer: TransactionalLayer) -
         await transaction.commit()
 
     await paying(layer, ask)()
+
+
+# --- A completion in a task of its own, which the body has left behind -----------------------------------------------
+
+
+def leave_behind(left: list[asyncio.Task[Any]], *, after_seconds: float = 0.0) -> Body:
+    """Return a body that starts to complete its call, goes on, and raises half a second later."""
+
+    async def body(transaction: MemoryTransaction) -> Any:
+        await asyncio.sleep(after_seconds)
+        executions.append(current_execution())
+        left.append(asyncio.create_task(complete(transaction)))
+        await asyncio.sleep(0.5)
+        raise DeclinedError
+
+    executions = list[Any]()  # which keep the call alive, as a variable of the caller's does
+    return body
+
+
+async def test_a_claim_is_not_renewed_once_its_body_has_left_a_completion_behind() -> None:
+    class Slow(TransactionalLayer):
+        async def complete_in(self, transaction: Any, record: DataRecord, *, now: float) -> bool:  # type: ignore[override]
+            is_ours = await super().complete_in(transaction, record, now=now)
+            await asyncio.sleep(2)
+            return is_ours
+
+    layer, left = Slow(clock=wall_clock), list[asyncio.Task[Any]]()
+    pay = paying(layer, leave_behind(left), lease_seconds=30)
+    with pytest.raises(DeclinedError):
+        await pay()
+    assert len(layer.records()) == 1  # the transaction is open, so the claim is left to its lease
+    await left[0]
+    await layer.transactions[0].rollback()
+    await asyncio.sleep(30)
+    assert await paying(layer, commit, lease_seconds=30)() == RECEIPT
+
+
+async def test_a_completion_that_the_body_has_left_behind_before_it_was_written_writes_nothing() -> None:
+    class Slow(TransactionalLayer):
+        async def renew(self, record: DataRecord, *, now: float) -> DataRecord | None:  # type: ignore[override]
+            await asyncio.sleep(1.5)
+            return await super().renew(record, now=now)
+
+    layer, left = Slow(clock=wall_clock), list[asyncio.Task[Any]]()
+    with pytest.raises(DeclinedError):
+        await paying(layer, leave_behind(left, after_seconds=10.1), lease_seconds=30)()  # a renewal is under way
+    with pytest.raises(IdempotencyUsageError, match="for the body of a call that runs"):
+        await left[0]
+    assert layer.records() == layer.transactions[0].outcomes == {}
+
+
+async def test_a_completion_that_is_refused_when_its_body_has_ended_does_not_begin_the_call_again() -> None:
+    class Slow(TransactionalLayer):
+        async def complete_in(self, transaction: Any, record: DataRecord, *, now: float) -> bool:  # type: ignore[override]
+            await asyncio.sleep(2)
+            raise IdempotencyHeldByTransactionError("another transaction holds the record")
+
+    async def again(transaction: MemoryTransaction) -> Any:
+        for message in ("another transaction holds the record", "for the body of a call that runs"):
+            with pytest.raises(IdempotencyUsageError, match=message):
+                await complete(transaction)
+
+    async def body(transaction: MemoryTransaction) -> Any:
+        left.append(asyncio.create_task(again(transaction)))
+        executions.append(current_execution())
+        await asyncio.sleep(1)
+        raise DeclinedError
+
+    left, executions = list[asyncio.Task[Any]](), list[Any]()
+    with pytest.raises(DeclinedError):
+        await paying(Slow(clock=wall_clock), body)()
+    await left[0]
 
 
 # --- Refused before anything is written -----------------------------------------------------------------------------

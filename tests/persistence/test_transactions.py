@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 from types import SimpleNamespace
 from typing import Any
 
@@ -115,6 +116,29 @@ def test_a_session_that_is_not_bound_to_one_database_is_told_what_to_pass() -> N
     with engine.connect() as connection, connection.begin():
         assert recognised(connection, database="sqlite", blocking=True).database == "sqlite"
     engine.dispose()
+
+
+async def test_the_part_of_an_async_session_or_connection_that_is_not_async_is_told_from_it() -> None:
+    engine = sqlalchemy.ext.asyncio.create_async_engine("postgresql+asyncpg://")
+    session = sqlalchemy.ext.asyncio.AsyncSession(engine)
+    _ = session.sync_session.begin()
+    recognised(session, database="postgresql", blocking=False)
+    with pytest.raises(IdempotencyUsageError, match="belongs to an AsyncSession or AsyncConnection; pass that one"):
+        recognised(session.sync_session, database="postgresql", blocking=False)
+    await session.close()
+
+
+@pytest.mark.parametrize("database", ["postgresql", "sqlite"])
+def test_what_interrupts_the_look_at_a_transaction_is_not_taken_for_a_closed_connection(database: str) -> None:
+    def interrupted(_: Any) -> Any:  # as by a signal handler
+        raise TimeoutError
+
+    connection = asyncpg_connection()
+    type(connection).is_in_transaction = interrupted
+    if database == "sqlite":
+        connection = disconnected(sqlite3.Connection, in_transaction=property(interrupted))
+    with pytest.raises(TimeoutError):
+        recognised(connection, database=database)
 
 
 async def test_a_connection_that_was_not_awaited_is_told_to_be() -> None:

@@ -54,6 +54,14 @@ LOCKED_TRIES: Final = 5
 _NO_TABLE: Final = frozenset({"42P01", "42703", "3F000"})
 """Undefined table, undefined column, undefined schema."""
 
+_TRY_AGAIN: Final = "roll back, and try the transaction again in its body"
+_REMEDIES: Final = {
+    "42501": "the user of the transaction may not; let the owner of the table run GRANT SELECT, UPDATE ON %s TO ..., "
+    "and GRANT USAGE on its schema",
+    "25006": "the transaction is READ ONLY, or on a replica; begin one that writes, on the primary",
+}
+"""What helps where the server answers a SQLSTATE in a transaction of the caller's, and to try again does not."""
+
 
 class _Source(Protocol):
     """Answers questions in one event loop."""
@@ -307,14 +315,15 @@ class PostgresPersistenceLayer(OpenedByAsyncWith):
                 if await opened.execute(self._statements.pause_if_seen, (key, owner)) == 0:
                     return False
         except Exception as error:
-            state = getattr(getattr(error, "orig", error), "sqlstate", None)  # SQLAlchemy wraps those of its drivers
+            state = getattr(getattr(error, "orig", error), "sqlstate", "")  # SQLAlchemy wraps those of its drivers
             if state in _NO_TABLE:
                 raise IdempotencyUsageError(
                     f"the transaction is on a database, or with a search_path, that has no table {self._table.quoted} "
                     "of aidem's; begin it on the database that holds the records",
                     key=key,
                 ) from error
-            error.add_note("aidem: the call is not completed; roll back, and try the transaction again in its body")
+            remedy = _REMEDIES.get(state, _TRY_AGAIN).replace("%s", self._table.quoted)
+            error.add_note(f"aidem: the call is not completed; {remedy}")
             raise
         raise _held(record)
 

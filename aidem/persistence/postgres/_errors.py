@@ -43,13 +43,15 @@ _CONNECTION: Final = {
     "40P01": "deadlocks did not end; try again",
     "55P03": "a lock was not available within lock_timeout; look for a transaction left open",
 }
+_BEHIND_A_POOLER: Final = (
+    "as behind a pooler that changes the server connection; give the layer prepared_statements=False, or a pool of "
+    "your own statement_cache_size=0 (asyncpg) or prepare_threshold=None (psycopg)"
+)
 _CONFIG: Final = {
     "28": "it does not accept the user or the password, or pg_hba.conf does not let them in; see the URL",
     "3D000": "the database does not exist; see the URL",
-    "26000": "a prepared statement is gone, as behind a pooler that changes the server connection; give the layer "
-    "prepared_statements=False",
-    "42P05": "a prepared statement is there already, as behind a pooler that changes the server connection; give the "
-    "layer prepared_statements=False",
+    "26000": f"a prepared statement is gone, {_BEHIND_A_POOLER}",
+    "42P05": f"a prepared statement is there already, {_BEHIND_A_POOLER}",
     "22021": "the idempotency key holds a NUL character, which PostgreSQL cannot store; see key_prefix",
     "54000": "the idempotency key is too long for an index of PostgreSQL, which takes about 2700 bytes; use a shorter "
     "key_prefix",
@@ -117,6 +119,17 @@ def none_was_free(timeout_seconds: float) -> IdempotencyPersistenceLayerError:
     failure = IdempotencyPersistenceConnectionError(
         f"PostgreSQL: no connection was free within {timeout_seconds:.3g} s, which timeout_seconds allows; raise "
         "max_connections, or see why the server is slow"
+    )
+    failure.may_be_applied = False
+    return failure
+
+
+def none_was_lent(timeout_seconds: float) -> IdempotencyPersistenceLayerError:
+    """Return the error for an operation that could not be sent in time, as the pool of the user lent no connection."""
+    failure = IdempotencyPersistenceConnectionError(
+        f"the pool had no connection to lend within {timeout_seconds:.3g} s, which timeout_seconds allows: the "
+        "application holds all of them, or PostgreSQL does not answer; give the pool more connections than bodies take "
+        "at once, and take none before an idempotent call begins"
     )
     failure.may_be_applied = False
     return failure

@@ -13,6 +13,7 @@ from contextvars import Context
 from functools import partial
 from typing import TYPE_CHECKING, Any, Self, TypeAlias, TypeVar
 
+from aidem._runtime.cancellation import as_task
 from aidem.exceptions import IdempotencyError, IdempotencyPersistenceConfigError
 from aidem.persistence.postgres import _errors
 from aidem.persistence.postgres._questions import AGAIN, Reply, next_pause
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Callable
     from contextlib import AbstractAsyncContextManager
 
+    from aidem._runtime.cancellation import UncancellableFuture
     from aidem.persistence.postgres._questions import Question, Rows
     from aidem.persistence.postgres._table import Table
 
@@ -41,7 +43,7 @@ class GivenPool:
         self._loop: asyncio.AbstractEventLoop | None = getattr(
             pool, "_loop", None
         )  # asyncpg knows it before the first use
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._unattended: set[asyncio.Future[None]] = set()
 
     def here(self) -> Self:
         """Return itself, on the event loop of the pool.
@@ -61,44 +63,54 @@ class GivenPool:
 
     def ask_in_background(self, question: Question[None], failed: Callable[[BaseException], None]) -> None:
         """Ask a question whose answer nobody waits for; `failed` is told why there is none."""
-        task = asyncio.get_running_loop().create_task(self.ask(question), context=Context())
-        self._tasks.add(task)
+        future = Context().run(self.ask, question)
+        self._unattended.add(future)
 
-        def ended(task: asyncio.Task[None]) -> None:
-            self._tasks.discard(task)
-            if not task.cancelled() and (failure := task.exception()) is not None:
+        def ended(future: asyncio.Future[None]) -> None:
+            self._unattended.discard(future)
+            if (failure := future.exception()) is not None:
                 failed(failure)
 
-        task.add_done_callback(ended)
+        future.add_done_callback(ended, context=Context())
 
     async def aclose(self) -> None:
         """Finish what was asked in the background, and leave the pool open."""
-        if self._tasks:
-            await asyncio.wait(self._tasks)
+        if self._unattended:
+            await asyncio.wait(self._unattended)
 
-    async def ask(self, question: Question[T]) -> T:
+    def ask(self, question: Question[T]) -> UncancellableFuture[T]:
         """Ask, again where that makes sense.
 
-        Raises:
-            IdempotencyPersistenceLayerError: It failed.
+        The future is settled in time. A pool may take longer: where the server is silent, some wait for it to cancel
+        the statement before they take their connection back.
         """
+        is_lent = asyncio.Event()
+        future = as_task(self._translated(question, is_lent))
+
+        def give_up() -> None:
+            late = _errors.timed_out if is_lent.is_set() else _errors.none_was_lent
+            future.fail(late(self._timeout_seconds))  # which cancels the task
+
+        timer = future.get_loop().call_later(self._timeout_seconds, give_up, context=Context())
+        future.add_done_callback(lambda _: timer.cancel(), context=Context())
+        return future
+
+    async def _translated(self, question: Question[T], is_lent: asyncio.Event) -> T:
         try:
-            async with asyncio.timeout(self._timeout_seconds):
-                return await self._answer(question)
+            return await self._answer(question, is_lent)
         except IdempotencyError:
             raise
-        except TimeoutError as error:
-            raise _errors.timed_out(self._timeout_seconds) from error
         except Exception as error:
             raise _errors.translated(error, self._table) from error
 
-    async def _answer(self, question: Question[T]) -> T:
+    async def _answer(self, question: Question[T], is_lent: asyncio.Event) -> T:
         deadline = time.monotonic() + self._timeout_seconds
         asked_again = found_held = 0
         while True:
             failure: Exception = _errors.stayed_locked(self._timeout_seconds)
             try:
-                rows = await self._rows(question)
+                is_lent.clear()
+                rows = await self._rows(question, is_lent)
             except Exception as error:
                 if not _errors.is_worth_another_try(error):
                     raise
@@ -115,7 +127,7 @@ class GivenPool:
             await asyncio.sleep(pause)
             asked_again += 1
 
-    async def _rows(self, question: Question[Any]) -> Rows:
+    async def _rows(self, question: Question[Any], is_lent: asyncio.Event) -> Rows:
         async with contextlib.AsyncExitStack() as stack:
             try:
                 connection = await stack.enter_async_context(self._borrow())
@@ -125,6 +137,7 @@ class GivenPool:
                         "the pool is closed, or was not opened; open it before the layer is used, and close it after"
                     ) from error
                 raise _errors.connecting_failed(error, self._table, timeout_seconds=self._timeout_seconds) from error
+            is_lent.set()
             return await self._fetch(connection, question.statement.text, question.arguments)
 
 

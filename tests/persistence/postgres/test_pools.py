@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-import secrets
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -26,6 +25,7 @@ from aidem.exceptions import (
 )
 from aidem.persistence.postgres import PostgresPersistenceLayer
 from tests.support.postgres import PostgresServer, acquired, claimed, completed, connected, failing
+from tests.support.proxy import Proxy
 
 pytestmark = pytest.mark.server
 KINDS = ["asyncpg", "psycopg", "engine on asyncpg", "engine on psycopg"]
@@ -170,9 +170,41 @@ async def test_a_pool_whose_connections_are_all_in_use_is_an_outage(server: Post
             layer = PostgresPersistenceLayer(pool=pool, timeout_seconds=0.3)
             borrow = getattr(pool, "acquire", None) or getattr(pool, "connection", None) or pool.connect
             async with borrow():
-                with pytest.raises(IdempotencyPersistenceConnectionError, match=r"did not answer within 0\.3 s"):
-                    await layer.get("key")
+                with pytest.raises(
+                    IdempotencyPersistenceConnectionError, match=r"no connection to lend within 0\.3"
+                ) as failed:
+                    await acquired(layer, "another")
+                assert not failed.value.may_be_applied  # so nothing is to be released
             assert await patient.get(kind) is not None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_a_server_that_falls_silent_fails_in_time_whatever_the_pool_waits_for(
+    server: PostgresServer, client: Any, kind: str
+) -> None:
+    async def ask() -> None:
+        with pytest.raises(IdempotencyPersistenceConnectionError, match=r"did not answer within 0\.5 s") as failed:
+            await PostgresPersistenceLayer(pool=pool, timeout_seconds=0.5).get("key")
+        assert failed.value.may_be_applied
+
+    async with (
+        Proxy.to(server.port) as proxy,
+        pool_of(kind, server.url.replace(f":{server.port}", f":{proxy.port}"), size=1) as pool,
+    ):
+        layer = PostgresPersistenceLayer(pool=pool, timeout_seconds=30)
+        await claimed(layer)
+        await layer.aclose()
+        proxy.hold()
+        asking = asyncio.create_task(ask())
+        await asyncio.wait([asking], timeout=8)  # psycopg gives up after 10
+        assert proxy.held.requests
+        was_in_time = asking.done()
+        proxy.heal()
+        await asking
+        assert was_in_time
+        while proxy.open_connections > 1:  # noqa: ASYNC110 - until the driver has cancelled the statement
+            await asyncio.sleep(0.01)
+        assert await layer.get("key") is not None  # when the pool has its connection back
 
 
 async def test_a_server_that_cannot_be_reached_is_an_outage_in_which_nothing_was_applied(vacant_port: int) -> None:
@@ -202,18 +234,26 @@ def test_a_pool_may_be_used_on_the_next_loop_once_its_own_has_ended(server: Post
         asyncio.run(layer.open())
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_loop_that_ends_takes_a_purge_with_it_that_is_under_way(
-    server: PostgresServer, kind: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    async def claim_and_leave() -> None:
-        async with pool_of(kind, server.url) as pool:
-            layer = PostgresPersistenceLayer(pool=pool)
-            await claimed(layer, secrets.token_hex())
-            assert layer._sources._tasks, "no purge is under way"  # type: ignore[attr-defined]
+def test_the_loop_that_ends_takes_a_purge_with_it_that_is_under_way(caplog: pytest.LogCaptureFixture) -> None:
+    class Exhausted(asyncpg.Pool):
+        """Lends no connection, so that whoever asks for one waits."""
 
+        def __init__(self) -> None: ...
+
+        @asynccontextmanager
+        async def acquire(self, **_: Any) -> AsyncGenerator[Any]:  # type: ignore[override]
+            waiting.append(True)
+            yield await asyncio.get_running_loop().create_future()
+
+    async def purge_and_leave() -> None:
+        layer = PostgresPersistenceLayer(pool=Exhausted())
+        layer._purge_sometimes(layer._sources.here())
+        await asyncio.sleep(0)
+        assert waiting, "no purge is under way"
+
+    waiting = list[bool]()
     caplog.set_level(logging.WARNING, "aidem")
-    asyncio.run(claim_and_leave())
+    asyncio.run(purge_and_leave())
     assert [record.getMessage() for record in caplog.records if record.name == "aidem"] == []
 
 

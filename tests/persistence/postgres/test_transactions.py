@@ -380,6 +380,26 @@ async def test_a_database_without_the_table_is_refused(
     await opened.close()
 
 
+@pytest.mark.parametrize(
+    ("setting", "remedy"),
+    [
+        ("SET LOCAL ROLE pg_monitor", 'run GRANT SELECT, UPDATE ON "aidem_records" TO'),
+        ("SET TRANSACTION READ ONLY", "begin one that writes, on the primary"),
+    ],
+    ids=["rights", "read only"],
+)
+async def test_a_transaction_that_may_not_write_the_record_is_told_what_helps(  # noqa: PLR0917 - fixtures
+    layer: PostgresPersistenceLayer, client: Any, opened: Opened, kind: str, setting: str, remedy: str
+) -> None:
+    record = await claimed(layer)
+    await opened.execute(setting)
+    with pytest.raises(Exception, match=r"permission denied|read-only transaction") as refused:
+        await complete_in(layer, opened, record, kind)
+    [note] = refused.value.__notes__
+    assert remedy in note
+    assert "try the transaction again" not in note
+
+
 @pytest.mark.parametrize("level", ["REPEATABLE READ", "SERIALIZABLE"])
 async def test_a_snapshot_older_than_the_claim_finds_none_and_one_older_than_a_renewal_fails(
     layer: PostgresPersistenceLayer, server: PostgresServer, client: Any, level: str
