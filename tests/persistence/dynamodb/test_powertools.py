@@ -318,7 +318,7 @@ payloads = st.recursive(scalars, lambda inner: st.lists(inner) | st.dictionaries
 
 
 @pytest.mark.parametrize("first_fleet", [Powertools, Aidem], ids=["they-first", "we-first"])
-@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(payload=payloads)
 def test_both_compute_the_same_key_for_a_payload(
     first_fleet: Any, payload: Any, runner: asyncio.Runner, fleets: Any
