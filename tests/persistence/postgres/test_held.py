@@ -77,6 +77,25 @@ async def test_a_claim_that_was_held_and_is_free_again_is_taken_over_and_one_tha
     assert (await acquired(layer, owner="a third")).record.response_data == "1"
 
 
+async def test_a_claim_that_another_makes_at_the_same_moment_is_found(
+    layer: PostgresPersistenceLayer, holder: Any, client: Any
+) -> None:
+    claim = await claimed(layer, "of another key")
+    copied = 'jsonb_populate_record(NULL::aidem_records, to_jsonb(r) || \'{"id": "key"}\')'
+    await holder.execute(f"INSERT INTO aidem_records SELECT ({copied}).* FROM aidem_records r")
+    acquiring = asyncio.create_task(acquired(layer, owner="another"))
+    waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
+
+    async def is_waiting() -> bool:
+        return bool(await client.fetchval(waiting) == 1)
+
+    await until(is_waiting)  # for the key; then its statement finds it taken, by a record that it does not see
+    await holder.execute("COMMIT")
+    answer = await acquiring
+    assert isinstance(answer, Blocked)
+    assert answer.record == claim.replace(idempotency_key="key")
+
+
 async def test_a_claim_that_is_held_is_not_taken_over_by_an_operator_with_force_neither(
     layer: PostgresPersistenceLayer, holder: Any
 ) -> None:
