@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import os
 import select
@@ -372,6 +373,8 @@ async def test_a_server_that_does_not_answer_is_given_up_in_time(proxy: Proxy, c
         assert proxy.dropped.replies
         assert await client.exists("key 0") == 1
         proxy.heal()
+        with contextlib.suppress(IdempotencyPersistenceConnectionError):
+            await claimed(layer, "key 0")  # may share an attempt to connect whose handshake was dropped before
         assert (await claimed(layer, "key 0")).owner == "ours"
 
 
