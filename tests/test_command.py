@@ -37,7 +37,7 @@ from aidem.persistence import open_persistence_layer
 
 config = IdempotencyConfig(
     on_abandoned="raise",
-    lease_seconds=float(os.environ.get("LEASE_SECONDS", "0.3")),
+    lease_seconds=float(os.environ.get("LEASE_SECONDS", "1")),
     note=lambda arguments: f"order {arguments['order_id']}",
 )
 
@@ -112,7 +112,7 @@ class Shell:
         return worker
 
     def killed_worker(self, order: str) -> None:
-        with self.running_worker(order, lease_seconds=0.3) as worker:
+        with self.running_worker(order, lease_seconds=1) as worker:
             worker.kill()
             assert worker.wait(SECONDS) == -signal.SIGKILL
 

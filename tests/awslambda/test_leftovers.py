@@ -228,7 +228,7 @@ def test_no_claim_is_renewed_between_two_calls() -> None:
     layer = PlannedLayer(inner=MemoryPersistenceLayer(), clock=time.time)
     held = asyncio.Event()
 
-    @idempotent_function(persistence_store=layer, config=IdempotencyConfig(lease_seconds=0.06))
+    @idempotent_function(persistence_store=layer, config=IdempotencyConfig(lease_seconds=0.9))
     async def charge(order: int) -> None:
         while layer.calls.count("renew") < 2:  # noqa: ASYNC110 - the engine has no event for it
             await asyncio.sleep(0.01)
@@ -241,7 +241,7 @@ def test_no_claim_is_renewed_between_two_calls() -> None:
     handler(1, None)
     assert held.is_set()
     calls = list(layer.calls)
-    time.sleep(0.1)  # the environment is not even frozen
+    time.sleep(0.5)  # the environment is not even frozen
     assert layer.calls == calls
     nothing(None, None)
     assert layer.calls == calls

@@ -84,7 +84,7 @@ def test_the_claim_is_renewed_while_a_plain_check_blocks_its_thread() -> None:
             time.sleep(0.01)
         return Happened({"receipt": 9})
 
-    charge, ran = charge_in_doubt(layer, check, lease_seconds=0.5)
+    charge, ran = charge_in_doubt(layer, check, lease_seconds=1.5)
     layer.calls.clear()
     assert charge() == {"receipt": 9}
     assert len(ran) == 1

@@ -671,7 +671,7 @@ def test_hooks_are_told_of_conflicts_before_the_caller_is(layer: MemoryPersisten
 def test_a_lease_that_is_lost_while_the_body_blocks_is_told_at_once_by_the_background_thread() -> None:
     layer = slow_layer()
     hook = ThreadsSeen()
-    config = IdempotencyConfig(hooks=(hook,), lease_seconds=0.3)
+    config = IdempotencyConfig(hooks=(hook,), lease_seconds=1.0)
 
     @sync.idempotent_function(persistence_store=layer, config=config)
     def charge() -> int:
@@ -768,7 +768,7 @@ def test_a_call_that_is_switched_off_needs_no_background_loop(
 def test_a_lease_is_renewed_while_the_body_blocks() -> None:
     layer = slow_layer()
 
-    @sync.idempotent_function(persistence_store=layer, config=IdempotencyConfig(lease_seconds=0.3))
+    @sync.idempotent_function(persistence_store=layer, config=IdempotencyConfig(lease_seconds=1.0))
     def charge() -> int:
         wait_until(lambda: layer.calls.count("renew") >= 3)
         return 1
@@ -781,7 +781,7 @@ def test_a_lease_is_renewed_while_the_body_blocks() -> None:
 
 def test_renewal_ends_when_the_thread_of_the_body_is_dead() -> None:
     layer = slow_layer()
-    config = IdempotencyConfig(lease_seconds=0.3)
+    config = IdempotencyConfig(lease_seconds=1.0)
     block = sync.idempotency("a", persistence_store=layer, config=config)
     left = threading.Event()
 
@@ -820,7 +820,7 @@ def test_the_loop_can_be_closed_at_any_time_and_is_started_anew(layer: MemoryPer
 def test_a_body_over_which_the_loop_is_closed_completes() -> None:
     layer = slow_layer()
 
-    @sync.idempotent_function(persistence_store=layer, config=IdempotencyConfig(lease_seconds=0.3))
+    @sync.idempotent_function(persistence_store=layer, config=IdempotencyConfig(lease_seconds=1.0))
     def charge() -> int:
         wait_until(lambda: "renew" in layer.calls)
         sync.close()

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import ssl
 import subprocess
@@ -398,6 +399,17 @@ async def test_closing_does_not_wait_for_a_server_that_hangs(
         assert proxy.open_connections == 2
         proxy.hold()
         await asyncio.wait_for(layer.aclose(), 10)  # a farewell of TLS would be waited for much longer
+        sockets = [
+            transport.get_extra_info("socket")
+            for transport in gc.get_objects()
+            if isinstance(transport, asyncio.Transport)
+            and transport.get_extra_info("peername") == ("127.0.0.1", proxy.port)
+        ]
+
+    async def are_closed() -> bool:
+        return all(socket.fileno() == -1 for socket in sockets)
+
+    await until(are_closed)  # or a collection of garbage finds the farewell that is still waited for
 
 
 async def test_a_client_of_the_user_brings_its_own_certificates(

@@ -110,7 +110,7 @@ class Aidem:
 
     def __init__(self, server: RedisServer, body: Body, *, lease: bool = False, **config: Any) -> None:
         our_config = IdempotencyConfig(
-            hash_function="md5", lease_seconds=LEASE_SECONDS if lease else 30.0, renew_lease=False, **config
+            hash_function="md5", lease_seconds=1.0 if lease else 30.0, renew_lease=False, **config
         )
 
         @idempotent_function(
