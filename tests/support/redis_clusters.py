@@ -27,7 +27,7 @@ PRIMARIES = 3
 SLOTS = 16384
 PATIENCE_SECONDS = 40.0
 # Nobody takes over from a server that only has to wait for the processor; once one is lost, its others hurry.
-UNHURRIED_MILLISECONDS = 6000
+UNHURRIED_MILLISECONDS = 15000
 NODE_TIMEOUT_MILLISECONDS = 1500
 DOWN_AFTER_MILLISECONDS = 700
 
