@@ -28,6 +28,8 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from typing import Literal, Self
 
+from tests.support.listening import listening
+
 CHUNK_BYTES = 1 << 16
 
 Side = Literal["requests", "replies"]
@@ -61,7 +63,6 @@ class Proxy:
     _cutting_at_reply: bool = False
     _open: asyncio.Event = field(default_factory=asyncio.Event)
     _pairs: set[tuple[asyncio.StreamWriter, asyncio.StreamWriter]] = field(default_factory=set)
-    _tasks: set[asyncio.Task[None]] = field(default_factory=set)
 
     @classmethod
     @contextlib.asynccontextmanager
@@ -69,18 +70,8 @@ class Proxy:
         """Serve a proxy to a port of this machine."""
         proxy = cls(server_port)
         proxy._open.set()
-        server = await asyncio.start_server(proxy._accept, "127.0.0.1", 0)
-        proxy.port = server.sockets[0].getsockname()[1]
-        try:
+        async with listening(proxy._accept) as proxy.port:
             yield proxy
-        finally:
-            server.close()
-            proxy.cut()
-            proxy._open.set()
-            for task in proxy._tasks:
-                task.cancel()
-            await asyncio.gather(*proxy._tasks, return_exceptions=True)
-            await server.wait_closed()
 
     @property
     def open_connections(self) -> int:
@@ -137,11 +128,15 @@ class Proxy:
             ("requests", reader, server_writer),
             ("replies", server_reader, writer),
         ]
-        tasks = [asyncio.create_task(self._pass_on(*way)) for way in ways]
-        self._tasks.update(tasks)
-        await asyncio.wait(tasks)
-        self._tasks.difference_update(tasks)
-        self._pairs.discard(pair)
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                for way in ways:
+                    tasks.create_task(self._pass_on(*way))
+        except asyncio.CancelledError:
+            server_writer.transport.abort()
+            raise
+        finally:
+            self._pairs.discard(pair)
 
     async def _pass_on(self, side: Side, source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
         with contextlib.suppress(OSError):

@@ -15,6 +15,7 @@ from aidem._rules.lifecycle import Blocked, Claimed
 from aidem._rules.record import DataRecord
 from aidem.persistence.redis import RedisPersistenceLayer
 from aidem.testing import claim_of, completed_of
+from tests.support.listening import listening
 from tests.support.servers import RedisServer
 
 DEADLINE_SECONDS = 30.0
@@ -118,14 +119,8 @@ async def fake_server(
     answer: Callable[[list[bytes]], bytes | None], *, greeted: bytes = b"+OK\r\n"
 ) -> AsyncGenerator[FakeServer]:
     fake = FakeServer(answer, greeted)
-    server = await asyncio.start_server(fake.serve, "127.0.0.1", 0)
-    fake.port = server.sockets[0].getsockname()[1]
-    try:
+    async with listening(fake.serve) as fake.port:
         yield fake
-    finally:
-        server.close()
-        fake.hang_up()
-        await server.wait_closed()
 
 
 @contextlib.contextmanager

@@ -19,6 +19,7 @@ from aidem.exceptions import (
 )
 from aidem.persistence.postgres import PostgresPersistenceLayer, _errors
 from aidem.persistence.postgres._table import Table
+from tests.support.listening import listening
 from tests.support.postgres import PgBouncer, PostgresServer, acquired, claimed, failing, make_database
 
 pytestmark = pytest.mark.server
@@ -79,18 +80,19 @@ async def test_each_of_many_callers_gets_an_error_of_its_own(vacant_port: int) -
 
 
 async def test_a_server_that_does_not_answer_is_an_outage(server: PostgresServer) -> None:
-    writers = list[asyncio.StreamWriter]()
-    silent = await asyncio.start_server(lambda _reader, writer: writers.append(writer), "127.0.0.1", 0)
-    layer = PostgresPersistenceLayer(
-        f"postgresql://127.0.0.1:{silent.sockets[0].getsockname()[1]}/?sslmode=disable", timeout_seconds=0.3
-    )
-    with pytest.raises(CONNECTION, match=r"no answer within 0\.3 s") as failed:
-        await layer.open()
-    assert not failed.value.may_be_applied
-    assert writers
-    for writer in writers:
-        writer.close()
-    silent.close()
+    asked = asyncio.Event()
+
+    async def say_nothing(reader: asyncio.StreamReader, _writer: asyncio.StreamWriter) -> None:
+        await reader.read(1)
+        asked.set()
+        await asyncio.Event().wait()
+
+    async with listening(say_nothing) as port:
+        layer = PostgresPersistenceLayer(f"postgresql://127.0.0.1:{port}/?sslmode=disable", timeout_seconds=1)
+        with pytest.raises(CONNECTION, match="no answer within 1 s") as failed:
+            await layer.open()
+        assert not failed.value.may_be_applied
+        assert asked.is_set()
 
 
 async def test_a_database_that_does_not_exist_is_a_wrong_setting(server: PostgresServer) -> None:

@@ -30,6 +30,7 @@ from aidem.persistence.redis._deployment import servers_of_url
 from aidem.persistence.redis._line import COLLECTED_AT_MOST, IDLE_SECONDS
 from aidem.persistence.redis._listener import Listener
 from aidem.testing import claim_of
+from tests.support.listening import listening
 from tests.support.proxy import Proxy
 from tests.support.redis import (
     FORKING,
@@ -550,8 +551,8 @@ async def test_a_connection_that_ended_with_its_handshake_is_not_used() -> None:
         writer.write(b"+OK\r\n" * greeting.count(b"SETINFO"))
         writer.close()
 
-    async with await asyncio.start_server(shake_hands_and_hang_up, "127.0.0.1", 0) as server:
-        layer = RedisPersistenceLayer(f"redis://127.0.0.1:{server.sockets[0].getsockname()[1]}")
+    async with listening(shake_hands_and_hang_up) as port:
+        layer = RedisPersistenceLayer(f"redis://127.0.0.1:{port}")
         with pytest.raises(IdempotencyPersistenceConnectionError, match="cannot be reached") as failed:
             await layer.get("key")
         assert failed.value.may_be_applied is False  # the command was not sent

@@ -24,6 +24,7 @@ from aidem.exceptions import (
 )
 from aidem.persistence.redis import RedisPersistenceLayer
 from aidem.persistence.redis._errors import ReplyError, connecting_failed
+from tests.support.listening import listening
 from tests.support.proxy import Proxy
 from tests.support.redis import (
     FakeServer,
@@ -491,9 +492,8 @@ async def test_what_answers_a_tls_handshake_with_something_else_is_refused() -> 
         writer.write(b"-ERR Protocol error: expected TLS\r\n")
         writer.close()
 
-    server = await asyncio.start_server(answer, "127.0.0.1", 0)
-    async with server:
-        layer = RedisPersistenceLayer(host="127.0.0.1", port=server.sockets[0].getsockname()[1])
+    async with listening(answer) as port:
+        layer = RedisPersistenceLayer(host="127.0.0.1", port=port)
         with pytest.raises(IdempotencyPersistenceConfigError, match="does not speak TLS as the layer wants it"):
             await layer.open()
 

@@ -17,6 +17,7 @@ from aidem.exceptions import (
 from aidem.persistence.redis import RedisPersistenceLayer
 from aidem.persistence.redis._cluster import PAUSE_SECONDS
 from aidem.persistence.redis._errors import ReplyError
+from tests.support.listening import listening
 from tests.support.proxy import Proxy
 from tests.support.redis import FakeServer, claimed, fake_server, no_complaints, until
 
@@ -374,15 +375,12 @@ async def test_a_command_that_was_given_up_by_its_caller_is_not_sent_again(
 async def hung(nodes: tuple[FakeNode, FakeNode]) -> AsyncGenerator[None]:
     """Let all slots be at a node that accepts connections and says nothing."""
 
-    async def say_nothing(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await is_over.wait()
-        writer.close()
+    async def say_nothing(_reader: asyncio.StreamReader, _writer: asyncio.StreamWriter) -> None:
+        await asyncio.Event().wait()
 
-    is_over = asyncio.Event()
-    async with await asyncio.start_server(say_nothing, "127.0.0.1", 0) as server:
-        nodes[0].shards = slots((0, 16383, ("127.0.0.1", server.sockets[0].getsockname()[1])))
+    async with listening(say_nothing) as port:
+        nodes[0].shards = slots((0, 16383, ("127.0.0.1", port)))
         yield
-        is_over.set()
 
 
 async def until_asked_for_slots(node: FakeNode) -> None:
